@@ -1,0 +1,8 @@
+"""jaxalign: relative features that can be compared across networks."""
+
+from jaxalign._version import __version__ as __version__
+from jaxalign.affinity import rbf_affinity as rbf_affinity
+from jaxalign.bandwidth import SigmaSolution as SigmaSolution
+from jaxalign.bandwidth import mean_density as mean_density
+from jaxalign.bandwidth import solve_sigma as solve_sigma
+from jaxalign.distances import squared_distances as squared_distances

@@ -1,0 +1,182 @@
+"""Checks of what the user hands in, and their messages: every public function starts here.
+
+Shapes, dtypes and static numbers are checked always, also under a trace. Values (nan, a density out of range)
+are checked only where the array is concrete; under a trace they lead to nan and a status, never to a Python
+exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+HALF_DTYPES = (jnp.float16, jnp.bfloat16)
+
+
+def is_concrete(*values: Any) -> bool:
+    """Whether the values of all of these can be looked at now (none is a tracer)."""
+    return not any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def features(name: str, value: Any, *, min_rows: int = 1) -> jax.Array:
+    """`value` as a floating-point array of shape (..., n, d) in a dtype fit for accumulation."""
+    array = _floating(name, value)
+    if array.ndim < 2:
+        raise ValueError(
+            f"{name} must have shape (..., n, d): n samples of d features; got shape {array.shape}. "
+            f"One sample of d features is {name}[None, :], n samples of one feature are {name}[:, None]."
+        )
+    if 0 in array.shape:
+        raise ValueError(f"{name} is empty: shape {array.shape}; every axis of (..., n, d) must be at least 1.")
+    if array.shape[-2] < min_rows:
+        raise ValueError(
+            f"{name} has n = {array.shape[-2]} sample(s) in shape {array.shape}; this needs at least {min_rows} samples."
+        )
+    return array.astype(jnp.float32) if array.dtype in HALF_DTYPES else array
+
+
+def feature_pair(x: Any, y: Any | None, *, min_rows: int = 1) -> tuple[jax.Array, jax.Array | None]:
+    """x and y of one width, one dtype and one batch shape; y may be None."""
+    x = features("x", x, min_rows=min_rows if y is None else 1)
+    if y is None:
+        return x, None
+    y = features("y", y)
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"x and y must have the same number of features: x has shape {x.shape}, y has shape {y.shape}. "
+            "Features of different networks live in different spaces: compare their affinities instead, "
+            "rbf_affinity(x) with rbf_affinity(y)."
+        )
+    try:
+        batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    except ValueError:
+        raise ValueError(
+            f"the batch dimensions of x, {x.shape[:-2]}, and of y, {y.shape[:-2]}, do not broadcast."
+        ) from None
+    dtype = jnp.promote_types(x.dtype, y.dtype)
+    return (
+        jnp.broadcast_to(x, batch + x.shape[-2:]).astype(dtype),
+        jnp.broadcast_to(y, batch + y.shape[-2:]).astype(dtype),
+    )
+
+
+def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: str) -> jax.Array:
+    """A real number or array that broadcasts to `shape` (which `meaning` puts into words)."""
+    _refuse_foreign(name, value)
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if array.dtype == bool or not (
+        jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    ):
+        raise TypeError(f"{name} must be a real number or a real array; got {value!r} of dtype {array.dtype}.")
+    try:
+        np.broadcast_shapes(array.shape, tuple(shape))
+        fits = np.broadcast_shapes(array.shape, tuple(shape)) == tuple(shape)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} of shape {array.shape} does not broadcast to {tuple(shape)}, {meaning}.")
+    return jnp.asarray(array, dtype)
+
+
+def row_mask(name: str, value: Any | None, shape: tuple[int, ...]) -> jax.Array | None:
+    """A boolean mask over rows, True = a real sample, broadcast to `shape` = (..., n)."""
+    if value is None:
+        return None
+    _refuse_foreign(name, value)
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if array.dtype != bool:
+        raise TypeError(
+            f"{name} must be boolean, True where a sample is real; got dtype {array.dtype}. "
+            f"Write {name}.astype(bool) if nonzero means real."
+        )
+    if array.ndim == 0 or array.shape[-1] != shape[-1] or array.ndim > len(shape):
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape}: one entry a sample.")
+    try:
+        return jnp.broadcast_to(jnp.asarray(array), shape)
+    except ValueError:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape}: one entry a sample.") from None
+
+
+def choice(name: str, value: Any, valid: Sequence[Any]) -> None:
+    """Raise unless `value` is one of the valid ones."""
+    if not any(value is option or (isinstance(value, str) and value == option) for option in valid):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}; got {value!r}.")
+
+
+def density_value(density: Any) -> None:
+    """Raise where a concrete density is outside (0, 1)."""
+    if not is_concrete(density):
+        return
+    values = np.asarray(density)
+    if not np.all((values > 0) & (values < 1)):
+        raise ValueError(
+            f"density must lie strictly between 0 and 1 (it is the mean of the affinity); got {_show(values)}."
+        )
+
+
+def positive(name: str, value: Any, keep: Any | None = None) -> None:
+    """Raise where a concrete value is not finite and above 0 (only where `keep` is True, if given)."""
+    if not is_concrete(value, keep):
+        return
+    values = np.asarray(value)
+    bad = ~(np.isfinite(values) & (values > 0))
+    if keep is not None:
+        bad = bad & np.asarray(keep)
+    if bad.any():
+        raise ValueError(f"{name} must be finite and above 0; got {_show(values)}.")
+
+
+def finite_rows(name: str, value: Any, mask: Any | None = None) -> None:
+    """Raise on nan or inf in a concrete array, naming the first row that holds one."""
+    if not is_concrete(value, mask):
+        return
+    bad = ~np.isfinite(np.asarray(value)).all(-1)
+    if mask is not None:
+        bad &= np.asarray(mask)
+    if bad.any():
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        where = f"row {first[-1]}" + (f" of batch element {first[:-1]}" if len(first) > 1 else "")
+        raise ValueError(
+            f"{name} has nan or inf in {int(bad.sum())} row(s), the first is {where}. "
+            "Remove these samples, or exclude them with mask=."
+        )
+
+
+def _show(values: np.ndarray) -> str:
+    return np.array2string(values, threshold=6, edgeitems=2)
+
+
+def _refuse_foreign(name: str, value: Any) -> None:
+    if type(value).__module__.split(".")[0] == "torch":
+        raise TypeError(
+            f"{name} is a torch tensor. Convert it with jaxalign.interop.from_torch({name}), "
+            f"or give {name}.detach().cpu().numpy()."
+        )
+
+
+def _floating(name: str, value: Any) -> jax.Array:
+    _refuse_foreign(name, value)
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"{name} must be a jax or numpy array; got {type(value).__name__}. Write np.asarray({name}, np.float32)."
+        )
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{name} is complex ({value.dtype}). Stack its parts as features: "
+            f"np.concatenate([{name}.real, {name}.imag], -1) has the same distances."
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating point; got dtype {value.dtype}. Write {name}.astype(np.float32).")
+    if value.dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise TypeError(
+            f"{name} is float64, but jax is set to 32 bits and would narrow it without a word. Either "
+            'jax.config.update("jax_enable_x64", True) at the start of the program, or '
+            f"{name}.astype(np.float32)."
+        )
+    if value.dtype.itemsize > 8:
+        raise TypeError(f"{name} has dtype {value.dtype}, which jax does not hold. Write {name}.astype(np.float64).")
+    return jnp.asarray(value)

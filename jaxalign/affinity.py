@@ -1,0 +1,136 @@
+"""The RBF affinity between rows, its sigma given or found from a mean density."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from jaxalign import _checks
+from jaxalign._typing import AnyArray
+from jaxalign.bandwidth import (
+    CONVERGED,
+    NON_FINITE,
+    Bandwidth,
+    Diagonal,
+    check_density,
+    check_problem,
+    check_rtol,
+    check_sigma,
+    explain_failure,
+    kernel,
+    pairs_at,
+    rate_of,
+    solve_pairs,
+)
+from jaxalign.distances import make_frame, same_row
+
+
+def rbf_affinity(
+    x: Float[AnyArray, "*batch n d"],
+    y: Float[AnyArray, "*batch m d"] | None = None,
+    sigma: ArrayLike | None = None,
+    *,
+    density: ArrayLike = 0.05,
+    diagonal: Diagonal = "include",
+    bandwidth: Bandwidth = "global",
+    zero_diagonal: bool = False,
+    mask: Bool[AnyArray, "*batch n"] | None = None,
+    mask_y: Bool[AnyArray, "*batch m"] | None = None,
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "*batch n m"]:
+    """RBF affinity A_ij = exp(-||x_i - y_j||^2 / (2 sigma^2)), by default scaled to a mean of 0.05.
+
+    With sigma left out it is solved for so that mean(A) = density, which makes affinities of different networks
+    comparable whatever the unit, offset, rotation or width of their features: the auto-scaling of relative features.
+
+    Args:
+        x: features, shape (..., n, d).
+        y: features, shape (..., m, d), in the same space; None stands for x.
+        sigma: bandwidth in units of the features, > 0: a scalar, (...) for a batch, or (..., n), one a row of x. None
+            solves for it, see `solve_sigma`.
+        density: the wanted mean of A, 0 < density < 1, a number or an array over the batch. Unused with a given sigma.
+        diagonal: whether the ones on the diagonal count in the mean: "include" or "exclude". Only for y = None.
+        bandwidth: "global": one sigma. "per_row": one a row, every row's mean is the density, A is not symmetric.
+        zero_diagonal: set A_ii = 0 at the end (after sigma is found). Only for y = None.
+        mask: shape (..., n), True = a real sample. The others get rows and columns of 0 and do not count in any mean.
+        mask_y: the same for y, shape (..., m).
+        precision: of the matrix product in the distances, see `squared_distances`.
+
+    Returns:
+        The affinity, shape (..., n, m), entries in [0, 1]; float32 for half-precision features. Differentiable in x, y,
+        density and sigma to every order, through the solved sigma too.
+
+    Raises:
+        TypeError, ValueError: see `solve_sigma`; also sigma not above 0. Under a trace a sigma that does not exist
+            gives nan.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> key_a, key_b = jax.random.split(jax.random.key(0))
+        >>> clip = jax.random.normal(key_a, (100, 768))
+        >>> dino = 30 + 7 * jax.random.normal(key_b, (100, 1024))
+        >>> a, b = jaxalign.rbf_affinity(clip), jaxalign.rbf_affinity(dino)
+        >>> a.shape == b.shape, round(float(a.mean()), 5), round(float(b.mean()), 5)
+        (True, 0.05, 0.05)
+    """
+    problem = check_problem(x, y, mask, mask_y, diagonal)
+    if zero_diagonal and y is not None:
+        raise ValueError("zero_diagonal=True has no meaning with y: row i and column i are different samples.")
+    given = None if sigma is None else check_sigma(sigma, problem)
+    _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
+    target = None if sigma is not None else check_density(density, problem, bandwidth)
+    affinity, status = _rbf_affinity(
+        problem.x,
+        problem.y,
+        given,
+        target,
+        problem.mask,
+        problem.mask_y,
+        diagonal,
+        bandwidth,
+        zero_diagonal,
+        precision,
+        check_rtol(None, problem.x.dtype),
+    )
+    explain_failure(status, problem)
+    return affinity
+
+
+@partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
+def _rbf_affinity(
+    x: Array,
+    y: Array | None,
+    sigma: Array | None,
+    density: Array | None,
+    mask: Array | None,
+    mask_y: Array | None,
+    diagonal: Diagonal,
+    bandwidth: Bandwidth,
+    zero_diagonal: bool,
+    precision: lax.PrecisionLike,
+    rtol: float,
+) -> tuple[Array, Array]:
+    """The affinity, and the status of every sigma."""
+    frame = make_frame(x, y, mask, mask_y)
+    if density is not None:
+        solution, pairs, rate = solve_pairs(frame, density, diagonal, bandwidth, rtol, precision)
+        status = solution.status
+    else:
+        assert sigma is not None
+        rate = rate_of(sigma, frame)
+        pairs = pairs_at(frame, rate, diagonal, precision)
+        status = jnp.where(frame.finite, CONVERGED, NON_FINITE).astype(jnp.int32)
+        rate = jnp.where(frame.finite[..., None, None], rate, jnp.nan)
+    (affinity,) = kernel(pairs.distances, rate)
+    if frame.mask is not None:
+        affinity = jnp.where(frame.mask[..., :, None], affinity, 0)
+    if frame.other_mask is not None:
+        affinity = jnp.where(frame.other_mask[..., None, :], affinity, 0)
+    if zero_diagonal:
+        affinity = jnp.where(same_row(affinity.shape), 0, affinity)
+    return affinity, status

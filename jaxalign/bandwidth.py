@@ -1,0 +1,424 @@
+"""The bandwidth sigma at which the affinity has a wanted mean density, and that density.
+
+`mean_density` evaluates the density at a given sigma, `solve_sigma` finds the sigma of a given density. The solver
+works on the rate t = 1 / (2 sigma^2), in units in which the features are about 1, and needs about one pass over all
+pairs: see `find_rate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxalign import _checks
+from jaxalign._rate import Root, find_rate, no_root
+from jaxalign._typing import AnyArray
+from jaxalign.distances import (
+    Frame,
+    accurate_distances,
+    attach_gradient,
+    explicit_distances,
+    fast_distances,
+    inaccurate,
+    make_frame,
+    when_any,
+)
+from jaxalign.pairs import Pairs, reduce_pairs
+
+Diagonal = Literal["include", "exclude"]
+Bandwidth = Literal["global", "per_row"]
+
+CONVERGED = 0
+NOT_CONVERGED = 1
+INFEASIBLE = 2
+NON_FINITE = 3
+BAD_DENSITY = 4
+NO_SAMPLES = 5
+
+_REASONS = {
+    NOT_CONVERGED: "the root-finder did not converge (please report this with your data)",
+    INFEASIBLE: (
+        "too many samples coincide: the share of pairs at zero distance is not below the density, so no sigma reaches it. "
+        "Remove duplicate samples, or ask for a larger density"
+    ),
+    NON_FINITE: "the features hold nan or inf",
+    BAD_DENSITY: "density is not between 0 and 1",
+    NO_SAMPLES: "the mask leaves too few real samples to form a pair",
+}
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("sigma", "density", "passes", "status"), meta_fields=())
+@dataclass(frozen=True)
+class SigmaSolution:
+    """What `solve_sigma` found; a pytree of arrays of shape (...) or, with a bandwidth per row, (..., n).
+
+    Attributes:
+        sigma: the bandwidth, in units of the features; nan where there is none (see status) and in masked rows.
+        density: the mean density that sigma reaches.
+        passes: passes over all pairs that were needed, an integer array of shape (...).
+        status: 0 = `bandwidth.CONVERGED`, `NOT_CONVERGED`, `INFEASIBLE` (coincident samples), `NON_FINITE` (nan or inf
+            in the features), `BAD_DENSITY` or `NO_SAMPLES` (all masked).
+    """
+
+    sigma: Float[Array, "..."]
+    density: Float[Array, "..."]
+    passes: Int[Array, "..."]
+    status: Int[Array, "..."]
+
+    def raise_if_failed(self) -> SigmaSolution:
+        """Return self, or raise a ValueError that says what went wrong and where; does nothing under a trace."""
+        raise_if_failed(self.status)
+        return self
+
+
+def raise_if_failed(status: Array) -> None:
+    """Raise a ValueError for the first status that is not `CONVERGED`; nothing under a trace."""
+    if not _checks.is_concrete(status):
+        return
+    values = np.asarray(status)
+    if values.any():
+        where = tuple(int(i) for i in np.argwhere(values != CONVERGED)[0])
+        place = f" (at index {where} of {values.shape})" if where else ""
+        raise ValueError(f"no sigma found{place}: {_REASONS[int(values[where])]}.")
+
+
+def mean_density(
+    x: Float[AnyArray, "*batch n d"],
+    y: Float[AnyArray, "*batch m d"] | None = None,
+    *,
+    sigma: ArrayLike,
+    diagonal: Diagonal = "include",
+    mask: Bool[AnyArray, "*batch n"] | None = None,
+    mask_y: Bool[AnyArray, "*batch m"] | None = None,
+) -> Float[Array, "*batch"]:
+    """Mean of the affinity exp(-||x_i - y_j||^2 / (2 sigma^2)) over pairs, at a given sigma.
+
+    Args:
+        x: features, shape (..., n, d).
+        y: features, shape (..., m, d); None compares x with itself.
+        sigma: bandwidth in units of the features, > 0; broadcasts to (...), or is (..., n): one a row of x. (n,) is
+            read as one a row unless it is also the batch shape.
+        diagonal: "include" counts the n ones on the diagonal, "exclude" averages over i != j. Only for y = None.
+        mask: shape (..., n), True = a real sample; the others do not count.
+        mask_y: the same for y, shape (..., m).
+
+    Returns:
+        The density, shape (...), between 0 and 1. Differentiable in x, y and sigma. nan where no pair is left.
+
+    Raises:
+        TypeError, ValueError: see `solve_sigma`; also sigma not above 0.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxalign
+        >>> x = jnp.array([[0.0], [1.0]])
+        >>> float(jaxalign.mean_density(x, sigma=1.0))  # (1 + exp(-1/2)) / 2
+        0.80326...
+    """
+    problem = check_problem(x, y, mask, mask_y, diagonal)
+    rate_sigma = check_sigma(sigma, problem)
+    _checks.finite_rows("x", problem.x, problem.mask)
+    if problem.y is not None:
+        _checks.finite_rows("y", problem.y, problem.mask_y)
+    return _mean_density(problem.x, problem.y, rate_sigma, problem.mask, problem.mask_y, diagonal)
+
+
+@partial(jax.jit, static_argnames="diagonal")
+def _mean_density(
+    x: Array, y: Array | None, sigma: Array, mask: Array | None, mask_y: Array | None, diagonal: Diagonal
+) -> Array:
+    frame = make_frame(x, y, mask, mask_y)
+    rate = rate_of(sigma, frame)
+    pairs = pairs_at(frame, rate, diagonal)
+    density = reduce_pairs(kernel, pairs, rate, by_row=False, in_blocks=False)[0] / pairs.total(by_row=False)
+    return jnp.where(frame.finite, density, jnp.nan)
+
+
+def solve_sigma(
+    x: Float[AnyArray, "*batch n d"],
+    y: Float[AnyArray, "*batch m d"] | None = None,
+    *,
+    density: ArrayLike = 0.05,
+    diagonal: Diagonal = "include",
+    bandwidth: Bandwidth = "global",
+    mask: Bool[AnyArray, "*batch n"] | None = None,
+    mask_y: Bool[AnyArray, "*batch m"] | None = None,
+    rtol: float | None = None,
+) -> SigmaSolution:
+    """The sigma at which mean(exp(-||x_i - y_j||^2 / (2 sigma^2))) equals a density.
+
+    Args:
+        x: features, shape (..., n, d), n >= 2 (n >= 1 with y).
+        y: features, shape (..., m, d); None compares x with itself.
+        density: the wanted mean c of the affinity, 0 < c < 1; a number or an array that broadcasts to (...), may be traced.
+        diagonal: "include" counts the n ones on the diagonal, as the method was published; "exclude" averages over i != j.
+            At n = 32 and c = 0.05 "include" leaves a density of 0.019 off the diagonal. Only for y = None.
+        bandwidth: "global": one sigma a set. "per_row": one a row, so that the mean of every row is c.
+        mask: shape (..., n), True = a real sample; the others do not count in any mean or in n.
+        mask_y: the same for y, shape (..., m).
+        rtol: relative error allowed in the density reached; None: 1e-6 in float32, 1e-13 in float64.
+
+    Returns:
+        `SigmaSolution` with sigma, the density reached, the number of passes over all pairs, and a status. sigma has
+        exact derivatives of every order in x, y and density, by the implicit function theorem:
+        d sigma / d D_ij = sigma A_ij / (2 sum_kl A_kl D_kl).
+
+    Raises:
+        TypeError: features that are not floating-point arrays; float64 without x64.
+        ValueError: wrong shapes; density outside (0, 1); a density that cannot be reached because the diagonal alone
+            exceeds it (always, also under jit), or because samples coincide; nan or inf; an empty mask. Under a
+            trace, what only the values can tell gives sigma = nan and a status instead.
+            (`jax.jit(checkify.checkify(f, errors=checkify.float_checks))` turns those nans into errors.)
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x = jax.random.normal(jax.random.key(0), (200, 16))
+        >>> solution = jaxalign.solve_sigma(x, density=0.05)
+        >>> abs(float(jaxalign.mean_density(x, sigma=solution.sigma)) - 0.05) < 1e-6
+        True
+    """
+    problem = check_problem(x, y, mask, mask_y, diagonal)
+    target = check_density(density, problem, bandwidth)
+    rtol = check_rtol(rtol, problem.x.dtype)
+    solution = _solve_sigma(problem.x, problem.y, target, problem.mask, problem.mask_y, diagonal, bandwidth, rtol)
+    explain_failure(solution.status, problem)
+    return solution
+
+
+@partial(jax.jit, static_argnames=("diagonal", "bandwidth", "rtol"))
+def _solve_sigma(
+    x: Array,
+    y: Array | None,
+    density: Array,
+    mask: Array | None,
+    mask_y: Array | None,
+    diagonal: Diagonal,
+    bandwidth: Bandwidth,
+    rtol: float,
+) -> SigmaSolution:
+    frame = make_frame(x, y, mask, mask_y)
+    return solve_pairs(frame, density, diagonal, bandwidth, rtol)[0]
+
+
+# --- checking what was handed in -----------------------------------------------------------------------------------
+
+
+class Problem(NamedTuple):
+    """Checked features and masks."""
+
+    x: Array
+    y: Array | None
+    mask: Array | None
+    mask_y: Array | None
+    diagonal: Diagonal
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading dimensions."""
+        return self.x.shape[:-2]
+
+
+def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any) -> Problem:
+    """Check everything but density and sigma."""
+    _checks.choice("diagonal", diagonal, ("include", "exclude"))
+    x, y = _checks.feature_pair(x, y, min_rows=2)
+    if y is None and mask_y is not None:
+        raise ValueError("mask_y is given without y; mask serves both sides when y is None.")
+    if y is not None and diagonal != "include":
+        raise ValueError(
+            f"diagonal={diagonal!r} has no meaning with y: all n m pairs count. Leave diagonal out, "
+            "or leave y out to compare x with itself."
+        )
+    mask = _checks.row_mask("mask", mask, x.shape[:-1])
+    mask_y = None if y is None else _checks.row_mask("mask_y", mask_y, y.shape[:-1])
+    least = 2 if y is None else 1
+    for name, value, need in (("mask", mask, least), ("mask_y", mask_y, 1)):
+        if value is not None and _checks.is_concrete(value):
+            counts = np.asarray(value).sum(-1)
+            if (counts < need).any():
+                raise ValueError(
+                    f"{name} leaves {int(counts.min())} real sample(s), at least {need} needed: "
+                    "True marks a sample that is real."
+                )
+    return Problem(x, y, mask, mask_y, diagonal)
+
+
+def check_density(density: Any, problem: Problem, bandwidth: Any) -> Array:
+    """The density as an array that broadcasts against sigma; raises where no sigma can reach it."""
+    _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
+    target = _checks.parameter(
+        "density", density, problem.x.dtype, problem.batch, "the batch dimensions of the features"
+    )
+    _checks.density_value(density)
+    if problem.y is None and problem.diagonal == "include" and _checks.is_concrete(density, problem.mask):
+        counts = problem.x.shape[-2] if problem.mask is None else np.asarray(problem.mask).sum(-1)
+        floor = 1 / np.asarray(counts, np.float64)
+        infeasible = np.broadcast_arrays(np.asarray(density) <= floor)[0]
+        if infeasible.any():
+            worst = np.broadcast_to(counts, infeasible.shape)[infeasible].min()
+            raise ValueError(
+                f"density = {float(np.min(np.asarray(density)))} cannot be reached with n = {worst} samples: the ones on the "
+                f"diagonal alone give 1/n = {1 / worst:.4g}. Ask for a density above that, or leave the diagonal "
+                'out of the mean with diagonal="exclude".'
+            )
+    target = jnp.broadcast_to(target, problem.batch)
+    return target if bandwidth == "global" else target[..., None]
+
+
+def check_sigma(sigma: Any, problem: Problem) -> Array:
+    """A given sigma as an array (..., 1, 1) or, one a row, (..., n, 1)."""
+    n, batch = problem.x.shape[-2], problem.batch
+    shape = np.shape(sigma)
+    by_row = len(shape) > 0 and shape[-1] == n and shape != batch
+    meaning = f"the batch dimensions of the features, nor to {(*batch, n)}, one sigma a row of x"
+    value = _checks.parameter("sigma", sigma, problem.x.dtype, (*batch, n) if by_row else batch, meaning)
+    _checks.positive("sigma", sigma, problem.mask if by_row else None)
+    value = jnp.broadcast_to(value, (*batch, n) if by_row else batch)
+    if by_row and problem.mask is not None:  # a masked row may hold nan, which would reach the gradient of the others
+        value = jnp.where(problem.mask, value, 1)
+    return value[..., None] if by_row else value[..., None, None]
+
+
+def check_rtol(rtol: float | None, dtype: Any) -> float:
+    """The relative tolerance of the density, as a Python float."""
+    if rtol is None:
+        return 1e-6 if dtype == jnp.float32 else 1e-13
+    least = 4 * float(jnp.finfo(dtype).eps)
+    if not least <= rtol < 1:
+        raise ValueError(f"rtol must lie between {least:.2g} (rounding of {dtype}) and 1; got {rtol}.")
+    return float(rtol)
+
+
+def explain_failure(status: Array, problem: Problem) -> None:
+    """Raise a ValueError for a failed status, naming the row where nan or inf is the cause; nothing under a trace."""
+    if _checks.is_concrete(status) and np.asarray(status).any():
+        _checks.finite_rows("x", problem.x, problem.mask)
+        if problem.y is not None:
+            _checks.finite_rows("y", problem.y, problem.mask_y)
+        raise_if_failed(status)
+
+
+# --- the solver ----------------------------------------------------------------------------------------------------
+
+
+def kernel(d2: Array, rate: Array) -> tuple[Array]:
+    """The RBF affinity of squared distances: its definition in this library. rate = 1 / (2 sigma^2)."""
+    return (jnp.exp(-rate * d2),)
+
+
+def rate_of(sigma: Array, frame: Frame) -> Array:
+    """1 / (2 sigma^2) in the units of a frame; sigma broadcasts against (..., n, 1)."""
+    relative = sigma / frame.scale
+    return 0.5 / (relative * relative)
+
+
+def pairs_at(frame: Frame, rate: Array, diagonal: Diagonal, precision: lax.PrecisionLike = None) -> Pairs:
+    """Pairs with distances good enough for the kernel at this rate, differentiable in the features."""
+    distances = accurate_distances(frame, rate, precision)
+    return pairs_of(attach_gradient(frame, distances), frame, diagonal)
+
+
+def pairs_of(distances: Array, frame: Frame, diagonal: Diagonal) -> Pairs:
+    """The distances with the weights that masks and the diagonal give them."""
+    rows, columns = (None if mask is None else mask.astype(distances.dtype) for mask in (frame.mask, frame.other_mask))
+    return Pairs(distances, rows, columns, skip_self=diagonal == "exclude")
+
+
+def solve_pairs(
+    frame: Frame,
+    density: Array,
+    diagonal: Diagonal,
+    bandwidth: Bandwidth,
+    rtol: float,
+    precision: lax.PrecisionLike = None,
+) -> tuple[SigmaSolution, Pairs, Array]:
+    """Solve for sigma; returns the pairs and the rate too, for an affinity on the same distances.
+
+    The rate has shape (..., 1, 1) or (..., n, 1); it is nan where sigma is, but finite in masked rows.
+    """
+    by_row, self_pairs = bandwidth == "per_row", frame.y is None
+    fixed, wanted = lax.stop_gradient((frame, density))
+
+    def search(state: _Search) -> _Search:
+        distances = when_any(state.retry, lambda _: explicit_distances(fixed), state.distances)
+        pairs = pairs_of(distances, fixed, diagonal)
+        root = find_rate(pairs, wanted, self_pairs=self_pairs, by_row=by_row, rtol=rtol)
+        coarse = inaccurate(fixed, _against_pairs(root.rate, by_row), distances)
+        return _Search(distances, root, retry=coarse & ~state.retry, done=~coarse | state.retry)
+
+    # A rate too large for the accuracy of the fast distances is found on them: then once more on explicit ones. (A
+    # loop, not a branch, so that the search is compiled once and vmap runs the retry only if some set needs it.)
+    fast = fast_distances(fixed, precision)
+    shape = wanted.shape if not by_row else fast.shape[:-1]
+    no = jnp.zeros((), bool)
+    start = _Search(fast, no_root(shape, fast.dtype), retry=no, done=no)
+    distances, root, _, _ = lax.while_loop(lambda state: ~state.done, search, start)
+
+    pairs = pairs_of(attach_gradient(frame, distances), frame, diagonal)
+    total = lax.stop_gradient(pairs.total(by_row=by_row))
+    status = _status(root, frame.finite[..., None] if by_row else frame.finite, wanted, total)
+    if by_row and frame.mask is not None:
+        status = jnp.where(frame.mask, status, CONVERGED)
+    rate = jnp.where(status == CONVERGED, root.rate, jnp.nan)
+    if by_row and frame.mask is not None:
+        rate = jnp.where(frame.mask, rate, 1)
+    rate = _attach_rate(by_row, pairs, density, total, rate)
+    scale = frame.scale[..., 0] if by_row else frame.scale[..., 0, 0]
+    sigma = scale * jnp.sqrt(0.5 / rate)
+    reached = root.density
+    if by_row and frame.mask is not None:
+        sigma, reached = (jnp.where(frame.mask, value, jnp.nan) for value in (sigma, reached))
+    passes = jnp.broadcast_to(root.passes, frame.finite.shape)
+    return SigmaSolution(sigma, reached, passes, status), pairs, _against_pairs(rate, by_row)
+
+
+class _Search(NamedTuple):
+    distances: Array
+    root: Root
+    retry: Array
+    done: Array
+
+
+def _against_pairs(rate: Array, by_row: bool) -> Array:
+    return rate[..., None] if by_row else rate[..., None, None]
+
+
+def _status(root: Root, finite: Array, density: Array, total: Array) -> Array:
+    """The reason for a failure, the most basic one first."""
+    status = jnp.where(root.converged, CONVERGED, jnp.where(root.infeasible, INFEASIBLE, NOT_CONVERGED))
+    status = jnp.where(total > 0, status, NO_SAMPLES)
+    status = jnp.where((density > 0) & (density < 1), status, BAD_DENSITY)
+    return jnp.where(finite, status, NON_FINITE).astype(jnp.int32)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attach_rate(by_row: bool, pairs: Pairs, density: Array, total: Array, rate: Array) -> Array:
+    """`rate` as a function of distances and density: same value, derivatives by the implicit function theorem.
+
+    sum w exp(-t D) = c sum w gives dt = -(sum w A t dD + dc sum w) / (sum w A D): never a derivative of the iteration.
+    """
+    return rate
+
+
+@_attach_rate.defjvp
+def _attach_rate_jvp(by_row: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    pairs, density, total, rate = primals
+    d_pairs, d_density, _, _ = tangents
+    rate = _attach_rate(by_row, pairs, density, total, rate)
+
+    def terms(d2: Array, t: Array, d_d2: Array) -> tuple[Array, Array]:
+        (a,) = kernel(d2, t)
+        return a * d_d2, a * d2
+
+    shift, slope = reduce_pairs(
+        terms, pairs, _against_pairs(rate, by_row), d_pairs.distances, by_row=by_row, in_blocks=False
+    )
+    slope = jnp.where(slope > 0, slope, 1)  # 0 only where nothing counts: masked rows
+    return rate, -(rate * shift + d_density * total) / slope

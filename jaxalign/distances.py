@@ -1,0 +1,263 @@
+"""Squared Euclidean distances between rows: the only place that turns features into distances.
+
+`squared_distances` is the public function. The rest of the library works in a `Frame`: features centred and
+scaled by a power of two, so that neither an offset nor the unit of the features costs digits, with distances that
+are recomputed from explicit differences where the fast formula is not accurate enough for the kernel at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxalign import _checks
+from jaxalign._typing import AnyArray
+
+# Features a step of the explicit sum: few enough to keep the running sum in cache lines that XLA vectorises,
+# many enough to read and write the n x m result rarely.
+_FEATURES_PER_STEP = 16
+
+T = TypeVar("T")
+
+
+def squared_distances(
+    x: Float[AnyArray, "*batch n d"],
+    y: Float[AnyArray, "*batch m d"] | None = None,
+    *,
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "*batch n m"]:
+    """Squared Euclidean distances D_ij = ||x_i - y_j||^2 between rows.
+
+    Args:
+        x: features, shape (..., n, d). float16 and bfloat16 are accumulated, and returned, in float32.
+        y: features, shape (..., m, d); None stands for x.
+        precision: of the matrix product, as in `jax.numpy.matmul`. None means HIGHEST: the default of JAX is
+            TF32 on NVIDIA GPUs and bfloat16 on TPUs, which is too coarse for differences of products.
+
+    Returns:
+        Squared distances, shape (..., n, m), in squared units of the features, never negative. With y = None the
+        matrix is symmetric and its diagonal exactly 0.
+
+    The features are centred and scaled before |a|^2 + |b|^2 - 2 a.b is taken, so an offset costs no digits. The
+    absolute error is about eps max_i ||x_i - mean||^2. `rbf_affinity` and `solve_sigma` go further: they recompute
+    the distances from explicit differences where this error matters at their sigma.
+
+    Raises:
+        TypeError: not an array, integer or complex features, float64 without x64.
+        ValueError: wrong rank, an empty array, x and y of different widths.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxalign
+        >>> jaxalign.squared_distances(jnp.array([[0.0, 0.0], [3.0, 4.0]]))
+        Array([[ 0., 25.],
+               [25.,  0.]], dtype=float32)
+    """
+    x, y = _checks.feature_pair(x, y)
+    return _squared_distances(x, y, precision)
+
+
+@partial(jax.jit, static_argnames="precision")
+def _squared_distances(x: Array, y: Array | None, precision: lax.PrecisionLike) -> Array:
+    frame = make_frame(x, y)
+    distances = attach_gradient(frame, fast_distances(frame, precision))
+    return distances * frame.scale * frame.scale  # twice: scale^2 alone may overflow where the product does not
+
+
+class Frame(NamedTuple):
+    """Features made ready for distances; all of one batch shape, y None where rows are compared with themselves."""
+
+    raw_x: Array  # (..., n, d) scaled only: differences of these are exact
+    raw_y: Array | None
+    x: Array  # (..., n, d) scaled and centred
+    y: Array | None
+    mask: Array | None  # (..., n) True = a real row; the others are 0 above
+    mask_y: Array | None
+    scale: Array  # (..., 1, 1) a power of two: features = scale * raw
+    finite: Array  # (...,) whether every real row is finite
+
+    @property
+    def other(self) -> Array:
+        """The rows on the other side of the pairs."""
+        return self.x if self.y is None else self.y
+
+    @property
+    def other_mask(self) -> Array | None:
+        """The mask of the rows on the other side."""
+        return self.mask if self.y is None else self.mask_y
+
+
+def make_frame(x: Array, y: Array | None, mask: Array | None = None, mask_y: Array | None = None) -> Frame:
+    """Centre at the mean of the real rows and scale by a power of two, so that the largest entry is about 1.
+
+    Neither changes what is differentiated: distances do not depend on the centre, and the scale is put back.
+    Rows that are masked out become 0, whatever they held.
+    """
+    if mask is not None:
+        x = jnp.where(mask[..., None], x, 0)
+    if y is not None and mask_y is not None:
+        y = jnp.where(mask_y[..., None], y, 0)
+    sides = [(x, mask)] if y is None else [(x, mask), (y, mask_y)]
+    coarse = _power_of_two([side for side, _ in sides])
+    total = sum(jnp.sum(side / coarse, -2, keepdims=True) for side, _ in sides)
+    count = sum(side.shape[-2] if m is None else jnp.maximum(jnp.sum(m, -1), 1)[..., None, None] for side, m in sides)
+    centre = lax.stop_gradient(total / count)
+    centred = [side / coarse - centre for side, _ in sides]
+    centred = [c if m is None else jnp.where(m[..., None], c, 0) for c, (_, m) in zip(centred, sides, strict=True)]
+    fine = _power_of_two(centred)
+    scale = coarse * fine
+    raw = [side / coarse / fine for side, _ in sides]
+    centred = [c / fine for c in centred]
+    finite = jnp.isfinite(sum(jnp.max(jnp.abs(lax.stop_gradient(c)), (-2, -1)) for c in centred))
+    return Frame(
+        raw_x=raw[0],
+        raw_y=None if y is None else raw[1],
+        x=centred[0],
+        y=None if y is None else centred[1],
+        mask=mask,
+        mask_y=mask_y,
+        scale=scale,
+        finite=finite,
+    )
+
+
+def _power_of_two(sides: list[Array]) -> Array:
+    """A power of two near the largest magnitude, shape (..., 1, 1); 1 where all is 0 or something is not finite."""
+    top = [jnp.max(jnp.abs(lax.stop_gradient(side)), (-2, -1), keepdims=True) for side in sides]
+    largest = top[0] if len(top) == 1 else jnp.maximum(*top)
+    limit = jnp.finfo(largest.dtype).maxexp - 3  # so that neither the power nor its inverse is subnormal
+    usable = jnp.isfinite(largest) & (largest > 0)
+    exponent = jnp.clip(jnp.frexp(jnp.where(usable, largest, 1))[1], -limit, limit)
+    return jnp.ldexp(jnp.ones_like(largest), exponent)
+
+
+def fast_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
+    """|a|^2 + |b|^2 - 2 a.b in the frame, clamped at 0, with an exactly zero diagonal of self-distances."""
+    x, y = lax.stop_gradient((frame.x, frame.other))
+    squares_x, squares_y = jnp.sum(x * x, -1), jnp.sum(y * y, -1)
+    sums = squares_x[..., :, None] + squares_y[..., None, :]
+    distances = jnp.maximum(sums - 2 * _products(x, y, precision), 0)
+    return distances if frame.y is not None else jnp.where(same_row(distances.shape), 0, distances)
+
+
+def accurate_distances(frame: Frame, rate: Array, precision: lax.PrecisionLike = None) -> Array:
+    """Distances accurate enough for the kernel exp(-rate * D), rate = 1 / (2 sigma^2) in the frame.
+
+    The fast formula errs by about eps (|x_i|^2 + |y_j|^2). That matters where it is a visible part of 1 / rate for
+    a pair close enough not to vanish in the kernel: tight clusters far from each other, or duplicates. Then, and only
+    then, explicit differences are taken.
+    """
+    fast = fast_distances(frame, precision)
+    return when_any(inaccurate(frame, rate, fast), lambda _: explicit_distances(frame), fast)
+
+
+def inaccurate(frame: Frame, rate: Array, fast: Array) -> Array:
+    """Whether `fast_distances` are too coarse for the kernel exp(-rate * D): a scalar for the whole batch."""
+    x, y, rate = lax.stop_gradient((frame.x, frame.other, rate))
+    squares_x, squares_y = jnp.sum(x * x, -1), jnp.sum(y * y, -1)
+    eps = float(jnp.finfo(x.dtype).eps)
+    # Errors of the exponent up to 1000 eps are let pass: 1e-4 in float32 for the worst pair, and because they are
+    # random from pair to pair far less in any mean.
+    limit = 1000.0
+    largest = jnp.max(squares_x, -1) + jnp.max(squares_y, -1)
+    suspicious = jnp.any(rate * largest[..., None, None] > limit)
+
+    def look_at_pairs(_: Array) -> Array:
+        spread = rate * (squares_x[..., :, None] + squares_y[..., None, :])
+        near = rate * fast < 4 * eps * spread - math.log(eps)
+        bad = (spread > limit) & near
+        if frame.y is None:
+            bad &= ~same_row(fast.shape)
+        if frame.mask is not None:
+            bad &= frame.mask[..., :, None]
+        if frame.other_mask is not None:
+            bad &= frame.other_mask[..., None, :]
+        return jnp.any(bad)
+
+    return when_any(suspicious, look_at_pairs, jnp.zeros((), bool))
+
+
+def explicit_distances(frame: Frame) -> Array:
+    """Sums of squared differences: exact to rounding of the result, d times the memory traffic of the fast way."""
+    x = lax.stop_gradient(frame.raw_x)
+    y = x if frame.y is None else lax.stop_gradient(frame.raw_y)
+    pad = -x.shape[-1] % _FEATURES_PER_STEP
+
+    def in_steps(a: Array) -> Array:
+        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, pad)])
+        return jnp.moveaxis(a.reshape(a.shape[:-1] + (-1, _FEATURES_PER_STEP)), -2, 0)
+
+    def add(total: Array, step: tuple[Array, Array]) -> tuple[Array, None]:
+        a, b = step
+        for k in range(_FEATURES_PER_STEP):
+            difference = a[..., :, None, k] - b[..., None, :, k]
+            total = total + difference * difference
+        return total, None
+
+    start = jnp.zeros(x.shape[:-1] + y.shape[-2:-1], x.dtype) + 0 * x[..., :1]
+    return lax.scan(add, start, (in_steps(x), in_steps(y)))[0]
+
+
+def attach_gradient(frame: Frame, distances: Array) -> Array:
+    """`distances` as a function of the frame's features: same values, exact derivatives of every order.
+
+    The derivative 2 (x_i - y_j).(dx_i - dy_j) is a polynomial of the features, so it is finite at zero distance
+    and does not depend on how the values were computed (clamping, explicit differences).
+    """
+    distances = lax.stop_gradient(distances)
+    return _attach_self(frame.x, distances) if frame.y is None else _attach_pair(frame.x, frame.y, distances)
+
+
+@jax.custom_jvp
+def _attach_self(x: Array, distances: Array) -> Array:
+    return distances
+
+
+@_attach_self.defjvp
+def _attach_self_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, distances), (dx, _) = primals, tangents
+    half = jnp.sum(x * dx, -1)[..., :, None] - _products(dx, x)
+    tangent = 2 * (half + jnp.swapaxes(half, -1, -2))
+    return _attach_self(x, distances), jnp.where(same_row(tangent.shape), 0, tangent)
+
+
+@jax.custom_jvp
+def _attach_pair(x: Array, y: Array, distances: Array) -> Array:
+    return distances
+
+
+@_attach_pair.defjvp
+def _attach_pair_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    (x, y, distances), (dx, dy, _) = primals, tangents
+    from_x = jnp.sum(x * dx, -1)[..., :, None] - _products(dx, y)
+    from_y = jnp.sum(y * dy, -1)[..., None, :] - _products(x, dy)
+    return _attach_pair(x, y, distances), 2 * (from_x + from_y)
+
+
+def _products(x: Array, y: Array, precision: lax.PrecisionLike = None) -> Array:
+    """x_i . y_j, shape (..., n, m)."""
+    return jnp.einsum("...id,...jd->...ij", x, y, precision=lax.Precision.HIGHEST if precision is None else precision)
+
+
+def same_row(shape: tuple[int, ...]) -> Array:
+    """True where the row index equals the column index, shape (n, m)."""
+    return lax.broadcasted_iota(jnp.int32, shape[-2:], 0) == lax.broadcasted_iota(jnp.int32, shape[-2:], 1)
+
+
+def when_any(condition: Array, fn: Callable[[T], T], value: T) -> T:
+    """fn(value) if the scalar condition holds, else value; skipped at run time also under vmap.
+
+    A loop of no or one step: unlike `lax.cond`, which vmap turns into running both branches, a loop whose
+    condition is batched runs while any element wants it.
+    """
+
+    def once(carry: tuple[Array, T]) -> tuple[Array, T]:
+        return jnp.zeros_like(carry[0]), fn(carry[1])
+
+    return lax.while_loop(lambda carry: carry[0], once, (condition, value))[1]
