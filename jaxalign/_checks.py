@@ -151,7 +151,7 @@ def _show(values: np.ndarray) -> str:
 
 
 def _refuse_foreign(name: str, value: Any) -> None:
-    if type(value).__module__.split(".")[0] == "torch":
+    if any(cls.__module__.split(".")[0] == "torch" for cls in type(value).__mro__):
         raise TypeError(
             f"{name} is a torch tensor. Convert it with jaxalign.interop.from_torch({name}), "
             f"or give {name}.detach().cpu().numpy()."
@@ -171,7 +171,7 @@ def _floating(name: str, value: Any) -> jax.Array:
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point; got dtype {value.dtype}. Write {name}.astype(np.float32).")
-    if value.dtype == np.float64 and not jax.config.jax_enable_x64:
+    if value.dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise TypeError(
             f"{name} is float64, but jax is set to 32 bits and would narrow it without a word. Either "
             'jax.config.update("jax_enable_x64", True) at the start of the program, or '

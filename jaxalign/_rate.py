@@ -101,7 +101,7 @@ def _range(rate: Array) -> tuple[float, float]:
 def _moments(pairs: Pairs, norm: Array, by_row: bool) -> Callable[[Array], Array]:
     def moments(rate: Array) -> Array:
         rate = rate[..., None] if by_row else rate[..., None, None]
-        return jnp.stack(reduce_pairs(_powers, pairs, rate, by_row=by_row)) / norm
+        return jnp.stack([total / norm for total in reduce_pairs(_powers, pairs, rate, by_row=by_row)])
 
     return moments
 

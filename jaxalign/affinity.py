@@ -31,16 +31,16 @@ from jaxalign.distances import make_frame, same_row
 
 
 def rbf_affinity(
-    x: Float[AnyArray, "*batch n d"],
-    y: Float[AnyArray, "*batch m d"] | None = None,
+    x: Float[AnyArray, "*#batch n d"],
+    y: Float[AnyArray, "*#batch m d"] | None = None,
     sigma: ArrayLike | None = None,
     *,
     density: ArrayLike = 0.05,
     diagonal: Diagonal = "include",
     bandwidth: Bandwidth = "global",
     zero_diagonal: bool = False,
-    mask: Bool[AnyArray, "*batch n"] | None = None,
-    mask_y: Bool[AnyArray, "*batch m"] | None = None,
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask_y: Bool[AnyArray, "*#batch m"] | None = None,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "*batch n m"]:
     """RBF affinity A_ij = exp(-||x_i - y_j||^2 / (2 sigma^2)), by default scaled to a mean of 0.05.

@@ -91,13 +91,13 @@ def raise_if_failed(status: Array) -> None:
 
 
 def mean_density(
-    x: Float[AnyArray, "*batch n d"],
-    y: Float[AnyArray, "*batch m d"] | None = None,
+    x: Float[AnyArray, "*#batch n d"],
+    y: Float[AnyArray, "*#batch m d"] | None = None,
     *,
     sigma: ArrayLike,
     diagonal: Diagonal = "include",
-    mask: Bool[AnyArray, "*batch n"] | None = None,
-    mask_y: Bool[AnyArray, "*batch m"] | None = None,
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask_y: Bool[AnyArray, "*#batch m"] | None = None,
 ) -> Float[Array, "*batch"]:
     """Mean of the affinity exp(-||x_i - y_j||^2 / (2 sigma^2)) over pairs, at a given sigma.
 
@@ -142,14 +142,14 @@ def _mean_density(
 
 
 def solve_sigma(
-    x: Float[AnyArray, "*batch n d"],
-    y: Float[AnyArray, "*batch m d"] | None = None,
+    x: Float[AnyArray, "*#batch n d"],
+    y: Float[AnyArray, "*#batch m d"] | None = None,
     *,
     density: ArrayLike = 0.05,
     diagonal: Diagonal = "include",
     bandwidth: Bandwidth = "global",
-    mask: Bool[AnyArray, "*batch n"] | None = None,
-    mask_y: Bool[AnyArray, "*batch m"] | None = None,
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask_y: Bool[AnyArray, "*#batch m"] | None = None,
     rtol: float | None = None,
 ) -> SigmaSolution:
     """The sigma at which mean(exp(-||x_i - y_j||^2 / (2 sigma^2))) equals a density.

@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 
 def squared_distances(
-    x: Float[AnyArray, "*batch n d"],
-    y: Float[AnyArray, "*batch m d"] | None = None,
+    x: Float[AnyArray, "*#batch n d"],
+    y: Float[AnyArray, "*#batch m d"] | None = None,
     *,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "*batch n m"]:
@@ -106,7 +106,10 @@ def make_frame(x: Array, y: Array | None, mask: Array | None = None, mask_y: Arr
     sides = [(x, mask)] if y is None else [(x, mask), (y, mask_y)]
     coarse = _power_of_two([side for side, _ in sides])
     total = sum(jnp.sum(side / coarse, -2, keepdims=True) for side, _ in sides)
-    count = sum(side.shape[-2] if m is None else jnp.maximum(jnp.sum(m, -1), 1)[..., None, None] for side, m in sides)
+    count = sum(
+        side.shape[-2] if m is None else jnp.maximum(jnp.sum(m, -1, dtype=side.dtype), 1)[..., None, None]
+        for side, m in sides
+    )
     centre = lax.stop_gradient(total / count)
     centred = [side / coarse - centre for side, _ in sides]
     centred = [c if m is None else jnp.where(m[..., None], c, 0) for c, (_, m) in zip(centred, sides, strict=True)]
@@ -142,7 +145,7 @@ def fast_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
     x, y = lax.stop_gradient((frame.x, frame.other))
     squares_x, squares_y = jnp.sum(x * x, -1), jnp.sum(y * y, -1)
     sums = squares_x[..., :, None] + squares_y[..., None, :]
-    distances = jnp.maximum(sums - 2 * _products(x, y, precision), 0)
+    distances = jnp.maximum(sums - 2 * products(x, y, precision), 0)
     return distances if frame.y is not None else jnp.where(same_row(distances.shape), 0, distances)
 
 
@@ -173,7 +176,7 @@ def inaccurate(frame: Frame, rate: Array, fast: Array) -> Array:
         near = rate * fast < 4 * eps * spread - math.log(eps)
         bad = (spread > limit) & near
         if frame.y is None:
-            bad &= ~same_row(fast.shape)
+            bad = jnp.where(same_row(fast.shape), False, bad)
         if frame.mask is not None:
             bad &= frame.mask[..., :, None]
         if frame.other_mask is not None:
@@ -222,7 +225,7 @@ def _attach_self(x: Array, distances: Array) -> Array:
 @_attach_self.defjvp
 def _attach_self_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, distances), (dx, _) = primals, tangents
-    half = jnp.sum(x * dx, -1)[..., :, None] - _products(dx, x)
+    half = jnp.sum(x * dx, -1)[..., :, None] - products(dx, x)
     tangent = 2 * (half + jnp.swapaxes(half, -1, -2))
     return _attach_self(x, distances), jnp.where(same_row(tangent.shape), 0, tangent)
 
@@ -235,12 +238,12 @@ def _attach_pair(x: Array, y: Array, distances: Array) -> Array:
 @_attach_pair.defjvp
 def _attach_pair_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
     (x, y, distances), (dx, dy, _) = primals, tangents
-    from_x = jnp.sum(x * dx, -1)[..., :, None] - _products(dx, y)
-    from_y = jnp.sum(y * dy, -1)[..., None, :] - _products(x, dy)
+    from_x = jnp.sum(x * dx, -1)[..., :, None] - products(dx, y)
+    from_y = jnp.sum(y * dy, -1)[..., None, :] - products(x, dy)
     return _attach_pair(x, y, distances), 2 * (from_x + from_y)
 
 
-def _products(x: Array, y: Array, precision: lax.PrecisionLike = None) -> Array:
+def products(x: Array, y: Array, precision: lax.PrecisionLike = None) -> Array:
     """x_i . y_j, shape (..., n, m)."""
     return jnp.einsum("...id,...jd->...ij", x, y, precision=lax.Precision.HIGHEST if precision is None else precision)
 
