@@ -1,5 +1,6 @@
 """jaxalign: relative features that can be compared across networks."""
 
+from jaxalign import datasets as datasets
 from jaxalign import interop as interop
 from jaxalign._version import __version__ as __version__
 from jaxalign.affinity import rbf_affinity as rbf_affinity

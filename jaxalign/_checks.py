@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 HALF_DTYPES = (jnp.float16, jnp.bfloat16)
 
 
 def is_concrete(*values: Any) -> bool:
     """Whether the values of all of these can be looked at now (none is a tracer)."""
-    return not any(isinstance(value, jax.core.Tracer) for value in values)
+    return not any(isinstance(value, Tracer) for value in values)
 
 
 def features(name: str, value: Any, *, min_rows: int = 1) -> jax.Array:
@@ -34,13 +35,13 @@ def features(name: str, value: Any, *, min_rows: int = 1) -> jax.Array:
         raise ValueError(f"{name} is empty: shape {array.shape}; every axis of (..., n, d) must be at least 1.")
     if array.shape[-2] < min_rows:
         raise ValueError(
-            f"{name} has n = {array.shape[-2]} sample(s) in shape {array.shape}; this needs at least {min_rows} samples."
+            f"{name} has n = {array.shape[-2]} sample(s) in shape {array.shape}; at least {min_rows} are needed."
         )
     return array.astype(jnp.float32) if array.dtype in HALF_DTYPES else array
 
 
 def feature_pair(x: Any, y: Any | None, *, min_rows: int = 1) -> tuple[jax.Array, jax.Array | None]:
-    """x and y of one width, one dtype and one batch shape; y may be None."""
+    """Both feature arrays, of one width, one dtype and one batch shape; y may be None."""
     x = features("x", x, min_rows=min_rows if y is None else 1)
     if y is None:
         return x, None
@@ -57,7 +58,7 @@ def feature_pair(x: Any, y: Any | None, *, min_rows: int = 1) -> tuple[jax.Array
         raise ValueError(
             f"the batch dimensions of x, {x.shape[:-2]}, and of y, {y.shape[:-2]}, do not broadcast."
         ) from None
-    dtype = jnp.promote_types(x.dtype, y.dtype)
+    dtype = np.promote_types(x.dtype, y.dtype)
     return (
         jnp.broadcast_to(x, batch + x.shape[-2:]).astype(dtype),
         jnp.broadcast_to(y, batch + y.shape[-2:]).astype(dtype),

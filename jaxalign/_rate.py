@@ -35,9 +35,9 @@ _MAX_PASSES = 64
 # A set larger than this many rows gets its first estimate from about this many rows and columns.
 _SUBSAMPLE = 512
 _SUBSAMPLE_RTOL = 1e-3
-# Square distances of 1e-30 and less count as 0 in float32 (a ratio of 1e15 between the largest and the smallest distance).
-# exp(-z) is 0, or as good as, beyond these, while z^_ORDER must not overflow.
-_LARGEST_RATE = {"float32": 1e30, "float64": 1e75}
+# Square distances of 1e-30 and less count as 0 in float32 (a ratio of 1e15 between the largest and the smallest
+# distance). exp(-z) is 0, or as good as, beyond these, while z^_ORDER must not overflow.
+LARGEST_RATE = {"float32": 1e30, "float64": 1e75}
 _LARGEST_EXPONENT = {"float32": 100.0, "float64": 700.0}
 
 
@@ -68,6 +68,8 @@ def find_rate(pairs: Pairs, density: Array, *, self_pairs: bool, by_row: bool, r
         rtol: relative error allowed in the density.
     """
     total = pairs.total(by_row=by_row)
+    idle = ~(total > 0)  # masked rows: nothing to find, and no 0 / 0 for checkify to trip over
+    total = jnp.where(idle, 1, total)
     n, m = pairs.distances.shape[-2:]
     row_step, column_step = (1 if by_row else max(1, n // _SUBSAMPLE)), max(1, m // _SUBSAMPLE)
     # The few pairs of the subsample hold too many diagonal ones: leave those out, of the wanted density as well.
@@ -75,15 +77,16 @@ def find_rate(pairs: Pairs, density: Array, *, self_pairs: bool, by_row: bool, r
     if self_pairs and not pairs.skip_self:
         own = pairs._rows() * pairs.self_weights()
         own = own if by_row else jnp.sum(own, -1)
-        off_density = (density * total - own) / (total - own)
+        off_density = (density * total - own) / jnp.where(total > own, total - own, 1)
     sample = pairs.every(row_step, column_step, skip_self=self_pairs)
     sample_total = sample.total(by_row=by_row)
+    sample_total = jnp.where(sample_total > 0, sample_total, 1)
     mean_distance = reduce_pairs(lambda d2: (d2,), sample, by_row=by_row)[0] / sample_total
-    start = _usable(-jnp.log(off_density) / mean_distance)
+    start = _usable(-jnp.log(off_density) / _at_least_tiny(mean_distance))
     if row_step > 1 or column_step > 1:
-        guess = _find(_moments(sample, sample_total * off_density, by_row), start, _SUBSAMPLE_RTOL)
+        guess = _find(_moments(sample, sample_total * off_density, by_row), start, idle, _SUBSAMPLE_RTOL)
         start = _usable(jnp.where(guess.converged, guess.rate, 1))
-    root = _find(_moments(pairs, total * density, by_row), start, rtol)
+    root = _find(_moments(pairs, total * density, by_row), start, idle, rtol)
     return root._replace(density=root.density * density)
 
 
@@ -94,7 +97,7 @@ def _usable(rate: Array) -> Array:
 
 def _range(rate: Array) -> tuple[float, float]:
     """The smallest and the largest rate. Features are about 1: distances beyond these are 0, or out of range."""
-    high = _LARGEST_RATE[rate.dtype.name]
+    high = LARGEST_RATE[rate.dtype.name]
     return 1 / high, high
 
 
@@ -114,6 +117,10 @@ def _powers(d2: Array, rate: Array) -> tuple[Array, ...]:
     return tuple(terms)
 
 
+def _at_least_tiny(a: Array) -> Array:
+    return jnp.maximum(a, jnp.finfo(a.dtype).tiny)
+
+
 class _State(NamedTuple):
     rate: Array
     low: Array  # rates at which the density is above and below the wanted one
@@ -124,14 +131,14 @@ class _State(NamedTuple):
     passes: Array
 
 
-def _find(moments: Callable[[Array], Array], start: Array, rtol: float) -> Root:
-    """The rate at which moments(rate)[0] = 1, from `start`; densities are in units of the wanted one."""
+def _find(moments: Callable[[Array], Array], start: Array, idle: Array, rtol: float) -> Root:
+    """The rate at which moments(rate)[0] = 1, from `start`, except where idle; densities in units of the wanted one."""
     lowest, highest = _range(start)
 
     def step(state: _State) -> _State:
         rate = state.rate
         m = moments(rate)
-        excess = jnp.log(jnp.maximum(m[0], jnp.finfo(rate.dtype).tiny))
+        excess = jnp.log(_at_least_tiny(m[0]))
         low = jnp.where(excess > 0, jnp.maximum(state.low, rate), state.low)
         high = jnp.where(excess < 0, jnp.minimum(state.high, rate), state.high)
 
@@ -139,10 +146,11 @@ def _find(moments: Callable[[Array], Array], start: Array, rtol: float) -> Root:
             return (candidate > low) & (candidate < high)
 
         s, value, bound = _series_root(m)
-        in_series = (jnp.abs(s) < _SERIES_RADIUS) & inside(rate * (1 + s))
+        # The truncated series may have no root near: then its Newton steps end anywhere, and following them may creep.
+        closer = jnp.abs(value - 1) < 0.5 * jnp.abs(m[0] - 1)
+        in_series = (jnp.abs(s) < _SERIES_RADIUS) & closer & inside(rate * (1 + s))
         converged = (jnp.abs(s) < _SERIES_RADIUS) & (bound < rtol) & (jnp.abs(value - 1) < rtol)
-        newton = jnp.clip(excess * m[0] / m[1], -_LONGEST_STEP, _LONGEST_STEP)
-        newton = jnp.where(jnp.isnan(newton), jnp.sign(excess) * _LONGEST_STEP, newton)  # m[1] = 0: flat
+        newton = jnp.clip(excess * m[0] / _at_least_tiny(m[1]), -_LONGEST_STEP, _LONGEST_STEP)
         newton = jnp.clip(rate * jnp.exp(newton), lowest, highest)
         new = jnp.where(inside(newton), newton, jnp.sqrt(low) * jnp.sqrt(high))
         new = jnp.where(in_series | converged, rate * (1 + s), new)
@@ -159,7 +167,7 @@ def _find(moments: Callable[[Array], Array], start: Array, rtol: float) -> Root:
             passes=state.passes + 1,
         )
 
-    no = start != start  # noqa: PLR0124 - False wherever start is a number, and of its shape and sharding
+    no = start != start  # False wherever start is a number, and of its shape and sharding
     state = lax.while_loop(
         lambda state: jnp.any(~state.done) & (state.passes < _MAX_PASSES),
         step,
@@ -168,7 +176,7 @@ def _find(moments: Callable[[Array], Array], start: Array, rtol: float) -> Root:
             jnp.full_like(start, 0.5 * lowest),
             jnp.full_like(start, 2 * highest),
             start,
-            no,
+            no | idle,
             no,
             jnp.zeros((), jnp.int32),
         ),
@@ -187,10 +195,10 @@ def _series_root(m: Array) -> tuple[Array, Array, Array]:
             value, slope = value * s + coefficient, slope * s + value
         return value, slope
 
-    s = jnp.expm1(jnp.clip(jnp.log(m[0]) * m[0] / m[1], -0.6, 0.6))
+    s = jnp.expm1(jnp.clip(jnp.log(_at_least_tiny(m[0])) * m[0] / _at_least_tiny(m[1]), -0.6, 0.6))
     for _ in range(4):
         value, slope = evaluate(s)
-        s = jnp.clip(s - (value - 1) / slope, -0.9, 0.9)
+        s = jnp.clip(s - (value - 1) / jnp.where(slope == 0, 1, slope), -0.9, 0.9)
     value, _ = evaluate(s)
     # s > 0: the terms alternate and enclose the sum. s < 0: they add up, the rest grows like that of a gamma law.
     last = jnp.abs(coefficients[-1]) * jnp.abs(s) ** _ORDER

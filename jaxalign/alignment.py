@@ -35,8 +35,8 @@ Metric = Literal["correlation", "cosine", "euclidean"]
 class _Channels:
     """The affine map of one network's channels that was fitted; None for what is not used."""
 
-    centre: Array | None = None  # (d,)
-    scale: Array | None = None  # (d,) standard deviations
+    centre: Array | None = None  # (1, d)
+    scale: Array | None = None  # (1, d) standard deviations
     factor: Array | None = None  # (d, d) lower Cholesky factor of the shrunk covariance
 
     def __call__(self, x: Array) -> Array:
@@ -63,7 +63,7 @@ class _Space:
     sigma: Array | None  # None with a bandwidth per row: every row has its own
     density: Array
     inverse: Array | None = None  # (m, m) lower Cholesky factor of A_LL + lambda I
-    centre: Array | None = None  # (m,) mean and standard deviation of the columns
+    centre: Array | None = None  # (1, m) mean and standard deviation of the columns
     scale: Array | None = None
 
     def affinity(self, x: Array) -> Array:
@@ -76,7 +76,9 @@ class _Space:
         """Relative features from affinities: decorrelated and standardised as fitted."""
         if self.inverse is not None:
             affinity = jax.scipy.linalg.cho_solve((self.inverse, True), affinity.T).T
-        return affinity if self.centre is None else (affinity - self.centre) / self.scale
+        if self.centre is None or self.scale is None:
+            return affinity
+        return (affinity - self.centre) / self.scale
 
 
 @partial(
@@ -107,10 +109,9 @@ class Alignment:
         return tuple(self.features)
 
     @property
-    def queries(self) -> np.ndarray:
+    def queries(self) -> Int[Array, " k"]:
         """Indices of the samples that are not landmarks, in order: the ones to score with."""
-        n = next(iter(self.features.values())).shape[0]
-        return np.setdiff1d(np.arange(n), np.asarray(self.landmarks))
+        return _others(self.landmarks, next(iter(self.features.values())).shape[0])
 
     def transform(self, name: str, x_new: Float[AnyArray, "k d"]) -> Float[Array, "k m"]:
         """Relative features of new samples of one network, with everything as it was fitted.
@@ -129,9 +130,7 @@ class Alignment:
         space = self.spaces[self._known(name)]
         x = _checks.features("x_new", x_new)
         if x.ndim != 2 or x.shape[-1] != space.landmarks.shape[-1]:
-            raise ValueError(
-                f"x_new must have shape (k, {space.landmarks.shape[-1]}) for {name!r}; got {x.shape}."
-            )
+            raise ValueError(f"x_new must have shape (k, {space.landmarks.shape[-1]}) for {name!r}; got {x.shape}.")
         return space.rows(space.affinity(space.channels(x)))
 
     def correspondence(
@@ -157,12 +156,12 @@ class Alignment:
         queries = self.queries
         if len(queries) < 2:
             raise ValueError(
-                f"{len(queries)} sample(s) are not landmarks; a landmark's affinity with itself gives the match away, so "
-                "landmarks are not scored. Fit with fewer landmarks, align(..., landmarks=number, key=key), or score "
+                f"{len(queries)} sample(s) are not landmarks; a landmark's affinity with itself gives the match "
+                "away, so landmarks are not scored. Fit with fewer landmarks, align(..., landmarks=number, key=key), or score "
                 "new samples: correspondence(alignment.transform(a, x), alignment.transform(b, y))."
             )
         rows = (self.features[self._known(name)][queries] for name in (a, b))
-        return correspondence(*rows, metric=metric, csls=csls)
+        return _correspondence(*_check_rows(*rows, metric, csls), metric, csls)
 
     def _known(self, name: str) -> str:
         if name not in self.features:
@@ -186,7 +185,8 @@ def align(
 
     Each network's sigma is solved on its landmark block, mean(A(x_L, x_L)) = density, and the relative features are
     the rows of A(x, x_L). Recommended where correspondences matter:
-    `channels="standardize", decorrelate=0.1, density=0.7, standardize=True` (see docs/alignment.md for what each gives).
+    `channels="standardize", decorrelate=0.1, density=0.7, standardize=True` (see docs/alignment.md for what each
+    gives).
 
     Args:
         features: by network name, shape (n, d_k): row i is the same sample in all of them.
@@ -197,13 +197,13 @@ def align(
         bandwidth: "global": one sigma a network. "per_row": every row of A(x, x_L) has its own, with mean = density; it
             follows changes of the samples' own density.
         diagonal: whether the ones of the landmark block count in its mean (bandwidth="global").
-        channels: None, "standardize": each channel is centred and divided by its standard deviation over all n samples; or
-            "whiten": by the Cholesky factor of their covariance, shrunk by adding its mean eigenvalue. Undoes
+        channels: None, "standardize": each channel is centred and divided by its standard deviation over all n samples;
+            or "whiten": by the Cholesky factor of their covariance, shrunk by adding its mean eigenvalue. Undoes
             anisotropic scaling, which a bandwidth alone cannot.
         decorrelate: lambda > 0: rows times (A_LL + lambda I)^-1, so that landmarks alike do not count twice. Only
             with bandwidth="global".
-        standardize: take off each column's mean and divide by its standard deviation, both over the samples that are not
-            landmarks (over all if every sample is one).
+        standardize: take off each column's mean and divide by its standard deviation, both over the samples that are
+            not landmarks (over all if every sample is one).
 
     Returns:
         `Alignment` with `.features`, `.sigma`, `.landmarks`, `.transform` and `.correspondence`.
@@ -235,6 +235,7 @@ def align(
         array = _checks.features(f"features[{name!r}]", value, min_rows=2)
         if array.ndim != 2:
             raise ValueError(f"features[{name!r}] must have shape (n, d); got {array.shape}.")
+        _checks.finite_rows(f"features[{name!r}]", array)
         arrays[name] = array
     counts = {name: array.shape[0] for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
@@ -244,7 +245,7 @@ def align(
     maps = {name: _fit_channels(x, channels) for name, x in arrays.items()}
     arrays = {name: maps[name](x) for name, x in arrays.items()}
     chosen = _choose_landmarks(landmarks, key, list(arrays.values()), n)
-    others = np.setdiff1d(np.arange(n), np.asarray(chosen)) if standardize else None
+    others = _others(chosen, n) if standardize else None
     rows, sigma, spaces = {}, {}, {}
     for name, x in arrays.items():
         try:
@@ -266,7 +267,7 @@ def align(
         rows[name] = space.rows(affinity)
         if others is not None:
             scored = rows[name][others] if len(others) else rows[name]
-            space = replace(space, centre=jnp.mean(scored, 0), scale=_spread(scored))
+            space = replace(space, centre=jnp.mean(scored, 0, keepdims=True), scale=_spread(scored))
             rows[name] = space.rows(affinity)
         spaces[name] = space
     return Alignment(rows, sigma, chosen, spaces)
@@ -275,7 +276,7 @@ def align(
 def _fit_channels(x: Array, channels: Channels | None) -> _Channels:
     if channels is None:
         return _Channels()
-    centre = jnp.mean(x, 0)
+    centre = jnp.mean(x, 0, keepdims=True)
     if channels == "standardize":
         return _Channels(centre, scale=_spread(x))
     x = x - centre
@@ -287,11 +288,16 @@ def _fit_channels(x: Array, channels: Channels | None) -> _Channels:
 
 
 def _spread(x: Array) -> Array:
-    """Standard deviation of each column, 1 for a constant one."""
-    variance = jnp.mean((x - jnp.mean(x, 0)) ** 2, 0)
-    rounding = 8 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x), 0)
+    """Standard deviation of each column, 1 for a constant one: shape (1, d)."""
+    variance = jnp.mean((x - jnp.mean(x, 0, keepdims=True)) ** 2, 0, keepdims=True)
+    rounding = 8 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x), 0, keepdims=True)
     constant = variance <= rounding * rounding
     return jnp.where(constant, 1, jnp.sqrt(jnp.where(constant, 1, variance)))
+
+
+def _others(chosen: Array, n: int) -> Array:
+    """Indices of the samples from 0 to n - 1 that are not among the chosen ones, in order; also under a trace."""
+    return jnp.nonzero(jnp.ones(n, bool).at[chosen].set(False), size=n - len(chosen))[0]
 
 
 def _choose_landmarks(landmarks: Any, key: Array | None, arrays: list[Array], n: int) -> Array:
@@ -307,14 +313,17 @@ def _choose_landmarks(landmarks: Any, key: Array | None, arrays: list[Array], n:
     indices = np.asarray(landmarks)
     if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
         raise TypeError(
-            f"landmarks must be None, a number or a vector of indices; got shape {indices.shape}, dtype {indices.dtype}."
+            "landmarks must be None, a number or a vector of indices; "
+            f"got shape {indices.shape}, dtype {indices.dtype}."
             + (" For a mask write np.flatnonzero(mask)." if indices.dtype == bool else "")
         )
     if indices.min() < 0 or indices.max() >= n:
         raise ValueError(f"landmarks must be indices from 0 to {n - 1}; got {indices.min()} .. {indices.max()}.")
     values, counts = np.unique(indices, return_counts=True)
     if (counts > 1).any():
-        raise ValueError(f"landmarks repeat: sample {values[counts > 1][0]} stands there {counts.max()} times.")
+        raise ValueError(
+            f"landmarks repeat: sample {values[counts > 1][0]} stands there {counts[counts > 1][0]} times."
+        )
     return jnp.asarray(indices)
 
 
@@ -326,14 +335,14 @@ def _farthest_points(arrays: list[Array], number: int) -> Array:
     """
     parts = []
     for x in arrays:
-        x = x - jnp.mean(x, 0)
+        x = x - jnp.mean(x, 0, keepdims=True)
         mean = 2 * jnp.mean(jnp.sum(x * x, -1))
         parts.append(x / jnp.sqrt(jnp.where(mean > 0, mean, 1)))
     joint = lax.stop_gradient(jnp.concatenate(parts, -1))
 
     def step(nearest: Array, _: None) -> tuple[Array, Array]:
         chosen = jnp.argmax(nearest)
-        difference = joint - joint[chosen]
+        difference = joint - joint[chosen][None]
         nearest = jnp.minimum(nearest, jnp.sum(difference * difference, -1))
         return nearest.at[chosen].set(-1), chosen  # -1: never again, not even among duplicates
 
@@ -344,7 +353,7 @@ def _farthest_points(arrays: list[Array], number: int) -> Array:
 
 
 def joint_affinity(
-    alignment: Alignment | Sequence[Float[AnyArray, "n m"]],
+    alignment: Alignment | Sequence[Float[AnyArray, "_ m"]],
     *,
     density: ArrayLike = 0.05,
     diagonal: Diagonal = "include",
@@ -380,9 +389,7 @@ def joint_affinity(
     return rbf_affinity(jnp.concatenate(rows), density=density, diagonal=diagonal, bandwidth=bandwidth)
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=("index", "rank", "top1", "top5", "mrr"), meta_fields=()
-)
+@partial(jax.tree_util.register_dataclass, data_fields=("index", "rank", "top1", "top5", "mrr"), meta_fields=())
 @dataclass(frozen=True)
 class Correspondence:
     """How well rows find their partners; made by `correspondence`.
@@ -414,8 +421,8 @@ def correspondence(
     Args:
         a: relative features of n samples in one network, shape (..., n, m), n >= 2.
         b: those of the same samples in another, over the same landmarks.
-        metric: similarity of two rows: "correlation" (Pearson), "cosine", or "euclidean" (minus the squared distance). A
-            constant row (a zero row for cosine) has similarity 0 with every other.
+        metric: similarity of two rows: "correlation" (Pearson), "cosine", or "euclidean" (minus the squared distance).
+            A constant row (a zero row for cosine) has similarity 0 with every other.
         csls: correct for hubs, rows that are near to everything, with this many neighbours (10 is usual): from twice
             the similarity take each row's mean similarity to its nearest (Conneau et al., Word translation without
             parallel data, ICLR 2018, eq. 3). None: no correction.
@@ -434,6 +441,20 @@ def correspondence(
         >>> float(jaxalign.correspondence(a, 3 * a + 1).top1)
         1.0
     """
+    a, b = _check_rows(a, b, metric, csls)
+    if _checks.is_concrete(a, b):
+        own = np.argwhere(np.asarray((a == 1) & (b == 1)))
+        if len(own) and float(jnp.min(a)) >= 0 and float(jnp.max(a)) == 1:
+            row, column = (int(i) for i in own[0][-2:])
+            raise ValueError(
+                f"row {row} is 1 in column {column} in both a and b: the affinity of a landmark with itself, "
+                "which gives the match away. Score samples that are not landmarks, "
+                "as alignment.correspondence(name_a, name_b) does."
+            )
+    return _correspondence(a, b, metric, csls)
+
+
+def _check_rows(a: Any, b: Any, metric: Metric, csls: int | None) -> tuple[Array, Array]:
     _checks.choice("metric", metric, ("correlation", "cosine", "euclidean"))
     a, b = _checks.features("a", a, min_rows=2), _checks.features("b", b, min_rows=2)
     if a.shape != b.shape:
@@ -443,15 +464,7 @@ def correspondence(
         raise ValueError(f"csls must be a number of neighbours from 1 to n = {n}, or None; got {csls!r}.")
     _checks.finite_rows("a", a)
     _checks.finite_rows("b", b)
-    if _checks.is_concrete(a, b):
-        own = np.argwhere(np.asarray((a == 1) & (b == 1)))
-        if len(own) and float(jnp.min(a)) >= 0 and float(jnp.max(a)) == 1:
-            row, column = (int(i) for i in own[0][-2:])
-            raise ValueError(
-                f"row {row} is 1 in column {column} in both a and b: the affinity of a landmark with itself, which gives the "
-                "match away. Score samples that are not landmarks, as alignment.correspondence(name_a, name_b) does."
-            )
-    return _correspondence(a, b, metric, csls)
+    return a, b
 
 
 @partial(jax.jit, static_argnames=("metric", "csls"))
@@ -460,9 +473,11 @@ def _correspondence(a: Array, b: Array, metric: Metric, csls: int | None) -> Cor
     if csls is not None:
         hub_a = jnp.mean(lax.top_k(similarity, csls)[0], -1)
         hub_b = jnp.mean(lax.top_k(jnp.swapaxes(similarity, -1, -2), csls)[0], -1)
-        similarity = 2 * similarity - hub_a[..., :, None] - hub_b[..., None, :]
+        # The sum first: 2 S is exact, so one rounding is left, and ties stay equal to the last digit however it is
+        # fused.
+        similarity = 2 * similarity - (hub_a[..., :, None] + hub_b[..., None, :])
     true = jnp.diagonal(similarity, axis1=-2, axis2=-1)
-    rank = jnp.sum((similarity >= true[..., None]) & ~same_row(similarity.shape), -1)
+    rank = jnp.sum(jnp.where(same_row(similarity.shape), False, similarity >= true[..., None]), -1)
     share = similarity.dtype
     return Correspondence(
         index=jnp.argmax(similarity, -1),
@@ -477,8 +492,14 @@ def _similarity(a: Array, b: Array, metric: Metric) -> Array:
     if metric == "euclidean":
         return -squared_distances(a, b)
     if metric == "correlation":
-        a, b = (rows - jnp.mean(rows, -1, keepdims=True) for rows in (a, b))
+        a, b = _centred(a), _centred(b)
     return products(_unit(a), _unit(b))
+
+
+def _centred(rows: Array) -> Array:
+    """Rows less their mean; 0 for a constant row, whatever the rounding of its mean."""
+    constant = jnp.max(rows, -1, keepdims=True) == jnp.min(rows, -1, keepdims=True)
+    return jnp.where(constant, 0, rows - jnp.mean(rows, -1, keepdims=True))
 
 
 def _unit(rows: Array) -> Array:

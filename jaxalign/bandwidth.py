@@ -7,6 +7,7 @@ pairs: see `find_rate`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -19,7 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
-from jaxalign._rate import Root, find_rate, no_root
+from jaxalign._rate import LARGEST_RATE, Root, find_rate, no_root
 from jaxalign._typing import AnyArray
 from jaxalign.distances import (
     Frame,
@@ -46,8 +47,8 @@ NO_SAMPLES = 5
 _REASONS = {
     NOT_CONVERGED: "the root-finder did not converge (please report this with your data)",
     INFEASIBLE: (
-        "too many samples coincide: the share of pairs at zero distance is not below the density, so no sigma reaches it. "
-        "Remove duplicate samples, or ask for a larger density"
+        "too many samples coincide: the share of pairs at zero distance is not below the density, so no sigma "
+        "reaches it. Remove duplicate samples, or ask for a larger density"
     ),
     NON_FINITE: "the features hold nan or inf",
     BAD_DENSITY: "density is not between 0 and 1",
@@ -157,9 +158,10 @@ def solve_sigma(
     Args:
         x: features, shape (..., n, d), n >= 2 (n >= 1 with y).
         y: features, shape (..., m, d); None compares x with itself.
-        density: the wanted mean c of the affinity, 0 < c < 1; a number or an array that broadcasts to (...), may be traced.
-        diagonal: "include" counts the n ones on the diagonal, as the method was published; "exclude" averages over i != j.
-            At n = 32 and c = 0.05 "include" leaves a density of 0.019 off the diagonal. Only for y = None.
+        density: the wanted mean c of the affinity, 0 < c < 1; a number or an array that broadcasts to (...), may be
+            traced.
+        diagonal: "include" counts the n ones on the diagonal, as the method was published; "exclude" averages over i !=
+            j. At n = 32 and c = 0.05 "include" leaves a density of 0.019 off the diagonal. Only for y = None.
         bandwidth: "global": one sigma a set. "per_row": one a row, so that the mean of every row is c.
         mask: shape (..., n), True = a real sample; the others do not count in any mean or in n.
         mask_y: the same for y, shape (..., m).
@@ -264,7 +266,8 @@ def check_density(density: Any, problem: Problem, bandwidth: Any) -> Array:
         if infeasible.any():
             worst = np.broadcast_to(counts, infeasible.shape)[infeasible].min()
             raise ValueError(
-                f"density = {float(np.min(np.asarray(density)))} cannot be reached with n = {worst} samples: the ones on the "
+                f"density = {float(np.min(np.asarray(density)))} cannot be reached with n = {worst} samples: "
+                "the ones on the "
                 f"diagonal alone give 1/n = {1 / worst:.4g}. Ask for a density above that, or leave the diagonal "
                 'out of the mean with diagonal="exclude".'
             )
@@ -315,8 +318,12 @@ def kernel(d2: Array, rate: Array) -> tuple[Array]:
 
 def rate_of(sigma: Array, frame: Frame) -> Array:
     """1 / (2 sigma^2) in the units of a frame; sigma broadcasts against (..., n, 1)."""
-    relative = sigma / frame.scale
-    return 0.5 / (relative * relative)
+    # Far below any distance the kernel is 0 or 1; smaller yet, and sigma^2 underflows to a rate of inf: inf * 0 = nan.
+    relative = jnp.maximum(sigma / frame.scale, math.sqrt(0.5 / LARGEST_RATE[sigma.dtype.name]))
+    relative = jnp.where((sigma > 0) & jnp.isfinite(sigma), relative, jnp.nan)  # what a trace kept from being refused
+    # The derivative of 1 / relative^2, its cube, would overflow: in two factors reverse mode visits it in steps.
+    inverse = 1 / relative
+    return 0.5 * inverse * inverse
 
 
 def pairs_at(frame: Frame, rate: Array, diagonal: Diagonal, precision: lax.PrecisionLike = None) -> Pairs:

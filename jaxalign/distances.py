@@ -20,9 +20,9 @@ from jaxtyping import Array, Float
 from jaxalign import _checks
 from jaxalign._typing import AnyArray
 
-# Features a step of the explicit sum: few enough to keep the running sum in cache lines that XLA vectorises,
-# many enough to read and write the n x m result rarely.
-_FEATURES_PER_STEP = 16
+# Features a step of the explicit sum, so that the n x m result is read and written rarely; more than this gains
+# nothing.
+_FEATURES_PER_STEP = 8
 
 T = TypeVar("T")
 
@@ -189,7 +189,7 @@ def inaccurate(frame: Frame, rate: Array, fast: Array) -> Array:
 def explicit_distances(frame: Frame) -> Array:
     """Sums of squared differences: exact to rounding of the result, d times the memory traffic of the fast way."""
     x = lax.stop_gradient(frame.raw_x)
-    y = x if frame.y is None else lax.stop_gradient(frame.raw_y)
+    y = x if frame.raw_y is None else lax.stop_gradient(frame.raw_y)
     pad = -x.shape[-1] % _FEATURES_PER_STEP
 
     def in_steps(a: Array) -> Array:

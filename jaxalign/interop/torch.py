@@ -15,7 +15,7 @@ from jaxalign import _checks
 
 
 def from_torch(tree: Any, *, copy: bool = False) -> Any:
-    """jax arrays of the torch tensors in a pytree (a tensor, or lists, tuples, dicts of them).
+    """Convert to jax arrays the torch tensors in a pytree (a tensor, or lists, tuples, dicts of them).
 
     Args:
         tree: torch tensors on CPU or on a device that jax has too; other leaves are returned as they are.
@@ -27,7 +27,7 @@ def from_torch(tree: Any, *, copy: bool = False) -> Any:
         The same tree with arrays of the same shape, dtype and device. Gradients do not pass: the tensors are detached.
 
     Raises:
-        TypeError: a float64, complex128 or int64 tensor while jax is set to 32 bits (it would be narrowed); a sparse,
+        TypeError: a float64, complex128, int64 or uint64 tensor while jax is set to 32 bits (it would be narrowed); a sparse,
             quantized or meta tensor; a device that jax does not have.
 
     Example:
@@ -45,7 +45,7 @@ def from_torch(tree: Any, *, copy: bool = False) -> Any:
 
 
 def to_torch(tree: Any, *, copy: bool = False) -> Any:
-    """torch tensors of the jax arrays in a pytree.
+    """Convert to torch tensors the jax arrays in a pytree.
 
     Args:
         tree: jax arrays; other leaves (numpy arrays too) are returned as they are. Result objects of jaxalign become
@@ -89,6 +89,8 @@ def _array(torch: Any, tensor: Any, copy: bool) -> jax.Array:
             "Write tensor.to_dense() for a sparse one, tensor.dequantize() for a quantized one."
         )
     wide = {torch.float64: "float()", torch.complex128: "to(torch.complex64)", torch.int64: "int()"}
+    if hasattr(torch, "uint64"):
+        wide[torch.uint64] = "to(torch.uint32)"
     if tensor.dtype in wide and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise TypeError(
             f"the tensor is {tensor.dtype}, but jax is set to 32 bits and would narrow it without a word. Either "

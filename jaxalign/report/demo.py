@@ -1,0 +1,172 @@
+"""The demo: relative features of real networks, scored on held-out samples, as tables and pictures.
+
+Everything is computed here from the features that ship with the library; `jaxalign demo` prints and draws it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.alignment import align, correspondence
+from jaxalign.datasets import DigitFeatures, PatchFeatures, load_digit_features, load_patch_features
+from jaxalign.report.baselines import best_ridge, variance_scaled_rows
+
+Score = tuple[float, float, float]  # top-1, top-5, mean reciprocal rank
+RECOMMENDED: dict[str, Any] = {"channels": "standardize", "decorrelate": 0.1, "density": 0.7}
+PUBLISHED, PER_ROW, DECORRELATED = (
+    "auto-scaled RBF (as published)",
+    "auto-scaled, a sigma per row",
+    "decorrelated (recommended)",
+)
+METHODS: dict[str, dict[str, Any]] = {PUBLISHED: {}, PER_ROW: {"bandwidth": "per_row"}, DECORRELATED: RECOMMENDED}
+VARIANCE = "variance-scaled RBF"
+CSLS = "decorrelated + CSLS"
+RIDGE = "ridge map fitted on the landmarks"
+DIGIT_LANDMARKS = 300
+# The networks scored with each other on patches: one layer each. The first is the one drawn.
+PATCH_NETWORKS = (
+    "vit-s14 layer 8",
+    "efficientnet-lite0 block 10",
+    "mobilenet-v2 block 13",
+    "pp-ocrv4 stride 16",
+)
+POSITION = "position only"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Relative features of the queries: by method, then by name; and which samples the queries are."""
+
+    by_method: dict[str, dict[str, np.ndarray]]
+    sigma: dict[str, float]  # auto-scaled, of each set
+    landmarks: np.ndarray
+    queries: np.ndarray
+
+
+def relative_rows(features: Mapping[str, np.ndarray], landmarks: np.ndarray, tick: Callable[[str], None]) -> Rows:
+    """Relative features under every method, of the samples that are not landmarks."""
+    n = len(next(iter(features.values())))
+    queries = np.setdiff1d(np.arange(n), landmarks)
+    by_method, sigma = {}, {}
+    tick(VARIANCE)
+    by_method[VARIANCE] = {name: variance_scaled_rows(x, landmarks, queries) for name, x in features.items()}
+    for method, options in METHODS.items():
+        tick(method)
+        alignment = align(features, landmarks=landmarks, standardize=True, **options)
+        by_method[method] = {name: np.asarray(rows)[queries] for name, rows in alignment.features.items()}
+        if method == PUBLISHED:
+            sigma = {name: float(value) for name, value in alignment.sigma.items()}
+    return Rows(by_method, sigma, landmarks, queries)
+
+
+def score(rows: Mapping[str, np.ndarray], pairs: list[tuple[str, str]], csls: int | None = None) -> Score:
+    """Mean scores over pairs of sets, looked up in both directions."""
+    both = [pair for a, b in pairs for pair in ((a, b), (b, a))]
+    found = [correspondence(rows[a], rows[b], csls=csls) for a, b in both]
+    top1, top5, mrr = ([float(getattr(one, part)) for one in found] for part in ("top1", "top5", "mrr"))
+    return float(np.mean(top1)), float(np.mean(top5)), float(np.mean(mrr))
+
+
+def ridge_score(
+    features: Mapping[str, np.ndarray], rows: Rows, pairs: list[tuple[str, str]], csls: int | None = None
+) -> Score:
+    """Mean scores of the fitted map over pairs of sets, in both directions."""
+    both = [pair for a, b in pairs for pair in ((a, b), (b, a))]
+    found = [best_ridge(features[a], features[b], rows.landmarks, rows.queries, csls=csls) for a, b in both]
+    top1, top5, mrr = np.mean(found, 0)
+    return float(top1), float(top5), float(mrr)
+
+
+@dataclass(frozen=True)
+class DigitReport:
+    """Scores of each method over all pairs of networks, and the rows they were taken from."""
+
+    data: DigitFeatures
+    rows: Rows
+    scores: dict[str, Score]
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """Scores of each method, mean over the pictures: networks with each other, and each control with the networks."""
+
+    data: PatchFeatures
+    rows: list[Rows]  # one a picture
+    scores: dict[str, Score]
+    controls: dict[str, dict[str, Score]]  # by control, then by method
+    layers: dict[str, Score]  # every set looked up against the sets of other networks, recommended form
+
+
+def report_digits(tick: Callable[[str], None]) -> DigitReport:
+    """1000 digits: 300 random landmarks, the other 700 looked up between every two networks."""
+    data = load_digit_features()
+    n = len(data.labels)
+    landmarks = np.sort(np.asarray(jax.random.choice(jax.random.key(0), n, (DIGIT_LANDMARKS,), replace=False)))
+    rows = relative_rows(data.features, landmarks, lambda method: tick(f"digits: {method}"))
+    pairs = list(itertools.combinations(data.features, 2))
+    scores = {}
+    tick("digits: raw features")
+    alike = [(a, b) for a, b in pairs if data.features[a].shape == data.features[b].shape]
+    if alike:
+        queries = {name: x[rows.queries] for name, x in data.features.items()}
+        scores[f"raw features ({len(alike)} of {len(pairs)} pairs have one width)"] = score(queries, alike)
+    scores |= _scores_by_method(rows, pairs)
+    tick("digits: ridge map")
+    scores[RIDGE] = ridge_score(data.features, rows, pairs)
+    scores[f"{RIDGE} + CSLS"] = ridge_score(data.features, rows, pairs, csls=10)
+    return DigitReport(data, rows, scores)
+
+
+def report_patches(tick: Callable[[str], None]) -> PatchReport:
+    """Each photograph by itself: 128 of its 256 patches are landmarks, a checkerboard, the others are looked up."""
+    data = load_patch_features()
+    sets = {**data.features, POSITION: data.positions.astype(np.float32)}
+    controls = (POSITION, *data.controls)
+    pairs = {"": list(itertools.combinations(PATCH_NETWORKS, 2))}
+    pairs |= {control: [(control, name) for name in PATCH_NETWORKS] for control in controls}
+    trained = [name for name in data.features if name not in data.controls]
+    foreign = {a: [(a, b) for b in trained if network_of(a) != network_of(b)] for a in (*trained, *controls)}
+    all_rows, scores, layers = [], [], []
+    for picture, picture_name in enumerate(data.picture_names):
+        here = data.picture_index == picture
+        features = {name: x[here] for name, x in sets.items()}
+        landmarks = np.flatnonzero(data.positions[here].sum(-1) % 2 == 0)
+        rows = relative_rows(features, landmarks, lambda method, of=picture_name: tick(f"{of}: {method}"))
+        tick(f"{picture_name}: ridge map")
+        scores.append(
+            {
+                who: _scores_by_method(rows, some) | {RIDGE: ridge_score(features, rows, some)}
+                for who, some in pairs.items()
+            }
+        )
+        layers.append({name: score(rows.by_method[DECORRELATED], some) for name, some in foreign.items()})
+        all_rows.append(rows)
+    means = {who: _mean([one[who] for one in scores]) for who in pairs}
+    return PatchReport(data, all_rows, means.pop(""), means, _mean(layers))
+
+
+def network_of(name: str) -> str:
+    """The network that a set is a layer of: the first word of its name."""
+    return name.split()[0]
+
+
+def _scores_by_method(rows: Rows, pairs: list[tuple[str, str]]) -> dict[str, Score]:
+    scores = {method: score(by_name, pairs) for method, by_name in rows.by_method.items()}
+    return scores | {CSLS: score(rows.by_method[DECORRELATED], pairs, csls=10)}
+
+
+def _mean(parts: list[dict[str, Score]]) -> dict[str, Score]:
+    means = {name: np.mean([part[name] for part in parts], 0) for name in parts[0]}
+    return {name: (float(m[0]), float(m[1]), float(m[2])) for name, m in means.items()}
+
+
+def steps() -> int:
+    """How often the reports tick, for a progress bar."""
+    digits, patches, pictures = len(METHODS) + 3, len(METHODS) + 2, 3
+    return digits + patches * pictures

@@ -1,0 +1,155 @@
+"""The demo's pictures. Needs matplotlib, the extra [viz]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import ConnectionPatch
+
+from jaxalign.affinity import rbf_affinity
+from jaxalign.alignment import correspondence
+from jaxalign.report.baselines import variance_sigma
+from jaxalign.report.demo import CSLS, DECORRELATED, PATCH_NETWORKS, PUBLISHED, VARIANCE, DigitReport, PatchReport
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+RIGHT, WRONG, NEAR = "#0072B2", "#D55E00", "#E69F00"
+_DPI = 150
+
+
+def correspondences(report: PatchReport, picture: int, a: str, b: str, number: int = 28) -> Figure:
+    """Held-out patches of one network and the patches that they match in another, before and after alignment."""
+    rows, image = report.rows[picture], report.data.pictures[picture]
+    here = report.data.positions[report.data.picture_index == picture][rows.queries]
+    shown = np.linspace(0, len(rows.queries) - 1, number).round().astype(int)
+    figure = Figure(figsize=(10.4, 9.6), layout="constrained")
+    methods = {"Before: variance-scaled RBF": VARIANCE, "After: decorrelated auto-scaled RBF": DECORRELATED}
+    upper, lower = figure.add_gridspec(2, 1)
+    parts = [figure.add_subfigure(upper), figure.add_subfigure(lower)]
+    patch = image.shape[0] / report.data.grid[0]
+    centres = (here + 0.5) * patch
+    for (title, method), part in zip(methods.items(), parts, strict=True):
+        left, right = part.subplots(1, 2, gridspec_kw={"wspace": 0.25})
+        found = correspondence(rows.by_method[method][a], rows.by_method[method][b])
+        index = np.asarray(found.index)
+        for ax, name in ((left, a), (right, b)):
+            ax.imshow(image)
+            ax.set_axis_off()
+            ax.set_title(name, fontsize=11)
+        for query in shown:
+            off = np.abs(here[index[query]] - here[query]).max()
+            colour = RIGHT if off == 0 else NEAR if off <= 2 else WRONG
+            start, end = centres[query][::-1], centres[index[query]][::-1]
+            line = ConnectionPatch(start, end, "data", "data", axesA=left, axesB=right, color=colour, lw=1.4, alpha=0.9)
+            line.set_in_layout(False)
+            figure.add_artist(line)
+            left.plot(*start, "o", color=colour, ms=5, mec="white", mew=0.7)
+            right.plot(*end, "o", color=colour, ms=5, mec="white", mew=0.7)
+        part.suptitle(
+            f"{title}: {float(found.top1):.0%} of {len(index)} held-out patches find themselves",
+            fontsize=13,
+            fontweight="bold",
+        )
+    handles = [
+        Line2D([], [], color=colour, lw=2, label=label)
+        for colour, label in ((RIGHT, "the same patch"), (NEAR, "at most two patches off"), (WRONG, "elsewhere"))
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
+    return figure
+
+
+def matched_digits(report: DigitReport, a: str, b: str, number: int = 14) -> Figure:
+    """Held-out digits as one network sees them, and the digit that each method finds for them in another network."""
+    rows, data = report.rows, report.data
+    labels = data.labels[rows.queries]
+    # Round the classes, so that every digit is shown.
+    order = np.argsort(np.concatenate([np.arange(np.sum(labels == k)) for k in range(10)]), kind="stable")
+    shown = np.argsort(labels, kind="stable")[order][:number]
+    methods = {VARIANCE: (VARIANCE, None), PUBLISHED: (PUBLISHED, None), CSLS: (DECORRELATED, 10)}
+    figure = Figure(figsize=(0.78 * number + 2.05, 4.7))
+    # Placed by hand: a layout engine is slow with this many axes.
+    grid = {
+        "left": 1.95 / (0.78 * number + 2.05),
+        "right": 0.995,
+        "top": 0.91,
+        "bottom": 0.08,
+        "wspace": 0.08,
+        "hspace": 0.08,
+    }
+    axes = figure.subplots(len(methods) + 1, number, gridspec_kw=grid)
+    images = data.images[rows.queries]
+
+    def draw(ax: Axes, image: np.ndarray, colour: str) -> None:
+        ax.imshow(image, cmap="gray_r", vmin=0, vmax=16)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        for spine in ax.spines.values():
+            spine.set(color=colour, linewidth=3)
+
+    def label(ax: Axes, text: str) -> None:
+        ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=10, labelpad=8)
+
+    for k, query in enumerate(shown):
+        draw(axes[0, k], images[query], "0.5")
+    label(axes[0, 0], f"query in\n{a}")
+    for line, (name, (method, csls)) in enumerate(methods.items(), 1):
+        found = correspondence(rows.by_method[method][a], rows.by_method[method][b], csls=csls)
+        index = np.asarray(found.index)
+        for k, query in enumerate(shown):
+            match = index[query]
+            colour = RIGHT if match == query else NEAR if labels[match] == labels[query] else WRONG
+            draw(axes[line, k], images[match], colour)
+        label(axes[line, 0], f"{name.removesuffix(' (as published)')}\ntop-1 {float(found.top1):.2f}")
+    handles = [
+        Line2D([], [], color=colour, lw=3, label=text)
+        for colour, text in ((RIGHT, "the very same digit"), (NEAR, "another of its class"), (WRONG, "another class"))
+    ]
+    figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False)
+    figure.suptitle(f"Matches in {b}, out of {len(labels)} held-out digits", fontsize=13)
+    return figure
+
+
+def affinities(report: DigitReport, a: str, b: str) -> Figure:
+    """Affinity matrices of two networks on the same digits, sorted by class: variance-scaled and auto-scaled."""
+    labels = report.data.labels
+    chosen = np.concatenate([np.flatnonzero(labels == k)[:30] for k in range(10)])
+    figure = Figure(figsize=(9.2, 8.6), layout="constrained")
+    axes = figure.subplots(2, 2)
+    picture = None
+    for column, name in enumerate((a, b)):
+        x = report.data.features[name][chosen]
+        variance = rbf_affinity(x, sigma=variance_sigma(x))
+        for line, (title, affinity) in enumerate(((VARIANCE, variance), ("auto-scaled RBF", rbf_affinity(x)))):
+            ax = axes[line, column]
+            picture = ax.imshow(
+                np.asarray(affinity), norm=PowerNorm(0.5, 0, 1), cmap="viridis", interpolation="nearest"
+            )
+            ax.set_title(f"{name}\n{title}: mean {float(affinity.mean()):.3f}", fontsize=11)
+            ax.set_xticks(np.arange(10) * 30 + 15, [str(k) for k in range(10)])
+            ax.set_yticks(np.arange(10) * 30 + 15, [str(k) for k in range(10)])
+            ax.tick_params(length=0)
+    assert picture is not None
+    figure.colorbar(picture, ax=axes, shrink=0.6, label="affinity (colours by its square root)")
+    figure.suptitle("300 digits, sorted by class", fontsize=13)
+    return figure
+
+
+def save_all(digits: DigitReport, patches: PatchReport, out: Path) -> list[Path]:
+    """Draw the demo's pictures into a folder; returns their paths."""
+    first, second = list(digits.data.features)[:2]
+    vit, cnn = PATCH_NETWORKS[:2]
+    figures = {
+        f"correspondences_{name}.png": correspondences(patches, k, vit, cnn)
+        for k, name in enumerate(patches.data.picture_names)
+    }
+    figures["matched_digits.png"] = matched_digits(digits, first, second)
+    figures["affinities.png"] = affinities(digits, first, second)
+    paths = []
+    for name, figure in figures.items():
+        figure.savefig(out / name, dpi=_DPI)
+        paths.append(out / name)
+    return paths
