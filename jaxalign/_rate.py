@@ -196,9 +196,12 @@ def _series_root(m: Array) -> tuple[Array, Array, Array]:
         return value, slope
 
     s = jnp.expm1(jnp.clip(jnp.log(_at_least_tiny(m[0])) * m[0] / _at_least_tiny(m[1]), -0.6, 0.6))
-    for _ in range(4):
+
+    def newton(_: Array, s: Array) -> Array:
         value, slope = evaluate(s)
-        s = jnp.clip(s - (value - 1) / jnp.where(slope == 0, 1, slope), -0.9, 0.9)
+        return jnp.clip(s - (value - 1) / jnp.where(slope == 0, 1, slope), -0.9, 0.9)
+
+    s = lax.fori_loop(0, 4, newton, s)  # a loop, as four copies take longer to compile
     value, _ = evaluate(s)
     # s > 0: the terms alternate and enclose the sum. s < 0: they add up, the rest grows like that of a gamma law.
     last = jnp.abs(coefficients[-1]) * jnp.abs(s) ** _ORDER

@@ -156,12 +156,12 @@ class Alignment:
         queries = self.queries
         if len(queries) < 2:
             raise ValueError(
-                f"{len(queries)} sample(s) are not landmarks; a landmark's affinity with itself gives the match "
-                "away, so landmarks are not scored. Fit with fewer landmarks, align(..., landmarks=number, key=key), or score "
+                f"{len(queries)} sample(s) are not landmarks; a landmark's affinity with itself gives the match away, "
+                "so landmarks are not scored. Fit with fewer landmarks, align(..., landmarks=number, key=key), or score "
                 "new samples: correspondence(alignment.transform(a, x), alignment.transform(b, y))."
             )
-        rows = (self.features[self._known(name)][queries] for name in (a, b))
-        return _correspondence(*_check_rows(*rows, metric, csls), metric, csls)
+        rows_a, rows_b = (self.features[self._known(name)][queries] for name in (a, b))
+        return _correspondence(*_check_rows(rows_a, rows_b, metric, csls), metric, csls)
 
     def _known(self, name: str) -> str:
         if name not in self.features:
@@ -263,7 +263,7 @@ def align(
             raise type(error)(f"features[{name!r}]: {error}") from error
         if decorrelate is not None:
             ridge = decorrelate * jnp.eye(len(chosen), dtype=x.dtype)
-            space = replace(space, inverse=jnp.linalg.cholesky(rbf_affinity(block, sigma=space.sigma) + ridge))
+            space = replace(space, inverse=jnp.linalg.cholesky(affinity[chosen] + ridge))
         rows[name] = space.rows(affinity)
         if others is not None:
             scored = rows[name][others] if len(others) else rows[name]

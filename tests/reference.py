@@ -235,9 +235,7 @@ def align(
     return {"features": aligned, "sigma": sigmas, "transform": transform}
 
 
-def joint_affinity(
-    aligned: Sequence[ArrayLike], density: float = 0.05, diagonal: Diagonal = "include"
-) -> Array:
+def joint_affinity(aligned: Sequence[ArrayLike], density: float = 0.05, diagonal: Diagonal = "include") -> Array:
     """The M sets of aligned rows stacked to (M n, m), and their auto-scaled RBF affinity."""
     stacked = np.concatenate([_matrix(rows) for rows in aligned], axis=0)
     return rbf_affinity(stacked, density=density, diagonal=diagonal)
@@ -299,9 +297,7 @@ def correspondence(
     }
 
 
-def ridge_map_top1(
-    a: ArrayLike, b: ArrayLike, landmarks: ArrayLike, strengths: Sequence[float]
-) -> float:
+def ridge_map_top1(a: ArrayLike, b: ArrayLike, landmarks: ArrayLike, strengths: Sequence[float]) -> float:
     """Best top-1, over the strengths, of a ridge map a -> b fitted on the landmarks.
 
     Channels of a and of b are standardised with their landmark means and deviations, which also

@@ -27,8 +27,8 @@ def from_torch(tree: Any, *, copy: bool = False) -> Any:
         The same tree with arrays of the same shape, dtype and device. Gradients do not pass: the tensors are detached.
 
     Raises:
-        TypeError: a float64, complex128, int64 or uint64 tensor while jax is set to 32 bits (it would be narrowed); a sparse,
-            quantized or meta tensor; a device that jax does not have.
+        TypeError: a float64, complex128, int64 or uint64 tensor while jax is set to 32 bits (it would be narrowed); a
+            sparse, quantized or meta tensor; a device that jax does not have.
 
     Example:
         >>> import pytest; torch = pytest.importorskip("torch")
@@ -88,9 +88,12 @@ def _array(torch: Any, tensor: Any, copy: bool) -> jax.Array:
             f"only dense tensors convert; got layout {tensor.layout}, dtype {tensor.dtype} on {tensor.device}. "
             "Write tensor.to_dense() for a sparse one, tensor.dequantize() for a quantized one."
         )
-    wide = {torch.float64: "float()", torch.complex128: "to(torch.complex64)", torch.int64: "int()"}
-    if hasattr(torch, "uint64"):
-        wide[torch.uint64] = "to(torch.uint32)"
+    wide = {
+        torch.float64: "float()",
+        torch.complex128: "to(torch.complex64)",
+        torch.int64: "int()",
+        torch.uint64: "to(torch.uint32)",
+    }
     if tensor.dtype in wide and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise TypeError(
             f"the tensor is {tensor.dtype}, but jax is set to 32 bits and would narrow it without a word. Either "
@@ -104,7 +107,8 @@ def _array(torch: Any, tensor: Any, copy: bool) -> jax.Array:
             f"jax cannot take a tensor of dtype {tensor.dtype} on {tensor.device}; it has the devices "
             f"{', '.join(map(str, jax.devices()))}. Write tensor.cpu() to come over the host."
         ) from error
-    return jnp.array(array, copy=True) if copy else array
+    # Finished before the caller gets to write into the tensor again.
+    return jnp.array(array, copy=True).block_until_ready() if copy else array
 
 
 def _tensor(torch: Any, array: jax.Array, copy: bool) -> Any:

@@ -6,7 +6,7 @@ Everything is computed here from the features that ship with the library; `jaxal
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ CSLS = "decorrelated + CSLS"
 RIDGE = "ridge map fitted on the landmarks"
 DIGIT_LANDMARKS = 300
 # The networks scored with each other on patches: one layer each. The first is the one drawn.
-PATCH_NETWORKS = (
+PATCH_NETWORKS: tuple[str, ...] = (
     "vit-s14 layer 8",
     "efficientnet-lite0 block 10",
     "mobilenet-v2 block 13",
@@ -65,7 +65,7 @@ def relative_rows(features: Mapping[str, np.ndarray], landmarks: np.ndarray, tic
     return Rows(by_method, sigma, landmarks, queries)
 
 
-def score(rows: Mapping[str, np.ndarray], pairs: list[tuple[str, str]], csls: int | None = None) -> Score:
+def score(rows: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], csls: int | None = None) -> Score:
     """Mean scores over pairs of sets, looked up in both directions."""
     both = [pair for a, b in pairs for pair in ((a, b), (b, a))]
     found = [correspondence(rows[a], rows[b], csls=csls) for a, b in both]
@@ -74,7 +74,7 @@ def score(rows: Mapping[str, np.ndarray], pairs: list[tuple[str, str]], csls: in
 
 
 def ridge_score(
-    features: Mapping[str, np.ndarray], rows: Rows, pairs: list[tuple[str, str]], csls: int | None = None
+    features: Mapping[str, np.ndarray], rows: Rows, pairs: Sequence[tuple[str, str]], csls: int | None = None
 ) -> Score:
     """Mean scores of the fitted map over pairs of sets, in both directions."""
     both = [pair for a, b in pairs for pair in ((a, b), (b, a))]
@@ -156,7 +156,7 @@ def network_of(name: str) -> str:
     return name.split()[0]
 
 
-def _scores_by_method(rows: Rows, pairs: list[tuple[str, str]]) -> dict[str, Score]:
+def _scores_by_method(rows: Rows, pairs: Sequence[tuple[str, str]]) -> dict[str, Score]:
     scores = {method: score(by_name, pairs) for method, by_name in rows.by_method.items()}
     return scores | {CSLS: score(rows.by_method[DECORRELATED], pairs, csls=10)}
 

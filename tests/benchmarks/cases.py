@@ -1,0 +1,151 @@
+"""What is measured, and the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxalign
+
+from . import rivals
+from .timing import Result, compare, import_seconds, milliseconds
+
+DENSITY = 0.05
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    n: int = 4096
+    d: int = 768
+    sets: int = 64
+    set_n: int = 256
+    set_d: int = 384
+    rounds: int = 15
+    slow_rounds: int = 5  # for what takes seconds
+    calls: int = 100  # of what takes a millisecond
+    imports: int = 9
+
+
+QUICK = Sizes(n=1024, d=128, sets=8, rounds=3, slow_rounds=2, calls=10, imports=3)
+
+
+def make_features(*shape: int) -> np.ndarray:
+    """Features of shape (..., n, d) as networks have them: correlated channels, an offset, a long tail; float32."""
+    *batch, n, d = shape
+    rng = np.random.default_rng(0)
+    rank = min(64, d)
+    mix = rng.normal(size=(rank, d)) / np.arange(1, rank + 1)[:, None] ** 0.5
+    x = rng.standard_t(5, size=(*batch, n, rank)) @ mix + 0.1 * rng.normal(size=shape) + rng.normal(size=d)
+    return x.astype(np.float32)
+
+
+def density_reached(x: np.ndarray, sigma: float) -> float:
+    """The mean affinity at a sigma, in float64, block after block of rows."""
+    x = x.astype(np.float64)
+    x -= x.mean(0)
+    squares = np.sum(x * x, 1)
+    total = 0.0
+    for start in range(0, len(x), 512):
+        rows = slice(start, start + 512)
+        d2 = np.maximum(squares[rows, None] + squares - 2 * x[rows] @ x.T, 0)
+        own = np.arange(len(d2))
+        d2[own, start + own] = 0
+        total += np.exp(-d2 / (2 * sigma * sigma)).sum()
+    return float(total / len(x) ** 2)
+
+
+def run(sizes: Sizes) -> Iterator[Result | str]:
+    """Results as they are measured; a string is a remark to print."""
+    x = make_features(sizes.n, sizes.d)
+    jx = jnp.asarray(x)
+    sigma = float(jaxalign.solve_sigma(jx, density=DENSITY).sigma)
+    own_auto = ("auto", lambda: jaxalign.rbf_affinity(jx, density=DENSITY))
+    own_fixed = ("fixed", lambda: jaxalign.rbf_affinity(jx, sigma=sigma))
+    yield compare("auto-scaled / fixed sigma", own_auto, own_fixed, sizes.rounds, bound="<=", target=1.3)
+
+    torch_here = find_spec("torch") is not None
+    if not torch_here:
+        yield "torch is missing, comparisons with it are left out: python -m pip install torch"
+    else:
+        import torch
+
+        tx = torch.from_numpy(x)
+        careful, simple = (
+            (name, lambda affinity=affinity: affinity(tx, sigma))
+            for name, affinity in (("torch", rivals.careful), ("torch", rivals.simple))
+        )
+        case = "fixed sigma / careful torch"
+        yield compare(case, own_fixed, careful, sizes.rounds, bound="<=", target=1.05)
+        yield compare("fixed sigma / simple torch (cdist)", own_fixed, simple, sizes.rounds)
+        yield from against_ncut(sizes, x, tx, own_auto)
+
+        sets = make_features(sizes.sets, sizes.set_n, sizes.set_d)
+        jsets, tsets = jnp.asarray(sets), torch.from_numpy(sets)
+        yield compare(
+            f"batch of {sizes.sets} sets: times faster than a torch loop that bisects",
+            ("jaxalign", lambda: jaxalign.rbf_affinity(jsets, density=DENSITY)),
+            ("torch", lambda: rivals.loop_of_bisections(tsets, DENSITY)),
+            sizes.slow_rounds,
+            bound=">=",
+            target=4.0,
+            inverse=True,
+        )
+
+    small = jnp.asarray(make_features(sizes.set_n, sizes.set_d))
+    case = f"one set, n = {sizes.set_n}, d = {sizes.set_d}, compiled"
+    yield milliseconds(case, lambda: jaxalign.rbf_affinity(small, density=DENSITY), sizes.calls, target=2.0)
+    yield import_seconds(sizes.imports, target=0.3)
+    yield from for_information(sizes, jx, sigma, own_auto)
+
+
+def against_ncut(sizes: Sizes, x: np.ndarray, tx: Any, own_auto: Any) -> Iterator[Result | str]:
+    """ncut-pytorch finds its sigma by bisection, on all samples or on 1000 that are far apart."""
+    if find_spec("ncut_pytorch") is None:
+        yield "ncut-pytorch is missing, comparisons with it are left out: python -m pip install ncut-pytorch"
+        return
+    plans = (
+        (f"all {sizes.n} samples", sizes.n, sizes.slow_rounds, 10.0),
+        ("1000 samples", 1000, sizes.rounds, 1.0),
+    )
+    for name, samples, rounds, target in plans:
+        yield compare(
+            f"times faster than ncut-pytorch, sigma on {name}",
+            own_auto,
+            ("ncut-pytorch", lambda samples=samples: rivals.ncut(tx, DENSITY, samples)),
+            rounds,
+            bound=">=",
+            target=target,
+            inverse=True,
+        )
+    solved = {"jaxalign": float(jaxalign.solve_sigma(x, density=DENSITY).sigma)}
+    solved |= {f"ncut-pytorch, {name}": rivals.ncut_sigma(tx, DENSITY, samples) for name, samples, _, _ in plans}
+    errors = {name: density_reached(x, sigma) / DENSITY - 1 for name, sigma in solved.items()}
+    listed = "; ".join(f"{name} {error:+.1e}" for name, error in errors.items())
+    yield f"relative error of the density that is reached, evaluated in float64: {listed}"
+
+
+def for_information(sizes: Sizes, jx: jax.Array, sigma: float, own_auto: Any) -> Iterator[Result]:
+    """What has no target."""
+    sigmas = jaxalign.solve_sigma(jx, density=DENSITY, bandwidth="per_row").sigma
+    yield compare(
+        "per row: auto-scaled / fixed sigmas",
+        ("auto", lambda: jaxalign.rbf_affinity(jx, density=DENSITY, bandwidth="per_row")),
+        ("fixed", lambda: jaxalign.rbf_affinity(jx, sigma=sigmas)),
+        sizes.rounds,
+    )
+    weights = jax.random.normal(jax.random.key(0), (sizes.n, sizes.n))
+    auto = jax.jit(jax.value_and_grad(lambda x: jnp.sum(weights * jaxalign.rbf_affinity(x, density=DENSITY))))
+    fixed = jax.jit(jax.value_and_grad(lambda x: jnp.sum(weights * jaxalign.rbf_affinity(x, sigma=sigma))))
+    names = ("auto", lambda: auto(jx)), ("fixed", lambda: fixed(jx))
+    yield compare("value and gradient: auto-scaled / fixed sigma", *names, sizes.slow_rounds)
+    yield compare(
+        "auto-scaled: value and gradient / value", ("gradient", lambda: auto(jx)), own_auto, sizes.slow_rounds
+    )

@@ -1,0 +1,62 @@
+"""The same affinities without jaxalign, in torch: each as fast as one would write it.
+
+torch is imported when a function is called: pytest imports this file to look for doctests.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def distances(x: Any) -> Any:
+    """Squared distances by |a|^2 + |b|^2 - 2 a.b, in one n x n array."""
+    squares = (x * x).sum(1, keepdim=True)
+    result = squares + squares.T
+    result.addmm_(x, x.T, beta=1.0, alpha=-2.0)
+    return result.clamp_(min=0)
+
+
+def careful(x: Any, sigma: float) -> Any:
+    """The affinity at a given sigma, all in place."""
+    return distances(x).div_(-2 * sigma * sigma).exp_()
+
+
+def simple(x: Any, sigma: float) -> Any:
+    """The affinity at a given sigma as it is usually written."""
+    import torch
+
+    return torch.exp(-(torch.cdist(x, x) ** 2) / (2 * sigma * sigma))
+
+
+def loop_of_bisections(sets: Any, density: float, tolerance: float = 1e-5) -> Any:
+    """For each set: distances once, then bisect log sigma until the mean is within the tolerance, then the affinity."""
+    import torch
+
+    result = torch.empty(sets.shape[0], sets.shape[1], sets.shape[1])
+    for k, x in enumerate(sets):
+        d2 = distances(x)
+        low, high = math.log(float(d2[d2 > 0].min())) / 2 - 1, math.log(float(d2.max())) / 2 + 1
+        while True:
+            middle = (low + high) / 2
+            affinity = torch.exp(d2 * (-0.5 * math.exp(-2 * middle)))
+            mean = float(affinity.mean())
+            if abs(mean - density) < tolerance or high - low < 1e-7:
+                break
+            low, high = (low, middle) if mean > density else (middle, high)
+        result[k] = affinity
+    return result
+
+
+def ncut_sigma(x: Any, density: float, samples: int) -> float:
+    """The sigma that ncut-pytorch finds on so many samples, with its own settings (tolerance 1e-4 on the mean)."""
+    from ncut_pytorch.utils.sigma import find_sigma
+
+    return find_sigma(x, n_sample=samples, A_degree=density)
+
+
+def ncut(x: Any, density: float, samples: int) -> Any:
+    """ncut-pytorch's affinity at the sigma that it finds on so many samples."""
+    from ncut_pytorch.utils.math import rbf_affinity
+
+    return rbf_affinity(x, sigma=ncut_sigma(x, density, samples))

@@ -1,0 +1,67 @@
+"""Set-up of every test: eight CPU devices, run-time shape checks, and the dtypes that are tested."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+# Before anything starts the backend: the number of devices cannot change afterwards.
+jax.config.update("jax_num_cpu_devices", 8)
+# The library broadcasts and converts where it says so, never by accident.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Shapes and dtypes in signatures are checked at every call. The hook rewrites modules while they are imported, so it
+# comes before the first import of the package: test modules and doctests are collected after this file.
+jaxtyping.install_import_hook("jaxalign", "beartype.beartype")
+
+sys.path.insert(0, str(Path(__file__).parent))  # `import helpers`, `import reference`, whatever pytest's import mode
+
+hypothesis.settings.register_profile(
+    "jaxalign",
+    deadline=None,  # an example that compiles takes a second, the next one a millisecond
+    derandomize=True,  # a failure is one for everybody
+    database=None,
+    max_examples=25,
+    # The fixtures used with @given set nothing but the width of floats, which is the same for every example.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("jaxalign")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """64-bit floats for the duration of a test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> Iterator[np.dtype]:
+    """Each of the two dtypes the library computes in, with JAX set to hold it."""
+    with jax.enable_x64(request.param == "float64"):
+        yield np.dtype(request.param)
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """Run-time type checks off, as they are for users."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A generator of its own for every test, the same in every run and for every dtype."""
+    name = request.node.name.replace("float32", "").replace("float64", "")
+    return np.random.default_rng(zlib.crc32(name.encode()))

@@ -1,0 +1,398 @@
+"""What the library refuses, and whether the message says what to do. Run-time type checks are off, as for users."""
+
+from __future__ import annotations
+
+import re
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+import jaxalign
+
+ROWS, WIDTH, MASK = helpers.ROWS, helpers.WIDTH, helpers.MASK
+
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
+X = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
+Y = np.random.default_rng(1).normal(size=(helpers.OTHER_ROWS, WIDTH)).astype(np.float32)
+
+FUNCTIONS = {
+    "squared_distances": jaxalign.squared_distances,
+    "mean_density": lambda x, y=None, **kw: jaxalign.mean_density(x, y, sigma=1.0, **kw),
+    "solve_sigma": lambda x, y=None, **kw: jaxalign.solve_sigma(x, y, density=0.2, **kw),
+    "rbf_affinity": lambda x, y=None, **kw: jaxalign.rbf_affinity(x, y, density=0.2, **kw),
+    "rbf_affinity at sigma": lambda x, y=None, **kw: jaxalign.rbf_affinity(x, y, sigma=1.0, **kw),
+}
+WITH_MASK = [name for name in FUNCTIONS if name != "squared_distances"]
+every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+every_function_with_a_mask = pytest.mark.parametrize("function", [FUNCTIONS[k] for k in WITH_MASK], ids=WITH_MASK)
+both_solvers = pytest.mark.parametrize("solve", [jaxalign.solve_sigma, jaxalign.rbf_affinity])
+
+
+def refused(error, *words):
+    """pytest.raises with a message that contains all of these, in this order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, words)))
+
+
+# --- features -------------------------------------------------------------------------------------------------------
+
+BAD_FEATURES = {
+    "one axis": (X[0], ValueError, ("x must have shape (..., n, d)", "got shape (5,)", "x[None, :]", "x[:, None]")),
+    "no axis": (np.array(1.0, np.float32), ValueError, ("x must have shape (..., n, d)", "()")),
+    "no rows": (X[:0], ValueError, ("x is empty", "(0, 5)")),
+    "no features": (X[:, :0], ValueError, ("x is empty", "(24, 0)")),
+    "empty batch": (np.zeros((0, 4, 2), np.float32), ValueError, ("x is empty", "(0, 4, 2)")),
+    "integers": (X.astype(np.int32), TypeError, ("x must be floating point", "int32", "x.astype(np.float32)")),
+    "booleans": (X > 0, TypeError, ("x must be floating point", "bool", "x.astype(np.float32)")),
+    "complex": (X.astype(np.complex64), TypeError, ("x is complex (complex64)", "x.real, x.imag")),
+    "list": (X.tolist(), TypeError, ("x must be a jax or numpy array; got list", "np.asarray(x, np.float32)")),
+    "string": ("features", TypeError, ("x must be a jax or numpy array; got str",)),
+    "none": (None, TypeError, ("x must be a jax or numpy array; got NoneType",)),
+    "strings": (np.array([["a", "b"]]), TypeError, ("x must be floating point", "<U1")),
+    "objects": (X.astype(object), TypeError, ("x must be floating point", "object")),
+    "float64": (X.astype(np.float64), TypeError, ("x is float64", "jax_enable_x64", "x.astype(np.float32)")),
+    "longdouble": (X.astype(np.longdouble), TypeError, ("x has dtype", "x.astype(np.float64)")),
+}
+
+
+@every_function
+@pytest.mark.parametrize("kind", BAD_FEATURES)
+def test_features(function, kind):
+    value, error, words = BAD_FEATURES[kind]
+    with refused(error, *words):
+        function(value)
+
+
+@every_function
+@pytest.mark.parametrize("kind", ["one axis", "no rows", "integers", "list", "float64"])
+def test_features_of_the_other_side(function, kind):
+    value, error, words = BAD_FEATURES[kind]
+    words = [re.sub(r"\bx\b", "y", word) for word in words]
+    with refused(error, *words):
+        function(X, value)
+
+
+@every_function
+def test_a_torch_tensor_is_told_how_to_become_an_array(function):
+    torch = pytest.importorskip("torch", reason="torch is not installed: no tensor to hand in")
+    tensor = torch.from_numpy(X)
+    with refused(TypeError, "x is a torch tensor", "jaxalign.interop.from_torch(x)", "x.detach().cpu().numpy()"):
+        function(tensor)
+    with refused(TypeError, "y is a torch tensor"):
+        function(X, tensor)
+
+
+@pytest.mark.parametrize("name", WITH_MASK)
+def test_one_row_has_no_pair_with_another(name):
+    with refused(ValueError, "n = 1", "(1, 5)", "at least 2"):
+        FUNCTIONS[name](X[:1])
+
+
+def test_one_row_is_enough_against_others():
+    affinity = jaxalign.rbf_affinity(X[:1], Y, density=0.2)
+    assert float(jnp.mean(affinity)) == pytest.approx(0.2, rel=helpers.tolerance(np.float32).density)
+
+
+@every_function
+def test_sides_of_different_width_are_told_about_affinities(function):
+    with refused(ValueError, "same number of features", "(24, 5)", "(9, 3)", "compare their affinities"):
+        function(X, Y[:, :3])
+
+
+@every_function
+def test_batches_that_do_not_broadcast(function):
+    with refused(ValueError, "batch dimensions of x, (2,), and of y, (3,), do not broadcast"):
+        function(np.stack([X] * 2), np.stack([Y] * 3))
+
+
+NOT_FINITE = [name for name in FUNCTIONS if name != "squared_distances"]
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_name_the_row(name, value):
+    x, y, batch = X.copy(), Y.copy(), np.stack([X, X])
+    x[[7, 9], 2], y[4, 0], batch[1, 3, 1] = value, value, value
+    with refused(ValueError, "x has nan or inf in 2 row(s), the first is row 7", "exclude them with mask="):
+        FUNCTIONS[name](x)
+    with refused(ValueError, "y has nan or inf in 1 row(s), the first is row 4"):
+        FUNCTIONS[name](X, y)
+    with refused(ValueError, "x has nan or inf in 1 row(s), the first is row 3 of batch element (1,)"):
+        FUNCTIONS[name](batch)
+    # The advice helps.
+    mask = np.ones(ROWS, bool)
+    mask[[7, 9]] = False
+    FUNCTIONS[name](x, mask=mask)
+    # ... and a mask that covers another row does not.
+    with refused(ValueError, "1 row(s), the first is row 9"):
+        FUNCTIONS[name](x, mask=np.arange(ROWS) != 7)
+
+
+def test_distances_carry_nan_through():
+    x = X.copy()
+    x[7, 2] = np.nan
+    distances = np.asarray(jaxalign.squared_distances(x))
+    others = np.delete(np.arange(ROWS), 7)
+    assert np.all(np.isnan(distances[7, others]))
+
+
+# --- density --------------------------------------------------------------------------------------------------------
+
+
+@both_solvers
+@pytest.mark.parametrize("density", [0.0, 1.0, -0.1, 1.5, 5, np.nan, np.inf, np.float32(2)])
+def test_density_outside_0_and_1(solve, density):
+    with refused(ValueError, "density must lie strictly between 0 and 1", "mean of the affinity", "got"):
+        solve(X, density=density)
+
+
+@both_solvers
+@pytest.mark.parametrize("density", ["0.05", 0.1 + 0j, True, None, np.array(True), object()])
+def test_density_that_is_no_real_number(solve, density):
+    with refused(TypeError, "density must be a real number or a real array; got"):
+        solve(X, density=density)
+
+
+@both_solvers
+def test_density_of_the_wrong_shape(solve):
+    with refused(ValueError, "density of shape (3,) does not broadcast to (), the batch dimensions"):
+        solve(X, density=np.array([0.1, 0.2, 0.3], np.float32))
+    with refused(ValueError, "density of shape (3,) does not broadcast to (2,), the batch dimensions"):
+        solve(np.stack([X, X]), density=np.array([0.1, 0.2, 0.3], np.float32))
+    with refused(ValueError, "density of shape (24,)"):  # not one a row, either
+        solve(X, density=np.full(ROWS, 0.2, np.float32), bandwidth="per_row")
+
+
+@both_solvers
+def test_density_may_be_a_list_over_the_batch(solve):
+    batch = np.stack([X, X])
+    a, b = (jax.tree.leaves(solve(batch, density=d))[0] for d in ([0.1, 0.2], np.array([0.1, 0.2], np.float32)))
+    assert np.array_equal(a, b)
+
+
+# --- densities that no sigma reaches --------------------------------------------------------------------------------
+
+
+@both_solvers
+@pytest.mark.parametrize("transform", ["eager", "jit", "vmap", "grad"])
+@pytest.mark.parametrize("bandwidth", helpers.BANDWIDTHS)
+def test_a_density_below_that_of_the_diagonal(solve, transform, bandwidth):
+    # Only shapes and a Python number decide, so this is said also under a trace.
+    def call(x):
+        return jax.tree.leaves(solve(x, density=0.04, bandwidth=bandwidth))[0]
+
+    calls = {
+        "eager": lambda: call(X),
+        "jit": lambda: jax.jit(call)(X),
+        "vmap": lambda: jax.vmap(call)(np.stack([X, X])),
+        "grad": lambda: jax.grad(lambda x: jnp.sum(call(x)))(X),
+    }
+    with refused(ValueError, "density = 0.04", "n = 24", "1/n = 0.04167", "above that", 'diagonal="exclude"'):
+        calls[transform]()
+
+
+@both_solvers
+def test_both_ways_out_of_a_density_below_that_of_the_diagonal(solve):
+    solve(X, density=0.042)
+    solve(X, density=0.04, diagonal="exclude")
+
+
+@both_solvers
+def test_a_density_equal_to_that_of_the_diagonal_is_refused_too(solve):
+    with refused(ValueError, "density = 0.25", "n = 4"):
+        solve(X[:4], density=0.25)
+
+
+@both_solvers
+def test_the_mask_counts_for_n(solve):
+    with refused(ValueError, "density = 0.05", "n = 18"):
+        solve(X, density=0.05, mask=MASK)
+    ragged = np.stack([np.arange(ROWS) < 24, np.arange(ROWS) < 7])
+    with refused(ValueError, "n = 7", "1/n = 0.1429"):
+        solve(np.stack([X, X]), density=0.1, mask=ragged)
+
+
+@both_solvers  # under jit: test_solve_sigma, test_rbf_affinity
+@pytest.mark.parametrize("features", ["constant", "duplicates"])
+def test_coincident_samples(solve, features):
+    x = np.ones_like(X) if features == "constant" else np.repeat(X[:3], 8, 0)
+    with refused(ValueError, "no sigma found", "samples coincide", "Remove duplicate samples", "larger density"):
+        solve(x, density=0.2)
+
+
+def test_coincident_samples_name_the_batch_element_and_the_row():
+    with refused(ValueError, "no sigma found (at index (1,) of (2,))", "coincide"):
+        jaxalign.solve_sigma(np.stack([X, np.ones_like(X)]), density=0.2)
+    x = X.copy()
+    x[3:12] = x[3]
+    with refused(ValueError, "no sigma found (at index (3,) of (24,))", "coincide"):
+        jaxalign.solve_sigma(x, density=0.2, bandwidth="per_row")
+
+
+# --- sigma ----------------------------------------------------------------------------------------------------------
+
+GIVEN = {
+    "mean_density": lambda sigma, x=X, **kw: jaxalign.mean_density(x, sigma=sigma, **kw),
+    "rbf_affinity": lambda sigma, x=X, **kw: jaxalign.rbf_affinity(x, sigma=sigma, **kw),
+}
+at_sigma = pytest.mark.parametrize("function", GIVEN.values(), ids=GIVEN.keys())
+
+
+@at_sigma
+@pytest.mark.parametrize("sigma", [0.0, -1.0, np.nan, np.inf, 0])
+def test_sigma_that_is_not_above_0(function, sigma):
+    with refused(ValueError, "sigma must be finite and above 0; got"):
+        function(sigma)
+
+
+@at_sigma
+def test_one_bad_sigma_of_many(function):
+    sigma = np.ones(ROWS, np.float32)
+    sigma[4] = -1
+    with refused(ValueError, "sigma must be finite and above 0"):
+        function(sigma)
+    assert np.all(np.isfinite(function(sigma, mask=np.arange(ROWS) != 4)))  # of a row that is not there
+
+
+@at_sigma
+@pytest.mark.parametrize("sigma", ["1", 1j, True])
+def test_sigma_that_is_no_real_number(function, sigma):
+    with refused(TypeError, "sigma must be a real number or a real array"):
+        function(sigma)
+
+
+@at_sigma
+def test_sigma_of_the_wrong_shape(function):
+    with refused(ValueError, "sigma of shape (3,) does not broadcast", "(24,), one sigma a row"):
+        function(np.ones(3, np.float32))
+    with refused(ValueError, "sigma of shape (3,)", "(2, 24), one sigma a row"):
+        function(np.ones(3, np.float32), x=np.stack([X, X]))
+    with refused(ValueError, "sigma of shape (24, 1)"):
+        function(np.ones((ROWS, 1), np.float32))
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+@every_function_with_a_mask
+def test_mask_of_the_wrong_dtype(function):
+    for dtype in (np.int32, np.float32):
+        with refused(TypeError, "mask must be boolean", np.dtype(dtype).name, "mask.astype(bool)"):
+            function(X, mask=MASK.astype(dtype))
+        with refused(TypeError, "mask_y must be boolean", "mask_y.astype(bool)"):
+            function(X, Y, mask_y=helpers.MASK_Y.astype(dtype))
+
+
+@every_function_with_a_mask
+@pytest.mark.parametrize("shape", [(), (23,), (24, 1), (1, 24), (1,)])
+def test_mask_of_the_wrong_shape(function, shape):
+    with refused(ValueError, f"mask has shape {shape}", "expected (24,)", "one entry a sample"):
+        function(X, mask=np.ones(shape, bool))
+
+
+@every_function_with_a_mask
+def test_mask_of_the_wrong_batch(function):
+    with refused(ValueError, "mask has shape (3, 24), expected (2, 24)"):
+        function(np.stack([X, X]), mask=np.ones((3, ROWS), bool))
+
+
+@every_function_with_a_mask
+def test_mask_that_leaves_too_few(function):
+    with refused(ValueError, "mask leaves 0 real sample(s), at least 2 needed", "True marks a sample that is real"):
+        function(X, mask=np.zeros(ROWS, bool))
+    with refused(ValueError, "mask leaves 1 real sample(s), at least 2 needed"):
+        function(X, mask=np.arange(ROWS) == 3)
+    with refused(ValueError, "mask_y leaves 0 real sample(s), at least 1 needed"):
+        function(X, Y, mask_y=np.zeros(len(Y), bool))
+    one_of_two = np.stack([MASK, np.zeros(ROWS, bool)])
+    with refused(ValueError, "mask leaves 0 real sample(s)"):
+        function(np.stack([X, X]), mask=one_of_two)
+
+
+@every_function_with_a_mask
+def test_a_mask_of_the_other_side_needs_another_side(function):
+    with refused(ValueError, "mask_y is given without y"):
+        function(X, mask_y=MASK)
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+@every_function_with_a_mask
+def test_a_diagonal_needs_one_side(function):
+    with refused(ValueError, "diagonal='exclude' has no meaning with y", "Leave diagonal out"):
+        function(X, Y, diagonal="exclude")
+
+
+@every_function_with_a_mask
+@pytest.mark.parametrize("diagonal", ["Include", "none", None, True])
+def test_unknown_diagonal(function, diagonal):
+    with refused(ValueError, "diagonal must be one of 'include', 'exclude'; got", repr(diagonal)):
+        function(X, diagonal=diagonal)
+
+
+@both_solvers
+@pytest.mark.parametrize("bandwidth", ["row", "Global", None, 1])
+def test_unknown_bandwidth(solve, bandwidth):
+    with refused(ValueError, "bandwidth must be one of 'global', 'per_row'; got", repr(bandwidth)):
+        solve(X, density=0.2, bandwidth=bandwidth)
+
+
+def test_a_zero_diagonal_needs_one_side():
+    for options in ({"sigma": 1.0}, {"density": 0.2}):
+        with refused(ValueError, "zero_diagonal=True has no meaning with y"):
+            jaxalign.rbf_affinity(X, Y, **options, zero_diagonal=True)
+
+
+@pytest.mark.parametrize("rtol", [0.0, -1e-6, 1e-9, 1.0, 2.0, np.nan])
+def test_rtol_out_of_range(rtol):
+    with refused(ValueError, "rtol must lie between 4.8e-07", "float32", "and 1; got"):
+        jaxalign.solve_sigma(X, density=0.2, rtol=rtol)
+
+
+@pytest.mark.usefixtures("x64")
+def test_rtol_of_float64():
+    with refused(ValueError, "rtol must lie between 8.9e-16", "float64"):
+        jaxalign.solve_sigma(X.astype(np.float64), density=0.2, rtol=1e-16)
+
+
+# --- errors out of compiled code ------------------------------------------------------------------------------------
+
+
+def test_checkify_turns_nan_into_an_error_as_the_docstring_of_solve_sigma_says():
+    solve = jax.jit(checkify.checkify(lambda x: jaxalign.solve_sigma(x, density=0.2), errors=checkify.float_checks))
+    x = X.copy()
+    x[3, 2] = np.nan
+    for bad in (x, np.repeat(X[:3], 8, 0), np.ones_like(X)):
+        error, found = solve(bad)
+        assert np.isnan(found.sigma)
+        with pytest.raises(checkify.JaxRuntimeError, match=r"nan|division by zero"):
+            error.throw()
+
+
+@pytest.mark.parametrize("setting", ["include", "masked include"])
+def test_checkify_raises_no_false_alarm(setting):
+    bandwidth = "global" if setting == "include" else "per_row"
+    rng = np.random.default_rng(0)
+    problems = {
+        name: helpers.problem(setting, features(rng), np.float32)
+        for name, features in helpers.FEATURES.items()
+        if name != "one_feature"
+    }
+    options = problems["gaussian"][1]
+    solve = jax.jit(
+        checkify.checkify(
+            lambda x, c: jaxalign.rbf_affinity(x, density=c, bandwidth=bandwidth, **options),
+            errors=checkify.float_checks,
+        )
+    )
+    for name, (x, _) in problems.items():
+        floor = helpers.share_of_coincident_pairs(x, options, bandwidth)
+        for level in (0.01, 0.03, 0.5, 0.999):
+            error, affinity = solve(x, np.float32(floor + level * (1 - floor)))
+            assert error.get() is None, (name, level)
+            assert np.all(np.isfinite(affinity))

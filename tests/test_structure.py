@@ -1,0 +1,123 @@
+"""The shape of the package: what imports what, what is public, what every docstring has."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxalign
+
+PACKAGE = Path(jaxalign.__file__).parent
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+# A module imports from lower layers only. What a layer is for stands in the docstring of its module.
+LAYERS = [
+    {"_typing", "_version"},
+    {"_checks"},
+    {"distances"},
+    {"pairs"},
+    {"_rate"},
+    {"bandwidth"},
+    {"affinity"},
+    {"alignment"},
+]
+# On top, for whoever does not only compute: the order among these is theirs.
+OUTER = {"cli", "report", "interop", "datasets"}
+HEAVY = ("torch", "matplotlib", "tqdm", "scipy", "sklearn", "onnx", "onnxruntime", "PIL", "skimage")
+PUBLIC = {name: value for name, value in vars(jaxalign).items() if inspect.isfunction(value)}
+
+
+def module_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def layer(name):
+    if name in OUTER:
+        return len(LAYERS)
+    found = [i for i, names in enumerate(LAYERS) if name in names]
+    assert found, f"jaxalign.{name} has no layer: add it to the table in {Path(__file__).name}"
+    return found[0]
+
+
+def imported_modules(path):
+    """The first part below jaxalign of everything that a file of the package imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} line {node.lineno}: imports are absolute here"
+            # `from jaxalign import _checks` names a module, `from jaxalign.pairs import Pairs` one too.
+            names = [f"jaxalign.{alias.name}" for alias in node.names] if node.module == "jaxalign" else [node.module]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("jaxalign."))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_point_downwards(path):
+    here = layer(module_of(path))
+    for name in imported_modules(path):
+        if not (PACKAGE / name).exists() and not (PACKAGE / f"{name}.py").exists():  # a public name, not a module
+            assert here == len(LAYERS), f"{path.name} takes {name} from jaxalign itself; take it from its module"
+            continue
+        below = layer(name)
+        both_outer = here == below == len(LAYERS)
+        assert below < here or both_outer, f"{path.name} imports jaxalign.{name}, which is not below it"
+
+
+def test_init_only_reexports():
+    for node in ast.parse((PACKAGE / "__init__.py").read_text()).body:
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_docstring:
+            continue
+        assert isinstance(node, ast.ImportFrom), f"line {node.lineno}: only `from ... import X as X`"
+        assert node.module.split(".")[0] == "jaxalign", f"line {node.lineno}: only what is of this package"
+        for alias in node.names:
+            assert alias.asname == alias.name, f"line {node.lineno}: {alias.name} without `as {alias.name}`"
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    # In a new interpreter: this one has imported the tests.
+    code = f"import sys, jaxalign; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_the_package_starts_no_backend():
+    # The number of devices, and whether there is a GPU, is for the program to set after its imports.
+    code = "import jax, jaxalign; jax.config.update('jax_num_cpu_devices', 3); print(len(jax.devices('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert done.stdout.strip() == "3"
+
+
+def test_there_is_something_public():
+    assert {"rbf_affinity", "solve_sigma", "mean_density", "squared_distances"} <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstring_says_what_goes_in_what_comes_out_and_what_goes_wrong(name):
+    function = PUBLIC[name]
+    doc = inspect.getdoc(function)
+    assert doc, f"{name} has no docstring"
+    for section in ("Args:", "Returns:", "Raises:", "Example:"):
+        assert f"\n{section}" in doc, f"{name}: no {section}"
+    for parameter in inspect.signature(function).parameters:
+        assert f"    {parameter}" in doc, f"{name}: {parameter} is not described"
+    assert ">>>" in doc, f"{name}: the example is not one that runs"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_every_module_says_what_it_is_for(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("name", sorted(set().union(*LAYERS)))
+def test_every_layer_of_the_table_exists(name):
+    # Otherwise the table would rot.
+    assert importlib.import_module(f"jaxalign.{name}")
