@@ -156,9 +156,9 @@ class Alignment:
         queries = self.queries
         if len(queries) < 2:
             raise ValueError(
-                f"{len(queries)} sample(s) are not landmarks; a landmark's affinity with itself gives the match away, "
-                "so landmarks are not scored. Fit with fewer landmarks, align(..., landmarks=number, key=key), or score "
-                "new samples: correspondence(alignment.transform(a, x), alignment.transform(b, y))."
+                f"{len(queries)} sample(s) are not landmarks; a landmark's affinity with itself gives the match "
+                "away, so they are not scored. Fit with fewer landmarks, align(..., landmarks=number, key=key), or "
+                "score new samples: correspondence(alignment.transform(a, x), alignment.transform(b, y))."
             )
         rows_a, rows_b = (self.features[self._known(name)][queries] for name in (a, b))
         return _correspondence(*_check_rows(rows_a, rows_b, metric, csls), metric, csls)

@@ -208,7 +208,9 @@ def test_the_fitted_samples_are_transformed_to_their_features_landmarks_included
 
 
 @pytest.mark.usefixtures("x64")
-@some_options
+@pytest.mark.parametrize(
+    "options", [{"bandwidth": "per_row"}, SOME_OPTIONS["recommended"]], ids=["per row", "recommended"]
+)
 def test_samples_are_transformed_one_by_one_as_they_are_together(options, features):
     alignment = jaxalign.align(features, landmarks=LANDMARKS, density=DENSITY, **options)
     x_new = features["dino"][:3] + 0.1

@@ -57,7 +57,7 @@ def test_identical_features_all_find_themselves(metric, rows):
 
 
 @every_metric
-@every_csls
+@pytest.mark.parametrize("csls", [None, 3])  # a mean over 3 is rounded, which once broke ties
 @pytest.mark.parametrize("shape", [(N, M), (33, 17)])
 def test_ties_count_against_so_that_collapsed_features_score_nothing(shape, metric, csls, rng):
     collapsed = np.tile(rng.random(shape[1]).astype(np.float32), (shape[0], 1))
