@@ -81,13 +81,25 @@ def find_rate(pairs: Pairs, density: Array, *, self_pairs: bool, by_row: bool, r
     sample = pairs.every(row_step, column_step, skip_self=self_pairs)
     sample_total = sample.total(by_row=by_row)
     sample_total = jnp.where(sample_total > 0, sample_total, 1)
-    mean_distance = reduce_pairs(lambda d2: (d2,), sample, by_row=by_row)[0] / sample_total
-    start = _usable(-jnp.log(off_density) / _at_least_tiny(mean_distance))
+    first, second = reduce_pairs(lambda d2: (d2, d2 * d2), sample, by_row=by_row)
+    start = _usable(_gamma_rate(first / sample_total, second / sample_total, off_density))
     if row_step > 1 or column_step > 1:
         guess = _find(_moments(sample, sample_total * off_density, by_row), start, idle, _SUBSAMPLE_RTOL)
         start = _usable(jnp.where(guess.converged, guess.rate, 1))
     root = _find(_moments(pairs, total * density, by_row), start, idle, rtol)
     return root._replace(density=root.density * density)
+
+
+def _gamma_rate(mean: Array, mean_square: Array, density: Array) -> Array:
+    """The rate if distances followed a gamma law with these moments, as those of normal features nearly do.
+
+    Its mean of exp(-t D) is (1 + b t)^(-mean / b), b = variance / mean. As b goes to 0 the rate goes to
+    -log(density) / mean, which is never too large (Jensen); far from a gamma law not much more than that is trusted.
+    """
+    mean = _at_least_tiny(mean)
+    scale = jnp.maximum((mean_square - mean * mean) / mean, jnp.finfo(mean.dtype).eps * mean)
+    least = -jnp.log(density) / mean
+    return jnp.minimum(jnp.expm1(jnp.minimum(least * scale, 20.0)) / scale, 2 * least)
 
 
 def _usable(rate: Array) -> Array:

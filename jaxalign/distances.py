@@ -73,13 +73,13 @@ def _squared_distances(x: Array, y: Array | None, precision: lax.PrecisionLike) 
 class Frame(NamedTuple):
     """Features made ready for distances; all of one batch shape, y None where rows are compared with themselves."""
 
-    raw_x: Array  # (..., n, d) scaled only: differences of these are exact
+    raw_x: Array  # (..., n, d) as they came, masked rows 0
     raw_y: Array | None
-    x: Array  # (..., n, d) scaled and centred
+    x: Array  # (..., n, d) centred, then divided by the scale
     y: Array | None
-    mask: Array | None  # (..., n) True = a real row; the others are 0 above
+    mask: Array | None  # (..., n) True = a real row
     mask_y: Array | None
-    scale: Array  # (..., 1, 1) a power of two: features = scale * raw
+    scale: Array  # (..., 1, 1) a power of two
     finite: Array  # (...,) whether every real row is finite
 
     @property
@@ -104,40 +104,37 @@ def make_frame(x: Array, y: Array | None, mask: Array | None = None, mask_y: Arr
     if y is not None and mask_y is not None:
         y = jnp.where(mask_y[..., None], y, 0)
     sides = [(x, mask)] if y is None else [(x, mask), (y, mask_y)]
-    coarse = _power_of_two([side for side, _ in sides])
-    total = sum(jnp.sum(side / coarse, -2, keepdims=True) for side, _ in sides)
     count = sum(
         side.shape[-2] if m is None else jnp.maximum(jnp.sum(m, -1, dtype=side.dtype), 1)[..., None, None]
         for side, m in sides
     )
-    centre = lax.stop_gradient(total / count)
-    centred = [side / coarse - centre for side, _ in sides]
+    # Divided before they are summed up, so that the sum cannot overflow.
+    centre = lax.stop_gradient(sum(jnp.sum(side / count, -2, keepdims=True) for side, _ in sides))
+    centred = [side - centre for side, _ in sides]
     centred = [c if m is None else jnp.where(m[..., None], c, 0) for c, (_, m) in zip(centred, sides, strict=True)]
-    fine = _power_of_two(centred)
-    scale = coarse * fine
-    raw = [side / coarse / fine for side, _ in sides]
-    centred = [c / fine for c in centred]
-    finite = jnp.isfinite(sum(jnp.max(jnp.abs(lax.stop_gradient(c)), (-2, -1)) for c in centred))
+    tops = [jnp.max(jnp.abs(lax.stop_gradient(c)), (-2, -1), keepdims=True) for c in centred]
+    top = tops[0] if y is None else jnp.maximum(*tops)
+    scale, inverse = _power_of_two(top)
     return Frame(
-        raw_x=raw[0],
-        raw_y=None if y is None else raw[1],
-        x=centred[0],
-        y=None if y is None else centred[1],
+        raw_x=x,
+        raw_y=y,
+        x=centred[0] * inverse,
+        y=None if y is None else centred[1] * inverse,
         mask=mask,
         mask_y=mask_y,
         scale=scale,
-        finite=finite,
+        finite=jnp.isfinite(top[..., 0, 0]),
     )
 
 
-def _power_of_two(sides: list[Array]) -> Array:
-    """A power of two near the largest magnitude, shape (..., 1, 1); 1 where all is 0 or something is not finite."""
-    top = [jnp.max(jnp.abs(lax.stop_gradient(side)), (-2, -1), keepdims=True) for side in sides]
-    largest = top[0] if len(top) == 1 else jnp.maximum(*top)
-    limit = jnp.finfo(largest.dtype).maxexp - 3  # so that neither the power nor its inverse is subnormal
-    usable = jnp.isfinite(largest) & (largest > 0)
-    exponent = jnp.clip(jnp.frexp(jnp.where(usable, largest, 1))[1], -limit, limit)
-    return jnp.ldexp(jnp.ones_like(largest), exponent)
+def _power_of_two(size: Array) -> tuple[Array, Array]:
+    """A power of two near a size, and its inverse; 1 where the size is 0 or not finite."""
+    limit = jnp.finfo(size.dtype).maxexp - 3  # so that neither of the two is subnormal
+    usable = jnp.isfinite(size) & (size > 0)
+    exponent = jnp.clip(jnp.frexp(jnp.where(usable, size, 1))[1], -limit, limit)
+    one = jnp.ones_like(size)
+    # Behind a barrier, or XLA computes the powers again for every feature that is multiplied with them.
+    return lax.optimization_barrier((jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)))
 
 
 def fast_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
@@ -188,8 +185,8 @@ def inaccurate(frame: Frame, rate: Array, fast: Array) -> Array:
 
 def explicit_distances(frame: Frame) -> Array:
     """Sums of squared differences: exact to rounding of the result, d times the memory traffic of the fast way."""
-    x = lax.stop_gradient(frame.raw_x)
-    y = x if frame.raw_y is None else lax.stop_gradient(frame.raw_y)
+    x = lax.stop_gradient(frame.raw_x / frame.scale)
+    y = x if frame.raw_y is None else lax.stop_gradient(frame.raw_y / frame.scale)
     pad = -x.shape[-1] % _FEATURES_PER_STEP
 
     def in_steps(a: Array) -> Array:
