@@ -131,7 +131,13 @@ def positive(name: str, value: Any, keep: Any | None = None) -> None:
         raise ValueError(f"{name} must be finite and above 0; got {_show(values)}.")
 
 
-def finite_rows(name: str, value: Any, mask: Any | None = None) -> None:
+def finite_rows(
+    name: str,
+    value: Any,
+    mask: Any | None = None,
+    *,
+    way_out: str = "Remove these samples, or exclude them with mask=.",
+) -> None:
     """Raise on nan or inf in a concrete array, naming the first row that holds one."""
     if not is_concrete(value, mask):
         return
@@ -141,10 +147,7 @@ def finite_rows(name: str, value: Any, mask: Any | None = None) -> None:
     if bad.any():
         first = tuple(int(i) for i in np.argwhere(bad)[0])
         where = f"row {first[-1]}" + (f" of batch element {first[:-1]}" if len(first) > 1 else "")
-        raise ValueError(
-            f"{name} has nan or inf in {int(bad.sum())} row(s), the first is {where}. "
-            "Remove these samples, or exclude them with mask=."
-        )
+        raise ValueError(f"{name} has nan or inf in {int(bad.sum())} row(s), the first is {where}. {way_out}")
 
 
 def _show(values: np.ndarray) -> str:

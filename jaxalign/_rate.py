@@ -96,7 +96,7 @@ def _gamma_rate(mean: Array, mean_square: Array, density: Array) -> Array:
     Its mean of exp(-t D) is (1 + b t)^(-mean / b), b = variance / mean. As b goes to 0 the rate goes to
     -log(density) / mean, which is never too large (Jensen); far from a gamma law not much more than that is trusted.
     """
-    mean = _at_least_tiny(mean)
+    mean = jnp.where(mean > 0, mean, 1)  # 0 where nothing counts, or all coincides
     scale = jnp.maximum((mean_square - mean * mean) / mean, jnp.finfo(mean.dtype).eps * mean)
     least = -jnp.log(density) / mean
     return jnp.minimum(jnp.expm1(jnp.minimum(least * scale, 20.0)) / scale, 2 * least)

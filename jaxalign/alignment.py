@@ -229,13 +229,14 @@ def align(
     if decorrelate is not None:
         if bandwidth == "per_row":
             raise ValueError('decorrelate needs bandwidth="global": (A_LL + lambda I) must be symmetric.')
+        _checks.parameter("decorrelate", decorrelate, jnp.float32, (), "one number")
         _checks.positive("decorrelate", decorrelate)
     arrays = {}
     for name, value in features.items():
         array = _checks.features(f"features[{name!r}]", value, min_rows=2)
         if array.ndim != 2:
             raise ValueError(f"features[{name!r}] must have shape (n, d); got {array.shape}.")
-        _checks.finite_rows(f"features[{name!r}]", array)
+        _checks.finite_rows(f"features[{name!r}]", array, way_out="Remove these samples from every network.")
         arrays[name] = array
     counts = {name: array.shape[0] for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
@@ -462,8 +463,8 @@ def _check_rows(a: Any, b: Any, metric: Metric, csls: int | None) -> tuple[Array
     n = a.shape[-2]
     if csls is not None and (isinstance(csls, bool) or not isinstance(csls, int) or not 1 <= csls <= n):
         raise ValueError(f"csls must be a number of neighbours from 1 to n = {n}, or None; got {csls!r}.")
-    _checks.finite_rows("a", a)
-    _checks.finite_rows("b", b)
+    for name, rows in (("a", a), ("b", b)):
+        _checks.finite_rows(name, rows, way_out="Remove these samples from both.")
     return a, b
 
 
