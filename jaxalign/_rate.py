@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxalign.pairs import Pairs, reduce_pairs
+from jaxalign.pairs import Pairs, kernel, reduce_pairs
 
 # Sums of A (tD)^k up to this k in one pass; the last one bounds the error of the series.
 _ORDER = 6
@@ -75,8 +75,7 @@ def find_rate(pairs: Pairs, density: Array, *, self_pairs: bool, by_row: bool, r
     # The few pairs of the subsample hold too many diagonal ones: leave those out, of the wanted density as well.
     off_density = density
     if self_pairs and not pairs.skip_self:
-        own = pairs._rows() * pairs.self_weights()
-        own = own if by_row else jnp.sum(own, -1)
+        own = pairs.own(by_row=by_row)
         off_density = (density * total - own) / jnp.where(total > own, total - own, 1)
     sample = pairs.every(row_step, column_step, skip_self=self_pairs)
     sample_total = sample.total(by_row=by_row)
@@ -123,7 +122,7 @@ def _moments(pairs: Pairs, norm: Array, by_row: bool) -> Callable[[Array], Array
 
 def _powers(d2: Array, rate: Array) -> tuple[Array, ...]:
     z = jnp.minimum(rate * d2, _LARGEST_EXPONENT[d2.dtype.name])
-    terms = [jnp.exp(-z)]
+    terms = [*kernel(d2, rate)]
     for _ in range(_ORDER):
         terms.append(terms[-1] * z)
     return tuple(terms)

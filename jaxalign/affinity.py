@@ -22,12 +22,12 @@ from jaxalign.bandwidth import (
     check_rtol,
     check_sigma,
     explain_failure,
-    kernel,
     pairs_at,
     rate_of,
     solve_pairs,
 )
 from jaxalign.distances import make_frame, same_row
+from jaxalign.pairs import kernel
 
 
 def rbf_affinity(

@@ -72,13 +72,13 @@ class _Space:
             return rbf_affinity(x, self.landmarks, density=self.density, bandwidth="per_row")
         return rbf_affinity(x, self.landmarks, self.sigma)
 
-    def rows(self, affinity: Array) -> Array:
-        """Relative features from affinities: decorrelated and standardised as fitted."""
-        if self.inverse is not None:
-            affinity = jax.scipy.linalg.cho_solve((self.inverse, True), affinity.T).T
-        if self.centre is None or self.scale is None:
-            return affinity
-        return (affinity - self.centre) / self.scale
+    def decorrelate(self, affinity: Array) -> Array:
+        """Rows times (A_LL + lambda I)^-1, if that was fitted."""
+        return affinity if self.inverse is None else jax.scipy.linalg.cho_solve((self.inverse, True), affinity.T).T
+
+    def standardize(self, rows: Array) -> Array:
+        """Columns less their mean, over their standard deviation, if these were fitted."""
+        return rows if self.centre is None or self.scale is None else (rows - self.centre) / self.scale
 
 
 @partial(
@@ -131,7 +131,7 @@ class Alignment:
         x = _checks.features("x_new", x_new)
         if x.ndim != 2 or x.shape[-1] != space.landmarks.shape[-1]:
             raise ValueError(f"x_new must have shape (k, {space.landmarks.shape[-1]}) for {name!r}; got {x.shape}.")
-        return space.rows(space.affinity(space.channels(x)))
+        return space.standardize(space.decorrelate(space.affinity(space.channels(x))))
 
     def correspondence(
         self, a: str, b: str, *, metric: Metric = "correlation", csls: int | None = None
@@ -265,11 +265,11 @@ def align(
         if decorrelate is not None:
             ridge = decorrelate * jnp.eye(len(chosen), dtype=x.dtype)
             space = replace(space, inverse=jnp.linalg.cholesky(affinity[chosen] + ridge))
-        rows[name] = space.rows(affinity)
+        relative = space.decorrelate(affinity)
         if others is not None:
-            scored = rows[name][others] if len(others) else rows[name]
+            scored = relative[others] if len(others) else relative
             space = replace(space, centre=jnp.mean(scored, 0, keepdims=True), scale=_spread(scored))
-            rows[name] = space.rows(affinity)
+        rows[name] = space.standardize(relative)
         spaces[name] = space
     return Alignment(rows, sigma, chosen, spaces)
 

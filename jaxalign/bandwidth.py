@@ -32,7 +32,7 @@ from jaxalign.distances import (
     make_frame,
     when_any,
 )
-from jaxalign.pairs import Pairs, reduce_pairs
+from jaxalign.pairs import Pairs, kernel, reduce_pairs
 
 Diagonal = Literal["include", "exclude"]
 Bandwidth = Literal["global", "per_row"]
@@ -311,11 +311,6 @@ def explain_failure(status: Array, problem: Problem) -> None:
 # --- the solver ----------------------------------------------------------------------------------------------------
 
 
-def kernel(d2: Array, rate: Array) -> tuple[Array]:
-    """The RBF affinity of squared distances: its definition in this library. rate = 1 / (2 sigma^2)."""
-    return (jnp.exp(-rate * d2),)
-
-
 def rate_of(sigma: Array, frame: Frame) -> Array:
     """1 / (2 sigma^2) in the units of a frame; sigma broadcasts against (..., n, 1)."""
     # Far below any distance the kernel is 0 or 1; smaller yet, and sigma^2 underflows to a rate of inf: inf * 0 = nan.
@@ -371,17 +366,16 @@ def solve_pairs(
     pairs = pairs_of(attach_gradient(frame, distances), frame, diagonal)
     total = lax.stop_gradient(pairs.total(by_row=by_row))
     status = _status(root, frame.finite[..., None] if by_row else frame.finite, wanted, total)
-    if by_row and frame.mask is not None:
-        status = jnp.where(frame.mask, status, CONVERGED)
-    rate = jnp.where(status == CONVERGED, root.rate, jnp.nan)
-    if by_row and frame.mask is not None:
-        rate = jnp.where(frame.mask, rate, 1)
+
+    def in_real_rows(value: Array, otherwise: float | int) -> Array:
+        return jnp.where(frame.mask, value, otherwise) if by_row and frame.mask is not None else value
+
+    status = in_real_rows(status, CONVERGED)
+    rate = in_real_rows(jnp.where(status == CONVERGED, root.rate, jnp.nan), 1)
     rate = _attach_rate(by_row, pairs, density, total, rate)
     scale = frame.scale[..., 0] if by_row else frame.scale[..., 0, 0]
-    sigma = scale * jnp.sqrt(0.5 / rate)
-    reached = root.density
-    if by_row and frame.mask is not None:
-        sigma, reached = (jnp.where(frame.mask, value, jnp.nan) for value in (sigma, reached))
+    sigma = in_real_rows(scale * jnp.sqrt(0.5 / rate), jnp.nan)
+    reached = in_real_rows(root.density, jnp.nan)
     passes = jnp.broadcast_to(root.passes, frame.finite.shape)
     return SigmaSolution(sigma, reached, passes, status), pairs, _against_pairs(rate, by_row)
 

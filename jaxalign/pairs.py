@@ -55,6 +55,11 @@ class Pairs:
         rows = self._rows() * jnp.broadcast_to(rows, self.distances.shape[:-1])
         return rows if by_row else jnp.sum(rows, -1)
 
+    def own(self, *, by_row: bool) -> Array:
+        """The weight of the pairs of a sample with itself, if they counted: shape (...) or, by row, (..., n)."""
+        own = self._rows() * self.self_weights()
+        return own if by_row else jnp.sum(own, -1)
+
     def self_weights(self) -> Array:
         """The column weight of the sample that row i is, 0 where no column is that sample: shape (..., n)."""
         n, m = self.distances.shape[-2:]
@@ -70,6 +75,11 @@ class Pairs:
     def _columns(self) -> Array:
         shape, dtype = self.distances.shape[:-2] + self.distances.shape[-1:], self.distances.dtype
         return jnp.ones(shape, dtype) if self.column_weights is None else self.column_weights
+
+
+def kernel(d2: Array, rate: Array) -> tuple[Array]:
+    """The RBF affinity of squared distances: its definition in this library. rate = 1 / (2 sigma^2)."""
+    return (jnp.exp(-rate * d2),)
 
 
 def reduce_pairs(

@@ -67,8 +67,7 @@ def relative_rows(features: Mapping[str, np.ndarray], landmarks: np.ndarray, tic
 
 def score(rows: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], csls: int | None = None) -> Score:
     """Mean scores over pairs of sets, looked up in both directions."""
-    both = [pair for a, b in pairs for pair in ((a, b), (b, a))]
-    found = [correspondence(rows[a], rows[b], csls=csls) for a, b in both]
+    found = [correspondence(rows[a], rows[b], csls=csls) for a, b in _both_ways(pairs)]
     top1, top5, mrr = ([float(getattr(one, part)) for one in found] for part in ("top1", "top5", "mrr"))
     return float(np.mean(top1)), float(np.mean(top5)), float(np.mean(mrr))
 
@@ -77,10 +76,15 @@ def ridge_score(
     features: Mapping[str, np.ndarray], rows: Rows, pairs: Sequence[tuple[str, str]], csls: int | None = None
 ) -> Score:
     """Mean scores of the fitted map over pairs of sets, in both directions."""
-    both = [pair for a, b in pairs for pair in ((a, b), (b, a))]
-    found = [best_ridge(features[a], features[b], rows.landmarks, rows.queries, csls=csls) for a, b in both]
+    found = [
+        best_ridge(features[a], features[b], rows.landmarks, rows.queries, csls=csls) for a, b in _both_ways(pairs)
+    ]
     top1, top5, mrr = np.mean(found, 0)
     return float(top1), float(top5), float(mrr)
+
+
+def _both_ways(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [pair for a, b in pairs for pair in ((a, b), (b, a))]
 
 
 @dataclass(frozen=True)
