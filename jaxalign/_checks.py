@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.experimental import multihost_utils
 
 HALF_DTYPES = (jnp.float16, jnp.bfloat16)
 
@@ -21,6 +22,14 @@ HALF_DTYPES = (jnp.float16, jnp.bfloat16)
 def is_concrete(*values: Any) -> bool:
     """Whether the values of all of these can be looked at now (none is a tracer)."""
     return not any(isinstance(value, Tracer) for value in values)
+
+
+def on_host(value: Any) -> np.ndarray:
+    """All values of what is concrete. Where they are spread over processes, each must call this, and gets them all."""
+    if not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated:
+        return np.asarray(value)
+    with jax.ensure_compile_time_eval():
+        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
 
 
 def features(name: str, value: Any, *, min_rows: int = 1) -> jax.Array:
@@ -83,6 +92,15 @@ def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: 
     return jnp.asarray(array, dtype)
 
 
+def parameter_array(name: str, value: Any, dtype: Any) -> jax.Array:
+    """A real array of at least one dimension, as a vector or matrix to multiply with."""
+    _refuse_foreign(name, value)
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if array.ndim == 0 or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must be a real vector or matrix; got shape {array.shape}, dtype {array.dtype}.")
+    return jnp.asarray(array).astype(dtype)
+
+
 def row_mask(name: str, value: Any | None, shape: tuple[int, ...]) -> jax.Array | None:
     """A boolean mask over rows, True = a real sample, broadcast to `shape` = (..., n)."""
     if value is None:
@@ -112,7 +130,7 @@ def density_value(density: Any) -> None:
     """Raise where a concrete density is outside (0, 1)."""
     if not is_concrete(density):
         return
-    values = np.asarray(density)
+    values = on_host(density)
     if not np.all((values > 0) & (values < 1)):
         raise ValueError(
             f"density must lie strictly between 0 and 1 (it is the mean of the affinity); got {_show(values)}."
@@ -123,10 +141,10 @@ def positive(name: str, value: Any, keep: Any | None = None) -> None:
     """Raise where a concrete value is not finite and above 0 (only where `keep` is True, if given)."""
     if not is_concrete(value, keep):
         return
-    values = np.asarray(value)
+    values = on_host(value)
     bad = ~(np.isfinite(values) & (values > 0))
     if keep is not None:
-        bad = bad & np.asarray(keep)
+        bad = bad & on_host(keep)
     if bad.any():
         raise ValueError(f"{name} must be finite and above 0; got {_show(values)}.")
 
@@ -141,13 +159,20 @@ def finite_rows(
     """Raise on nan or inf in a concrete array, naming the first row that holds one."""
     if not is_concrete(value, mask):
         return
-    bad = ~np.isfinite(np.asarray(value)).all(-1)
+    # On the device, so that only one byte a row travels to the host, or to the other processes: all raise, or none.
+    with jax.ensure_compile_time_eval():
+        bad = on_host(_not_finite(value))
     if mask is not None:
-        bad &= np.asarray(mask)
+        bad = bad & on_host(mask)
     if bad.any():
         first = tuple(int(i) for i in np.argwhere(bad)[0])
         where = f"row {first[-1]}" + (f" of batch element {first[:-1]}" if len(first) > 1 else "")
         raise ValueError(f"{name} has nan or inf in {int(bad.sum())} row(s), the first is {where}. {way_out}")
+
+
+@jax.jit
+def _not_finite(value: jax.Array) -> jax.Array:
+    return ~jnp.isfinite(value).all(-1)
 
 
 def _show(values: np.ndarray) -> str:

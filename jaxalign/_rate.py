@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxalign.pairs import Pairs, kernel, reduce_pairs
+from jaxalign.pairs import Pairs, Reduction, Tile, kernel_terms, over_all, over_rows, reduce_pairs
 
 # Sums of A (tD)^k up to this k in one pass; the last one bounds the error of the series.
 _ORDER = 6
@@ -31,9 +31,9 @@ _ORDER = 6
 _SERIES_RADIUS = 0.5
 # Largest step in log t without a bracket. Features are about 1, so a root is few such steps away.
 _LONGEST_STEP = 4.0
-_MAX_PASSES = 64
+MAX_PASSES = 64
 # A set larger than this many rows gets its first estimate from about this many rows and columns.
-_SUBSAMPLE = 512
+SUBSAMPLE = 512
 _SUBSAMPLE_RTOL = 1e-3
 # Square distances of 1e-30 and less count as 0 in float32 (a ratio of 1e15 between the largest and the smallest
 # distance). exp(-z) is 0, or as good as, beyond these, while z^_ORDER must not overflow.
@@ -57,36 +57,44 @@ def no_root(shape: tuple[int, ...], dtype: jnp.dtype) -> Root:
     return Root(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), no, no, jnp.zeros((), jnp.int32))
 
 
-def find_rate(pairs: Pairs, density: Array, *, self_pairs: bool, by_row: bool, rtol: float) -> Root:
+def find_rate(pairs: Pairs, density: Array, *, by_row: bool, rtol: float) -> Root:
     """The rate at which the weighted mean of exp(-rate * D) over the pairs, or over each row's, equals `density`.
 
     Args:
         pairs: n x m pairs with their weights; D about 1.
         density: the wanted mean, shape (...) or (..., 1).
-        self_pairs: the columns are the rows' samples, so row i has a pair of distance 0 with itself.
         by_row: one rate a row.
         rtol: relative error allowed in the density.
     """
     total = pairs.total(by_row=by_row)
     idle = ~(total > 0)  # masked rows: nothing to find, and no 0 / 0 for checkify to trip over
     total = jnp.where(idle, 1, total)
-    n, m = pairs.distances.shape[-2:]
-    row_step, column_step = (1 if by_row else max(1, n // _SUBSAMPLE)), max(1, m // _SUBSAMPLE)
+    start = first_guess(pairs, density, total, idle, by_row)
+    root = _find(_moments(pairs, total * density, by_row), start, idle, rtol, pairs.any)
+    return root._replace(density=root.density * density)
+
+
+def first_guess(pairs: Pairs, density: Array, total: Array, idle: Array, by_row: bool) -> Array:
+    """A rate to start from: that of the distances' first two moments or, for many rows, of a subsample of the pairs."""
     # The few pairs of the subsample hold too many diagonal ones: leave those out, of the wanted density as well.
     off_density = density
-    if self_pairs and not pairs.skip_self:
+    if pairs.itself and not pairs.skip_self:
         own = pairs.own(by_row=by_row)
         off_density = (density * total - own) / jnp.where(total > own, total - own, 1)
-    sample = pairs.every(row_step, column_step, skip_self=self_pairs)
-    sample_total = sample.total(by_row=by_row)
-    sample_total = jnp.where(sample_total > 0, sample_total, 1)
-    first, second = reduce_pairs(lambda d2: (d2, d2 * d2), sample, by_row=by_row)
-    start = _usable(_gamma_rate(first / sample_total, second / sample_total, off_density))
-    if row_step > 1 or column_step > 1:
-        guess = _find(_moments(sample, sample_total * off_density, by_row), start, idle, _SUBSAMPLE_RTOL)
-        start = _usable(jnp.where(guess.converged, guess.rate, 1))
-    root = _find(_moments(pairs, total * density, by_row), start, idle, rtol)
-    return root._replace(density=root.density * density)
+    rows, columns = pairs.shape
+    many = max(columns, 0 if by_row else rows) >= 2 * SUBSAMPLE
+    return guess_from(pairs.subset(SUBSAMPLE, all_rows=by_row), off_density, idle, by_row, exact=not many)
+
+
+def guess_from(sample: Pairs, off_density: Array, idle: Array, by_row: bool, *, exact: bool) -> Array:
+    """A rate to start from, by a subsample of the pairs, or by all of them (`exact`): then a rough one will do."""
+    count, first, second = sums_over(_plain_moments, sample, None, by_row)
+    count = jnp.where(count > 0, count, 1)
+    start = _usable(_gamma_rate(first / count, second / count, off_density))
+    if exact:
+        return start
+    guess = _find(_moments(sample, count * off_density, by_row), start, idle, _SUBSAMPLE_RTOL, sample.any)
+    return _usable(jnp.where(guess.converged, guess.rate, 1))
 
 
 def _gamma_rate(mean: Array, mean_square: Array, density: Array) -> Array:
@@ -113,87 +121,124 @@ def _range(rate: Array) -> tuple[float, float]:
 
 
 def _moments(pairs: Pairs, norm: Array, by_row: bool) -> Callable[[Array], Array]:
-    def moments(rate: Array) -> Array:
-        rate = rate[..., None] if by_row else rate[..., None, None]
-        return jnp.stack([total / norm for total in reduce_pairs(_powers, pairs, rate, by_row=by_row)])
-
-    return moments
+    return lambda rate: jnp.stack([total / norm for total in sums_over(series_moments, pairs, rate, by_row)])
 
 
-def _powers(d2: Array, rate: Array) -> tuple[Array, ...]:
+def sums_over(terms: Callable[[Tile], tuple[Array, ...]], pairs: Pairs, rate: Array | None, by_row: bool) -> Any:
+    """Sums of terms, (...) or by row (..., n)."""
+    rates = (None if rate is None else rate[..., None] if by_row else rate[..., None, None],)
+    if not by_row:
+        return reduce_pairs(Reduction(terms, over_all), pairs, rates=rates)[0]
+    # Every row has its own rate, so a term changes when its pair is turned round.
+    sums = reduce_pairs(Reduction(terms, over_rows, symmetric=False), pairs, rates=rates)[1]
+    return tuple(total[..., 0] for total in sums)
+
+
+def series_moments(tile: Tile) -> tuple[Array, ...]:
+    (d2,), (rate,) = tile.distances, tile.rates
+    assert rate is not None
     z = jnp.minimum(rate * d2, _LARGEST_EXPONENT[d2.dtype.name])
-    terms = [*kernel(d2, rate)]
+    terms = [kernel_terms(tile)]
     for _ in range(_ORDER):
         terms.append(terms[-1] * z)
     return tuple(terms)
+
+
+def _plain_moments(tile: Tile) -> tuple[Array, ...]:
+    (d2,) = tile.distances
+    one = tile.weigh(jnp.ones_like(d2))
+    return one, one * d2, one * d2 * d2
 
 
 def _at_least_tiny(a: Array) -> Array:
     return jnp.maximum(a, jnp.finfo(a.dtype).tiny)
 
 
-class _State(NamedTuple):
+class Search(NamedTuple):
+    """Where the search for a rate stands: each of shape (...), or (..., n) by row."""
+
     rate: Array
     low: Array  # rates at which the density is above and below the wanted one
     high: Array
-    density: Array
+    density: Array  # in units of the wanted one
     done: Array
     converged: Array
-    passes: Array
+    passes: Array  # scalar
 
 
-def _find(moments: Callable[[Array], Array], start: Array, idle: Array, rtol: float) -> Root:
-    """The rate at which moments(rate)[0] = 1, from `start`, except where idle; densities in units of the wanted one."""
+def begin(start: Array, idle: Array) -> Search:
+    """A search that starts at a rate, except where there is nothing to find."""
     lowest, highest = _range(start)
-
-    def step(state: _State) -> _State:
-        rate = state.rate
-        m = moments(rate)
-        excess = jnp.log(_at_least_tiny(m[0]))
-        low = jnp.where(excess > 0, jnp.maximum(state.low, rate), state.low)
-        high = jnp.where(excess < 0, jnp.minimum(state.high, rate), state.high)
-
-        def inside(candidate: Array) -> Array:
-            return (candidate > low) & (candidate < high)
-
-        s, value, bound = _series_root(m)
-        # The truncated series may have no root near: then its Newton steps end anywhere, and following them may creep.
-        closer = jnp.abs(value - 1) < 0.5 * jnp.abs(m[0] - 1)
-        in_series = (jnp.abs(s) < _SERIES_RADIUS) & closer & inside(rate * (1 + s))
-        converged = (jnp.abs(s) < _SERIES_RADIUS) & (bound < rtol) & (jnp.abs(value - 1) < rtol)
-        newton = jnp.clip(excess * m[0] / _at_least_tiny(m[1]), -_LONGEST_STEP, _LONGEST_STEP)
-        newton = jnp.clip(rate * jnp.exp(newton), lowest, highest)
-        new = jnp.where(inside(newton), newton, jnp.sqrt(low) * jnp.sqrt(high))
-        new = jnp.where(in_series | converged, rate * (1 + s), new)
-        # Nothing more to learn: not a number, or at an end of the range.
-        stuck = jnp.isnan(excess) | ((rate >= highest) & (excess > 0)) | ((rate <= lowest) & (excess < 0))
-        done = state.done | converged | stuck
-        return _State(
-            rate=jnp.where(state.done, rate, jnp.where(stuck & ~converged, rate, new)),
-            low=low,
-            high=high,
-            density=jnp.where(state.done, state.density, jnp.where(converged, value, m[0])),
-            done=done,
-            converged=jnp.where(state.done, state.converged, converged),
-            passes=state.passes + 1,
-        )
-
     no = start != start  # False wherever start is a number, and of its shape and sharding
-    state = lax.while_loop(
-        lambda state: jnp.any(~state.done) & (state.passes < _MAX_PASSES),
-        step,
-        _State(
-            start,
-            jnp.full_like(start, 0.5 * lowest),
-            jnp.full_like(start, 2 * highest),
-            start,
-            no | idle,
-            no,
-            jnp.zeros((), jnp.int32),
-        ),
+    return Search(
+        rate=start,
+        low=jnp.full_like(start, 0.5 * lowest),
+        high=jnp.full_like(start, 2 * highest),
+        density=start,
+        done=no | idle,
+        converged=no,
+        passes=jnp.zeros((), jnp.int32),
     )
-    infeasible = ~state.converged & (state.rate >= highest) & (state.density > 1)
-    return Root(state.rate, state.density, state.converged, infeasible, state.passes)
+
+
+def advance(search: Search, m: Array, rtol: float) -> Search:
+    """One step, from the moments m (_ORDER + 1, ...) at the search's rate, in units of the wanted density."""
+    lowest, highest = _range(search.rate)
+    rate = search.rate
+    excess = jnp.log(_at_least_tiny(m[0]))
+    low = jnp.where(excess > 0, jnp.maximum(search.low, rate), search.low)
+    high = jnp.where(excess < 0, jnp.minimum(search.high, rate), search.high)
+
+    def inside(candidate: Array) -> Array:
+        return (candidate > low) & (candidate < high)
+
+    s, value, bound = _series_root(m)
+    # The truncated series may have no root near: then its Newton steps end anywhere, and following them may creep.
+    closer = jnp.abs(value - 1) < 0.5 * jnp.abs(m[0] - 1)
+    in_series = (jnp.abs(s) < _SERIES_RADIUS) & closer & inside(rate * (1 + s))
+    converged = (jnp.abs(s) < _SERIES_RADIUS) & (bound < rtol) & (jnp.abs(value - 1) < rtol)
+    newton = jnp.clip(excess * m[0] / _at_least_tiny(m[1]), -_LONGEST_STEP, _LONGEST_STEP)
+    newton = jnp.clip(rate * jnp.exp(newton), lowest, highest)
+    new = jnp.where(inside(newton), newton, jnp.sqrt(low) * jnp.sqrt(high))
+    new = jnp.where(in_series | converged, rate * (1 + s), new)
+    # Nothing more to learn: not a number, or at an end of the range.
+    stuck = jnp.isnan(excess) | ((rate >= highest) & (excess > 0)) | ((rate <= lowest) & (excess < 0))
+    return Search(
+        rate=jnp.where(search.done, rate, jnp.where(stuck & ~converged, rate, new)),
+        low=low,
+        high=high,
+        density=jnp.where(search.done, search.density, jnp.where(converged, value, m[0])),
+        done=search.done | converged | stuck,
+        converged=jnp.where(search.done, search.converged, converged),
+        passes=search.passes + 1,
+    )
+
+
+def finish(search: Search) -> Root:
+    """The root that was found, its density in units of the wanted one."""
+    highest = _range(search.rate)[1]
+    infeasible = ~search.converged & (search.rate >= highest) & (search.density > 1)
+    return Root(search.rate, search.density, search.converged, infeasible, search.passes)
+
+
+def _find(
+    moments: Callable[[Array], Array],
+    start: Array,
+    idle: Array,
+    rtol: float,
+    anywhere: Callable[[Array], Array],
+) -> Root:
+    """The rate at which moments(rate)[0] = 1, from `start`, except where idle; densities in units of the wanted one.
+
+    `anywhere` tells whether a condition holds on any device, so that all of them go on until all are done.
+    """
+
+    def step(carry: tuple[Search, Array]) -> tuple[Search, Array]:
+        search = advance(carry[0], moments(carry[0].rate), rtol)
+        return search, anywhere(~search.done) & (search.passes < MAX_PASSES)
+
+    search = begin(start, idle)
+    return finish(lax.while_loop(lambda carry: carry[1], step, (search, anywhere(~search.done)))[0])
 
 
 def _series_root(m: Array) -> tuple[Array, Array, Array]:

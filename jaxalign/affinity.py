@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
+from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, in_auto_mode
 from jaxalign._typing import AnyArray
 from jaxalign.bandwidth import (
     CONVERGED,
@@ -22,11 +23,11 @@ from jaxalign.bandwidth import (
     check_rtol,
     check_sigma,
     explain_failure,
-    pairs_at,
+    pairs_of,
     rate_of,
     solve_pairs,
 )
-from jaxalign.distances import make_frame, same_row
+from jaxalign.distances import accurate_distances, make_frame, same_row
 from jaxalign.pairs import kernel
 
 
@@ -116,21 +117,34 @@ def _rbf_affinity(
     rtol: float,
 ) -> tuple[Array, Array]:
     """The affinity, and the status of every sigma."""
-    frame = make_frame(x, y, mask, mask_y)
-    if density is not None:
-        solution, pairs, rate = solve_pairs(frame, density, diagonal, bandwidth, rtol, precision)
-        status = solution.status
-    else:
-        assert sigma is not None
-        rate = rate_of(sigma, frame)
-        pairs = pairs_at(frame, rate, diagonal, precision)
-        status = jnp.where(frame.finite, CONVERGED, NON_FINITE).astype(jnp.int32)
-        rate = jnp.where(frame.finite[..., None, None], rate, jnp.nan)
-    (affinity,) = kernel(pairs.distances, rate)
-    if frame.mask is not None:
-        affinity = jnp.where(frame.mask[..., :, None], affinity, 0)
-    if frame.other_mask is not None:
-        affinity = jnp.where(frame.other_mask[..., None, :], affinity, 0)
-    if zero_diagonal:
-        affinity = jnp.where(same_row(affinity.shape), 0, affinity)
-    return affinity, status
+
+    def compute(
+        x: Array,
+        y: Array | None,
+        sigma: Array | None,
+        density: Array | None,
+        mask: Array | None,
+        mask_y: Array | None,
+    ) -> tuple[Array, Array]:
+        frame = make_frame(x, y, mask, mask_y)
+        if density is not None:
+            solution, pairs, rate = solve_pairs(frame, density, diagonal, bandwidth, rtol, precision)
+            status = solution.status
+        else:
+            assert sigma is not None
+            rate = rate_of(sigma, frame)
+            pairs = pairs_of(frame, accurate_distances(frame, rate, precision=precision), diagonal)
+            status = jnp.where(frame.finite, CONVERGED, NON_FINITE).astype(jnp.int32)
+            rate = jnp.where(frame.finite[..., None, None], rate, jnp.nan)
+        assert pairs.distances is not None
+        affinity = kernel(pairs.distances[0], rate)
+        if frame.mask is not None:
+            affinity = jnp.where(frame.mask[..., :, None], affinity, 0)
+        if frame.other_mask is not None:
+            affinity = jnp.where(frame.other_mask[..., None, :], affinity, 0)
+        if zero_diagonal:
+            affinity = jnp.where(same_row(affinity.shape), 0, affinity)
+        return affinity, status
+
+    rows = (ROWS_SECOND_LAST, ROWS_LAST if sigma is None and bandwidth == "per_row" else NO_ROWS)
+    return in_auto_mode(compute, x, y, sigma, density, mask, mask_y, result_rows=rows)

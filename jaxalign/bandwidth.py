@@ -8,7 +8,7 @@ pairs: see `find_rate`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
+from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, STORED, Plan, TileSize, make_plan, on_mesh
 from jaxalign._rate import LARGEST_RATE, Root, find_rate, no_root
 from jaxalign._typing import AnyArray
 from jaxalign.distances import (
     Frame,
-    accurate_distances,
     attach_gradient,
     explicit_distances,
     fast_distances,
@@ -32,7 +33,7 @@ from jaxalign.distances import (
     make_frame,
     when_any,
 )
-from jaxalign.pairs import Pairs, kernel, reduce_pairs
+from jaxalign.pairs import Pairs, Reduction, Tile, kernel_terms, over_all, over_rows, reduce_pairs
 
 Diagonal = Literal["include", "exclude"]
 Bandwidth = Literal["global", "per_row"]
@@ -84,7 +85,7 @@ def raise_if_failed(status: Array) -> None:
     """Raise a ValueError for the first status that is not `CONVERGED`; nothing under a trace."""
     if not _checks.is_concrete(status):
         return
-    values = np.asarray(status)
+    values = _checks.on_host(status)
     if values.any():
         where = tuple(int(i) for i in np.argwhere(values != CONVERGED)[0])
         place = f" (at index {where} of {values.shape})" if where else ""
@@ -99,6 +100,9 @@ def mean_density(
     diagonal: Diagonal = "include",
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     mask_y: Bool[AnyArray, "*#batch m"] | None = None,
+    tile_size: TileSize = "auto",
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: str | None = None,
 ) -> Float[Array, "*batch"]:
     """Mean of the affinity exp(-||x_i - y_j||^2 / (2 sigma^2)) over pairs, at a given sigma.
 
@@ -110,6 +114,14 @@ def mean_density(
         diagonal: "include" counts the n ones on the diagonal, "exclude" averages over i != j. Only for y = None.
         mask: shape (..., n), True = a real sample; the others do not count.
         mask_y: the same for y, shape (..., m).
+        tile_size: pairs are visited in tiles of at most so many rows and columns, whose distances are computed
+            on the way and, for a gradient, once more; memory is a tile and a few times the features. None stores all n
+            x m distances, "auto" does where they are few and else chooses a size by the device and its free memory.
+        mesh: spread the rows (of x and of y) over the devices along an axis of this mesh; n need not divide. Rows that
+            are spread already bring their mesh along.
+        axis_name: the axis of the mesh, if it has several and none is called "data". Without a mesh: an axis that is
+            bound, inside `jax.shard_map`, `jax.pmap` or `jax.vmap(axis_name=...)`; x, y and the masks then are this
+            device's rows, and all devices together form the set.
 
     Returns:
         The density, shape (...), between 0 and 1. Differentiable in x, y and sigma. nan where no pair is left.
@@ -124,22 +136,28 @@ def mean_density(
         0.80326...
     """
     problem = check_problem(x, y, mask, mask_y, diagonal)
+    plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
     rate_sigma = check_sigma(sigma, problem)
     _checks.finite_rows("x", problem.x, problem.mask)
     if problem.y is not None:
         _checks.finite_rows("y", problem.y, problem.mask_y)
-    return _mean_density(problem.x, problem.y, rate_sigma, problem.mask, problem.mask_y, diagonal)
+    return _mean_density(problem.x, problem.y, rate_sigma, problem.mask, problem.mask_y, diagonal, plan)
 
 
-@partial(jax.jit, static_argnames="diagonal")
+@partial(jax.jit, static_argnames=("diagonal", "plan"))
 def _mean_density(
-    x: Array, y: Array | None, sigma: Array, mask: Array | None, mask_y: Array | None, diagonal: Diagonal
+    x: Array, y: Array | None, sigma: Array, mask: Array | None, mask_y: Array | None, diagonal: Diagonal, plan: Plan
 ) -> Array:
-    frame = make_frame(x, y, mask, mask_y)
-    rate = rate_of(sigma, frame)
-    pairs = pairs_at(frame, rate, diagonal)
-    density = reduce_pairs(kernel, pairs, rate, by_row=False, in_blocks=False)[0] / pairs.total(by_row=False)
-    return jnp.where(frame.finite, density, jnp.nan)
+    def local(x: Array, y: Array | None, mask: Array | None, mask_y: Array | None, sigma: Array) -> Array:
+        frame = make_frame(x, y, mask, mask_y, plan.axis_name)
+        rate = rate_of(sigma, frame)
+        pairs = pairs_of(frame, None, diagonal, plan)
+        reduction = Reduction(kernel_terms, over_all, symmetric=rate.shape[-2] == 1)
+        density = reduce_pairs(reduction, pairs, rates=(rate,))[0] / pairs.total(by_row=False)
+        return jnp.where(frame.finite, density, jnp.nan)
+
+    rows = NO_ROWS if sigma.shape[-2] == 1 else ROWS_SECOND_LAST
+    return on_mesh(local, plan, (x, y, mask, mask_y), (sigma,), (rows,), NO_ROWS)
 
 
 def solve_sigma(
@@ -152,6 +170,9 @@ def solve_sigma(
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     mask_y: Bool[AnyArray, "*#batch m"] | None = None,
     rtol: float | None = None,
+    tile_size: TileSize = "auto",
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: str | None = None,
 ) -> SigmaSolution:
     """The sigma at which mean(exp(-||x_i - y_j||^2 / (2 sigma^2))) equals a density.
 
@@ -166,6 +187,14 @@ def solve_sigma(
         mask: shape (..., n), True = a real sample; the others do not count in any mean or in n.
         mask_y: the same for y, shape (..., m).
         rtol: relative error allowed in the density reached; None: 1e-6 in float32, 1e-13 in float64.
+        tile_size: pairs are visited in tiles of at most so many rows and columns, whose distances are computed
+            on the way and, for a gradient, once more; memory is a tile and a few times the features. None stores all n
+            x m distances, "auto" does where they are few and else chooses a size by the device and its free memory.
+        mesh: spread the rows (of x and of y) over the devices along an axis of this mesh; n need not divide. Rows that
+            are spread already bring their mesh along.
+        axis_name: the axis of the mesh, if it has several and none is called "data". Without a mesh: an axis that is
+            bound, inside `jax.shard_map`, `jax.pmap` or `jax.vmap(axis_name=...)`; x, y and the masks then are this
+            device's rows, and all devices together form the set.
 
     Returns:
         `SigmaSolution` with sigma, the density reached, the number of passes over all pairs, and a status. sigma has
@@ -187,14 +216,28 @@ def solve_sigma(
         True
     """
     problem = check_problem(x, y, mask, mask_y, diagonal)
-    target = check_density(density, problem, bandwidth)
+    plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
+    target = check_density(density, problem, bandwidth, plan)
     rtol = check_rtol(rtol, problem.x.dtype)
-    solution = _solve_sigma(problem.x, problem.y, target, problem.mask, problem.mask_y, diagonal, bandwidth, rtol)
+    solution = solve_checked(problem, target, bandwidth, rtol, plan)
     explain_failure(solution.status, problem)
     return solution
 
 
-@partial(jax.jit, static_argnames=("diagonal", "bandwidth", "rtol"))
+def solve_checked(
+    problem: Problem,
+    density: Array,
+    bandwidth: Bandwidth,
+    rtol: float,
+    plan: Plan,
+    precision: lax.PrecisionLike = None,
+) -> SigmaSolution:
+    """`solve_sigma` on what was checked; a failure is told by the status alone."""
+    x, y, mask, mask_y, diagonal = problem
+    return _solve_sigma(x, y, density, mask, mask_y, diagonal, bandwidth, rtol, plan, precision)
+
+
+@partial(jax.jit, static_argnames=("diagonal", "bandwidth", "rtol", "plan", "precision"))
 def _solve_sigma(
     x: Array,
     y: Array | None,
@@ -204,9 +247,17 @@ def _solve_sigma(
     diagonal: Diagonal,
     bandwidth: Bandwidth,
     rtol: float,
+    plan: Plan,
+    precision: lax.PrecisionLike,
 ) -> SigmaSolution:
-    frame = make_frame(x, y, mask, mask_y)
-    return solve_pairs(frame, density, diagonal, bandwidth, rtol)[0]
+    def local(x: Array, y: Array | None, mask: Array | None, mask_y: Array | None, density: Array) -> tuple[Array, ...]:
+        frame = make_frame(x, y, mask, mask_y, plan.axis_name)
+        found = solve_pairs(frame, density, diagonal, bandwidth, rtol, precision, plan)[0]
+        return found.sigma, found.density, found.passes, found.status
+
+    rows = NO_ROWS if bandwidth == "global" else ROWS_LAST
+    where = (rows, rows, NO_ROWS, rows)
+    return SigmaSolution(*on_mesh(local, plan, (x, y, mask, mask_y), (density,), (NO_ROWS,), where))
 
 
 # --- checking what was handed in -----------------------------------------------------------------------------------
@@ -243,7 +294,7 @@ def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any) -> Prob
     least = 2 if y is None else 1
     for name, value, need in (("mask", mask, least), ("mask_y", mask_y, 1)):
         if value is not None and _checks.is_concrete(value):
-            counts = np.asarray(value).sum(-1)
+            counts = _checks.on_host(value).sum(-1)
             if (counts < need).any():
                 raise ValueError(
                     f"{name} leaves {int(counts.min())} real sample(s), at least {need} needed: "
@@ -252,7 +303,7 @@ def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any) -> Prob
     return Problem(x, y, mask, mask_y, diagonal)
 
 
-def check_density(density: Any, problem: Problem, bandwidth: Any) -> Array:
+def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = STORED) -> Array:
     """The density as an array that broadcasts against sigma; raises where no sigma can reach it."""
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
     target = _checks.parameter(
@@ -260,13 +311,15 @@ def check_density(density: Any, problem: Problem, bandwidth: Any) -> Array:
     )
     _checks.density_value(density)
     if problem.y is None and problem.diagonal == "include" and _checks.is_concrete(density, problem.mask):
-        counts = problem.x.shape[-2] if problem.mask is None else np.asarray(problem.mask).sum(-1)
+        counts = (
+            plan.rows_of_all(problem.x.shape[-2]) if problem.mask is None else _checks.on_host(problem.mask).sum(-1)
+        )
         floor = 1 / np.asarray(counts, np.float64)
-        infeasible = np.broadcast_arrays(np.asarray(density) <= floor)[0]
+        infeasible = np.broadcast_arrays(_checks.on_host(density) <= floor)[0]
         if infeasible.any():
             worst = np.broadcast_to(counts, infeasible.shape)[infeasible].min()
             raise ValueError(
-                f"density = {float(np.min(np.asarray(density)))} cannot be reached with n = {worst} samples: "
+                f"density = {float(np.min(_checks.on_host(density)))} cannot be reached with n = {worst} samples: "
                 "the ones on the "
                 f"diagonal alone give 1/n = {1 / worst:.4g}. Ask for a density above that, or leave the diagonal "
                 'out of the mean with diagonal="exclude".'
@@ -301,7 +354,7 @@ def check_rtol(rtol: float | None, dtype: Any) -> float:
 
 def explain_failure(status: Array, problem: Problem) -> None:
     """Raise a ValueError for a failed status, naming the row where nan or inf is the cause; nothing under a trace."""
-    if _checks.is_concrete(status) and np.asarray(status).any():
+    if _checks.is_concrete(status) and _checks.on_host(status).any():
         _checks.finite_rows("x", problem.x, problem.mask)
         if problem.y is not None:
             _checks.finite_rows("y", problem.y, problem.mask_y)
@@ -321,16 +374,16 @@ def rate_of(sigma: Array, frame: Frame) -> Array:
     return 0.5 * inverse * inverse
 
 
-def pairs_at(frame: Frame, rate: Array, diagonal: Diagonal, precision: lax.PrecisionLike = None) -> Pairs:
-    """Pairs with distances good enough for the kernel at this rate, differentiable in the features."""
-    distances = accurate_distances(frame, rate, precision)
-    return pairs_of(attach_gradient(frame, distances), frame, diagonal)
-
-
-def pairs_of(distances: Array, frame: Frame, diagonal: Diagonal) -> Pairs:
-    """The distances with the weights that masks and the diagonal give them."""
-    rows, columns = (None if mask is None else mask.astype(distances.dtype) for mask in (frame.mask, frame.other_mask))
-    return Pairs(distances, rows, columns, skip_self=diagonal == "exclude")
+def pairs_of(
+    frame: Frame,
+    distances: Array | None,
+    diagonal: Diagonal,
+    plan: Plan = STORED,
+    precision: lax.PrecisionLike = None,
+) -> Pairs:
+    """The pairs of a frame's rows, with stored distances or none."""
+    stored = None if distances is None else (attach_gradient(frame, distances),)
+    return Pairs((frame,), stored, diagonal == "exclude", plan.tile_size, plan.axis_name, precision)
 
 
 def solve_pairs(
@@ -340,30 +393,23 @@ def solve_pairs(
     bandwidth: Bandwidth,
     rtol: float,
     precision: lax.PrecisionLike = None,
+    plan: Plan = STORED,
 ) -> tuple[SigmaSolution, Pairs, Array]:
     """Solve for sigma; returns the pairs and the rate too, for an affinity on the same distances.
 
-    The rate has shape (..., 1, 1) or (..., n, 1); it is nan where sigma is, but finite in masked rows.
+    The rate has shape (..., 1, 1) or (..., n, 1); it is nan where sigma
+    is, but finite in masked rows.
     """
-    by_row, self_pairs = bandwidth == "per_row", frame.y is None
+    by_row = bandwidth == "per_row"
     fixed, wanted = lax.stop_gradient((frame, density))
+    distances = None
+    if plan.stored:
+        distances, root = _search_stored(fixed, wanted, diagonal, by_row, rtol, precision)
+    else:
+        pairs = replace(pairs_of(fixed, None, diagonal, plan, precision), fixed=True)
+        root = find_rate(pairs, wanted, by_row=by_row, rtol=rtol)
 
-    def search(state: _Search) -> _Search:
-        distances = when_any(state.retry, lambda _: explicit_distances(fixed), state.distances)
-        pairs = pairs_of(distances, fixed, diagonal)
-        root = find_rate(pairs, wanted, self_pairs=self_pairs, by_row=by_row, rtol=rtol)
-        coarse = inaccurate(fixed, _against_pairs(root.rate, by_row), distances)
-        return _Search(distances, root, retry=coarse & ~state.retry, done=~coarse | state.retry)
-
-    # A rate too large for the accuracy of the fast distances is found on them: then once more on explicit ones. (A
-    # loop, not a branch, so that the search is compiled once and vmap runs the retry only if some set needs it.)
-    fast = fast_distances(fixed, precision)
-    shape = wanted.shape if not by_row else fast.shape[:-1]
-    no = jnp.zeros((), bool)
-    start = _Search(fast, no_root(shape, fast.dtype), retry=no, done=no)
-    distances, root, _, _ = lax.while_loop(lambda state: ~state.done, search, start)
-
-    pairs = pairs_of(attach_gradient(frame, distances), frame, diagonal)
+    pairs = pairs_of(frame, distances, diagonal, plan, precision)
     total = lax.stop_gradient(pairs.total(by_row=by_row))
     status = _status(root, frame.finite[..., None] if by_row else frame.finite, wanted, total)
 
@@ -378,6 +424,27 @@ def solve_pairs(
     reached = in_real_rows(root.density, jnp.nan)
     passes = jnp.broadcast_to(root.passes, frame.finite.shape)
     return SigmaSolution(sigma, reached, passes, status), pairs, _against_pairs(rate, by_row)
+
+
+def _search_stored(
+    frame: Frame, density: Array, diagonal: Diagonal, by_row: bool, rtol: float, precision: lax.PrecisionLike
+) -> tuple[Array, Root]:
+    """The root, and distances that are accurate enough for it."""
+
+    def search(state: _Search) -> _Search:
+        distances = when_any(state.retry, lambda _: explicit_distances(frame), state.distances)
+        root = find_rate(pairs_of(frame, distances, diagonal), density, by_row=by_row, rtol=rtol)
+        coarse = inaccurate(frame, _against_pairs(root.rate, by_row), distances)
+        return _Search(distances, root, retry=coarse & ~state.retry, done=~coarse | state.retry)
+
+    # A rate too large for the accuracy of the fast distances is found on them: then once more on explicit ones. (A
+    # loop, not a branch, so that the search is compiled once and vmap runs the retry only if some set needs it.)
+    fast = fast_distances(frame, precision)
+    shape = density.shape if not by_row else fast.shape[:-1]
+    no = jnp.zeros((), bool)
+    start = _Search(fast, no_root(shape, fast.dtype), retry=no, done=no)
+    distances, root, _, _ = lax.while_loop(lambda state: ~state.done, search, start)
+    return distances, root
 
 
 class _Search(NamedTuple):
@@ -401,9 +468,10 @@ def _status(root: Root, finite: Array, density: Array, total: Array) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attach_rate(by_row: bool, pairs: Pairs, density: Array, total: Array, rate: Array) -> Array:
-    """`rate` as a function of distances and density: same value, derivatives by the implicit function theorem.
+    """`rate` as a function of the pairs and density: same value, derivatives by the implicit function theorem.
 
-    sum w exp(-t D) = c sum w gives dt = -(sum w A t dD + dc sum w) / (sum w A D): never a derivative of the iteration.
+    sum w exp(-t D) = c sum w gives dt = (d sum w A - dc sum w) / (sum w A D), where d sum w A = - t sum w A dD is the
+    change at a fixed rate: never a derivative of the iteration.
     """
     return rate
 
@@ -413,13 +481,21 @@ def _attach_rate_jvp(by_row: bool, primals: Any, tangents: Any) -> tuple[Array, 
     pairs, density, total, rate = primals
     d_pairs, d_density, _, _ = tangents
     rate = _attach_rate(by_row, pairs, density, total, rate)
-
-    def terms(d2: Array, t: Array, d_d2: Array) -> tuple[Array, Array]:
-        (a,) = kernel(d2, t)
-        return a * d_d2, a * d2
-
-    shift, slope = reduce_pairs(
-        terms, pairs, _against_pairs(rate, by_row), d_pairs.distances, by_row=by_row, in_blocks=False
-    )
+    moved = jax.jvp(lambda pairs: _kernel_sums(pairs, rate, by_row), (pairs,), (d_pairs,), has_aux=True)
+    _, shift, slope = moved
     slope = jnp.where(slope > 0, slope, 1)  # 0 only where nothing counts: masked rows
-    return rate, -(rate * shift + d_density * total) / slope
+    return rate, (shift - d_density * total) / slope
+
+
+def _kernel_sums(pairs: Pairs, rate: Array, by_row: bool) -> tuple[Array, Array]:
+    """The sums of A and of A D, over all pairs or over each row's; reverse mode differentiates the first."""
+    reduction = Reduction(_kernel_and_slope, over_rows if by_row else over_all, symmetric=not by_row)
+    rates = (_against_pairs(rate, by_row),)
+    totals, rows = reduce_pairs(reduction, pairs, rates=rates, in_blocks=False)
+    a, slope = (row[..., 0] for row in rows) if by_row else totals
+    return a, slope
+
+
+def _kernel_and_slope(tile: Tile) -> tuple[Array, Array]:
+    a = kernel_terms(tile)
+    return a, a * tile.distances[0]

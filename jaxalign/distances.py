@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxalign import _checks
+from jaxalign._plan import ROWS_SECOND_LAST, in_auto_mode
 from jaxalign._typing import AnyArray
 
 # Features a step of the explicit sum, so that the n x m result is read and written rarely; more than this gains
@@ -65,69 +66,125 @@ def squared_distances(
 
 @partial(jax.jit, static_argnames="precision")
 def _squared_distances(x: Array, y: Array | None, precision: lax.PrecisionLike) -> Array:
-    frame = make_frame(x, y)
-    distances = attach_gradient(frame, fast_distances(frame, precision))
-    return distances * frame.scale * frame.scale  # twice: scale^2 alone may overflow where the product does not
+    def compute(x: Array, y: Array | None) -> Array:
+        frame = make_frame(x, y)
+        distances = attach_gradient(frame, fast_distances(frame, precision))
+        return distances * frame.scale * frame.scale  # twice: scale^2 alone may overflow where the product does not
+
+    return in_auto_mode(compute, x, y, result_rows=ROWS_SECOND_LAST)
 
 
 class Frame(NamedTuple):
-    """Features made ready for distances; all of one batch shape, y None where rows are compared with themselves."""
+    """Features and how they are made ready for distances; of one batch shape, y None compares rows with themselves.
+
+    Nothing of the size of the features is stored beside them: `x` and `y` are computed where they are used.
+    """
 
     raw_x: Array  # (..., n, d) as they came, masked rows 0
     raw_y: Array | None
-    x: Array  # (..., n, d) centred, then divided by the scale
-    y: Array | None
     mask: Array | None  # (..., n) True = a real row
     mask_y: Array | None
+    centre: Array  # (..., 1, d)
     scale: Array  # (..., 1, 1) a power of two
+    inverse: Array  # (..., 1, 1) of the scale
     finite: Array  # (...,) whether every real row is finite
+    sample: Array | None = None  # (n,) numbers of the samples, where x and y are parts of one set
+    sample_y: Array | None = None
+
+    @property
+    def x(self) -> Array:
+        """Rows centred, then divided by the scale; masked ones 0."""
+        return self._ready(self.raw_x, self.mask)
+
+    @property
+    def y(self) -> Array | None:
+        """The same of the other side, None where rows are compared with themselves."""
+        return None if self.raw_y is None else self._ready(self.raw_y, self.mask_y)
+
+    @property
+    def raw_other(self) -> Array:
+        """The rows on the other side of the pairs, as they came."""
+        return self.raw_x if self.raw_y is None else self.raw_y
 
     @property
     def other(self) -> Array:
         """The rows on the other side of the pairs."""
-        return self.x if self.y is None else self.y
+        return self._ready(self.raw_other, self.other_mask)
 
     @property
     def other_mask(self) -> Array | None:
         """The mask of the rows on the other side."""
-        return self.mask if self.y is None else self.mask_y
+        return self.mask if self.raw_y is None else self.mask_y
+
+    def same(self) -> Array | None:
+        """Where a pair is a sample with itself, (n, m); None where there is no such pair."""
+        if self.raw_y is None:
+            return same_row((self.raw_x.shape[-2], self.raw_x.shape[-2]))
+        if self.sample is None or self.sample_y is None:
+            return None
+        return self.sample[:, None] == self.sample_y[None, :]
+
+    def _ready(self, rows: Array, mask: Array | None) -> Array:
+        centred = rows - self.centre
+        return (centred if mask is None else jnp.where(mask[..., None], centred, 0)) * self.inverse
 
 
-def make_frame(x: Array, y: Array | None, mask: Array | None = None, mask_y: Array | None = None) -> Frame:
+def make_frame(
+    x: Array,
+    y: Array | None,
+    mask: Array | None = None,
+    mask_y: Array | None = None,
+    axis_name: str | None = None,
+) -> Frame:
     """Centre at the mean of the real rows and scale by a power of two, so that the largest entry is about 1.
 
     Neither changes what is differentiated: distances do not depend on the centre, and the scale is put back.
-    Rows that are masked out become 0, whatever they held.
+    Rows that are masked out become 0, whatever they held. With `axis_name` the rows of all devices count.
     """
     if mask is not None:
         x = jnp.where(mask[..., None], x, 0)
     if y is not None and mask_y is not None:
         y = jnp.where(mask_y[..., None], y, 0)
     sides = [(x, mask)] if y is None else [(x, mask), (y, mask_y)]
-    count = sum(
-        side.shape[-2] if m is None else jnp.maximum(jnp.sum(m, -1, dtype=side.dtype), 1)[..., None, None]
-        for side, m in sides
-    )
+    plain = lax.stop_gradient([(side, m) for side, m in sides])
+    counts = [
+        varying_like(side, jnp.full(side.shape[:-2], side.shape[-2], side.dtype))
+        if m is None
+        else jnp.sum(m, -1, dtype=side.dtype)
+        for side, m in plain
+    ]
+    count = jnp.maximum(over_devices(lax.psum, sum(counts), axis_name), 1)[..., None, None]
     # Divided before they are summed up, so that the sum cannot overflow.
-    centre = lax.stop_gradient(sum(jnp.sum(side / count, -2, keepdims=True) for side, _ in sides))
-    centred = [side - centre for side, _ in sides]
-    centred = [c if m is None else jnp.where(m[..., None], c, 0) for c, (_, m) in zip(centred, sides, strict=True)]
-    tops = [jnp.max(jnp.abs(lax.stop_gradient(c)), (-2, -1), keepdims=True) for c in centred]
+    means = [jnp.sum(side / count, -2, keepdims=True) for side, _ in plain]
+    centre = over_devices(lax.psum, means[0] if y is None else means[0] + means[1], axis_name)
+    tops = []
+    for side, m in plain:
+        size = jnp.abs(side - centre)
+        tops.append(jnp.max(size if m is None else jnp.where(m[..., None], size, 0), (-2, -1), keepdims=True))
     top = tops[0] if y is None else jnp.maximum(*tops)
-    scale, inverse = _power_of_two(top)
-    return Frame(
-        raw_x=x,
-        raw_y=y,
-        x=centred[0] * inverse,
-        y=None if y is None else centred[1] * inverse,
-        mask=mask,
-        mask_y=mask_y,
-        scale=scale,
-        finite=jnp.isfinite(top[..., 0, 0]),
+    bad = over_devices(lax.psum, (~jnp.isfinite(top[..., 0, 0])).astype(jnp.int32), axis_name)
+    scale, inverse = power_of_two(over_devices(lax.pmax, top, axis_name))
+    return Frame(x, y, mask, mask_y, centre, scale, inverse, finite=bad == 0)
+
+
+def over_devices(collective: Callable[..., T], value: T, axis_name: str | None) -> T:
+    """A collective over a named axis, or the value itself without one."""
+    return value if axis_name is None else collective(value, axis_name)
+
+
+def varying_like(like: Any, value: Array) -> Array:
+    """A value typed as varying over the devices over which `like` varies, as well as over those it varies over already.
+
+    That is how loops inside `jax.shard_map` want their carries to be; elsewhere the value is returned as it is.
+    """
+    wanted, has = (
+        getattr((jax.typeof(a) if isinstance(a, jax.Array) else a).manual_axis_type, "varying", frozenset())
+        for a in (like, value)
     )
+    return lax.pcast(value, tuple(wanted - has), to="varying") if wanted - has else value
 
 
-def _power_of_two(size: Array) -> tuple[Array, Array]:
+def power_of_two(size: Array) -> tuple[Array, Array]:
     """A power of two near a size, and its inverse; 1 where the size is 0 or not finite."""
     limit = jnp.finfo(size.dtype).maxexp - 3  # so that neither of the two is subnormal
     usable = jnp.isfinite(size) & (size > 0)
@@ -139,22 +196,22 @@ def _power_of_two(size: Array) -> tuple[Array, Array]:
 
 def fast_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
     """|a|^2 + |b|^2 - 2 a.b in the frame, clamped at 0, with an exactly zero diagonal of self-distances."""
-    x, y = lax.stop_gradient((frame.x, frame.other))
-    squares_x, squares_y = jnp.sum(x * x, -1), jnp.sum(y * y, -1)
-    sums = squares_x[..., :, None] + squares_y[..., None, :]
-    distances = jnp.maximum(sums - 2 * products(x, y, precision), 0)
-    return distances if frame.y is not None else jnp.where(same_row(distances.shape), 0, distances)
+    distances = jnp.maximum(_formula(*lax.stop_gradient((frame.x, frame.other)), precision), 0)
+    same = frame.same()
+    return distances if same is None else jnp.where(same, 0, distances)
 
 
-def accurate_distances(frame: Frame, rate: Array, precision: lax.PrecisionLike = None) -> Array:
-    """Distances accurate enough for the kernel exp(-rate * D), rate = 1 / (2 sigma^2) in the frame.
+def accurate_distances(frame: Frame, *rates: Array, precision: lax.PrecisionLike = None) -> Array:
+    """Distances accurate enough for the kernel exp(-rate * D), rate = 1 / (2 sigma^2) in the frame, at all these rates.
 
     The fast formula errs by about eps (|x_i|^2 + |y_j|^2). That matters where it is a visible part of 1 / rate for
     a pair close enough not to vanish in the kernel: tight clusters far from each other, or duplicates. Then, and only
-    then, explicit differences are taken.
+    then, explicit differences are taken. A rate broadcasts against the distances.
     """
+    frame, rates = lax.stop_gradient((frame, rates))
     fast = fast_distances(frame, precision)
-    return when_any(inaccurate(frame, rate, fast), lambda _: explicit_distances(frame), fast)
+    coarse = [inaccurate(frame, rate, fast) for rate in rates]
+    return when_any(jnp.any(jnp.stack(coarse)), lambda _: explicit_distances(frame), fast)
 
 
 def inaccurate(frame: Frame, rate: Array, fast: Array) -> Array:
@@ -172,15 +229,16 @@ def inaccurate(frame: Frame, rate: Array, fast: Array) -> Array:
         spread = rate * (squares_x[..., :, None] + squares_y[..., None, :])
         near = rate * fast < 4 * eps * spread - math.log(eps)
         bad = (spread > limit) & near
-        if frame.y is None:
-            bad = jnp.where(same_row(fast.shape), False, bad)
+        same = frame.same()
+        if same is not None:
+            bad = jnp.where(same, False, bad)
         if frame.mask is not None:
             bad &= frame.mask[..., :, None]
         if frame.other_mask is not None:
             bad &= frame.other_mask[..., None, :]
         return jnp.any(bad)
 
-    return when_any(suspicious, look_at_pairs, jnp.zeros((), bool))
+    return when_any(suspicious, look_at_pairs, varying_like(suspicious, jnp.zeros((), bool)))
 
 
 def explicit_distances(frame: Frame) -> Array:
@@ -208,10 +266,27 @@ def attach_gradient(frame: Frame, distances: Array) -> Array:
     """`distances` as a function of the frame's features: same values, exact derivatives of every order.
 
     The derivative 2 (x_i - y_j).(dx_i - dy_j) is a polynomial of the features, so it is finite at zero distance
-    and does not depend on how the values were computed (clamping, explicit differences).
+    and does not depend on how the values were computed (clamping, explicit differences). For stored distances: a rule
+    of derivation costs nothing where none is taken.
     """
     distances = lax.stop_gradient(distances)
-    return _attach_self(frame.x, distances) if frame.y is None else _attach_pair(frame.x, frame.y, distances)
+    return _attach_self(frame.x, distances) if frame.raw_y is None else _attach_pair(frame.x, frame.other, distances)
+
+
+def attach_formula(frame: Frame, distances: Array, precision: lax.PrecisionLike = None) -> Array:
+    """The same for a tile, by adding a difference that is 0: the product is the one that `fast_distances` took.
+
+    (jax 0.10.2 loses rules of derivation in loops where one derivative is taken of another: forward over reverse.)
+    """
+    formula = _formula(frame.x, frame.other, precision)
+    distances = lax.stop_gradient(distances) + (formula - lax.stop_gradient(formula))
+    same = frame.same()
+    return distances if same is None else jnp.where(same, 0, distances)
+
+
+def _formula(x: Array, y: Array, precision: lax.PrecisionLike) -> Array:
+    sums = jnp.sum(x * x, -1)[..., :, None] + jnp.sum(y * y, -1)[..., None, :]
+    return sums - 2 * products(x, y, precision)
 
 
 @jax.custom_jvp

@@ -1,143 +1,563 @@
 """The pair reduction: the only place that visits pairs of rows.
 
-Density, its derivatives and therefore sigma are sums over pairs (i, j) of a function of the squared distance. The
-function is handed to `reduce_pairs`, which visits the distances in blocks of rows that stay in cache, so that
-several sums cost one pass over memory.
+Density, its derivatives and therefore sigma, products with the affinity, kernel alignment, nearest neighbours: each is
+a reduction over pairs (i, j) of a function of the squared distance. `reduce_pairs` visits the pairs tile by tile and
+hands every tile to that function. The distances of a tile are
+
+- stored (`Pairs.distances`): read in blocks of rows that stay in cache, so that several sums cost one pass;
+- or computed from the features when the tile is visited, and again when it is differentiated: memory is a tile and a
+  few times the features, never n x m.
+
+Rows that are compared with themselves form a ring of tiles, of which half is visited: tile i meets tile i + k for
+k = 0 .. half way round, and each meeting stands for its mirror image too. Over devices the ring is one: the rows of
+the others come round from neighbour to neighbour. Masks, padding of the last tile and uneven shards are weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-# Pairs in a block: 4 MB of float32. (n = 4096 on 2 cores: six sums take 14 ms in such blocks, 94 ms in one.)
+from jaxalign.distances import (
+    Frame,
+    accurate_distances,
+    attach_formula,
+    fast_distances,
+    over_devices,
+    varying_like,
+)
+
+# Stored pairs in a block: 4 MB of float32. (n = 4096 on 2 cores: six sums take 14 ms in such blocks, 94 ms in one.)
 _PAIRS_PER_BLOCK = 2**20
+
+
+class Side(NamedTuple):
+    """Rows on one side of a tile, and what belongs to each: every leaf has its rows on axis -2."""
+
+    features: tuple[Array, ...]  # (..., n, d), one a feature set
+    weights: Array  # (..., n, 1): 1 a real row, 0 one that is masked or padding
+    sample: Array  # (n, 1) number of the sample
+    rates: tuple[Array | None, ...]  # (..., n, 1) where every row has its own
+    as_row: Any  # values that a row brings to its pairs as the first of the two
+    as_column: Any  # and as the second
+
+
+class Tile(NamedTuple):
+    """Some rows against some others."""
+
+    distances: tuple[Array, ...]  # squared, (..., r, c), one a feature set, in the units of its frame
+    row: Side
+    column: Side
+    one_rate: tuple[Array | None, ...]  # (..., 1, 1), of the sets that have one rate for all rows
+    rates_by_column: bool  # where rows have their own rates, that of a pair is its column's
+    weighted: bool  # whether any weight is not 1
+    skip_self: bool
+
+    @property
+    def rates(self) -> tuple[Array | None, ...]:
+        """One a feature set, broadcasting against its distances; None where none was given."""
+        owners = self.column.rates if self.rates_by_column else self.row.rates
+        each = (rate if rate is None or not self.rates_by_column else _transpose(rate) for rate in owners)
+        return tuple(own if only is None else only for own, only in zip(each, self.one_rate, strict=True))
+
+    def weigh(self, values: Array) -> Array:
+        """Values (..., r, c) times the weights of both rows; 0 for pairs that do not count."""
+        if self.weighted:
+            values = values * self.row.weights * jnp.swapaxes(self.column.weights, -1, -2)
+        return jnp.where(self.same(), 0, values) if self.skip_self else values
+
+    def same(self) -> Array:
+        """Where a pair is a sample with itself, (r, c)."""
+        return self.row.sample == jnp.swapaxes(self.column.sample, -1, -2)
+
+    def mirrored(self) -> Tile:
+        """The same pairs, the other way round."""
+        return self._replace(distances=jax.tree.map(_transpose, self.distances), row=self.column, column=self.row)
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _no(like: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, like)
+
+
+class Reduction(NamedTuple):
+    """What is summed up.
+
+    Attributes:
+        terms: tile -> a pytree of weighted values, (..., r, c): pass them through `Tile.weigh`.
+        sums: (terms, tile) -> (totals, rows). Totals are added up over all tiles: any shape that begins with the batch
+            dimensions. Rows belong to the tile's rows, (..., r, k), and are combined over the tiles of a row.
+        symmetric: a term does not change when its pair is turned round, so the mirror image needs no second look.
+        combine: of two partial results of a row; addition unless told otherwise.
+        nothing: what a row starts with, of the shape of its partial results; zeros unless told otherwise.
+
+    Without rows (an empty pytree) `combine` and `nothing` are given empty pytrees.
+    """
+
+    terms: Callable[[Tile], Any]
+    sums: Callable[[Any, Tile], tuple[Any, Any]]
+    symmetric: bool = True
+    combine: Callable[[Any, Any], Any] = _add
+    nothing: Callable[[Any], Any] = _no
+
+
+def over_all(terms: Any, tile: Tile) -> tuple[Any, Any]:
+    """The sum of each term over all pairs, shape (...)."""
+    del tile
+    # Rows first: the partial sums keep digits, and XLA spreads the rows over the cores.
+    return jax.tree.map(lambda term: jnp.sum(jnp.sum(term, -1), -1), terms), ()
+
+
+def over_rows(terms: Any, tile: Tile) -> tuple[Any, Any]:
+    """The sum of each term over each row's pairs, shape (..., r, 1)."""
+    del tile
+    return (), jax.tree.map(lambda term: jnp.sum(term, -1, keepdims=True), terms)
+
+
+def kernel(d2: Array, rate: Array) -> Array:
+    """The RBF affinity of squared distances: its definition in this library. rate = 1 / (2 sigma^2)."""
+    return jnp.exp(-rate * d2)
+
+
+def kernel_terms(tile: Tile) -> Array:
+    """The weighted affinity of the first feature set at its rate."""
+    rate = tile.rates[0]
+    assert rate is not None
+    return tile.weigh(kernel(tile.distances[0], rate))
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("distances", "row_weights", "column_weights"),
-    meta_fields=("skip_self", "row_step", "column_step"),
+    data_fields=("frames", "distances"),
+    meta_fields=("skip_self", "tile_size", "axis_name", "precision", "fixed"),
 )
 @dataclass(frozen=True)
 class Pairs:
-    """Squared distances between rows, and how much each pair counts."""
+    """All pairs of rows of one or several feature sets of the same samples.
 
-    distances: Array  # (..., n, m)
-    row_weights: Array | None = None  # (..., n); None: all 1
-    column_weights: Array | None = None  # (..., m); None: all 1
-    skip_self: bool = False  # pairs of a sample with itself do not count
-    row_step: int = 1  # row i is sample i row_step,
-    column_step: int = 1  # column j is sample j column_step
+    Attributes:
+        frames: the feature sets; they share the masks of the first.
+        distances: stored squared distances (..., n, m), one a set; None: computed tile by tile.
+        skip_self: pairs of a sample with itself do not count.
+        tile_size: rows and columns of a tile at most; None: one tile.
+        axis_name: the named axis over whose devices the rows, of both sides, are spread.
+        precision: of the products in the distances.
+        fixed: no derivative is wanted; computed distances then carry none, which saves a pass over each tile.
+    """
 
-    def every(self, row_step: int, column_step: int, *, skip_self: bool) -> Pairs:
-        """The pairs of every row_step-th row with every column_step-th column."""
-        rows, columns = slice(None, None, row_step), slice(None, None, column_step)
-        return Pairs(
-            self.distances[..., rows, columns],
-            None if self.row_weights is None else self.row_weights[..., rows],
-            None if self.column_weights is None else self.column_weights[..., columns],
-            skip_self,
-            self.row_step * row_step,
-            self.column_step * column_step,
-        )
+    frames: tuple[Frame, ...]
+    distances: tuple[Array, ...] | None = None
+    skip_self: bool = False
+    tile_size: int | None = None
+    axis_name: str | None = None
+    precision: lax.PrecisionLike = None
+    fixed: bool = False
+
+    @property
+    def itself(self) -> bool:
+        """Whether the rows are compared with themselves."""
+        return self.frames[0].raw_y is None
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading dimensions."""
+        return self.frames[0].raw_x.shape[:-2]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns, those of all devices."""
+        frame, devices = self.frames[0], self._devices()
+        return frame.raw_x.shape[-2] * devices, frame.raw_other.shape[-2] * devices
+
+    def weights(self) -> tuple[Array, Array]:
+        """Of the rows, (..., n), and of the columns, (..., m); those on this device."""
+        frame = self.frames[0]
+        return _weights(frame.raw_x, frame.mask), _weights(frame.raw_other, frame.other_mask)
 
     def total(self, *, by_row: bool) -> Array:
         """The weight of all pairs that count, shape (...), or of each row's, (..., n)."""
-        columns = self._columns()
-        rows = jnp.sum(columns, -1, keepdims=True) - (self.self_weights() if self.skip_self else 0)
-        rows = self._rows() * jnp.broadcast_to(rows, self.distances.shape[:-1])
-        return rows if by_row else jnp.sum(rows, -1)
+        rows, columns = self.weights()
+        each = over_devices(lax.psum, jnp.sum(columns, -1, keepdims=True), self.axis_name)
+        totals = rows * (each - rows if self.skip_self and self.itself else each)
+        return totals if by_row else over_devices(lax.psum, jnp.sum(totals, -1), self.axis_name)
 
     def own(self, *, by_row: bool) -> Array:
         """The weight of the pairs of a sample with itself, if they counted: shape (...) or, by row, (..., n)."""
-        own = self._rows() * self.self_weights()
-        return own if by_row else jnp.sum(own, -1)
+        rows = self.weights()[0]
+        own = rows * rows if self.itself else jnp.zeros_like(rows)
+        return own if by_row else over_devices(lax.psum, jnp.sum(own, -1), self.axis_name)
 
-    def self_weights(self) -> Array:
-        """The column weight of the sample that row i is, 0 where no column is that sample: shape (..., n)."""
-        n, m = self.distances.shape[-2:]
-        sample = jnp.arange(n) * self.row_step
-        column = sample // self.column_step
-        here = (sample % self.column_step == 0) & (column < m)
-        return jnp.where(here, self._columns()[..., jnp.minimum(column, m - 1)], 0)
+    def subset(self, size: int, *, all_rows: bool) -> Pairs:
+        """Pairs of about `size` rows with `size` columns (all rows, if told so), without those of a sample with itself.
 
-    def _rows(self) -> Array:
-        shape, dtype = self.distances.shape[:-1], self.distances.dtype
-        return jnp.ones(shape, dtype) if self.row_weights is None else self.row_weights
+        Every device gets the sample of all devices. Of the first feature set.
+        """
+        frame = self.frames[0]
+        index = self._index(frame.raw_x)
+        x = (frame.raw_x, frame.mask, index)
+        y = x if self.itself else (frame.raw_y, frame.mask_y, None)
+        n, m = self.shape
+        row_step, column_step = 1 if all_rows else max(1, n // size), max(1, m // size)
+        rows = x if all_rows else self._thinned(x, row_step)
+        columns = self._thinned(y, column_step)
+        few = frame._replace(raw_x=rows[0], mask=rows[1], raw_y=columns[0], mask_y=columns[1])
+        if self.itself:
+            few = few._replace(sample=rows[2], sample_y=columns[2])
+        pairs = replace(self, frames=(few,), distances=None, skip_self=self.itself, axis_name=None)
+        if self.distances is not None:
+            return replace(pairs, distances=(self.distances[0][..., ::row_step, ::column_step],))
+        return pairs if all_rows else pairs.stored()
 
-    def _columns(self) -> Array:
-        shape, dtype = self.distances.shape[:-2] + self.distances.shape[-1:], self.distances.dtype
-        return jnp.ones(shape, dtype) if self.column_weights is None else self.column_weights
+    def stored(self) -> Pairs:
+        """The same with their distances stored, by the fast formula."""
+        return replace(self, distances=tuple(fast_distances(frame, self.precision) for frame in self.frames))
+
+    def any(self, condition: Array) -> Array:
+        """Whether a condition holds anywhere, on any device: a scalar."""
+        return over_devices(lax.psum, jnp.any(condition).astype(jnp.int32), self.axis_name) > 0
+
+    def side(self, *, second: bool, rates: tuple[Array | None, ...], as_row: Any, as_column: Any) -> Side:
+        """All rows of one side, with what belongs to them."""
+        frame = self.frames[0]
+        second = second and not self.itself
+        features = tuple(f.raw_other if second else f.raw_x for f in self.frames)
+        first = features[0]
+        index = frame.sample_y if second else frame.sample
+        if index is None:
+            index = self._index(first)
+        weights = _weights(first, frame.mask_y if second else frame.mask)
+        return Side(features, weights[..., None], index[:, None], rates, as_row, as_column)
+
+    def _devices(self) -> int:
+        return 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+
+    def _index(self, rows: Array) -> Array:
+        n = rows.shape[-2]
+        first = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * n
+        return first + jnp.arange(n, dtype=jnp.int32)
+
+    def _thinned(self, side: tuple[Any, Any, Any], step: int) -> tuple[Any, Any, Any]:
+        x, mask, index = side
+
+        def gathered(a: Array, axis: int) -> Array:
+            if self.axis_name is None:
+                return a
+            number = a.astype(jnp.int32) if a.dtype == bool else a
+            parts = lax.expand_dims(number, (0,))
+            place = jnp.arange(self._devices(), dtype=jnp.int32).reshape((-1,) + (1,) * number.ndim) == lax.axis_index(
+                self.axis_name
+            )
+            every = jnp.moveaxis(lax.psum(jnp.where(place, parts, 0), self.axis_name), 0, axis - 1)
+            shape = list(a.shape)
+            shape[axis] *= self._devices()
+            return every.reshape(shape).astype(a.dtype)
+
+        return (
+            gathered(x[..., ::step, :], -2),
+            None if mask is None else gathered(mask[..., ::step], -1),
+            None if index is None else gathered(index[::step], -1),
+        )
 
 
-def kernel(d2: Array, rate: Array) -> tuple[Array]:
-    """The RBF affinity of squared distances: its definition in this library. rate = 1 / (2 sigma^2)."""
-    return (jnp.exp(-rate * d2),)
+def _weights(rows: Array, mask: Array | None) -> Array:
+    return varying_like(rows, jnp.ones(rows.shape[:-1], rows.dtype)) if mask is None else mask.astype(rows.dtype)
+
+
+def _transpose(a: Array) -> Array:
+    return jnp.swapaxes(a, -1, -2)
 
 
 def reduce_pairs(
-    fn: Callable[..., tuple[Array, ...]],
+    reduction: Reduction,
     pairs: Pairs,
-    *values: Array,
-    by_row: bool,
+    *,
+    rates: tuple[Array | None, ...] = (None,),
+    as_row: Any = (),
+    as_column: Any = (),
+    rates_by_column: bool = False,
     in_blocks: bool = True,
-) -> tuple[Array, ...]:
-    """Sum terms over all pairs, or over each row's pairs.
+) -> tuple[Any, Any]:
+    """Visit all pairs and sum up.
 
     Args:
-        fn: fn(d2, *values) -> terms, each of the shape of d2. d2 is a block (..., r, m) of squared distances, the
-            values are the parts of `values` that belong to it. Terms are multiplied by the pairs' weights.
-        pairs: the pairs, n x m of them.
-        values: arrays (..., n, m), one value a pair, (..., n, 1), one a row, or (..., 1, 1), one for all.
-        by_row: sums over each row instead of over all pairs.
-        in_blocks: False visits all pairs at once: for what reverse mode differentiates, as the transpose of a loop
-            over blocks would add up one n x m array a block.
+        reduction: what is summed up.
+        pairs: the pairs.
+        rates: one a feature set: 1 / (2 sigma^2) in units of its frame, (..., 1, 1) or (..., n, 1); it comes with the
+            tile, and computed distances are accurate enough for it. None: accurate to rounding of the largest.
+        as_row: a pytree of arrays (..., n, k): values that a row brings to its pairs, `Tile.row.as_row`.
+        as_column: the same for columns, (..., m, k), `Tile.column.as_column`.
+        rates_by_column: rates are those of the columns, (..., m, 1).
+        in_blocks: False visits stored pairs all at once: for what reverse mode differentiates, as the transpose of a
+            loop over blocks would add up one n x m array a block.
 
     Returns:
-        One sum a term, of shape (...) or, by row, (..., n).
+        (totals, rows) of the reduction; rows are (..., n, k). With `axis_name`, totals are over all devices, rows are
+        those of this device.
     """
-    n, m = pairs.distances.shape[-2:]
-    batch = pairs.distances.size // (n * m)
-    block = min(n, max(1, _PAIRS_PER_BLOCK // (m * batch))) if in_blocks else n
+    one_rate = tuple(None if rate is None or rate.shape[-2] != 1 else rate for rate in rates)
+    own = tuple(rate if only is None else None for rate, only in zip(rates, one_rate, strict=True))
+    none = (None,) * len(rates)
+    if pairs.itself:
+        row = column = pairs.side(second=False, rates=own, as_row=as_row, as_column=as_column)
+    else:
+        row = pairs.side(second=False, rates=none if rates_by_column else own, as_row=as_row, as_column=())
+        column = pairs.side(second=True, rates=own if rates_by_column else none, as_row=(), as_column=as_column)
+    # Inside shard_map what comes by varies from device to device, also where it started as the same on all.
+    features = pairs.frames[0].raw_x
+    same = row is column
+    row = jax.tree.map(lambda a: varying_like(features, a), row)
+    column = row if same else jax.tree.map(lambda a: varying_like(features, a), column)
+    weighted = pairs.frames[0].mask is not None or pairs.frames[0].other_mask is not None
+    blank = Tile((), row, column, one_rate, rates_by_column, weighted, pairs.skip_self)
+    if pairs.distances is not None:
+        return _visit_stored(reduction, pairs, blank, in_blocks)
+    return _visit_ring(reduction, pairs, blank)
 
-    def visit(start: Array | int, size: int) -> tuple[Array, ...]:
-        def part(a: Array, axis: int) -> Array:
-            return a if size == n else lax.dynamic_slice_in_dim(a, start, size, axis)
 
-        d2 = part(pairs.distances, -2)
-        terms = fn(d2, *(value if value.shape[-2] == 1 else part(value, -2) for value in values))
-        if pairs.row_weights is not None:
-            rows = part(pairs.row_weights, -1)[..., :, None]
-            terms = tuple(term * rows for term in terms)
-        if pairs.column_weights is not None:
-            columns = pairs.column_weights[..., None, :]
-            terms = tuple(term * columns for term in terms)
-        if pairs.skip_self:
-            sample = (start + lax.broadcasted_iota(jnp.int32, (size, m), 0)) * pairs.row_step
-            same = sample == lax.broadcasted_iota(jnp.int32, (size, m), 1) * pairs.column_step
-            terms = tuple(jnp.where(same, 0, term) for term in terms)
-        # Rows first, also for a sum over all: the partial sums keep digits, and XLA spreads the rows over the cores.
-        sums = tuple(jnp.sum(term, -1) for term in terms)
-        return sums if by_row else tuple(jnp.sum(rows, -1) for rows in sums)
+def _visit_stored(reduction: Reduction, pairs: Pairs, blank: Tile, in_blocks: bool) -> tuple[Any, Any]:
+    """All pairs once, in blocks of rows."""
+    assert pairs.distances is not None
+    n = pairs.distances[0].shape[-2]
+    in_a_row = sum(d2.size for d2 in pairs.distances) // n
+    block = min(n, max(1, _PAIRS_PER_BLOCK // in_a_row)) if in_blocks else n
+
+    def look(part: Callable[[Array], Array]) -> tuple[Any, Any]:
+        distances = tuple(part(d2) for d2 in pairs.distances or ())
+        tile = blank._replace(distances=distances, row=jax.tree.map(part, blank.row))
+        return reduction.sums(reduction.terms(tile), tile)
 
     if block == n:
-        return visit(0, n)
+        return look(lambda a: a)
+    # Every k-th row, where k divides n: rows that are spread over devices in one piece each then stay where they are.
+    least = -(-n // block)
+    step = next((k for k in range(least, 4 * least) if n % k == 0), None)
+    if step is not None:
+
+        def strided(start: Array) -> Callable[[Array], Array]:
+            def part(a: Array) -> Array:
+                a = a.reshape(a.shape[:-2] + (n // step, step, a.shape[-1]))
+                return lax.dynamic_index_in_dim(a, start, -2, keepdims=False)
+
+            return part
+
+        totals, rows = lax.map(lambda k: look(strided(k)), jnp.arange(step))
+        rows = jax.tree.map(lambda r: jnp.moveaxis(r, 0, -2).reshape(r.shape[1:-2] + (n, r.shape[-1])), rows)
+        return jax.tree.map(lambda t: jnp.sum(t, 0), totals), rows
+
+    def piece(start: Array | int, size: int) -> tuple[Any, Any]:
+        return look(lambda a: lax.dynamic_slice_in_dim(a, start, size, -2))
+
     whole = n // block
-    sums = lax.map(lambda i: visit(i * block, block), jnp.arange(whole))
-    if by_row:
-        sums = tuple(jnp.moveaxis(s, 0, -2).reshape(s.shape[1:-1] + (whole * block,)) for s in sums)
+    totals, rows = lax.map(lambda i: piece(i * block, block), jnp.arange(whole))
+    rest_totals, rest_rows = piece(whole * block, n - whole * block) if whole * block < n else (None, None)
+    totals = jax.tree.map(lambda t: jnp.sum(t, 0), totals)
+    rows = jax.tree.map(lambda r: _joined(r, whole * block), rows)
+    if rest_totals is None:
+        return totals, rows
+    return (
+        jax.tree.map(jnp.add, totals, rest_totals),
+        jax.tree.map(lambda a, b: jnp.concatenate((a, b), -2), rows, rest_rows),
+    )
+
+
+def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile) -> tuple[Any, Any]:
+    """Tile after tile; see the top of the module.
+
+    Three loops: over the devices whose rows come by, over the offsets k between the tiles that meet, over the tiles i
+    here. Reverse mode keeps nothing of a tile; what it keeps of a device that came by is its features.
+    """
+    itself, devices, axis = pairs.itself, pairs._devices(), pairs.axis_name
+    row, column = blank.row, blank.column
+    n, m = row.sample.shape[0], column.sample.shape[0]
+    here, size = split_rows(n, pairs.tile_size, odd=itself and devices == 1)
+    there, size_y = (here, size) if itself else split_rows(m, pairs.tile_size)
+    blank = blank._replace(weighted=blank.weighted or here * size != n or there * size_y != m)
+    rows = _split(row, here, size)
+    columns = rows if itself else _split(column, there, size_y)
+    ring = here * devices  # tiles in the whole ring, when rows meet themselves
+
+    def meet(some: Side, others: Side, mirror: Array) -> tuple[Any, Any, Any]:
+        tile = _with_distances(pairs, blank._replace(row=some, column=others))
+        terms = reduction.terms(tile)
+        totals, sums = reduction.sums(terms, tile)
+        if not itself:
+            return totals, sums, ()
+        back = tile.mirrored()
+        terms = jax.tree.map(_transpose, terms) if reduction.symmetric else reduction.terms(back)
+        totals_back, sums_back = reduction.sums(terms, back)
+        if reduction.symmetric:
+            totals_back = totals
+        totals = jax.tree.map(lambda a, b: a + jnp.where(mirror, b, 0), totals, totals_back)
+        nothing = reduction.nothing(sums_back)
+        return totals, sums, jax.tree.map(lambda a, b: jnp.where(mirror, a, b), sums_back, nothing)
+
+    meet = jax.checkpoint(meet, prevent_cse=False)  # in a loop there is nothing to share with
+    _, *shapes = jax.eval_shape(meet, _first(rows), _first(columns), jnp.zeros((), bool))
+    start, start_y = (_stacked(reduction.nothing(jax.tree.map(_zeros, shape)), here) for shape in shapes)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def offset(k: Array, first_k: Array, come_by: Side) -> tuple[Any, Any, Any]:
+        """The tiles here, each with one that is k further on."""
+        if itself:
+            others = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, k, here, 0), come_by)
+            far = first_k + k
+            mirror = (far != 0) & (2 * far != ring)
+        else:
+            one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, k, 0, keepdims=False), come_by)
+            others = _stacked(one, here)
+            mirror = jnp.zeros((), bool)
+        return lax.map(lambda two: meet(two[0], two[1], mirror), (rows, others))
+
+    def offsets(count: int, first_k: Array, come_by: Side, sums: Any, sums_y: Any) -> tuple[Any, Any, Any]:
+        """Offsets 0 .. count - 1; sums_y has the tiles that come by, and as many more as are met."""
+
+        def step(carry: tuple[Any, Any], k: Array) -> tuple[tuple[Any, Any], Any]:
+            sums, sums_y = carry
+            totals, more, more_y = offset(k, first_k, come_by)
+            sums = reduction.combine(sums, more)
+            old = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, k, here, 0), sums_y)
+            new = reduction.combine(old, more_y)
+            sums_y = jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, k, 0), sums_y, new)
+            return (sums, sums_y), totals
+
+        (sums, sums_y), totals = lax.scan(step, (sums, sums_y), jnp.arange(count))
+        totals = jax.tree.map(lambda t: pairwise_sum(t.reshape(-1, *t.shape[2:])), totals)
+        return totals, sums, sums_y
+
+    def passed_on(tree: Any) -> Any:
+        """To each device what the next one has."""
+        if axis is None:
+            return tree
+        return lax.ppermute(tree, axis, [((i + 1) % devices, i) for i in range(devices)])
+
+    def sent_home(tree: Any, distance: int) -> Any:
+        if axis is None:
+            return tree
+        return lax.ppermute(tree, axis, [(i, (i + distance) % devices) for i in range(devices)])
+
+    def device(carry: tuple[Side, Any, Any], r: Array, count: int) -> tuple[tuple[Side, Any, Any], Any]:
+        come_by, sums, sums_y = carry
+        following = passed_on(come_by)
+        if not itself:
+            totals, sums, _ = offsets(count, r * there, come_by, sums, ())
+            return (following, sums, ()), totals
+        both = jax.tree.map(lambda a, b: jnp.concatenate((a, b[: count - 1])), come_by, following)
+        more_y = jax.tree.map(lambda a, b: jnp.concatenate((a, b)), sums_y, start_y)
+        totals, sums, more_y = offsets(count, r * here, both, sums, more_y)
+        left = jax.tree.map(lambda a: a[:here], more_y)
+        met = jax.tree.map(lambda a: a[here:], more_y)
+        return (following, sums, (left, met)), totals
+
+    wanted = ring // 2 + 1 if itself else there * devices
+    whole, rest = divmod(wanted, here if itself else there)
+    carry, totals = (columns, start, start_y), []
+    if whole:
+
+        def step(carry: tuple[Side, Any, Any], r: Array) -> tuple[tuple[Side, Any, Any], Any]:
+            (come_by, sums, sums_y), totals = device(carry, r, here if itself else there)
+            if itself:
+                sums_y = reduction.combine(passed_on(sums_y[0]), sums_y[1])
+            return (come_by, sums, sums_y), totals
+
+        carry, part = lax.scan(step, carry, jnp.arange(whole))
+        totals.append(jax.tree.map(pairwise_sum, part))
+    if rest:
+        (_, sums, (left, met)), part = device(carry, jnp.asarray(whole), rest)
+        totals.append(part)
+        sums = reduction.combine(reduction.combine(sums, sent_home(left, whole)), sent_home(met, whole + 1))
     else:
-        sums = tuple(jnp.sum(s, 0) for s in sums)
-    if whole * block == n:
-        return sums
-    rest = visit(whole * block, n - whole * block)
-    if by_row:
-        return tuple(jnp.concatenate(both, -1) for both in zip(sums, rest, strict=True))
-    return tuple(a + b for a, b in zip(sums, rest, strict=True))
+        _, sums, sums_y = carry
+        if itself:
+            sums = reduction.combine(sums, sent_home(sums_y, whole))
+    total = totals[0] if len(totals) == 1 else _add(totals[0], totals[1])
+    total = jax.tree.map(lambda t: over_devices(lax.psum, t, axis), total)
+    return total, jax.tree.map(lambda r: _joined(r, n), sums)
+
+
+def _with_distances(pairs: Pairs, tile: Tile) -> Tile:
+    """Compute the distances of a tile."""
+    distances = []
+    mask, mask_y = (side.weights[..., 0] > 0 if tile.weighted else None for side in (tile.row, tile.column))
+    for k, frame in enumerate(pairs.frames):
+        part = frame._replace(raw_x=tile.row.features[k], raw_y=tile.column.features[k], mask=mask, mask_y=mask_y)
+        if pairs.itself or frame.sample is not None:
+            part = part._replace(sample=tile.row.sample[:, 0], sample_y=tile.column.sample[:, 0])
+        rate, own, others = tile.one_rate[k], tile.row.rates[k], tile.column.rates[k]
+        # The tile serves the rows of both sides; a row of a small sigma must not decide for the others.
+        at = [r for r in (rate, own, None if others is None else _transpose(others)) if r is not None]
+        precision = pairs.precision
+        d2 = accurate_distances(part, *at, precision=precision) if at else fast_distances(part, precision)
+        distances.append(d2 if pairs.fixed else attach_formula(part, d2, precision))
+    return tile._replace(distances=tuple(distances))
+
+
+def split_rows(n: int, tile_size: int | None, *, odd: bool = False) -> tuple[int, int]:
+    """How many tiles n rows make, and the rows of a tile.
+
+    In a ring of an odd number no pair of tiles meets twice; but tiles that need no padding need no weights either.
+    """
+    count = 1 if tile_size is None else -(-n // tile_size)
+    if odd and count % 2 == 0 and n % count:
+        count += 1
+    return count, -(-n // count)
+
+
+def half_ring(count: int) -> Iterator[tuple[int, int, bool]]:
+    """Pairs (i, j) of blocks that meet, each pair once, and whether one stands for (j, i) too; j varies first."""
+    for i in range(count):
+        for k in range(count // 2 + 1):
+            if 2 * k == count and i >= k:  # opposite each other in an even ring: they have met
+                continue
+            yield i, (i + k) % count, k > 0
+
+
+def _split(tree: Any, count: int, size: int) -> Any:
+    """Rows in tiles: leaves (..., n, k) become (count, ..., size, k); what is missing in the last is 0."""
+
+    def split(a: Array) -> Array:
+        missing = count * size - a.shape[-2]
+        if missing:
+            outside = -1 if jnp.issubdtype(a.dtype, jnp.integer) else 0
+            a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, missing), (0, 0)], constant_values=outside)
+        return jnp.moveaxis(a.reshape(a.shape[:-2] + (count, size, a.shape[-1])), -3, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def _joined(a: Array, n: int) -> Array:
+    """The first n rows of tiles: (count, ..., size, k) becomes (..., n, k)."""
+    a = jnp.moveaxis(a, 0, -3)
+    return a.reshape(a.shape[:-3] + (-1, a.shape[-1]))[..., :n, :]
+
+
+def _first(tree: Any) -> Any:
+    return jax.tree.map(lambda a: a[0], tree)
+
+
+def _stacked(tree: Any, count: int) -> Any:
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), tree)
+
+
+def _zeros(like: Any) -> Array:
+    return varying_like(like, jnp.zeros(like.shape, like.dtype))
+
+
+def pairwise_sum(a: Array) -> Array:
+    """The sum over the first axis, pair by pair: the error grows with the logarithm of the number of terms."""
+    while a.shape[0] > 1:
+        half = a.shape[0] // 2
+        rest = a[2 * half :]
+        a = a[:half] + a[half : 2 * half]
+        if rest.shape[0]:
+            a = jnp.concatenate((a, rest))
+    return a[0]

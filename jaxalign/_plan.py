@@ -1,0 +1,286 @@
+"""How pairs are visited: stored or in tiles of which size, on which devices. Decided before anything is traced."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from jaxalign import _checks
+
+TileSize = int | Literal["auto"] | None
+
+# Up to this many pairs, 16 MB of float32, are stored: a second pass then needs no second product.
+_STORED_PAIRS = 2**22
+# Pairs in a tile: on a CPU it stays in cache, on an accelerator it keeps all cores busy. (docs/performance.md)
+_TILE_PAIRS = {"cpu": 2**20, "other": 2**24}
+# A tile needs about this many arrays of its size, and may take this share of the free memory.
+_TILE_ARRAYS = 12
+_TILE_SHARE = 0.25
+_LEAST_TILE = 64
+
+# Which axis of a result holds the rows.
+NO_ROWS = 0
+ROWS_LAST = -1
+ROWS_SECOND_LAST = -2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How all pairs are visited.
+
+    Attributes:
+        stored: the distances are stored, all of them.
+        tile_size: rows and columns of a tile at most; None: one tile.
+        axis_name: the named axis over whose devices rows are spread.
+        mesh: the mesh with that axis; None where the caller is inside `jax.shard_map` or the like already.
+    """
+
+    stored: bool = True
+    tile_size: int | None = None
+    axis_name: str | None = None
+    mesh: Mesh | AbstractMesh | None = None
+
+    def rows_of_all(self, n: int) -> int:
+        """Rows on all devices, where the caller holds n of them on each."""
+        return n * lax.axis_size(self.axis_name) if self.axis_name is not None and self.mesh is None else n
+
+
+STORED = Plan()
+
+
+def make_plan(x: Array, y: Array | None, tile_size: Any, mesh: Any, axis_name: Any) -> Plan:
+    """Check tile_size, mesh and axis_name, and decide what was left open."""
+    check_tile_size(tile_size)
+    mesh, axis_name, devices = _where(x, y, mesh, axis_name)
+    n, m = x.shape[-2], (x if y is None else y).shape[-2]
+    for name, rows in (("x", n), ("y", m)):
+        if mesh is not None and rows < devices:
+            raise ValueError(
+                f"{name} has {rows} rows, fewer than the {devices} devices along axis {axis_name!r} of the mesh: "
+                "use a smaller mesh, or none."
+            )
+    if mesh is not None:
+        n, m = -(-n // devices), -(-m // devices)
+    sets = math.prod(x.shape[:-2])
+    stored, tile_size = choose_tiles(tile_size, n, m, sets, x.dtype.itemsize, may_store=axis_name is None)
+    return Plan(stored, tile_size, axis_name, mesh)
+
+
+def check_tile_size(tile_size: Any) -> None:
+    """Raise unless it is a number of rows, "auto" or None."""
+    if tile_size is None or (isinstance(tile_size, str) and tile_size == "auto"):
+        return
+    if isinstance(tile_size, bool) or not isinstance(tile_size, (int, np.integer)):
+        raise TypeError(
+            f"tile_size must be a whole number of rows, 'auto', or None for all pairs at once; got {tile_size!r}."
+        )
+    if tile_size < 1:
+        raise ValueError(f"tile_size must be at least 1 row; got {tile_size}. 'auto' chooses one.")
+
+
+def choose_tiles(
+    tile_size: Any, n: int, m: int, sets: int, itemsize: int, *, may_store: bool
+) -> tuple[bool, int | None]:
+    """Whether n x m distances are stored, and the size of a tile (None: one tile)."""
+    if tile_size is None:
+        return may_store, None
+    if tile_size != "auto":
+        return False, int(tile_size)
+    stored = may_store and n * m * sets <= _STORED_PAIRS
+    return stored, None if stored else _tile_size(max(n, m), sets, itemsize)
+
+
+def _where(x: Array, y: Array | None, mesh: Any, axis_name: Any) -> tuple[Mesh | AbstractMesh | None, str | None, int]:
+    """The mesh, the axis and its size."""
+    if axis_name is not None and not isinstance(axis_name, str):
+        raise TypeError(f"axis_name must be the name of one axis; got {axis_name!r}.")
+    if mesh is None and axis_name is not None:
+        try:
+            return None, axis_name, lax.axis_size(axis_name)
+        except NameError:
+            raise ValueError(
+                f"axis_name={axis_name!r} is not bound here: call this inside jax.shard_map, jax.pmap or "
+                "jax.vmap(axis_name=...), or give mesh= as well."
+            ) from None
+    if mesh is None:
+        found = [side for side in (_spread(x), None if y is None else _spread(y)) if side is not None]
+        if not found:
+            return None, None, 1
+        if any(side != found[0] for side in found):
+            raise ValueError(
+                f"the rows of x and y are spread over different devices: {found[0]} and {found[-1]}. "
+                "Put both on one mesh with jaxalign.sharding.shard_rows, or give mesh=."
+            )
+        mesh, axis_name = found[0]
+        return mesh, axis_name, mesh.shape[axis_name]
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise TypeError(
+            f"mesh must be a jax.sharding.Mesh, known before anything is traced; got {type(mesh).__name__}. "
+            "jaxalign.sharding.data_mesh() makes one of all devices."
+        )
+    names = mesh.axis_names
+    if axis_name is None:
+        axis_name = names[0] if len(names) == 1 else "data"
+    if axis_name not in names:
+        raise ValueError(
+            f"mesh has no axis {axis_name!r}, its axes are {names}. Name the one over which rows are spread with "
+            "axis_name=."
+        )
+    return mesh, axis_name, mesh.shape[axis_name]
+
+
+def _spread(a: Array) -> tuple[Mesh | AbstractMesh, str] | None:
+    """The mesh and the axis over which the rows of an array are spread already, if that is known."""
+    sharding = a.sharding if _checks.is_concrete(a) else jax.typeof(a).sharding
+    if not isinstance(sharding, NamedSharding) or len(sharding.spec) < a.ndim - 1:
+        return None
+    axis = sharding.spec[a.ndim - 2]
+    if isinstance(axis, tuple) and len(axis) == 1:
+        axis = axis[0]
+    if not isinstance(axis, str) or sharding.mesh.shape[axis] == 1:
+        return None
+    return sharding.mesh, axis
+
+
+def _tile_size(rows: int, sets: int, itemsize: int) -> int:
+    """The fastest size that the memory at hand allows."""
+    device = jax.local_devices()[0]
+    pairs = _TILE_PAIRS.get(device.platform, _TILE_PAIRS["other"])
+    size = max(_LEAST_TILE, math.isqrt(pairs // sets))
+    free = _free_memory(device) if jax.process_count() == 1 else math.inf  # processes must choose alike
+    while size > _LEAST_TILE and size * size * sets * itemsize * _TILE_ARRAYS > _TILE_SHARE * free:
+        size //= 2
+    return min(size, rows)
+
+
+def block_rows_at_hand(row_bytes: int) -> int:
+    """Rows of a block of which a few are to be in memory at once: an eighth of what is free, 2^16 rows at most."""
+    free = min(_free_memory(jax.local_devices()[0]), _free_memory(jax.local_devices(backend="cpu")[0]))
+    return int(max(_LEAST_TILE, min(2**16, free / 8 // row_bytes)))
+
+
+def _free_memory(device: Any) -> float:
+    """Bytes that the device has left; infinite where it does not tell."""
+    if device.platform == "cpu":
+        try:
+            return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        except (ValueError, OSError, AttributeError):
+            return math.inf
+    stats = device.memory_stats() or {}
+    return float(stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0))
+
+
+def on_mesh(
+    local: Callable[..., T],
+    plan: Plan,
+    sides: tuple[Array, Array | None, Array | None, Array | None],
+    others: Any = (),
+    other_rows: Any = (),
+    result_rows: Any = (),
+) -> T:
+    """local(x, y, mask, mask_y, *others), on every device of the mesh with its own rows; just called without a mesh.
+
+    Args:
+        local: what is called; it finds the rows of the other devices over `plan.axis_name`.
+        plan: with the mesh.
+        sides: x, y, mask, mask_y.
+        others: more arguments, a tuple of pytrees.
+        other_rows: for each of them the axis that holds rows of x or y: NO_ROWS, ROWS_LAST or ROWS_SECOND_LAST.
+        result_rows: the same for the result, a prefix of its pytree; rows of x.
+    """
+    x, y, mask, mask_y = sides
+    if plan.mesh is None:
+        if plan.axis_name is not None:
+            return local(x, y, mask, mask_y, *others)
+        return in_auto_mode(local, x, y, mask, mask_y, *others, result_rows=result_rows)
+    assert plan.axis_name is not None
+    n, devices, batch = x.shape[-2], plan.mesh.shape[plan.axis_name], x.ndim - 2
+    x, mask = _padded(x, mask, devices)
+    y, mask_y = (None, None) if y is None else _padded(y, mask_y, devices)
+
+    def spec(rows: int) -> P:
+        if rows == NO_ROWS:
+            return P()
+        return P(*[None] * batch, plan.axis_name, *[None] * (-1 - rows))
+
+    def fill(a: Array, rows: int) -> Array:
+        missing = 0 if rows == NO_ROWS else -a.shape[rows] % devices
+        if not missing:
+            return a
+        width = [(0, 0)] * a.ndim
+        width[rows] = (0, missing)
+        return jnp.pad(a, width, mode="edge")  # not 0: a sigma of a row that does not count
+
+    def cut(a: Array, rows: int) -> Array:
+        return a if rows == NO_ROWS or n % devices == 0 else lax.slice_in_dim(a, 0, n, axis=rows)
+
+    side_specs = [None if a is None else spec(rows) for a, rows in ((x, -2), (y, -2), (mask, -1), (mask_y, -1))]
+    others = tuple(jax.tree.map(lambda a, r=r: fill(a, r), other) for other, r in zip(others, other_rows, strict=True))
+
+    def put(a: Array, where: P) -> Array:
+        return jax.sharding.reshard(a, NamedSharding(mesh, where)) if _is_explicit(mesh) else a
+
+    mesh = plan.mesh
+    x, y, mask, mask_y = (
+        None if a is None or where is None else put(a, where)
+        for a, where in zip((x, y, mask, mask_y), side_specs, strict=True)
+    )
+    others = tuple(
+        jax.tree.map(lambda a, r=r: put(a, spec(r)), other) for other, r in zip(others, other_rows, strict=True)
+    )
+    result = jax.shard_map(
+        local,
+        mesh=plan.mesh,
+        in_specs=(*side_specs, *map(spec, other_rows)),
+        out_specs=jax.tree.map(spec, result_rows),
+        axis_names={plan.axis_name},
+    )(x, y, mask, mask_y, *others)
+    return jax.tree.map(lambda rows, part: jax.tree.map(lambda a: cut(a, rows), part), result_rows, result)
+
+
+def in_auto_mode(fn: Callable[..., Any], x: Array, *args: Any, result_rows: Any) -> Any:
+    """fn(x, *args), whose arrays may be typed with explicit shardings: inside, the compiler chooses.
+
+    Results are spread as x is; `result_rows` says which of their axes has the rows, as in `on_mesh`.
+    """
+    sharding = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    if not _is_explicit(mesh):
+        return fn(x, *args)
+
+    def spread(rows: int) -> NamedSharding:
+        batch, of_rows = sharding.spec[:-2], sharding.spec[-2:-1]
+        return NamedSharding(mesh, P(*batch) if rows == NO_ROWS else P(*batch, *of_rows, *[None] * (-1 - rows)))
+
+    out = jax.tree.map(spread, result_rows)
+    return jax.sharding.auto_axes(fn, axes=mesh.explicit_axes, out_sharding=out)(x, *args)
+
+
+def _is_explicit(mesh: Any) -> bool:
+    return AxisType.Explicit in mesh.axis_types
+
+
+def _padded(a: Array, mask: Array | None, devices: int) -> tuple[Array, Array | None]:
+    """Rows that divide among the devices; those added are masked out."""
+    missing = -a.shape[-2] % devices
+    if not missing:
+        return a, mask
+    if mask is None:
+        mask = jnp.ones(a.shape[:-1], bool)
+    return (
+        jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, missing), (0, 0)]),
+        jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, missing)]),
+    )

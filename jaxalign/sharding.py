@@ -1,0 +1,72 @@
+"""Rows over devices: a mesh of all devices, and arrays whose rows are spread over it.
+
+Everything here is a short form of `jax.make_mesh` and `jax.device_put`; any mesh and any array of your own will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
+
+from jaxalign._typing import AnyArray
+
+
+def data_mesh(devices: Sequence[jax.Device] | int | None = None, *, axis_name: str = "data") -> Mesh:
+    """A mesh with one axis, of devices that share the rows.
+
+    Args:
+        devices: the devices, or how many of them; None: all, those of other processes included.
+        axis_name: the name of the axis.
+
+    Raises:
+        ValueError: more devices than there are.
+
+    Example:
+        >>> import jaxalign
+        >>> mesh = jaxalign.sharding.data_mesh()
+        >>> mesh.axis_names
+        ('data',)
+    """
+    if devices is None or isinstance(devices, int):
+        every = jax.devices()
+        count = len(every) if devices is None else devices
+        if not 1 <= count <= len(every):
+            raise ValueError(f"devices = {count}: there are {len(every)} devices, {every[0].platform}.")
+        devices = every[:count]
+    return Mesh(np.asarray(devices), (axis_name,), axis_types=(AxisType.Auto,))
+
+
+def shard_rows(
+    x: Shaped[AnyArray, "*batch n d"], mesh: Mesh, *, axis_name: str | None = None
+) -> Shaped[Array, "*batch rows d"]:
+    """An array whose rows, axis -2, are spread over the devices of a mesh.
+
+    With several processes (`jax.distributed`) each gives the rows it holds, the same number in each, and the result
+    is the array of all rows, in the order of the processes. Functions of jaxalign then need no `mesh=`.
+
+    Args:
+        x: this process's rows; their number must divide among its devices (with `mesh=` it need not).
+        mesh: the mesh.
+        axis_name: the axis of the mesh; None: its first.
+
+    Raises:
+        ValueError: the mesh has no such axis; rows that do not divide.
+    """
+    axis = mesh.axis_names[0] if axis_name is None else axis_name
+    if axis not in mesh.axis_names:
+        raise ValueError(f"mesh has no axis {axis!r}, its axes are {mesh.axis_names}.")
+    here = mesh.shape[axis] // jax.process_count()
+    if here < 1 or x.shape[-2] % here:
+        raise ValueError(
+            f"x has {x.shape[-2]} rows, which do not divide among the {here} devices of this process along axis "
+            f"{axis!r}. Add rows and mask them out with mask=, or give mesh= to the function instead."
+        )
+    sharding = NamedSharding(mesh, P(*[None] * (x.ndim - 2), axis, None))
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_process_local_data(sharding, np.asarray(x))
