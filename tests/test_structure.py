@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxalign
@@ -20,11 +21,13 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 LAYERS = [
     {"_typing", "_version"},
     {"_checks"},
+    {"_plan", "sharding"},
     {"distances"},
     {"pairs"},
     {"_rate"},
     {"bandwidth"},
     {"affinity"},
+    {"operators", "streaming"},
     {"alignment"},
 ]
 # On top, for whoever does not only compute: the order among these is theirs.
@@ -94,6 +97,11 @@ def test_importing_the_package_starts_no_backend():
     code = "import jax, jaxalign; jax.config.update('jax_num_cpu_devices', 3); print(len(jax.devices('cpu')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
     assert done.stdout.strip() == "3"
+
+
+def test_the_suite_has_its_eight_devices():
+    # A setting changed by a file that is only collected (a benchmark, for its doctests) would spoil the sharding tests.
+    assert len(jax.devices("cpu")) == 8
 
 
 def test_there_is_something_public():

@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxalign
 
-from . import rivals
+from . import rivals, tiled
 from .timing import Result, compare, import_seconds, milliseconds
 
 DENSITY = 0.05
@@ -32,9 +32,30 @@ class Sizes:
     slow_rounds: int = 5  # for what takes seconds
     calls: int = 100  # of what takes a millisecond
     imports: int = 9
+    tiled_n: int = 16384
+    tiled_widths: tuple[int, ...] = (64, 256)
+    # what, n, d, and the MB by which memory may grow at its peak
+    memory: tuple[tuple[str, int, int, float], ...] = (
+        ("solve", 16384, 64, 100.0),
+        ("solve", 16384, 256, 100.0),
+        ("solve", 100_000, 64, 250.0),
+        ("gradient", 16384, 64, 400.0),
+        ("loss", 16384, 64, 400.0),
+    )
 
 
-QUICK = Sizes(n=1024, d=128, sets=8, rounds=3, slow_rounds=2, calls=10, imports=3)
+QUICK = Sizes(
+    n=1024,
+    d=128,
+    sets=8,
+    rounds=3,
+    slow_rounds=2,
+    calls=10,
+    imports=3,
+    tiled_n=2048,
+    tiled_widths=(16,),
+    memory=(),
+)
 
 
 def make_features(*shape: int) -> np.ndarray:
@@ -99,11 +120,23 @@ def run(sizes: Sizes) -> Iterator[Result | str]:
             inverse=True,
         )
 
+        yield compare(
+            f"batch of {sizes.sets} sets: times faster than the published torch loop",
+            ("jaxalign", lambda: jaxalign.rbf_affinity(jsets, density=DENSITY)),
+            ("torch", lambda: rivals.loop_as_published(tsets, DENSITY)),
+            sizes.slow_rounds,
+            bound=">=",
+            target=4.0,
+            inverse=True,
+        )
+
     small = jnp.asarray(make_features(sizes.set_n, sizes.set_d))
     case = f"one set, n = {sizes.set_n}, d = {sizes.set_d}, compiled"
     yield milliseconds(case, lambda: jaxalign.rbf_affinity(small, density=DENSITY), sizes.calls, target=2.0)
     yield import_seconds(sizes.imports, target=0.3)
     yield from for_information(sizes, jx, sigma, own_auto)
+    yield from tiled.run(sizes.tiled_n, sizes.tiled_widths, sizes.slow_rounds)
+    yield from tiled.memory(sizes.memory)
 
 
 def against_ncut(sizes: Sizes, x: np.ndarray, tx: Any, own_auto: Any) -> Iterator[Result | str]:

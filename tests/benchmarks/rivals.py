@@ -48,6 +48,45 @@ def loop_of_bisections(sets: Any, density: float, tolerance: float = 1e-5) -> An
     return result
 
 
+def loop_as_published(sets: Any, density: float, tolerance: float = 1e-5) -> Any:
+    """For each set: bisect sigma, the affinity computed from the features at each step, as the published code does."""
+    import torch
+
+    result = torch.empty(sets.shape[0], sets.shape[1], sets.shape[1])
+    for k, x in enumerate(sets):
+        low, high = 1e-3, 1e3
+        while True:
+            middle = math.sqrt(low * high)
+            affinity = simple(x, middle)
+            mean = float(affinity.mean())
+            if abs(mean - density) < tolerance or high / low < 1 + 1e-7:
+                break
+            low, high = (low, middle) if mean > density else (middle, high)
+        result[k] = affinity
+    return result
+
+
+def density_in_chunks(x: Any, sigma: float, rows: int = 2048) -> float:
+    """The mean affinity at a given sigma, so many rows at a time: memory is rows x n."""
+    squares = (x * x).sum(1)
+    total = 0.0
+    for start in range(0, x.shape[0], rows):
+        part = x[start : start + rows]
+        d2 = squares[None, :] + squares[start : start + rows, None]
+        d2.addmm_(part, x.T, beta=1.0, alpha=-2.0).clamp_(min=0)
+        total += float(d2.div_(-2 * sigma * sigma).exp_().sum())
+    return total / x.shape[0] ** 2
+
+
+def density_by_keops(x: Any, sigma: float) -> float:
+    """The mean affinity at a given sigma, by KeOps' lazy tensors."""
+    from pykeops.torch import LazyTensor
+
+    rows, columns = LazyTensor(x[:, None, :]), LazyTensor(x[None, :, :])
+    affinity = (-((rows - columns) ** 2).sum(-1) / (2 * sigma * sigma)).exp()
+    return float(affinity.sum(1).sum()) / x.shape[0] ** 2
+
+
 def ncut_sigma(x: Any, density: float, samples: int) -> float:
     """The sigma that ncut-pytorch finds on so many samples, with its own settings (tolerance 1e-4 on the mean)."""
     from ncut_pytorch.utils.sigma import find_sigma

@@ -1,0 +1,49 @@
+"""Peak memory of one call: python -m tests.benchmarks.memory solve|gradient|loss n d. Linux only.
+
+Prints the growth of the resident set to its peak, in MB, in the first call and in the second, and the time of that.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxalign
+
+
+def resident(key: str) -> float:
+    """VmRSS or VmHWM (its peak), in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1e3
+
+
+def grown(call: Callable[[], object]) -> tuple[float, float]:
+    """By how many MB the resident set grew at its peak, and the seconds that the call took."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
+    before, start = resident("VmRSS"), time.perf_counter()
+    jax.block_until_ready(call())
+    return resident("VmHWM") - before, time.perf_counter() - start
+
+
+def main(what: str, n: int, d: int) -> None:
+    """Measure and print."""
+    loss = {
+        "solve": lambda x: jaxalign.solve_sigma(x).sigma,
+        "gradient": jax.value_and_grad(lambda x: jaxalign.solve_sigma(x).sigma),
+        "loss": jax.value_and_grad(lambda x: jnp.mean((jaxalign.affinity_operator(x) @ x[:, :8]) ** 2)),
+    }[what]
+    call = jax.jit(loss)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(n, d)).astype(np.float32))
+    compiling, _ = grown(lambda: call(x))
+    again, took = grown(lambda: call(x))
+    print(compiling, again, took)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,102 @@
+"""Several processes that hold their own rows each find what one process finds that has all of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "multi_process.py"
+TIMEOUT = 240.0  # far more than it takes, so that a busy machine is no failure
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location("multi_process", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(autouse=True)
+def children_find_the_package(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "float64"),
+    [(2, 1, False), (4, 1, False), (2, 2, True)],
+    ids=["2 processes", "4 processes", "2 processes with 2 devices, float64"],
+)
+def test_every_process_finds_what_one_process_finds(example, processes, devices, float64):
+    problem = example.Problem(processes, devices, rows=40, width=5, timeout=TIMEOUT, float64=float64)
+    found = example.solve_in_processes(problem)
+    with jax.enable_x64(float64):
+        expected = example.in_one_process(problem)
+    assert len(found) == processes
+    assert found == [found[0]] * processes  # to the last bit
+    np.testing.assert_allclose(found[0].density, example.DENSITY, rtol=1e-12 if float64 else 1e-6)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-12 if float64 else 1e-6)
+
+
+def test_a_process_that_dies_ends_the_others(example):
+    begin = time.monotonic()
+    with pytest.raises(example.ProcessError, match=r"(?s)process 0 still ran.*process 1 was killed by SIGKILL"):
+        example.solve_in_processes(example.Problem(2, 1, rows=40, width=5, timeout=TIMEOUT, kill=1))
+    assert time.monotonic() - begin < 60
+
+
+def test_a_nan_in_the_rows_of_one_process_is_an_error_in_each(example):
+    with pytest.raises(example.ProcessError) as caught:
+        example.solve_in_processes(example.Problem(2, 1, rows=40, width=5, timeout=TIMEOUT, nan=0))
+    said = str(caught.value).splitlines()[1:]
+    what = "failed: ValueError: x has nan or inf in 1 row(s), the first is row 19."
+    assert [line.partition(what)[0].strip() for line in said] == ["process 0", "process 1"]
+
+
+def test_a_process_that_takes_too_long_ends_all(example):
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    begin = time.monotonic()
+    with pytest.raises(example.ProcessError, match=r"(?s)not done after 3 s.*process 0 was done.*process 1 still ran"):
+        example.run_together([[sys.executable, "-c", "print(1)"], sleep], timeout=3)
+    assert time.monotonic() - begin < 30
+
+
+def test_what_a_process_says_is_handed_on(example):
+    fails = [sys.executable, "-c", "raise SystemExit('out of luck')"]
+    ignores = [
+        sys.executable,
+        "-c",
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)",
+    ]
+    with pytest.raises(example.ProcessError, match=r"(?s)process 0 failed: out of luck.*process 1 still ran"):
+        example.run_together([fails, ignores], timeout=60)
+    assert example.run_together([[sys.executable, "-c", "print('done')"]], timeout=60) == ["done\n"]
+
+
+def test_rows_that_do_not_divide(example):
+    with pytest.raises(ValueError, match="41 rows do not divide among 2 processes with 2 devices"):
+        example.main(example.Problem(rows=41))
+
+
+def test_the_table_has_a_line_for_each_process_and_one_for_all_rows(example):
+    found = example.Numbers(1.5, 0.2, 0.25, 0.125)
+    lines = example.table([found] * 2, found, example.Problem(2, 1, rows=40)).splitlines()
+    assert [line.partition("  ")[0] for line in lines] == ["process", "0 of 2", "1 of 2", "one alone"]
+    assert "20 to 39" in lines[2]
+    assert all(number in lines[-1] for number in ("0 to 39", "1.5", "0.2", "0.25", "0.125"))
+
+
+def test_the_command_line_names_the_fields_of_a_problem(example):
+    options = example.parse(["--processes", "3", "--kill", "1"])
+    assert {name: getattr(options, name) for name in example.Problem._fields} == example.Problem(3, kill=1)._asdict()

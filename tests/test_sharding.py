@@ -1,0 +1,420 @@
+"""Rows spread over devices give what one device gives; only rows travel, from neighbour to neighbour.
+
+Eight CPU devices (conftest). 23 rows divide among none of the meshes; 24 rows where the caller spreads them, as JAX
+wants them to divide then.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import partial
+from typing import NamedTuple
+
+import helpers
+import jax
+import numpy as np
+import pytest
+import reference
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxalign
+from jaxalign.sharding import data_mesh, shard_rows
+
+ROWS, OTHER_ROWS, WIDTH, MASK = helpers.ROWS, helpers.OTHER_ROWS, helpers.WIDTH, helpers.MASK
+ODD = ROWS - 1
+F32, F64 = "float32", "float64"
+SAME = {F32: 1e-6, F64: 1e-12}  # see test_tiles
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def mesh_of(devices=8, kind="auto"):
+    return Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(KINDS[kind],))
+
+
+def spread(mesh, a, rows=-2):
+    """An array whose rows are on the devices of a mesh."""
+    return jax.device_put(a, NamedSharding(mesh, P(*[None] * (a.ndim + rows), "data", *[None] * (-1 - rows))))
+
+
+def is_spread(a, rows=-2):
+    """Whether no device holds more than its part of the rows."""
+    return {s.data.shape[rows] for s in a.addressable_shards} == {a.shape[rows] // 8}
+
+
+# --- mesh= ----------------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    setting: str
+    bandwidth: str
+    devices: int
+    dtype: str
+    tile_size: int | str | None = "auto"
+    rows: int = ODD
+    batch: int | None = None
+
+    def __str__(self):
+        return ", ".join(str(part) for part in self if part is not None)
+
+
+def cases(*each):
+    return pytest.mark.parametrize("case", each, ids=str)
+
+
+def problem_of(case, rng):
+    x, options = helpers.problem(case.setting, helpers.gaussian(rng), case.dtype)
+    options = options | {"mask": MASK[: case.rows]} if "mask" in options else options
+    x = x[: case.rows]
+    if case.batch is not None:
+        x = np.stack([x * 2.0**k + rng.normal(size=x.shape).astype(x.dtype) for k in range(case.batch)])
+        if "y" in options:
+            options["y"] = np.stack([options["y"]] * case.batch)
+    return x, options
+
+
+@cases(
+    Case("include", "global", 8, F32),
+    Case("include", "global", 1, F32),
+    Case("masked exclude", "global", 3, F64, 2),  # a ring of 12 tiles
+    Case("masked rectangular", "global", 8, F64),
+    Case("masked exclude", "per_row", 3, F64),  # a ring of 3 tiles
+    Case("masked include", "global", 3, F32, batch=2),
+)
+def test_sigma_over_a_mesh_is_that_of_one_device(case, rng):
+    with jax.enable_x64(case.dtype == F64):
+        x, options = problem_of(case, rng)
+        solve = partial(jaxalign.solve_sigma, x, **options, density=0.2, bandwidth=case.bandwidth)
+        dense, sharded = solve(), solve(mesh=mesh_of(case.devices), tile_size=case.tile_size)
+        assert sharded.sigma.dtype == sharded.density.dtype == case.dtype
+        assert helpers.relative_error(sharded.sigma, dense.sigma) < SAME[case.dtype]
+        assert helpers.relative_error(sharded.density, dense.density) < SAME[case.dtype]
+        np.testing.assert_array_equal(sharded.status, dense.status)
+        np.testing.assert_array_equal(sharded.status, 0)
+
+
+@cases(Case("masked rectangular", "per_row", 8, F64, 2), Case("exclude", "global", 3, F32, batch=2))
+def test_density_over_a_mesh_is_that_of_one_device(case, rng):
+    with jax.enable_x64(case.dtype == F64):
+        x, options = problem_of(case, rng)
+        shape = x.shape[:-1] if case.bandwidth == "per_row" else x.shape[:-2]
+        sigma = rng.uniform(0.5, 3, shape).astype(case.dtype)
+        density = partial(jaxalign.mean_density, x, **options, sigma=sigma)
+        sharded = density(mesh=mesh_of(case.devices), tile_size=case.tile_size)
+        assert helpers.relative_error(sharded, density()) < SAME[case.dtype]
+
+
+def test_the_axis_is_the_one_that_is_named(rng):
+    x = rng.normal(size=(ODD, WIDTH)).astype(np.float32)
+    devices = np.array(jax.devices())
+    expected = jaxalign.mean_density(x, sigma=1.0)
+    for mesh, name in (
+        (Mesh(devices.reshape(2, 4), ("model", "data")), None),  # "data"
+        (Mesh(devices.reshape(2, 4), ("model", "data")), "model"),
+    ):
+        found = jaxalign.mean_density(x, sigma=1.0, mesh=mesh, axis_name=name)
+        assert helpers.relative_error(found, expected) < SAME[F32]
+
+
+# --- derivatives ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("x64")
+def test_first_and_second_derivatives_over_a_mesh_are_those_of_one_device(rng):
+    devices = 3
+    x, options = problem_of(Case("masked exclude", "global", devices, F64), rng)
+    args = {"x": x, "density": np.asarray(0.2)}
+    u = helpers.direction(rng, args)
+
+    def derivatives(mesh):
+        def fn(args):
+            return jaxalign.solve_sigma(**args, **options, mesh=mesh).sigma
+
+        return jax.jit(lambda args, u: jax.jvp(jax.grad(fn), (args,), (u,)))(args, u)
+
+    for found, expected in zip(derivatives(mesh_of(devices)), derivatives(None), strict=True):
+        for key in args:
+            helpers.assert_close(found[key], expected[key], 1e-11)
+
+
+# --- rows that are spread already -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_spread_already_need_no_mesh(kind, rng):
+    mesh, x = mesh_of(8, kind), rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+    found = jaxalign.solve_sigma(spread(mesh, x), density=0.2, bandwidth="per_row", mask=spread(mesh, MASK, -1))
+    expected = jaxalign.solve_sigma(x, density=0.2, bandwidth="per_row", mask=MASK)
+    assert helpers.relative_error(found.sigma, expected.sigma) < SAME[F32]
+    np.testing.assert_array_equal(found.status, 0)
+    assert is_spread(found.sigma, -1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_spread_already_need_no_mesh_under_jit_either(kind, rng):
+    mesh, features = mesh_of(8, kind), rng.normal(size=(2 * ROWS, WIDTH)).astype(np.float32)
+    x, y = features[:ROWS], features[ROWS : ROWS + 16]
+    fn = jax.jit(lambda x, y: (jaxalign.solve_sigma(x, density=0.2).sigma, jaxalign.mean_density(x, y, sigma=1.0)))
+    sigma, density = fn(spread(mesh, x), spread(mesh, y))
+    assert helpers.relative_error(sigma, jaxalign.solve_sigma(x, density=0.2).sigma) < SAME[F32]
+    assert helpers.relative_error(density, reference.mean_density(x, y, sigma=1.0)) < 1e-5
+
+
+def test_a_gradient_of_rows_that_are_spread_already_is_that_of_one_device_and_spread(rng):
+    x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+    # Under jit, or jax.set_mesh: jax.grad itself refuses explicit shardings elsewhere.
+    gradient = jax.jit(jax.grad(lambda x: jaxalign.mean_density(x, sigma=1.5)))(spread(mesh_of(8, "explicit"), x))
+    affinity = reference.rbf_affinity(x, sigma=1.5)
+    expected = -2 * (affinity.sum(-1, keepdims=True) * x - affinity @ x) / (1.5 * ROWS) ** 2
+    helpers.assert_close(gradient, expected, 1e-5)
+    assert is_spread(gradient)
+
+
+@pytest.mark.parametrize(("kind", "jit"), [("auto", False), ("explicit", True)])
+def test_affinity_and_distances_of_rows_that_are_spread_stay_spread(kind, jit, rng):
+    x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+    x_spread = spread(mesh_of(8, kind), x)
+    expected = reference.squared_distances(x), reference.rbf_affinity(x, density=0.2)
+
+    def both(x):
+        return jaxalign.squared_distances(x), jaxalign.rbf_affinity(x, density=0.2)
+
+    for found, value in zip((jax.jit(both) if jit else both)(x_spread), expected, strict=True):
+        helpers.assert_close(found, value, 1e-5)
+        assert is_spread(found)
+
+
+# --- inside shard_map, pmap, vmap -----------------------------------------------------------------------------------
+
+
+def local_sigma(x, mask=None):
+    return jaxalign.solve_sigma(x, density=0.2, mask=mask, axis_name="data").sigma
+
+
+def local_sigma_by_row(x):
+    return jaxalign.solve_sigma(x, density=0.2, bandwidth="per_row", axis_name="data").sigma
+
+
+def test_inside_shard_map_all_devices_form_the_set(rng):
+    x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+    mesh = mesh_of(8)
+    rows = P("data")
+    sigma = jax.jit(jax.shard_map(local_sigma, mesh=mesh, in_specs=(rows, rows), out_specs=P()))(x, MASK)
+    assert helpers.relative_error(sigma, jaxalign.solve_sigma(x, density=0.2, mask=MASK).sigma) < SAME[F32]
+
+
+@pytest.mark.parametrize("name", ["mask", "sigma"])
+def test_inside_shard_map_a_mask_and_a_sigma_may_be_constants(name, rng):
+    # The same on every device: for shard_map these do not vary over the axis, while the rows do.
+    x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+    options = {"mask": {"mask": MASK[:3], "sigma": 1.0}, "sigma": {"sigma": np.array([1, 2, 3], np.float32)}}[name]
+
+    def local(x):
+        return jaxalign.mean_density(x, **options, axis_name="data")
+
+    density = jax.jit(jax.shard_map(local, mesh=mesh_of(8), in_specs=P("data"), out_specs=P()))(x)
+    everywhere = {key: np.tile(value, 8) if np.ndim(value) else value for key, value in options.items()}
+    assert helpers.relative_error(density, reference.mean_density(x, **everywhere)) < 1e-5
+
+
+def test_inside_pmap_all_devices_form_the_set(rng):
+    x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+    sigma = jax.pmap(local_sigma, axis_name="data")(x.reshape(8, -1, WIDTH))
+    expected = np.repeat(jaxalign.solve_sigma(x, density=0.2).sigma, 8)
+    assert helpers.relative_error(sigma, expected) < SAME[F32]
+
+
+def test_inside_vmap_a_sigma_by_row_belongs_to_the_rows_of_the_device(rng):
+    x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+    sigma = jax.vmap(local_sigma_by_row, axis_name="data")(x.reshape(8, -1, WIDTH))
+    expected = jaxalign.solve_sigma(x, density=0.2, bandwidth="per_row").sigma
+    assert helpers.relative_error(sigma.reshape(-1), expected) < SAME[F32]
+
+
+def test_a_density_below_the_diagonal_counts_the_rows_of_all_devices():
+    x = np.random.default_rng(0).normal(size=(8, 3, WIDTH)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"density = 0\.04 cannot be reached with n = 24"):
+        jax.vmap(lambda x: jaxalign.solve_sigma(x, density=0.04, axis_name="data").sigma, axis_name="data")(x)
+
+
+# --- what travels ---------------------------------------------------------------------------------------------------
+
+MANY, TILE, FEW_FEATURES = 2048, 64, 4
+
+
+def largest_array(text):
+    shapes = re.findall(r"\b(?:f|bf|s|u|pred)\d*\[([\d,]*)\]", text)
+    return max(math.prod(int(size) for size in shape.split(",") if size) for shape in shapes)
+
+
+def test_rows_travel_from_neighbour_to_neighbour_and_no_device_gathers_them():
+    def sigma(x):
+        return jaxalign.solve_sigma(x, density=0.1, mesh=mesh_of(8), tile_size=TILE).sigma
+
+    x = jax.ShapeDtypeStruct((MANY, FEW_FEATURES), np.float32, sharding=NamedSharding(mesh_of(8), P("data", None)))
+    compiled = jax.jit(jax.value_and_grad(sigma)).lower(x).compile()
+    text = compiled.as_text()
+    assert "all-gather" not in text
+    assert "collective-permute" in text
+    # Neither all pairs nor a device's rows with all; a subsample of 512 x 512 pairs is fine.
+    assert largest_array(text) <= 512**2 < MANY**2 / 8
+    assert compiled.memory_analysis().temp_size_in_bytes < MANY**2 / 8 * 4 * 4
+
+
+def test_different_sets_on_different_devices_give_what_a_loop_gives_and_stay_there(rng):
+    x = rng.normal(size=(8, ROWS, WIDTH)).astype(np.float32) * 2.0 ** np.arange(8, dtype=np.float32)[:, None, None]
+    where = NamedSharding(mesh_of(8), P("data", None, None))
+
+    @jax.jit
+    def solve(x):
+        return jaxalign.solve_sigma(x, density=0.2).sigma
+
+    compiled = solve.lower(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)).compile()
+    assert "all-gather" not in compiled.as_text()
+    sigma = compiled(jax.device_put(x, where))
+    loop = np.stack([jaxalign.solve_sigma(each, density=0.2).sigma for each in x])
+    assert helpers.relative_error(sigma, loop) < SAME[F32]
+    assert {s.data.shape[0] for s in sigma.addressable_shards} == {1}
+
+
+def test_different_sets_on_different_devices_give_what_a_loop_gives_also_with_explicit_shardings(rng):
+    x = rng.normal(size=(8, ROWS, WIDTH)).astype(np.float32)
+    batch = jax.device_put(x, NamedSharding(mesh_of(8, "explicit"), P("data", None, None)))
+    sigma = jaxalign.solve_sigma(batch, density=0.2).sigma
+    loop = np.stack([jaxalign.solve_sigma(each, density=0.2).sigma for each in x])
+    assert helpers.relative_error(sigma, loop) < SAME[F32]
+    assert {s.data.shape[0] for s in sigma.addressable_shards} == {1}
+
+
+# --- data_mesh, shard_rows ------------------------------------------------------------------------------------------
+
+
+def test_a_mesh_of_all_devices_of_so_many_or_of_these():
+    every = jax.devices()
+    for given, expected in ((None, every), (3, every[:3]), (every[2:4], every[2:4])):
+        mesh = data_mesh(given)
+        assert mesh.axis_names == ("data",)
+        assert mesh.axis_types == (AxisType.Auto,)
+        assert list(mesh.devices) == list(expected)
+    assert data_mesh(2, axis_name="rows").axis_names == ("rows",)
+
+
+@pytest.mark.parametrize("devices", [0, -1, 9])
+def test_a_mesh_of_devices_that_are_not_there(devices):
+    with pytest.raises(ValueError, match=f"devices = {devices}: there are 8 devices, cpu"):
+        data_mesh(devices)
+
+
+def test_rows_are_spread_over_the_axis_and_nothing_else_changes(rng):
+    x = rng.normal(size=(2, ROWS, WIDTH)).astype(np.float32)
+    placed = shard_rows(x, data_mesh())
+    assert np.array_equal(placed, x)
+    assert is_spread(placed)
+    assert placed.sharding == NamedSharding(data_mesh(), P(None, "data", None))
+    two = Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "model"))
+    assert {s.data.shape for s in shard_rows(x, two).addressable_shards} == {(2, ROWS // 2, WIDTH)}
+    named = shard_rows(x, two, axis_name="model")
+    assert {s.data.shape for s in named.addressable_shards} == {(2, ROWS // 4, WIDTH)}
+
+
+def test_rows_that_do_not_divide_cannot_be_spread(rng):
+    x = rng.normal(size=(ODD, WIDTH)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"x has 23 rows, which do not divide among the 8 devices.*mask=.*mesh="):
+        shard_rows(x, data_mesh())
+    with pytest.raises(ValueError, match=r"mesh has no axis 'rows', its axes are \('data',\)"):
+        shard_rows(x, data_mesh(), axis_name="rows")
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+X = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
+FUNCTIONS = {
+    "solve_sigma": partial(jaxalign.solve_sigma, density=0.2),
+    "mean_density": partial(jaxalign.mean_density, sigma=1.0),
+    "affinity_operator": partial(jaxalign.affinity_operator, sigma=1.0),
+}
+every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+
+
+def refused(error, *words):
+    return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, words)))
+
+
+@every_function
+@pytest.mark.parametrize(
+    ("tile_size", "error", "words"),
+    [
+        (0, ValueError, ("tile_size must be at least 1 row; got 0", "'auto'")),
+        (-3, ValueError, ("tile_size must be at least 1 row; got -3",)),
+        (2.5, TypeError, ("tile_size must be a whole number of rows, 'auto', or None", "got 2.5")),
+        (True, TypeError, ("tile_size must be a whole number of rows", "got True")),
+        ("big", TypeError, ("tile_size must be a whole number of rows", "got 'big'")),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_tile_size_that_is_none(function, tile_size, error, words):
+    with refused(error, *words):
+        function(X, tile_size=tile_size)
+
+
+@every_function
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_mesh_that_is_none_or_lacks_the_axis(function):
+    for mesh in (np.array(jax.devices()), jax.devices(), "data", 8):
+        with refused(TypeError, "mesh must be a jax.sharding.Mesh", f"got {type(mesh).__name__}", "data_mesh()"):
+            function(X, mesh=mesh)
+    with refused(ValueError, "mesh has no axis 'rows', its axes are ('data',)", "axis_name="):
+        function(X, mesh=data_mesh(), axis_name="rows")
+    two = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+    with refused(ValueError, "mesh has no axis 'data', its axes are ('a', 'b')", "axis_name="):
+        function(X, mesh=two)
+    with refused(TypeError, "axis_name must be the name of one axis; got ('a', 'b')"):
+        function(X, mesh=two, axis_name=("a", "b"))
+
+
+@every_function
+def test_a_named_axis_that_is_not_bound(function):
+    with refused(ValueError, "axis_name='data' is not bound here", "jax.shard_map", "give mesh= as well"):
+        function(X, axis_name="data")
+    with refused(ValueError, "axis_name='other' is not bound here"):
+        jax.vmap(lambda x: function(x, axis_name="other"), axis_name="data")(X[None])
+
+
+@every_function
+def test_fewer_rows_than_devices(function):
+    with refused(ValueError, "x has 7 rows, fewer than the 8 devices along axis 'data'", "a smaller mesh"):
+        function(X[:7], mesh=data_mesh())
+    with refused(ValueError, "y has 3 rows, fewer than the 8 devices along axis 'data'"):
+        function(X, X[:3], mesh=data_mesh())
+
+
+@every_function
+def test_sides_on_different_meshes(function):
+    x, y = shard_rows(X, data_mesh()), shard_rows(X, data_mesh(4))
+    with refused(ValueError, "the rows of x and y are spread over different devices", "shard_rows", "mesh="):
+        function(x, y)
+
+
+@pytest.mark.parametrize("name", ["solve_sigma", "mean_density"])
+def test_nan_names_its_row_also_over_a_mesh(name):
+    x = X[:ODD].copy()
+    x[[19, 22], 2] = np.nan
+    function = FUNCTIONS[name]
+    with refused(ValueError, "x has nan or inf in 2 row(s), the first is row 19", "mask="):
+        function(x, mesh=data_mesh())
+    if name == "solve_sigma":  # which checks after it solved: what follows would compile two more
+        return
+    with refused(ValueError, "x has nan or inf in 1 row(s), the first is row 22"):
+        function(x, mesh=data_mesh(), mask=np.arange(ODD) != 19)
+    y = shard_rows(np.where(np.arange(ROWS)[:, None] == 21, np.float32(np.inf), X), data_mesh())
+    with refused(ValueError, "y has nan or inf in 1 row(s), the first is row 21"):
+        function(shard_rows(X, data_mesh()), y)
+
+
+def test_coincident_samples_are_told_also_over_a_mesh():
+    x = X[:ODD].copy()
+    x[3:15] = x[3]
+    with refused(ValueError, "no sigma found", "samples coincide"):
+        jaxalign.solve_sigma(x, density=0.2, mesh=data_mesh())
