@@ -2,6 +2,7 @@
 
 from jaxalign import datasets as datasets
 from jaxalign import interop as interop
+from jaxalign import measures as measures
 from jaxalign import sharding as sharding
 from jaxalign import streaming as streaming
 from jaxalign._version import __version__ as __version__
@@ -15,5 +16,15 @@ from jaxalign.bandwidth import SigmaSolution as SigmaSolution
 from jaxalign.bandwidth import mean_density as mean_density
 from jaxalign.bandwidth import solve_sigma as solve_sigma
 from jaxalign.distances import squared_distances as squared_distances
+from jaxalign.grid import ComparisonGrid as ComparisonGrid
+from jaxalign.grid import compare as compare
+from jaxalign.grid import compare_grid as compare_grid
+from jaxalign.inference import Interval as Interval
+from jaxalign.inference import NoiseCeiling as NoiseCeiling
+from jaxalign.inference import PermutationTest as PermutationTest
+from jaxalign.inference import bootstrap as bootstrap
+from jaxalign.inference import noise_ceiling as noise_ceiling
+from jaxalign.inference import paired_difference as paired_difference
+from jaxalign.inference import permutation_test as permutation_test
 from jaxalign.operators import AffinityOperator as AffinityOperator
 from jaxalign.operators import affinity_operator as affinity_operator

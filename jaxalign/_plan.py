@@ -61,8 +61,8 @@ class Plan:
 STORED = Plan()
 
 
-def make_plan(x: Array, y: Array | None, tile_size: Any, mesh: Any, axis_name: Any) -> Plan:
-    """Check tile_size, mesh and axis_name, and decide what was left open."""
+def make_plan(x: Array, y: Array | None, tile_size: Any, mesh: Any, axis_name: Any, sets: int = 1) -> Plan:
+    """Check tile_size, mesh and axis_name, and decide what was left open; `sets` are visited together."""
     check_tile_size(tile_size)
     mesh, axis_name, devices = _where(x, y, mesh, axis_name)
     n, m = x.shape[-2], (x if y is None else y).shape[-2]
@@ -74,7 +74,7 @@ def make_plan(x: Array, y: Array | None, tile_size: Any, mesh: Any, axis_name: A
             )
     if mesh is not None:
         n, m = -(-n // devices), -(-m // devices)
-    sets = math.prod(x.shape[:-2])
+    sets *= math.prod(x.shape[:-2])
     stored, tile_size = choose_tiles(tile_size, n, m, sets, x.dtype.itemsize, may_store=axis_name is None)
     return Plan(stored, tile_size, axis_name, mesh)
 

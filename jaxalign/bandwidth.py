@@ -31,6 +31,7 @@ from jaxalign.distances import (
     fast_distances,
     inaccurate,
     make_frame,
+    root,
     when_any,
 )
 from jaxalign.pairs import Pairs, Reduction, Tile, kernel_terms, over_all, over_rows, reduce_pairs
@@ -380,10 +381,15 @@ def pairs_of(
     diagonal: Diagonal,
     plan: Plan = STORED,
     precision: lax.PrecisionLike = None,
+    *,
+    rooted: bool = False,
 ) -> Pairs:
-    """The pairs of a frame's rows, with stored distances or none."""
-    stored = None if distances is None else (attach_gradient(frame, distances),)
-    return Pairs((frame,), stored, diagonal == "exclude", plan.tile_size, plan.axis_name, precision)
+    """The pairs of a frame's rows, with stored squared distances or none."""
+    stored = None
+    if distances is not None:
+        distances = attach_gradient(frame, distances)
+        stored = (root(distances) if rooted else distances,)
+    return Pairs((frame,), stored, diagonal == "exclude", plan.tile_size, plan.axis_name, precision, rooted=rooted)
 
 
 def solve_pairs(
@@ -394,48 +400,56 @@ def solve_pairs(
     rtol: float,
     precision: lax.PrecisionLike = None,
     plan: Plan = STORED,
+    *,
+    rooted: bool = False,
 ) -> tuple[SigmaSolution, Pairs, Array]:
     """Solve for sigma; returns the pairs and the rate too, for an affinity on the same distances.
 
-    The rate has shape (..., 1, 1) or (..., n, 1); it is nan where sigma
-    is, but finite in masked rows.
+    The rate has shape (..., 1, 1) or (..., n, 1); it is nan where sigma is, but finite in masked rows. `rooted`: of the
+    Laplacian kernel exp(-sqrt(D) / sigma), whose rate is 1 / sigma.
     """
     by_row = bandwidth == "per_row"
     fixed, wanted = lax.stop_gradient((frame, density))
     distances = None
     if plan.stored:
-        distances, root = _search_stored(fixed, wanted, diagonal, by_row, rtol, precision)
+        distances, found = _search_stored(fixed, wanted, diagonal, by_row, rtol, precision, rooted)
     else:
-        pairs = replace(pairs_of(fixed, None, diagonal, plan, precision), fixed=True)
-        root = find_rate(pairs, wanted, by_row=by_row, rtol=rtol)
+        pairs = replace(pairs_of(fixed, None, diagonal, plan, precision, rooted=rooted), fixed=True)
+        found = find_rate(pairs, wanted, by_row=by_row, rtol=rtol)
 
-    pairs = pairs_of(frame, distances, diagonal, plan, precision)
+    pairs = pairs_of(frame, distances, diagonal, plan, precision, rooted=rooted)
     total = lax.stop_gradient(pairs.total(by_row=by_row))
-    status = _status(root, frame.finite[..., None] if by_row else frame.finite, wanted, total)
+    status = _status(found, frame.finite[..., None] if by_row else frame.finite, wanted, total)
 
     def in_real_rows(value: Array, otherwise: float | int) -> Array:
         return jnp.where(frame.mask, value, otherwise) if by_row and frame.mask is not None else value
 
     status = in_real_rows(status, CONVERGED)
-    rate = in_real_rows(jnp.where(status == CONVERGED, root.rate, jnp.nan), 1)
+    rate = in_real_rows(jnp.where(status == CONVERGED, found.rate, jnp.nan), 1)
     rate = _attach_rate(by_row, pairs, density, total, rate)
     scale = frame.scale[..., 0] if by_row else frame.scale[..., 0, 0]
-    sigma = in_real_rows(scale * jnp.sqrt(0.5 / rate), jnp.nan)
-    reached = in_real_rows(root.density, jnp.nan)
-    passes = jnp.broadcast_to(root.passes, frame.finite.shape)
+    sigma = in_real_rows(scale / rate if rooted else scale * jnp.sqrt(0.5 / rate), jnp.nan)
+    reached = in_real_rows(found.density, jnp.nan)
+    passes = jnp.broadcast_to(found.passes, frame.finite.shape)
     return SigmaSolution(sigma, reached, passes, status), pairs, _against_pairs(rate, by_row)
 
 
 def _search_stored(
-    frame: Frame, density: Array, diagonal: Diagonal, by_row: bool, rtol: float, precision: lax.PrecisionLike
+    frame: Frame,
+    density: Array,
+    diagonal: Diagonal,
+    by_row: bool,
+    rtol: float,
+    precision: lax.PrecisionLike,
+    rooted: bool,
 ) -> tuple[Array, Root]:
     """The root, and distances that are accurate enough for it."""
 
     def search(state: _Search) -> _Search:
         distances = when_any(state.retry, lambda _: explicit_distances(frame), state.distances)
-        root = find_rate(pairs_of(frame, distances, diagonal), density, by_row=by_row, rtol=rtol)
-        coarse = inaccurate(frame, _against_pairs(root.rate, by_row), distances)
-        return _Search(distances, root, retry=coarse & ~state.retry, done=~coarse | state.retry)
+        found = find_rate(pairs_of(frame, distances, diagonal, rooted=rooted), density, by_row=by_row, rtol=rtol)
+        coarse = inaccurate(frame, _against_pairs(found.rate, by_row), distances, rooted=rooted)
+        return _Search(distances, found, retry=coarse & ~state.retry, done=~coarse | state.retry)
 
     # A rate too large for the accuracy of the fast distances is found on them: then once more on explicit ones. (A
     # loop, not a branch, so that the search is compiled once and vmap runs the retry only if some set needs it.)
@@ -443,13 +457,13 @@ def _search_stored(
     shape = density.shape if not by_row else fast.shape[:-1]
     no = jnp.zeros((), bool)
     start = _Search(fast, no_root(shape, fast.dtype), retry=no, done=no)
-    distances, root, _, _ = lax.while_loop(lambda state: ~state.done, search, start)
-    return distances, root
+    distances, found, _, _ = lax.while_loop(lambda state: ~state.done, search, start)
+    return distances, found
 
 
 class _Search(NamedTuple):
     distances: Array
-    root: Root
+    found: Root
     retry: Array
     done: Array
 

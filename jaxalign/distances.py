@@ -201,21 +201,25 @@ def fast_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
     return distances if same is None else jnp.where(same, 0, distances)
 
 
-def accurate_distances(frame: Frame, *rates: Array, precision: lax.PrecisionLike = None) -> Array:
+def accurate_distances(frame: Frame, *rates: Array, precision: lax.PrecisionLike = None, rooted: bool = False) -> Array:
     """Distances accurate enough for the kernel exp(-rate * D), rate = 1 / (2 sigma^2) in the frame, at all these rates.
 
     The fast formula errs by about eps (|x_i|^2 + |y_j|^2). That matters where it is a visible part of 1 / rate for
     a pair close enough not to vanish in the kernel: tight clusters far from each other, or duplicates. Then, and only
-    then, explicit differences are taken. A rate broadcasts against the distances.
+    then, explicit differences are taken. A rate broadcasts against the distances. `rooted`: the kernel is exp(-rate
+    sqrt(D)); the distances returned are squared all the same.
     """
     frame, rates = lax.stop_gradient((frame, rates))
     fast = fast_distances(frame, precision)
-    coarse = [inaccurate(frame, rate, fast) for rate in rates]
+    coarse = [inaccurate(frame, rate, fast, rooted=rooted) for rate in rates]
     return when_any(jnp.any(jnp.stack(coarse)), lambda _: explicit_distances(frame), fast)
 
 
-def inaccurate(frame: Frame, rate: Array, fast: Array) -> Array:
-    """Whether `fast_distances` are too coarse for the kernel exp(-rate * D): a scalar for the whole batch."""
+def inaccurate(frame: Frame, rate: Array, fast: Array, *, rooted: bool = False) -> Array:
+    """Whether `fast_distances` are too coarse for the kernel exp(-rate * D): a scalar for the whole batch.
+
+    `rooted`: for exp(-rate sqrt(D)), where an error e of D moves the exponent by rate e / (2 sqrt(D)).
+    """
     x, y, rate = lax.stop_gradient((frame.x, frame.other, rate))
     squares_x, squares_y = jnp.sum(x * x, -1), jnp.sum(y * y, -1)
     eps = float(jnp.finfo(x.dtype).eps)
@@ -223,12 +227,16 @@ def inaccurate(frame: Frame, rate: Array, fast: Array) -> Array:
     # bears 1000 eps (1e-4 in float32) for the worst of them and still is right to 1e-6; over few pairs less is allowed.
     limit = min(max(5 * math.sqrt(fast.shape[-2] * fast.shape[-1]), 30.0), 1000.0)
     largest = jnp.max(squares_x, -1) + jnp.max(squares_y, -1)
-    suspicious = jnp.any(rate * largest[..., None, None] > limit)
+    suspicious = jnp.any(rate * largest[..., None, None] > limit) | rooted
 
     def look_at_pairs(_: Array) -> Array:
         spread = rate * (squares_x[..., :, None] + squares_y[..., None, :])
-        near = rate * fast < 4 * eps * spread - math.log(eps)
-        bad = (spread > limit) & near
+        if rooted:
+            distance = jnp.sqrt(fast)
+            bad = (spread > 2 * limit * distance) & (rate * distance < -math.log(eps))
+        else:
+            near = rate * fast < 4 * eps * spread - math.log(eps)
+            bad = (spread > limit) & near
         same = frame.same()
         if same is not None:
             bad = jnp.where(same, False, bad)
@@ -260,6 +268,12 @@ def explicit_distances(frame: Frame) -> Array:
 
     start = jnp.zeros(x.shape[:-1] + y.shape[-2:-1], x.dtype) + 0 * x[..., :1]
     return lax.scan(add, start, (in_steps(x), in_steps(y)))[0]
+
+
+def root(d2: Array) -> Array:
+    """Distances from squared ones; the derivative at 0 is 0, as for the diagonal, which does not move."""
+    positive = d2 > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, d2, 1)), 0)
 
 
 def attach_gradient(frame: Frame, distances: Array) -> Array:

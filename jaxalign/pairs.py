@@ -31,6 +31,7 @@ from jaxalign.distances import (
     attach_formula,
     fast_distances,
     over_devices,
+    root,
     varying_like,
 )
 
@@ -52,7 +53,7 @@ class Side(NamedTuple):
 class Tile(NamedTuple):
     """Some rows against some others."""
 
-    distances: tuple[Array, ...]  # squared, (..., r, c), one a feature set, in the units of its frame
+    distances: tuple[Array, ...]  # squared (not where rooted), (..., r, c), one a set, in the units of its frame
     row: Side
     column: Side
     one_rate: tuple[Array | None, ...]  # (..., 1, 1), of the sets that have one rate for all rows
@@ -125,7 +126,10 @@ def over_rows(terms: Any, tile: Tile) -> tuple[Any, Any]:
 
 
 def kernel(d2: Array, rate: Array) -> Array:
-    """The RBF affinity of squared distances: its definition in this library. rate = 1 / (2 sigma^2)."""
+    """The RBF affinity of squared distances: its definition in this library. rate = 1 / (2 sigma^2).
+
+    Of distances that are not squared (`Pairs.rooted`) it is the Laplacian kernel, rate = 1 / sigma.
+    """
     return jnp.exp(-rate * d2)
 
 
@@ -139,7 +143,7 @@ def kernel_terms(tile: Tile) -> Array:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("frames", "distances"),
-    meta_fields=("skip_self", "tile_size", "axis_name", "precision", "fixed"),
+    meta_fields=("skip_self", "tile_size", "axis_name", "precision", "fixed", "rooted"),
 )
 @dataclass(frozen=True)
 class Pairs:
@@ -147,12 +151,14 @@ class Pairs:
 
     Attributes:
         frames: the feature sets; they share the masks of the first.
-        distances: stored squared distances (..., n, m), one a set; None: computed tile by tile.
+        distances: stored squared distances (..., n, m), one a set (their roots, if rooted); None: computed tile by
+            tile.
         skip_self: pairs of a sample with itself do not count.
         tile_size: rows and columns of a tile at most; None: one tile.
         axis_name: the named axis over whose devices the rows, of both sides, are spread.
         precision: of the products in the distances.
         fixed: no derivative is wanted; computed distances then carry none, which saves a pass over each tile.
+        rooted: tiles hold Euclidean distances, not squared ones.
     """
 
     frames: tuple[Frame, ...]
@@ -162,6 +168,7 @@ class Pairs:
     axis_name: str | None = None
     precision: lax.PrecisionLike = None
     fixed: bool = False
+    rooted: bool = False
 
     @property
     def itself(self) -> bool:
@@ -220,7 +227,8 @@ class Pairs:
 
     def stored(self) -> Pairs:
         """The same with their distances stored, by the fast formula."""
-        return replace(self, distances=tuple(fast_distances(frame, self.precision) for frame in self.frames))
+        squared = (fast_distances(frame, self.precision) for frame in self.frames)
+        return replace(self, distances=tuple(root(d2) if self.rooted else d2 for d2 in squared))
 
     def any(self, condition: Array) -> Array:
         """Whether a condition holds anywhere, on any device: a scalar."""
@@ -304,6 +312,30 @@ def reduce_pairs(
         (totals, rows) of the reduction; rows are (..., n, k). With `axis_name`, totals are over all devices, rows are
         those of this device.
     """
+    blank = _blank_tile(pairs, rates, as_row, as_column, rates_by_column)
+    if pairs.distances is not None:
+        return _visit_stored(reduction, pairs, blank, in_blocks)
+    return _visit_ring(reduction, pairs, blank)[:2]
+
+
+def reduce_both_sides(
+    reduction: Reduction, pairs: Pairs, *, rates: tuple[Array | None, ...], as_row: Any = (), as_column: Any = ()
+) -> tuple[Any, Any, Any]:
+    """`reduce_pairs` of rows with other rows, on one device, that sums up for the columns too.
+
+    Returns:
+        (totals, rows, columns); columns are (..., m, k), of the pairs turned round.
+    """
+    assert not pairs.itself
+    assert pairs.distances is None
+    assert pairs.axis_name is None
+    return _visit_ring(reduction, pairs, _blank_tile(pairs, rates, as_row, as_column, False), both_sides=True)
+
+
+def _blank_tile(
+    pairs: Pairs, rates: tuple[Array | None, ...], as_row: Any, as_column: Any, rates_by_column: bool
+) -> Tile:
+    """All rows and columns as one tile, without distances."""
     one_rate = tuple(None if rate is None or rate.shape[-2] != 1 else rate for rate in rates)
     own = tuple(rate if only is None else None for rate, only in zip(rates, one_rate, strict=True))
     none = (None,) * len(rates)
@@ -318,10 +350,7 @@ def reduce_pairs(
     row = jax.tree.map(lambda a: varying_like(features, a), row)
     column = row if same else jax.tree.map(lambda a: varying_like(features, a), column)
     weighted = pairs.frames[0].mask is not None or pairs.frames[0].other_mask is not None
-    blank = Tile((), row, column, one_rate, rates_by_column, weighted, pairs.skip_self)
-    if pairs.distances is not None:
-        return _visit_stored(reduction, pairs, blank, in_blocks)
-    return _visit_ring(reduction, pairs, blank)
+    return Tile((), row, column, one_rate, rates_by_column, weighted, pairs.skip_self)
 
 
 def _visit_stored(reduction: Reduction, pairs: Pairs, blank: Tile, in_blocks: bool) -> tuple[Any, Any]:
@@ -370,8 +399,8 @@ def _visit_stored(reduction: Reduction, pairs: Pairs, blank: Tile, in_blocks: bo
     )
 
 
-def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile) -> tuple[Any, Any]:
-    """Tile after tile; see the top of the module.
+def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides: bool = False) -> tuple[Any, Any, Any]:
+    """Tile after tile; see the top of the module. Columns are summed up for if `both_sides`, of rows with others.
 
     Three loops: over the devices whose rows come by, over the offsets k between the tiles that meet, over the tiles i
     here. Reverse mode keeps nothing of a tile; what it keeps of a device that came by is its features.
@@ -390,11 +419,13 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile) -> tuple[Any, A
         tile = _with_distances(pairs, blank._replace(row=some, column=others))
         terms = reduction.terms(tile)
         totals, sums = reduction.sums(terms, tile)
-        if not itself:
+        if not itself and not both_sides:
             return totals, sums, ()
         back = tile.mirrored()
         terms = jax.tree.map(_transpose, terms) if reduction.symmetric else reduction.terms(back)
         totals_back, sums_back = reduction.sums(terms, back)
+        if both_sides:
+            return totals, sums, sums_back
         if reduction.symmetric:
             totals_back = totals
         totals = jax.tree.map(lambda a, b: a + jnp.where(mirror, b, 0), totals, totals_back)
@@ -418,6 +449,10 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile) -> tuple[Any, A
             mirror = jnp.zeros((), bool)
         return lax.map(lambda two: meet(two[0], two[1], mirror), (rows, others))
 
+    def over_tiles(parts: Any) -> Any:
+        nothing = reduction.nothing(_first(parts))
+        return lax.scan(lambda carry, part: (reduction.combine(carry, part), None), nothing, parts)[0]
+
     def offsets(count: int, first_k: Array, come_by: Side, sums: Any, sums_y: Any) -> tuple[Any, Any, Any]:
         """Offsets 0 .. count - 1; sums_y has the tiles that come by, and as many more as are met."""
 
@@ -425,14 +460,16 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile) -> tuple[Any, A
             sums, sums_y = carry
             totals, more, more_y = offset(k, first_k, come_by)
             sums = reduction.combine(sums, more)
+            if not itself:
+                return (sums, ()), (totals, over_tiles(more_y) if both_sides else ())
             old = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, k, here, 0), sums_y)
             new = reduction.combine(old, more_y)
             sums_y = jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, k, 0), sums_y, new)
-            return (sums, sums_y), totals
+            return (sums, sums_y), (totals, ())
 
-        (sums, sums_y), totals = lax.scan(step, (sums, sums_y), jnp.arange(count))
+        (sums, sums_y), (totals, met) = lax.scan(step, (sums, sums_y), jnp.arange(count))
         totals = jax.tree.map(lambda t: pairwise_sum(t.reshape(-1, *t.shape[2:])), totals)
-        return totals, sums, sums_y
+        return totals, sums, sums_y if itself else met
 
     def passed_on(tree: Any) -> Any:
         """To each device what the next one has."""
@@ -458,6 +495,10 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile) -> tuple[Any, A
         met = jax.tree.map(lambda a: a[here:], more_y)
         return (following, sums, (left, met)), totals
 
+    if both_sides:
+        totals, sums, met = offsets(there, jnp.asarray(0), columns, start, ())
+        return totals, *(jax.tree.map(lambda r, k=k: _joined(r, k), part) for part, k in ((sums, n), (met, m)))
+
     wanted = ring // 2 + 1 if itself else there * devices
     whole, rest = divmod(wanted, here if itself else there)
     carry, totals = (columns, start, start_y), []
@@ -481,7 +522,7 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile) -> tuple[Any, A
             sums = reduction.combine(sums, sent_home(sums_y, whole))
     total = totals[0] if len(totals) == 1 else _add(totals[0], totals[1])
     total = jax.tree.map(lambda t: over_devices(lax.psum, t, axis), total)
-    return total, jax.tree.map(lambda r: _joined(r, n), sums)
+    return total, jax.tree.map(lambda r: _joined(r, n), sums), ()
 
 
 def _with_distances(pairs: Pairs, tile: Tile) -> Tile:
@@ -496,8 +537,12 @@ def _with_distances(pairs: Pairs, tile: Tile) -> Tile:
         # The tile serves the rows of both sides; a row of a small sigma must not decide for the others.
         at = [r for r in (rate, own, None if others is None else _transpose(others)) if r is not None]
         precision = pairs.precision
-        d2 = accurate_distances(part, *at, precision=precision) if at else fast_distances(part, precision)
-        distances.append(d2 if pairs.fixed else attach_formula(part, d2, precision))
+        if at:
+            d2 = accurate_distances(part, *at, precision=precision, rooted=pairs.rooted)
+        else:
+            d2 = fast_distances(part, precision)
+        d2 = d2 if pairs.fixed else attach_formula(part, d2, precision)
+        distances.append(root(d2) if pairs.rooted else d2)
     return tile._replace(distances=tuple(distances))
 
 

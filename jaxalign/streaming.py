@@ -50,7 +50,7 @@ from jaxalign.distances import Frame, power_of_two
 from jaxalign.pairs import Pairs, Tile, half_ring, kernel_terms
 
 Rows = Any  # a path to a .npy file, an array or memory map (n, d), or a sequence of arrays (n_i, d)
-Progress = bool | Callable[[int, int, int], None]
+Progress = bool | Callable[[Any, int, int], None]
 
 
 def solve_sigma(
@@ -101,7 +101,20 @@ def solve_sigma(
         True
     """
     _checks.density_value(density)
-    job = _open(x, y, mask, mask_y, diagonal, block_rows, tile_size)
+    job = open_rows(x, y, mask, mask_y, diagonal, block_rows, tile_size)
+    return solve_rows(job, density, rtol, checkpoint, progress)
+
+
+def solve_rows(
+    job: Job,
+    density: float,
+    rtol: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Progress = False,
+    *,
+    rooted: bool = False,
+) -> SigmaSolution:
+    """`solve_sigma` of rows that are open; `rooted`: of the Laplacian kernel."""
     floor = job.own / job.total
     if density <= floor:
         raise ValueError(
@@ -110,22 +123,23 @@ def solve_sigma(
         )
     rtol = check_rtol(rtol, job.dtype)
     wanted = density * job.total
-    saved = _Checkpoint.open(checkpoint, {**job.identity, "task": "solve_sigma", "density": density, "rtol": rtol})
+    task = {"task": "solve_sigma", "density": density, "rtol": rtol, "rooted": rooted}
+    saved = _Checkpoint.open(checkpoint, {**job.identity, **task})
     if saved.search is None:
-        start = _first_rate(job, (wanted - job.own) / (job.total - job.own))
+        start = _first_rate(job, (wanted - job.own) / (job.total - job.own), rooted)
         search = begin(start, jnp.zeros((), bool))
     else:
         search = _search_from(saved.search, job.dtype)
     while not bool(search.done) and int(search.passes) < MAX_PASSES:
         saved = replace(saved, search=_search_to(search))
-        sums = _visit(job, series_moments, search.rate, saved, int(search.passes) + 1, progress)
+        sums = _visit(job, series_moments, search.rate, saved, int(search.passes) + 1, progress, rooted)
         search = _advance(search, jnp.asarray(sums / wanted, job.dtype), rtol)
         saved = saved.next_pass(_search_to(search))
     root = finish(search)
     status = CONVERGED if bool(root.converged) else INFEASIBLE if bool(root.infeasible) else NOT_CONVERGED
     saved.remove()
     raise_if_failed(jnp.asarray(status))
-    sigma = job.scale[0, 0] * jnp.sqrt(0.5 / root.rate)
+    sigma = job.scale[0, 0] * (1 / root.rate if rooted else jnp.sqrt(0.5 / root.rate))
     return SigmaSolution(sigma, root.density * jnp.asarray(density, job.dtype), root.passes, jnp.asarray(status))
 
 
@@ -153,7 +167,7 @@ def mean_density(
         0.63297...
     """
     _checks.positive("sigma", sigma)
-    job = _open(x, y, mask, mask_y, diagonal, block_rows, tile_size)
+    job = open_rows(x, y, mask, mask_y, diagonal, block_rows, tile_size)
     saved = _Checkpoint.open(checkpoint, {**job.identity, "task": "mean_density", "sigma": float(sigma)})
     frame = job.frame_of((jnp.asarray(job.sample[0]), None), (None, None))
     rate = rate_of(jnp.full((1, 1), sigma, job.dtype), frame)[0, 0]
@@ -173,7 +187,7 @@ def _kernel_alone(tile: Tile) -> tuple[Array]:
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class Blocks:
     """Rows that are read block by block."""
 
     name: str
@@ -186,9 +200,11 @@ class _Blocks:
 
     @property
     def rows(self) -> int:
+        """How many there are."""
         return sum(self.sizes)
 
     def start(self, i: int) -> int:
+        """The number of the first row of a block."""
         return sum(self.sizes[:i])
 
     def block(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -206,7 +222,7 @@ class _Blocks:
         return (rows if mask is None else np.where(mask[:, None], rows, 0)), mask
 
 
-def _blocks(name: str, rows: Rows, mask: np.ndarray | None, block_rows: int | None, least: int) -> _Blocks:
+def _blocks(name: str, rows: Rows, mask: np.ndarray | None, block_rows: int | None, least: int) -> Blocks:
     if isinstance(rows, (str, os.PathLike)):
         try:
             rows = np.load(rows, mmap_mode="r", allow_pickle=False)
@@ -254,18 +270,18 @@ def _blocks(name: str, rows: Rows, mask: np.ndarray | None, block_rows: int | No
             )
         if mask.sum() < least:
             raise ValueError(f"the mask of {name} leaves {int(mask.sum())} real sample(s), at least {least} needed.")
-    return _Blocks(name, read, sizes, mask, head.shape[1], head.dtype, _checks.features(name, native).dtype)
+    return Blocks(name, read, sizes, mask, head.shape[1], head.dtype, _checks.features(name, native).dtype)
 
 
 # --- the job ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """All that one reading of the rows tells."""
 
-    x: _Blocks
-    y: _Blocks | None
+    x: Blocks
+    y: Blocks | None
     centre: Array  # (1, d)
     scale: Array  # (1, 1)
     inverse: Array
@@ -278,6 +294,7 @@ class _Job:
 
     @property
     def dtype(self) -> Any:
+        """Of the computation."""
         return self.x.dtype
 
     def frame_of(self, sides: tuple[Any, Any], masks: tuple[Any, Any]) -> Frame:
@@ -294,7 +311,7 @@ class _Summary(NamedTuple):
     sample: np.ndarray
 
 
-def _summarise(blocks: _Blocks) -> _Summary:
+def _summarise(blocks: Blocks) -> _Summary:
     """One reading: sums, extremes and a checksum of the rows, some rows for a first estimate; nan and inf are named."""
     count, check = 0, 0
     total = np.zeros(blocks.width)
@@ -324,7 +341,7 @@ def _summarise(blocks: _Blocks) -> _Summary:
     return _Summary(count, total, least, most, check, np.concatenate(sample))
 
 
-def _open(
+def open_rows(
     x: Rows,
     y: Rows | None,
     mask: np.ndarray | None,
@@ -332,13 +349,15 @@ def _open(
     diagonal: Any,
     block_rows: int | None,
     tile_size: Any,
-) -> _Job:
+    name: str = "x",
+) -> Job:
+    """Read all rows once, for what every later visit needs to know; refuses nan and inf."""
     _checks.choice("diagonal", diagonal, ("include", "exclude"))
     if y is None and mask_y is not None:
         raise ValueError("mask_y is given without y; mask serves both sides when y is None.")
     if y is not None and diagonal != "include":
         raise ValueError(f"diagonal={diagonal!r} has no meaning with y: all n m pairs count.")
-    ours = _blocks("x", x, mask, block_rows, 2 if y is None else 1)
+    ours = _blocks(name, x, mask, block_rows, 2 if y is None else 1)
     theirs = None if y is None else _blocks("y", y, mask_y, block_rows, 1)
     if theirs is not None and (theirs.width != ours.width or theirs.dtype != ours.dtype):
         raise ValueError(
@@ -346,7 +365,7 @@ def _open(
             f"{theirs.width} of {theirs.dtype}."
         )
     if theirs is None and ours.rows < 2:
-        raise ValueError(f"x has n = {ours.rows} sample(s); at least 2 are needed.")
+        raise ValueError(f"{name} has n = {ours.rows} sample(s); at least 2 are needed.")
     sides = [ours] if theirs is None else [ours, theirs]
     facts = [_summarise(side) for side in sides]
     count = sum(fact.number for fact in facts)
@@ -368,7 +387,7 @@ def _open(
         "diagonal": diagonal,
         "tile_size": tile,
     }
-    return _Job(
+    return Job(
         x=ours,
         y=theirs,
         centre=jnp.asarray(centre, ours.dtype)[None],
@@ -383,25 +402,33 @@ def _open(
     )
 
 
-def _first_rate(job: _Job, off_density: float) -> Array:
+def _first_rate(job: Job, off_density: float, rooted: bool) -> Array:
     x, y = (jnp.asarray(side) for side in job.sample)
     frame = job.frame_of((x, None if job.y is None else y), (None, None))
-    return _guess(frame, jnp.asarray(off_density, x.dtype))
+    return _guess(frame, jnp.asarray(off_density, x.dtype), rooted)
 
 
-@jax.jit
-def _guess(frame: Frame, off_density: Array) -> Array:
-    pairs = Pairs((frame,), skip_self=frame.raw_y is None).stored()
+@partial(jax.jit, static_argnames="rooted")
+def _guess(frame: Frame, off_density: Array, rooted: bool) -> Array:
+    pairs = Pairs((frame,), skip_self=frame.raw_y is None, rooted=rooted).stored()
     return guess_from(pairs, off_density, jnp.zeros((), bool), by_row=False, exact=False)
 
 
-@partial(jax.jit, static_argnames=("terms", "skip_self", "tile_size"))
-def _block_sums(terms: Any, frame: Frame, rate: Array, skip_self: bool, tile_size: int | None) -> Array:
-    pairs = Pairs((frame,), None, skip_self, tile_size, fixed=True)
+@partial(jax.jit, static_argnames=("terms", "skip_self", "tile_size", "rooted"))
+def _block_sums(terms: Any, frame: Frame, rate: Array, skip_self: bool, tile_size: int | None, rooted: bool) -> Array:
+    pairs = Pairs((frame,), None, skip_self, tile_size, fixed=True, rooted=rooted)
     return jnp.stack(sums_over(terms, pairs, rate, by_row=False))
 
 
-def _visit(job: _Job, terms: Any, rate: Array, saved: _Checkpoint, number: int, progress: Progress) -> np.ndarray:
+def _visit(
+    job: Job,
+    terms: Any,
+    rate: Array,
+    saved: _Checkpoint,
+    number: int,
+    progress: Progress,
+    rooted: bool = False,
+) -> np.ndarray:
     """Sums over all pairs of rows, block pair by block pair, in float64."""
     itself = job.y is None
     others = job.x if job.y is None else job.y
@@ -410,19 +437,19 @@ def _visit(job: _Job, terms: Any, rate: Array, saved: _Checkpoint, number: int, 
     else:
         plan = [(i, j, False) for i in range(len(job.x.sizes)) for j in range(len(others.sizes))]
     done, sums = saved.done, saved.sums
-    report = _reporter(progress, number, len(plan))
+    report = reporter(progress, number, len(plan), f"pass {number}")
     report(done)
     held: tuple[int, Any] | None = None
     with ThreadPoolExecutor(1) as pool:
-        coming = _read_ahead(pool, others, [j for _, j, _ in plan[done:]])
+        coming = read_ahead(pool, others, [j for _, j, _ in plan[done:]])
         for i, j, mirror in plan[done:]:
             y, mask_y = next(coming)
             if held is None or held[0] != i:
-                held = (i, (y, mask_y) if itself and i == j else _on_device(job.x.block(i)))
+                held = (i, (y, mask_y) if itself and i == j else on_device(job.x.block(i)))
             x, mask = held[1]
             alone = itself and i == j
             frame = job.frame_of((x, None if alone else y), (mask, None if alone else mask_y))
-            part = _block_sums(terms, frame, rate, job.skip_self and alone, job.tile_size)
+            part = _block_sums(terms, frame, rate, job.skip_self and alone, job.tile_size, rooted)
             done, sums = done + 1, _added(sums, np.asarray(part, np.float64) * (2 if mirror else 1))
             replace(saved, done=done, sums=sums).write()
             report(done)
@@ -440,34 +467,37 @@ def _added(sums: tuple[tuple[float, float], ...], part: np.ndarray) -> tuple[tup
     return tuple(added)
 
 
-def _read_ahead(pool: ThreadPoolExecutor, blocks: _Blocks, order: list[int]) -> Iterator[Any]:
+def read_ahead(pool: ThreadPoolExecutor, blocks: Blocks, order: list[int]) -> Iterator[Any]:
     """Blocks in an order, on the device, the next one being read meanwhile."""
     coming: Future[Any] | None = None
     for k in range(len(order)):
         now = coming if coming is not None else pool.submit(blocks.block, order[k])
         coming = pool.submit(blocks.block, order[k + 1]) if k + 1 < len(order) else None
-        yield _on_device(now.result())  # not in the other thread: jax.enable_x64 and the like hold for one thread
+        yield on_device(now.result())  # not in the other thread: jax.enable_x64 and the like hold for one thread
 
 
-def _on_device(block: tuple[np.ndarray, np.ndarray | None]) -> tuple[Array, Array | None]:
+def on_device(block: tuple[np.ndarray, np.ndarray | None]) -> tuple[Array, Array | None]:
+    """A block as arrays of jax."""
     rows, mask = block
     return jnp.asarray(rows), None if mask is None else jnp.asarray(mask)
 
 
-def _reporter(progress: Progress, number: int, total: int) -> Callable[[int], None]:
-    """A function of the block pairs done; -1 at the end of a pass."""
+def reporter(
+    progress: Progress, stage: Any, total: int, label: str | None = None, unit: str = "block pair"
+) -> Callable[[int], None]:
+    """A function of how many are done; -1 at the end of a stage."""
     if progress is False:
         return lambda done: None
     if callable(progress):
         tell = progress
-        return lambda done: None if done < 0 else tell(number, done, total)
+        return lambda done: None if done < 0 else tell(stage, done, total)
     try:
         from tqdm import tqdm
     except ImportError:
         raise ImportError(
-            'progress=True needs tqdm: pip install "jaxalign[cli]", or give a function of (pass, done, total).'
+            'progress=True needs tqdm: pip install "jaxalign[cli]", or give a function of (stage, done, total).'
         ) from None
-    bar = tqdm(total=total, desc=f"pass {number}", unit="block pair")
+    bar = tqdm(total=total, desc=label or str(stage), unit=unit)
 
     def show(done: int) -> None:
         if done < 0:

@@ -1,0 +1,339 @@
+"""Comparisons by name: of two sets, or of every layer of one model with every layer of another.
+
+What a measure by pairs needs of all sets is gathered in one visit of the pairs of samples, so a grid of L x M layers
+costs L + M distances a pair and not 2 L M. Rows that lie in files are read block by block; what is finished is
+written down, so that a job that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Bool, Float
+
+from jaxalign._grid_files import from_blocks, set_by_set
+from jaxalign._grid_memory import Job, in_one_visit
+from jaxalign._plan import TileSize
+from jaxalign._saved import replace_file, told
+from jaxalign._typing import AnyArray
+from jaxalign._version import __version__
+from jaxalign.measures._evaluate import Missing, PairMeasure
+from jaxalign.measures._registry import specified
+from jaxalign.streaming import Progress
+
+Features = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | os.PathLike[str]
+
+
+def compare(
+    x: Float[AnyArray, "*#batch n d1"],
+    y: Float[AnyArray, "*#batch n d2"],
+    measure: str = "cka",
+    *,
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    missing: Missing = "raise",
+    **options: Any,
+) -> Float[Array, "*batch"]:
+    """The value of a measure, by its name, for two sets of features of the same samples.
+
+    Args:
+        x: features, shape (..., n, d1).
+        y: features of the same samples, shape (..., n, d2).
+        measure: a name in `jaxalign.measures.REGISTRY`, which also tells its direction and range.
+        mask: shape (..., n), True = a real sample.
+        missing: what to do about nan and inf: "raise", "omit" such samples, or "propagate" nan.
+        options: of the measure, see the function of its name in `jaxalign.measures`; also tile_size, mesh and axis_name
+            where it takes them.
+
+    Returns:
+        Shape (...).
+
+    Raises:
+        TypeError, ValueError: an unknown measure or option, and what the measure refuses.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x = jax.random.normal(jax.random.key(0), (100, 8))
+        >>> round(float(jaxalign.compare(x, 2 * x, "rsa", compare="spearman")), 4)
+        1.0
+    """
+    how = {name: options.pop(name) for name in ("tile_size", "mesh", "axis_name") if name in options}
+    entry = specified(measure, options)[0]
+    return entry.function(x, y, mask=mask, missing=missing, **how, **options)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "sigma"),
+    meta_fields=("measure", "direction", "rows", "columns", "settings", "samples", "versions"),
+)
+@dataclass(frozen=True)
+class ComparisonGrid:
+    """Every set of one model compared with every set of another; made by `compare_grid`.
+
+    Attributes:
+        values: shape (rows, columns); nan where a set holds nan and missing is "propagate".
+        sigma: the bandwidth of each set, rows and then columns (of one model: rows), in units of its features; nan
+            where the measure has none.
+        measure: its name.
+        direction: "similarity": more alike is larger; "distance": smaller.
+        rows: names of the sets.
+        columns: names of those they were compared with; the same names where a model was compared with itself.
+        settings: pairs of option and value.
+        samples: how many samples counted.
+        versions: pairs of package and version.
+    """
+
+    values: Any
+    sigma: Any
+    measure: str
+    direction: Literal["similarity", "distance"]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    settings: tuple[tuple[str, Any], ...]
+    samples: int
+    versions: tuple[tuple[str, str], ...]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the measure."""
+        return dict(self.settings)
+
+    def best_match(self) -> dict[str, tuple[str, float]]:
+        """For each row the column that is most like it, and the value; a set is not its own match.
+
+        Rows without any value, all nan, are left out.
+        """
+        values = np.array(self.values, np.float64)
+        if self.rows == self.columns:
+            np.fill_diagonal(values, np.nan)
+        signed = values if self.direction == "similarity" else -values
+        found = {}
+        for row, name in zip(signed, self.rows, strict=True):
+            if not np.isnan(row).all():
+                best = int(np.nanargmax(row))
+                found[name] = (self.columns[best], float(abs(row[best]) if self.direction == "distance" else row[best]))
+        return found
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The grid as JSON text, also written to a file if a path is given; nan and inf are null."""
+        content = {
+            "jaxalign": "comparison grid",
+            "measure": self.measure,
+            "direction": self.direction,
+            "rows": self.rows,
+            "columns": self.columns,
+            "values": _without_nan(np.asarray(self.values).tolist()),
+            "sigma": _without_nan(np.asarray(self.sigma).tolist()),
+            "options": {name: told(value) for name, value in self.settings},
+            "samples": self.samples,
+            "versions": dict(self.versions),
+        }
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        if path is not None:
+            replace_file(Path(path), text.encode())
+        return text
+
+    @staticmethod
+    def from_json(source: str | os.PathLike[str]) -> ComparisonGrid:
+        """A grid from a file, or from the text, that `to_json` wrote."""
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        text = str(source) if is_text else Path(source).read_text()
+        try:
+            content = json.loads(text)
+            if content["jaxalign"] != "comparison grid":
+                raise KeyError("jaxalign")
+            return ComparisonGrid(
+                values=np.array(content["values"], np.float64),
+                sigma=np.array(content["sigma"], np.float64),
+                measure=content["measure"],
+                direction=content["direction"],
+                rows=tuple(content["rows"]),
+                columns=tuple(content["columns"]),
+                settings=tuple((name, _hashable(value)) for name, value in content["options"].items()),
+                samples=content["samples"],
+                versions=tuple(content["versions"].items()),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"not a comparison grid as to_json writes it: {error!r}.") from None
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of the values (needs pandas)."""
+        try:
+            import pandas as pd
+        except ImportError:
+            raise ImportError("to_pandas() needs pandas: pip install pandas.") from None
+        return pd.DataFrame(np.asarray(self.values), index=list(self.rows), columns=list(self.columns))
+
+    def plot(self, ax: Any = None) -> Any:
+        """A heat map of the values (needs matplotlib); returns its axes. More alike is brighter, in both directions."""
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            raise ImportError('plot() needs matplotlib: pip install "jaxalign[viz]".') from None
+        values = np.asarray(self.values)
+        if ax is None:
+            size = (2.5 + 0.35 * len(self.columns), 1.5 + 0.35 * len(self.rows))
+            _, ax = plt.subplots(figsize=size, layout="constrained")
+        colours = "viridis" if self.direction == "similarity" else "viridis_r"
+        picture = ax.imshow(values, cmap=colours, origin="lower")
+        ax.set_xticks(range(len(self.columns)), self.columns, rotation=90)
+        ax.set_yticks(range(len(self.rows)), self.rows)
+        bar = ax.figure.colorbar(picture, ax=ax)
+        bar.set_label(f"{self.measure} ({self.direction})")
+        if values.size <= 400:
+            middle = (np.nanmin(values) + np.nanmax(values)) / 2
+            for (i, j), value in np.ndenumerate(values):
+                bright = (value > middle) == (self.direction == "similarity")
+                ax.text(j, i, f"{value:.2f}", ha="center", va="center", size=7, color="black" if bright else "white")
+        return ax
+
+
+def compare_grid(
+    features: Features,
+    other: Features | None = None,
+    measure: str = "cka",
+    *,
+    mask: np.ndarray | None = None,
+    missing: Missing = "raise",
+    tile_size: TileSize = "auto",
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: str | None = None,
+    block_rows: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Progress = False,
+    **options: Any,
+) -> ComparisonGrid:
+    """Compare every set of features with every other: all layers of one model, or those of two models.
+
+    Args:
+        features: named sets of the same n samples: a mapping of name to an array (n, d), a memory map, or a path to a
+            .npy file; pairs of name and array; or a folder, whose .npy files are the sets.
+        other: the sets to compare them with; None compares all with each other.
+        measure: a name in `jaxalign.measures.REGISTRY`.
+        mask: shape (n,), True = a real sample.
+        missing: what to do about nan and inf: "raise", "omit" samples that are missing in any set, or "propagate": nan
+            for the sets that hold some.
+        tile_size: see `jaxalign.solve_sigma`.
+        mesh: spread rows over devices (and processes), see `jaxalign.solve_sigma`. For arrays in memory.
+        axis_name: the axis of the mesh.
+        block_rows: rows in a block of what is read from files; None: by the free memory. Measures by pairs then hold
+            two blocks of each set in memory, the others one whole set at a time.
+        checkpoint: a file for what is finished, to go on from if it is there; removed at the end. One that belongs to
+            other features or options is refused.
+        progress: True shows a bar (needs tqdm); or a function of (stage, done, total).
+        options: of the measure. sigma: a number, or one a set.
+
+    Returns:
+        `ComparisonGrid`. Every bandwidth that is left open is solved for once a set.
+
+    Raises:
+        TypeError, ValueError: an unknown measure or option, no sets, sets of different samples, names that repeat; a
+            checkpoint that is damaged or belongs to something else; and what the measure refuses, with the name of the
+            set.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x, y = jax.random.normal(jax.random.key(0), (2, 100, 8))
+        >>> grid = jaxalign.compare_grid({"first": x, "second": x + y, "third": y}, kernel="linear")
+        >>> grid.best_match()["first"][0]
+        'second'
+    """
+    entry, filled, specification = specified(measure, options)
+    ours = _named("features", features)
+    theirs = {} if other is None else _named("other", other)
+    sets = [*ours.items(), *theirs.items()]
+    sides = (("features", ours), ("other", theirs))
+    names = [name if other is None else f"{side}[{name!r}]" for side, named in sides for name in named]
+    _same_samples(names, sets)
+    job = Job([value for _, value in sets], names, len(ours), filled, mask, missing, tile_size, progress)
+    in_memory = not any(isinstance(value, np.memmap) for value in job.sets)
+    if in_memory and checkpoint is None and block_rows is None:
+        found = in_one_visit(job, specification, mesh, axis_name)
+    elif mesh is not None or axis_name is not None:
+        raise ValueError("mesh= is for arrays in memory without a checkpoint; these rows are read block by block.")
+    elif isinstance(specification, PairMeasure):
+        found = from_blocks(job, specification, block_rows, checkpoint)
+    else:
+        found = set_by_set(job, specification, block_rows, checkpoint)
+    values, sigma, samples = found
+    return ComparisonGrid(
+        values=values,
+        sigma=sigma,
+        measure=entry.name,
+        direction=entry.direction,
+        rows=tuple(ours),
+        columns=tuple(theirs or ours),
+        settings=tuple((name, _hashable(value)) for name, value in filled.items()),
+        samples=samples,
+        versions=(("jaxalign", __version__), ("jax", jax.__version__), ("numpy", np.__version__)),
+    )
+
+
+# --- what was handed in -----------------------------------------------------------------------------------------------
+
+
+def _named(argument: str, features: Any) -> dict[str, Any]:
+    if isinstance(features, (str, os.PathLike)):
+        folder = Path(features)
+        if not folder.is_dir():
+            raise ValueError(f"{argument}: {folder} is not a folder. A single file has to be named: {{'name': path}}.")
+        pairs: list[tuple[Any, Any]] = [(path.stem, path) for path in sorted(folder.glob("*.npy"))]
+        if not pairs:
+            raise ValueError(f"{argument}: the folder {folder} holds no .npy files.")
+    elif isinstance(features, Mapping):
+        pairs = list(features.items())
+    elif isinstance(features, (np.ndarray, jax.Array)):
+        raise TypeError(f"{argument} must be named sets, as {{'name': array}}; got an array of shape {features.shape}.")
+    else:
+        pairs = [tuple(pair) for pair in features]
+        if any(len(pair) != 2 for pair in pairs):
+            raise TypeError(f"{argument} must be a mapping, pairs of (name, array), or a folder.")
+    if not pairs:
+        raise ValueError(f"{argument} is empty: at least one named set of features is needed.")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if not isinstance(name, str):
+            raise TypeError(f"{argument}: names must be strings; got {name!r}.")
+        if name in found:
+            raise ValueError(f"{argument}: the name {name!r} stands for two sets; names must differ.")
+        if isinstance(value, (str, os.PathLike)):
+            try:
+                value = np.load(value, mmap_mode="r", allow_pickle=False)
+            except (ValueError, EOFError) as error:
+                raise ValueError(f"{argument}[{name!r}]: {value} is not a complete .npy file ({error}).") from None
+        if not isinstance(value, (np.ndarray, jax.Array)):
+            kind = type(value).__name__
+            raise TypeError(f"{argument}[{name!r}] must be an array or a path to a .npy file; got {kind}.")
+        if value.ndim != 2:
+            raise ValueError(f"{argument}[{name!r}] must have shape (n, d); got {value.shape}.")
+        found[name] = value
+    return found
+
+
+def _same_samples(names: list[str], sets: list[tuple[str, Any]]) -> None:
+    n = sets[0][1].shape[0]
+    for name, (_, value) in zip(names, sets, strict=True):
+        if value.shape[0] != n:
+            raise ValueError(
+                f"all sets must hold the same samples, row by row: {names[0]} has {n} rows, {name} {value.shape[0]}."
+            )
+
+
+def _hashable(value: Any) -> Any:
+    plain = told(value)
+    return tuple(map(_hashable, plain)) if isinstance(plain, list) else plain
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return value if np.isfinite(value) else None

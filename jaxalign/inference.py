@@ -1,0 +1,720 @@
+"""Is it more than chance, how sure is it, and how much more than something else: statistics of comparisons.
+
+All of it stands on centred pair matrices F, G of the two sets, stored (n x n), of which a measure by pairs is the
+normalised inner product. Permuting the samples of one set permutes rows and columns of its matrix; resampling them
+weights its pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.scipy.special import ndtr, ndtri
+from jaxtyping import Array
+
+from jaxalign import _checks
+from jaxalign._plan import STORED
+from jaxalign.bandwidth import check_rtol
+from jaxalign.measures._evaluate import (
+    Missing,
+    PairMeasure,
+    SetMeasure,
+    check_function,
+    check_sets,
+    combine_sets,
+    explain_status,
+    prepare_set,
+)
+from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, prepare
+from jaxalign.measures._registry import specified
+
+# Gathered entries of all permutations that are multiplied at a time.
+_GATHERED = 2**24
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("value", "p_value", "corrected", "null", "null_mean", "null_std", "score", "calibrated"),
+    meta_fields=("measure", "direction", "rows", "columns"),
+)
+@dataclass(frozen=True)
+class PermutationTest:
+    """What `permutation_test` found; arrays of shape () or, for named sets, (rows, columns).
+
+    Attributes:
+        value: of the measure.
+        p_value: (b + 1) / (m + 1), b of m permutations giving a value at least as extreme.
+        corrected: the same, adjusted for the number of comparisons of a grid by the largest score of each permutation
+            (Westfall & Young 1993): the chance that any of them would look like this.
+        null: values of the permutations, (m,) or (m, rows, columns).
+        null_mean: their mean.
+        null_std: their standard deviation.
+        score: (value - null_mean) / null_std, its sign such that more alike is larger.
+        calibrated: 0 at the mean of the null and 1 at the value of equal sets; nan for measures without such a value.
+        measure: its name.
+        direction: "similarity" or "distance".
+        rows: names of the sets, empty for two sets.
+        columns: names of those they are compared with.
+    """
+
+    value: Array
+    p_value: Array
+    corrected: Array
+    null: Array
+    null_mean: Array
+    null_std: Array
+    score: Array
+    calibrated: Array
+    measure: str
+    direction: Literal["similarity", "distance"]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("value", "low", "high", "resampled"),
+    meta_fields=("level", "method"),
+)
+@dataclass(frozen=True)
+class Interval:
+    """A value and its bootstrap interval.
+
+    Attributes:
+        value: for all samples.
+        low: lower end.
+        high: upper end.
+        resampled: values of the resamples, (resamples,).
+        level: share of such intervals that hold the value of the population.
+        method: "bca" or "percentile".
+    """
+
+    value: Array
+    low: Array
+    high: Array
+    resampled: Array
+    level: float
+    method: str
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("lower", "upper", "each"), meta_fields=())
+@dataclass(frozen=True)
+class NoiseCeiling:
+    """How well the best possible model could do, given how much subjects differ; made by `noise_ceiling`.
+
+    Attributes:
+        lower: mean of each subject compared with the mean of the others.
+        upper: mean of each subject compared with the mean of all.
+        each: (subjects,), each compared with the mean of the others.
+    """
+
+    lower: Array
+    upper: Array
+    each: Array
+
+
+def permutation_test(
+    x: Any,
+    y: Any,
+    measure: str = "cka",
+    *,
+    key: Array,
+    permutations: int = 1000,
+    mask: Any = None,
+    missing: Missing = "raise",
+    **options: Any,
+) -> PermutationTest:
+    """Is the similarity of two sets more than chance? Values of a measure with the samples of one set shuffled.
+
+    For measures by pairs the shuffled values come from a permutations of the one set times b of the other, a b > m,
+    which are matrix products of what a + b gave: thousands cost little more than a few dozen. Any two of the m
+    composite permutations are independent and uniform, and under the null all entries of the a x b table are
+    exchangeable, so the p-value is exact and its Monte Carlo error that of m independent ones. Other measures are
+    computed anew for each of m permutations. Bandwidths do not change when samples are shuffled.
+
+    Args:
+        x: features (n, d1), or a mapping of names to them.
+        y: features (n, d2) of the same samples, or a mapping.
+        measure: a name in `jaxalign.measures.REGISTRY`.
+        key: of `jax.random.key`: the same key gives the same permutations.
+        permutations: m, how many.
+        mask: shape (n,), True = a real sample; the others are left out.
+        missing: see `jaxalign.compare`.
+        options: of the measure.
+
+    Returns:
+        `PermutationTest`. One-sided: small where the sets are more alike than chance.
+
+    Raises:
+        TypeError, ValueError: see `jaxalign.compare_grid`; fewer than 1 permutation.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x, noise = jax.random.normal(jax.random.key(0), (2, 50, 8))
+        >>> test = jaxalign.permutation_test(x, x + noise, key=jax.random.key(1), permutations=999, density=0.2)
+        >>> round(float(test.p_value), 4)
+        0.001
+    """
+    entry, filled, specification = specified(measure, options)
+    permutations = _whole("permutations", permutations)
+    ours, theirs = _named("x", x), _named("y", y)
+    arrays, split = [*ours.values(), *theirs.values()], len(ours)
+    names = [f"x[{n!r}]" if n else "x" for n in ours] + [f"y[{n!r}]" if n else "y" for n in theirs]
+    sets = _real_samples(names, arrays, mask, missing, specification)
+    best = entry.best
+    if _is_product(specification):
+        assert isinstance(specification, PairMeasure)
+        matrices = pair_matrices(sets, filled, specification, names)
+        side = math.isqrt(permutations) + 1  # side^2 > permutations
+        table = _permuted_products(jnp.stack(matrices[:split]), jnp.stack(matrices[split:]), key, side)
+        all_values = _finished(table, specification, matrices, split, sets[0].shape[0])
+        value, null = all_values[0], all_values[1 : permutations + 1]
+    else:
+        value, null = _recomputed(sets, split, names, specification, filled, key, permutations)
+    single = "" in ours and "" in theirs
+    found = _tested(value, null, entry.direction == "similarity", best)
+    if single:
+        found = {name: a[..., 0, 0] for name, a in found.items()}
+    return PermutationTest(
+        **found,
+        measure=entry.name,
+        direction=entry.direction,
+        rows=() if single else tuple(ours),
+        columns=() if single else tuple(theirs),
+    )
+
+
+def bootstrap(
+    x: Any,
+    y: Any,
+    measure: str = "cka",
+    *,
+    key: Array,
+    resamples: int = 1000,
+    level: float = 0.95,
+    method: Literal["bca", "percentile"] = "bca",
+    mask: Any = None,
+    missing: Missing = "raise",
+    **options: Any,
+) -> Interval:
+    """How sure is a similarity? An interval from resampling the samples with replacement.
+
+    Two copies of one sample in a resample are not a pair: their distance of 0 is no evidence, and counting it would
+    raise the similarity. So pairs, and for the debiased estimators triples and quadruples, of different samples are
+    weighted by how often each was drawn. That is possible for cka and hsic (debiased), distance_correlation (debiased)
+    and rsa (pearson, cosine). Bandwidths are those of all samples.
+
+    Args:
+        x: features (n, d1).
+        y: features (n, d2) of the same samples.
+        measure: a name in `jaxalign.measures.REGISTRY`.
+        key: of `jax.random.key`.
+        resamples: how many.
+        level: of the interval, 0 < level < 1.
+        method: "bca", bias-corrected and accelerated (Efron 1987), or "percentile".
+        mask: see `permutation_test`.
+        missing: see `jaxalign.compare`.
+        options: of the measure.
+
+    Returns:
+        `Interval`.
+
+    Raises:
+        TypeError, ValueError: see `jaxalign.compare`; a measure or estimator that duplicates would mislead.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x, noise = jax.random.normal(jax.random.key(0), (2, 100, 8))
+        >>> found = jaxalign.bootstrap(x, x + noise, kernel="linear", key=jax.random.key(1))
+        >>> bool(found.low < found.value < found.high)
+        True
+    """
+    resampled, value, left_out = _resampled((x, y), measure, key, resamples, level, method, mask, missing, options)
+    return _interval(resampled, value, left_out, level, method)
+
+
+def paired_difference(
+    first: tuple[Any, Any],
+    second: tuple[Any, Any],
+    measure: str = "cka",
+    *,
+    key: Array,
+    resamples: int = 1000,
+    level: float = 0.95,
+    method: Literal["bca", "percentile"] = "bca",
+    mask: Any = None,
+    missing: Missing = "raise",
+    **options: Any,
+) -> Interval:
+    """Is one similarity larger than another, on the same samples? An interval of first - second.
+
+    Both are computed on the same resamples, so what they share cancels.
+
+    Args:
+        first: two sets (x, y) of features, (n, d).
+        second: two others, or one of them again, of the same samples.
+        measure: see `bootstrap`.
+        key: see `bootstrap`.
+        resamples: see `bootstrap`.
+        level: see `bootstrap`.
+        method: see `bootstrap`.
+        mask: see `permutation_test`.
+        missing: see `jaxalign.compare`.
+        options: of the measure.
+
+    Returns:
+        `Interval` of the difference; without 0 in it they differ at that level.
+
+    Raises:
+        TypeError, ValueError: see `bootstrap`.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x, a, b = jax.random.normal(jax.random.key(0), (3, 200, 8))
+        >>> found = jaxalign.paired_difference((x, x + 0.3 * a), (x, x + b), kernel="linear", key=jax.random.key(1))
+        >>> bool(found.low > 0)
+        True
+    """
+    for name, pair in (("first", first), ("second", second)):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"{name} must be two sets of features (x, y); got {type(pair).__name__}.")
+    sets = (*first, *second)
+    resampled, value, left_out = _resampled(sets, measure, key, resamples, level, method, mask, missing, options)
+    return _interval(resampled, value, left_out, level, method)
+
+
+def noise_ceiling(
+    subjects: Sequence[Any], measure: str = "rsa", *, mask: Any = None, missing: Missing = "raise", **options: Any
+) -> NoiseCeiling:
+    """The best value that a model could reach, given how much subjects (or seeds) differ (Nili et al. 2014).
+
+    Each subject's centred pair matrix is scaled to unit norm; the one that is most like all of them is their mean.
+
+    Args:
+        subjects: at least two sets of features (n, d) of the same samples.
+        measure: a measure by pairs: cka, rsa (not spearman and kendall), distance_correlation.
+        mask: see `permutation_test`.
+        missing: see `jaxalign.compare`.
+        options: of the measure.
+
+    Returns:
+        `NoiseCeiling`: between its lower and upper end lies the ceiling.
+
+    Raises:
+        TypeError, ValueError: fewer than two subjects, a measure that is no inner product, and see `jaxalign.compare`.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x, *noise = jax.random.normal(jax.random.key(0), (5, 60, 8))
+        >>> ceiling = jaxalign.noise_ceiling([x + 0.5 * n for n in noise])
+        >>> bool(0.5 < ceiling.lower < ceiling.upper < 1)
+        True
+    """
+    entry, filled, specification = specified(measure, options)
+    if len(subjects) < 2:
+        raise ValueError(f"subjects must be at least two sets of features; got {len(subjects)}.")
+    if not _is_product(specification) or entry.name == "hsic":
+        raise ValueError(
+            f"measure {entry.name!r} with these options is no normalised inner product of pair matrices: use cka, "
+            "rsa with pearson, cosine or a whitened comparison, or distance_correlation."
+        )
+    assert isinstance(specification, PairMeasure)
+    names = [f"subjects[{k}]" for k in range(len(subjects))]
+    sets = _real_samples(names, list(subjects), mask, missing, specification)
+    matrices = jnp.stack(pair_matrices(sets, filled, specification, names))
+    gram = jnp.einsum("aij,bij->ab", matrices, matrices, precision=lax.Precision.HIGHEST)
+    sizes = jnp.sqrt(jnp.diagonal(gram))
+    if not bool((sizes > 0).all()):
+        raise ValueError(f"{names[int(jnp.argmin(sizes))]} does not vary.")
+    cosines = gram / sizes[:, None] / sizes[None, :]
+    total = jnp.sum(cosines)
+    row = jnp.sum(cosines, 1)
+    upper = row / jnp.sqrt(total)
+    others = total - 2 * row + 1  # squared norm of the sum of the others
+    each = (row - 1) / jnp.sqrt(jnp.maximum(others, float(jnp.finfo(others.dtype).tiny)))
+    finish = _root_of_squares(specification)
+    return NoiseCeiling(jnp.mean(finish(each)), jnp.mean(finish(upper)), finish(each))
+
+
+# --- what was handed in ---------------------------------------------------------------------------------------------
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}.")
+    return int(value)
+
+
+def _named(argument: str, features: Any) -> dict[str, Any]:
+    if not isinstance(features, Mapping):
+        return {"": features}
+    if not features:
+        raise ValueError(f"{argument} is empty: at least one named set of features is needed.")
+    return dict(features)
+
+
+def _real_samples(
+    names: list[str], arrays: list[Any], mask: Any, missing: Missing, measure: PairMeasure | SetMeasure
+) -> tuple[Array, ...]:
+    """Checked sets (n, d), without the samples that do not count."""
+    for name, value in zip(names, arrays, strict=True):
+        if np.ndim(value) != 2:
+            raise ValueError(f"{name} must have shape (n, d); got {np.shape(value)}.")
+    sets, mask = check_sets(list(zip(names, arrays, strict=True)), mask, missing, measure.least, measure.name)
+    if mask is None:
+        return sets
+    kept = np.flatnonzero(_checks.on_host(mask))
+    return tuple(features[kept] for features in sets)
+
+
+def _is_product(measure: PairMeasure | SetMeasure) -> bool:
+    return isinstance(measure, PairMeasure) and measure.centring != "difference"
+
+
+# --- pair matrices --------------------------------------------------------------------------------------------------
+
+
+def pair_matrices(
+    sets: tuple[Array, ...], options: dict[str, Any], measure: PairMeasure, names: Sequence[str]
+) -> list[Array]:
+    """Centred pair matrices (n, n), whose inner products are those of the measure."""
+    sigma = options.get("sigma")
+    sigmas, target = check_function(names, sets, None, sigma, options.get("density"), measure.function, STORED)
+    matrices = []
+    for k, (name, x) in enumerate(zip(names, sets, strict=True)):
+        own = None if sigmas is None else sigmas[..., k]
+        matrix, status = _pair_matrix(x, own, target, measure.function, measure.centring, check_rtol(None, x.dtype))
+        explain_status(name, status)
+        matrices.append(matrix)
+    return matrices
+
+
+@partial(jax.jit, static_argnames=("function", "centring", "rtol"))
+def _pair_matrix(
+    x: Array, sigma: Array | None, density: Array | None, function: PairFunction, centring: Centring, rtol: float
+) -> tuple[Array, Array]:
+    one = prepare(x, None, sigma, density, function, rtol, STORED)
+    assert one.pairs.distances is not None
+    frame = one.pairs.frames[0]
+    f = function.of(one.pairs.distances[0], one.rate, frame.scale)
+    return _centred(f * function.unit(frame.scale), centring), one.status
+
+
+def _centred(f: Array, centring: Centring) -> Array:
+    n = f.shape[-1]
+    off = ~jnp.eye(n, dtype=bool)
+    if centring == "none":
+        return jnp.where(off, f, 0)
+    if centring in ("pearson", "whitened_pearson"):
+        f = jnp.where(off, f - jnp.sum(jnp.where(off, f, 0)) / (n * (n - 1)), 0)
+        if centring == "pearson":
+            return f
+    if centring == "debiased":  # Székely & Rizzo 2014, eq. 2.2
+        f = f - jnp.mean(f)  # only for the digits
+        f = jnp.where(off, f, 0)
+        rows = jnp.sum(f, -1, keepdims=True) / (n - 2)
+        f = f - rows - rows.T + jnp.sum(rows) / (n - 1)
+        return jnp.where(off, f, 0)
+    rows = jnp.mean(f, -1, keepdims=True)
+    f = f - rows - rows.T + jnp.mean(rows)
+    return jnp.where(off, f, 0) if centring == "lange" else f
+
+
+def _norms(matrices: Array) -> Array:
+    """<F, F>, (sets,)."""
+    return jnp.sum(jnp.sum(matrices * matrices, -1), -1)
+
+
+def _finished(table: Array, measure: PairMeasure, matrices: list[Array], split: int, n: int) -> Array:
+    """Values (m, L, M) from inner products (m, L, M)."""
+    own = _norms(jnp.stack(matrices))
+    shape = table.shape[:-2]
+    one = jnp.ones((*shape, len(matrices)), table.dtype)
+    nothing = jnp.zeros_like(table)
+    inner = Inner(
+        table,
+        nothing,
+        jnp.broadcast_to(own[:split], (*shape, split)),
+        jnp.broadcast_to(own[split:], (*shape, len(matrices) - split)),
+        one[..., :split],
+        one[..., split:],
+        samples=jnp.full(shape, n, table.dtype),
+        status=jnp.zeros((), jnp.int32),
+        sigma=one,
+        finite=jnp.ones(table.shape, bool),
+    )
+    return measure.finish(inner)
+
+
+# --- permutations -----------------------------------------------------------------------------------------------------
+
+
+def _permutations(key: Array, number: int, n: int) -> Array:
+    """The identity and number - 1 random permutations, (number, n)."""
+    identity = jnp.arange(n, dtype=jnp.int32)
+    shuffled = jax.vmap(lambda k: jax.random.permutation(k, identity))(jax.random.split(key, max(number - 1, 1)))
+    return jnp.concatenate((identity[None], shuffled))[:number]
+
+
+@partial(jax.jit, static_argnames="side")
+def _permuted_products(x: Array, y: Array, key: Array, side: int) -> Array:
+    """<F of x permuted by s_l, G of y permuted by p_k> for all l, k < side, (side^2, L, M); the first is as it is.
+
+    Summed up over the pairs i < j in pieces of about _GATHERED gathered entries. The table is a group of permutations
+    p_k s_l^-1 of y against x.
+    """
+    n = x.shape[-1]
+    first, second = jax.random.split(key)
+    of_x, of_y = _permutations(first, side, n), _permutations(second, side, n)
+    sets = x.shape[0] + y.shape[0]
+    rows = max(1, min(n, _GATHERED // (side * sets * n)))
+    pieces = -(-n // rows)
+
+    def gathered(matrices: Array, permuted: Array, index: Array, real: Array) -> Array:
+        """(L side, rows n): pieces of rows of every permuted matrix."""
+        here = jnp.take(permuted, index, 1, mode="clip")  # (side, rows)
+        place = here[:, :, None] * n + permuted[:, None, :]
+        flat = matrices.reshape(matrices.shape[0], n * n)
+        taken = jnp.take(flat, place, 1, mode="clip") * real.reshape(1, 1, rows, 1)
+        return taken.reshape(matrices.shape[0] * side, -1)
+
+    def add(total: Array, piece: Array) -> tuple[Array, None]:
+        index = piece * rows + jnp.arange(rows, dtype=jnp.int32)
+        real = (index < n).astype(x.dtype)
+        a, b = gathered(x, of_x, index, real), gathered(y, of_y, index, jnp.ones_like(real))
+        return total + jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST), None
+
+    start = jnp.zeros((x.shape[0] * side, y.shape[0] * side), x.dtype)
+    total, _ = lax.scan(add, start, jnp.arange(pieces, dtype=jnp.int32))
+    table = total.reshape(x.shape[0], side, y.shape[0], side)
+    return jnp.transpose(table, (1, 3, 0, 2)).reshape(side * side, x.shape[0], y.shape[0])
+
+
+def _recomputed(
+    sets: tuple[Array, ...],
+    split: int,
+    names: Sequence[str],
+    measure: PairMeasure | SetMeasure,
+    options: dict[str, Any],
+    key: Array,
+    number: int,
+) -> tuple[Array, Array]:
+    """The value, (L, M), and those of permutations, (m, L, M), each computed anew from what was found of each set."""
+    order = _permutations(key, number + 1, sets[0].shape[0])
+    if isinstance(measure, PairMeasure):  # distances of affinities
+        plain = PairMeasure(measure.name, measure.function, "none", measure.finish, measure.least)
+        matrices = pair_matrices(sets, options, plain, names)
+
+        def value_of(p: Array) -> Array:
+            return _differences(matrices, split, p, measure)
+
+    else:
+        sigma, target = check_function(
+            names, sets, None, options.get("sigma"), options.get("density"), measure.function, STORED
+        )
+        for k in range(len(sets)):
+            found = _part(sets[k], None if sigma is None else sigma[..., k], target, measure)
+            explain_status(names[k], found.status)
+
+        def part(k: int, x: Array) -> Any:
+            return prepare_set(x, None, None if sigma is None else sigma[..., k], target, measure, STORED)
+
+        fixed = [part(k, sets[k]) for k in range(split)]
+
+        def value_of(p: Array) -> Array:
+            parts = fixed + [part(k, sets[k][p]) for k in range(split, len(sets))]
+            return jnp.stack(
+                [jnp.stack([combine_sets(a, b, None, measure) for b in parts[split:]]) for a in parts[:split]]
+            )
+
+    values = jax.jit(lambda order: lax.map(value_of, order))(order)
+    return values[0], values[1:]
+
+
+@partial(jax.jit, static_argnames="measure")
+def _part(x: Array, sigma: Array | None, density: Array | None, measure: SetMeasure) -> Any:
+    return prepare_set(x, None, sigma, density, measure, STORED)
+
+
+def _differences(matrices: list[Array], split: int, p: Array, measure: PairMeasure) -> Array:
+    n = matrices[0].shape[0]
+    moved = [g[p][:, p] for g in matrices[split:]]
+    rows = jnp.stack([jnp.stack([jnp.sum((f - g) ** 2, -1) for g in moved], 0) for f in matrices[:split]], 0)
+    shape = rows.shape[:2]
+    nothing = jnp.zeros(len(matrices), rows.dtype)
+    inner = Inner(
+        jnp.sum(rows, -1),
+        jnp.sum(jnp.sqrt(rows), -1),
+        nothing[:split],
+        nothing[split:],
+        nothing[:split],
+        nothing[split:],
+        samples=jnp.asarray(n, rows.dtype),
+        status=jnp.zeros((), jnp.int32),
+        sigma=nothing,
+        finite=jnp.ones(shape, bool),
+    )
+    return measure.finish(inner)
+
+
+def _tested(value: Array, null: Array, larger: bool, best: float) -> dict[str, Array]:
+    """p-values and scores, (L, M)."""
+    m = null.shape[0]
+    sign = 1 if larger else -1
+    value = value[None]
+    mean, std = jnp.mean(null, 0, keepdims=True), jnp.std(null, 0, keepdims=True)
+    positive = jnp.where(std > 0, std, 1)
+    score, scores = (jnp.where(std > 0, sign * (a - mean) / positive, 0) for a in (value, null))
+    # Permutations that change nothing give the value itself, but for rounding: they count as at least as extreme.
+    close = (
+        100 * float(jnp.finfo(null.dtype).eps) * jnp.maximum(jnp.abs(value), jnp.max(jnp.abs(null), 0, keepdims=True))
+    )
+    beyond = jnp.sum(sign * (null - value) >= -close, 0, dtype=null.dtype)
+    largest = jnp.max(scores, (-2, -1), keepdims=True)
+    any_beyond = jnp.sum(largest >= score - close / positive, 0, dtype=null.dtype)
+    reach = best - mean
+    usable = (reach != 0) & math.isfinite(best)
+    calibrated = jnp.where(usable, (value - mean) / jnp.where(usable, reach, 1), jnp.nan)
+    return {
+        "value": value[0],
+        "p_value": (beyond + 1) / (m + 1),
+        "corrected": (any_beyond + 1) / (m + 1),
+        "null": null,
+        "null_mean": mean[0],
+        "null_std": std[0],
+        "score": score[0],
+        "calibrated": calibrated[0],
+    }
+
+
+# --- resampling -------------------------------------------------------------------------------------------------------
+
+
+def _resampled(
+    sets: tuple[Any, ...],
+    measure: str,
+    key: Array,
+    resamples: Any,
+    level: Any,
+    method: Any,
+    mask: Any,
+    missing: Missing,
+    options: dict[str, Any],
+) -> tuple[Array, Array, Array]:
+    """Values of the resamples, (b,), of all samples, and without each sample, (n,); of the difference of two pairs."""
+    entry, filled, specification = specified(measure, options)
+    resamples = _whole("resamples", resamples)
+    _checks.choice("method", method, ("bca", "percentile"))
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie strictly between 0 and 1; got {level!r}.")
+    names = ["x", "y"] if len(sets) == 2 else ["first[0]", "first[1]", "second[0]", "second[1]"]
+    ready = _real_samples(names, list(sets), mask, missing, specification)
+    n = ready[0].shape[0]
+    drawn = jax.random.randint(key, (resamples, n), 0, n)
+    counts = jax.vmap(lambda row: jnp.bincount(row, length=n))(drawn)
+    dtype = ready[0].dtype
+    weights = jnp.concatenate((jnp.ones((1, n), dtype), 1 - jnp.eye(n, dtype=dtype), counts.astype(dtype)))
+    if isinstance(specification, PairMeasure) and specification.centring in ("debiased", "pearson", "none"):
+        matrices = pair_matrices(ready, filled, specification, names)
+        parts = [_weighted_values(*matrices[k : k + 2], weights, specification) for k in range(0, len(ready), 2)]
+    else:
+        raise ValueError(
+            f"measure {entry.name!r} with these options has no bootstrap: copies of a sample would count as evidence, "
+            'or let it overfit. Take cka, hsic or distance_correlation with estimator="debiased", or rsa with '
+            'compare="pearson" or "cosine"; or use permutation_test.'
+        )
+    values = parts[0] if len(parts) == 1 else parts[0] - parts[1]
+    return values[n + 1 :], values[0], values[1 : n + 1]
+
+
+@partial(jax.jit, static_argnames="measure")
+def _weighted_values(f: Array, g: Array, weights: Array, measure: PairMeasure) -> Array:
+    """The measure with samples weighted by w, (b, n): sums over different samples only."""
+    cross, own_f, own_g = (_weighted_product(a, b, weights, measure.centring) for a, b in ((f, g), (f, f), (g, g)))
+    inner = Inner(
+        cross[:, None, None],
+        jnp.zeros_like(cross)[:, None, None],
+        own_f[:, None],
+        own_g[:, None],
+        jnp.ones_like(own_f)[:, None],
+        jnp.ones_like(own_g)[:, None],
+        # `finish` of hsic divides by n (n - 3): the weighted product is already that many times the mean.
+        samples=jnp.full(cross.shape, f.shape[0], cross.dtype),
+        status=jnp.zeros((), jnp.int32),
+        sigma=jnp.zeros((), f.dtype),
+        finite=jnp.ones((*cross.shape, 1, 1), bool),
+    )
+    return measure.finish(inner)[:, 0, 0]
+
+
+def _weighted_product(f: Array, g: Array, w: Array, centring: Centring) -> Array:
+    """N (n - 3) times the weighted estimate of the centred product, (b,).
+
+    Debiased: the mean of f_ij g_ij - 2 f_ij g_ik + f_ij g_kl over different i, j, k, l, weighted by w_i w_j w_k w_l;
+    with all weights 1 it is the estimator of Song et al. 2012.
+    """
+    n = f.shape[0]
+
+    def through(matrix: Array, left: Array, right: Array) -> Array:
+        return jnp.sum(left * jnp.matmul(right, matrix, precision=lax.Precision.HIGHEST), -1)
+
+    s1, s2, s3, s4 = (jnp.sum(w**k, -1) for k in (1, 2, 3, 4))
+    product = f * g
+    same = through(product, w, w)
+    if centring != "debiased":
+        pairs = s1**2 - s2
+        mean_f, mean_g = through(f, w, w) / pairs, through(g, w, w) / pairs
+        return n * (n - 1) * (same / pairs - (mean_f * mean_g if centring == "pearson" else 0))
+
+    def rows(matrix: Array, right: Array) -> Array:
+        return jnp.matmul(right, matrix, precision=lax.Precision.HIGHEST)
+
+    w2, w3 = w**2, w**3
+    f1, g1, f2, g2 = rows(f, w), rows(g, w), rows(f, w2), rows(g, w2)
+    p2, p3 = rows(product, w2), rows(product, w3)
+    # Sums over different i, j, k, l of w_i w_j w_k w_l times f_ij g_ij, f_ij g_ik and f_ij g_kl.
+    w2_same = jnp.sum(w2 * p2, -1)
+    two = (s1**2 - s2) * same - 4 * s1 * jnp.sum(w * p2, -1) + 4 * jnp.sum(w * p3, -1) + 2 * w2_same
+    triple = jnp.sum(w * (f1 * g1 - p2), -1)
+    at_i = jnp.sum(w2 * (f1 * g1 - p2), -1)
+    three = s1 * triple - at_i - jnp.sum(w * (f2 * g1 - p3), -1) - jnp.sum(w * (f1 * g2 - p3), -1)
+    four = through(f, w, w) * through(g, w, w) - 4 * at_i - 2 * w2_same
+    quadruples = s1**4 - 6 * s1**2 * s2 + 3 * s2**2 + 8 * s1 * s3 - 6 * s4
+    return n * (n - 3) * (two - 2 * three + four) / quadruples
+
+
+def _interval(resampled: Array, value: Array, left_out: Array, level: float, method: Any) -> Interval:
+    ends = jnp.asarray([(1 - level) / 2, (1 + level) / 2], resampled.dtype)
+    if method == "bca":
+        b = resampled.shape[0]
+        below = jnp.mean((resampled < value).astype(value.dtype) + 0.5 * (resampled == value).astype(value.dtype))
+        bias = ndtri(jnp.clip(below, 0.5 / b, 1 - 0.5 / b))
+        influence = jnp.mean(left_out) - left_out
+        spread = jnp.sum(influence**2)
+        acceleration = jnp.where(spread > 0, jnp.sum(influence**3) / (6 * jnp.where(spread > 0, spread, 1) ** 1.5), 0)
+        z = bias + ndtri(ends)
+        ends = ndtr(bias + z / (1 - acceleration * z))
+    low, high = jnp.quantile(resampled, ends)
+    return Interval(value, low, high, resampled, float(level), str(method))
+
+
+def _root_of_squares(measure: PairMeasure) -> Any:
+    """From a normalised inner product to the value: its root for distance correlation."""
+
+    def finish(ratio: Array) -> Array:
+        one = jnp.ones((*ratio.shape, 1), ratio.dtype)
+        inner = Inner(
+            ratio[..., None, None], jnp.zeros_like(ratio)[..., None, None], one, one, one, one,
+            samples=one[..., 0], status=jnp.zeros((), jnp.int32), sigma=one, finite=one[..., None] > 0,
+        )  # fmt: skip
+        return measure.finish(inner)[..., 0, 0]
+
+    return finish

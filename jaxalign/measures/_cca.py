@@ -1,0 +1,179 @@
+"""Canonical correlations: which linear combinations of the features the two sets share.
+
+The canonical correlations are the singular values of P_x' P_y, P = x (x'x)^(-1/2) with centred columns (Hotelling
+1936), of which the smaller of the two ranks counts. With as many features as samples every correlation is 1, whatever
+the features: use more samples, `svcca`, or a measure that is not invariant to all invertible linear maps.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxalign import _checks
+from jaxalign._typing import AnyArray
+from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
+from jaxalign.measures._spectra import ALL, Keep, centred_columns, leading, matmul, nuclear_norm, rank, transposed
+
+
+def cca(
+    x: Float[AnyArray, "*#batch n d1"],
+    y: Float[AnyArray, "*#batch n d2"],
+    *,
+    result: Literal["mean", "mean_squared"] = "mean",
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    missing: Missing = "raise",
+) -> Float[Array, "*batch"]:
+    """Mean canonical correlation of two sets, or the mean of its square.
+
+    Args:
+        x: features, shape (..., n, d1), n well above d1 + d2.
+        y: features of the same samples, shape (..., n, d2).
+        result: "mean" of the canonical correlations, or "mean_squared" (R^2_CCA of Kornblith et al. 2019).
+        mask: see `hsic`.
+        missing: see `hsic`.
+
+    Returns:
+        Shape (...), from 0 to 1; far above 0 for independent sets unless n is large: about min(d) / n at least. 0
+        where a set does not vary. Once differentiable.
+
+    Raises:
+        TypeError, ValueError: see `hsic`; fewer than 2 samples.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x, a = jax.random.normal(jax.random.key(0), (100, 8)), jax.random.normal(jax.random.key(1), (8, 8))
+        >>> round(float(jaxalign.measures.cca(x, x @ a)), 3)
+        1.0
+    """
+    return evaluate(cca_measure(result), x, y, mask=mask, missing=missing)
+
+
+def pwcca(
+    x: Float[AnyArray, "*#batch n d1"],
+    y: Float[AnyArray, "*#batch n d2"],
+    *,
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    missing: Missing = "raise",
+) -> Float[Array, "*batch"]:
+    """Projection-weighted CCA (Morcos et al. 2018): canonical correlations weighted by what they explain of x.
+
+    The weight of the canonical variate h_i of x is sum_j |<h_i, x_j>| over the columns of x, so x and y do not
+    play the same part.
+
+    Args:
+        x: features, shape (..., n, d1); the weights are theirs.
+        y: features of the same samples, shape (..., n, d2).
+        mask: see `hsic`.
+        missing: see `hsic`.
+
+    Returns:
+        Shape (...), from 0 to 1. Differentiable where canonical correlations differ from each other, else nan: their
+        variates are not defined there.
+
+    Raises:
+        TypeError, ValueError: see `cca`.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x, noise = jax.random.normal(jax.random.key(0), (2, 500, 8))
+        >>> float(jaxalign.measures.pwcca(x, x + 0.1 * noise)) > 0.9
+        True
+    """
+    return evaluate(pwcca_measure(), x, y, mask=mask, missing=missing)
+
+
+def svcca(
+    x: Float[AnyArray, "*#batch n d1"],
+    y: Float[AnyArray, "*#batch n d2"],
+    *,
+    components: float | int = 0.99,
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    missing: Missing = "raise",
+) -> Float[Array, "*batch"]:
+    """Singular vector CCA (Raghu et al. 2017): mean canonical correlation of the leading singular directions.
+
+    Args:
+        x: features, shape (..., n, d1).
+        y: features of the same samples, shape (..., n, d2).
+        components: a whole number of singular directions of each set, or the share of its variance, 0 < share < 1,
+            that the fewest directions kept have to explain.
+        mask: see `hsic`.
+        missing: see `hsic`.
+
+    Returns:
+        Shape (...), from 0 to 1. Once differentiable, as long as the same directions are kept.
+
+    Raises:
+        TypeError, ValueError: see `cca`; components neither a number of directions nor a share.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x, noise = jax.random.normal(jax.random.key(0), (2, 100, 8))
+        >>> round(float(jaxalign.measures.svcca(x, 2 * x + 1, components=3)), 3)
+        1.0
+    """
+    return evaluate(svcca_measure(components), x, y, mask=mask, missing=missing)
+
+
+@lru_cache
+def cca_measure(result: Any) -> SetMeasure:
+    """The measure behind `cca`."""
+    _checks.choice("result", result, ("mean", "mean_squared"))
+    return SetMeasure("cca", partial(_directions, keep=ALL), partial(_correlation, squared=result != "mean"), 2)
+
+
+@lru_cache
+def pwcca_measure() -> SetMeasure:
+    """The measure behind `pwcca`."""
+    return SetMeasure("pwcca", partial(_directions, keep=ALL), _weighted, 2)
+
+
+@lru_cache(typed=True)  # 1 and 1.0 are not the same here
+def svcca_measure(components: Any) -> SetMeasure:
+    """The measure behind `svcca`."""
+    whole = isinstance(components, (int, np.integer)) and not isinstance(components, bool)
+    if whole and components >= 1:
+        keep: Keep = ("count", int(components))
+    elif isinstance(components, float) and 0 < components < 1:
+        keep = ("share", components)
+    else:
+        raise ValueError(
+            "components must be a whole number of singular directions, at least 1, or a share of the variance strictly "
+            f"between 0 and 1; got {components!r}."
+        )
+    return SetMeasure("svcca", partial(_directions, keep=keep), partial(_correlation, squared=False), 2)
+
+
+class _Directions(NamedTuple):
+    basis: Array  # (..., n, d): P
+    rank: Array  # (...)
+    centred: Array  # (..., n, d)
+
+
+def _directions(x: Array, setting: Setting, keep: Keep) -> tuple[_Directions, None]:
+    x = centred_columns(x, setting.mask)
+    return _Directions(leading(x, keep), rank(x, keep), x), None
+
+
+def _correlation(x: _Directions, y: _Directions, mask: Array | None, squared: bool) -> Array:
+    del mask
+    product = matmul(transposed(x.basis), y.basis)
+    total = jnp.sum(product * product, (-2, -1)) if squared else nuclear_norm(product)
+    return total / jnp.maximum(jnp.minimum(x.rank, y.rank), 1).astype(product.dtype)
+
+
+def _weighted(x: _Directions, y: _Directions, mask: Array | None) -> Array:
+    del mask
+    left, correlations, _ = jnp.linalg.svd(matmul(transposed(x.basis), y.basis), full_matrices=False)
+    variates = matmul(x.basis, left)
+    weights = jnp.sum(jnp.abs(matmul(transposed(variates), x.centred)), -1)
+    number = jnp.minimum(x.rank, y.rank)[..., None]
+    counts = jnp.broadcast_to(jnp.arange(weights.shape[-1]), weights.shape) < number
+    weights = jnp.where(counts, weights, 0)
+    total = jnp.sum(weights, -1)
+    return jnp.where(total > 0, jnp.sum(weights * correlations, -1) / jnp.where(total > 0, total, 1), 0)

@@ -1,0 +1,328 @@
+"""Measures by nearest neighbours: whether the same samples are close in both sets.
+
+Lists of neighbours are a reduction over pairs that keeps the k smallest distances of every row, so they need no n x n.
+Neighbours at equal distances: the sample with the smaller number comes first.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxalign import _checks
+from jaxalign._plan import ROWS_SECOND_LAST, Plan, TileSize, make_plan, on_mesh
+from jaxalign._typing import AnyArray
+from jaxalign.distances import make_frame
+from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, check_directions, check_sets, evaluate
+from jaxalign.measures._pair_sums import ORDER, PairFunction, typical_rate, unit_rows
+from jaxalign.pairs import Pairs, Reduction, Tile, reduce_pairs
+
+Metric = Literal["euclidean", "cosine", "correlation"]
+
+_NOBODY = np.iinfo(np.int32).max
+# Entries of gathered neighbours, k d a row, that are looked at together.
+_GATHERED = 2**22
+
+
+def nearest_neighbors(
+    x: Float[AnyArray, "*batch n d"],
+    k: int = 10,
+    metric: Metric = "cosine",
+    *,
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    tile_size: TileSize = "auto",
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Int[Array, "*batch n k"]:
+    """The numbers of the k samples that are nearest to each sample, itself left out, nearest first.
+
+    Args:
+        x: features, shape (..., n, d).
+        k: how many neighbours, 1 <= k < n.
+        metric: "euclidean", "cosine" (1 - cos) or "correlation" (1 - r).
+        mask: shape (..., n), True = a real sample; the others are nobody's neighbour and have none: -1.
+        tile_size: see `jaxalign.solve_sigma`.
+        mesh: see `jaxalign.solve_sigma`.
+
+    Returns:
+        Sample numbers, int32, shape (..., n, k).
+
+    Raises:
+        TypeError, ValueError: see `hsic`; k >= n; a row without a direction for "cosine" and "correlation".
+
+    Example:
+        >>> import jax.numpy as jnp, jaxalign
+        >>> x = jnp.array([[0.0], [1.0], [3.0]])
+        >>> jaxalign.measures.nearest_neighbors(x, 1, "euclidean")[:, 0]
+        Array([1, 0, 1], dtype=int32)
+    """
+    function = _function(metric)
+    _check_k(k)
+    (x,), mask = check_sets((("x", x),), mask, "raise", k + 1, f"k = {k} neighbours")
+    check_directions("x", x, function.rows, mask)
+    found = _neighbors_jit(x, mask, k, function, make_plan(x, None, tile_size, mesh, None))
+    return jnp.where(found == _NOBODY, -1, found)
+
+
+def mutual_knn(
+    x: Float[AnyArray, "*#batch n d1"],
+    y: Float[AnyArray, "*#batch n d2"],
+    k: int = 10,
+    metric: Metric = "cosine",
+    *,
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    missing: Missing = "raise",
+    tile_size: TileSize = "auto",
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Float[Array, "*batch"]:
+    """The mean share of the k nearest neighbours that a sample has in both sets (Huh et al. 2024, eq. 11).
+
+    Args:
+        x: features, shape (..., n, d1).
+        y: features of the same samples, shape (..., n, d2).
+        k: how many neighbours, 1 <= k < n.
+        metric: "euclidean", "cosine" (as published) or "correlation".
+        mask: see `hsic`.
+        missing: see `hsic`.
+        tile_size: see `jaxalign.solve_sigma`.
+        mesh: see `jaxalign.solve_sigma`.
+
+    Returns:
+        Shape (...), from 0 to 1; k / (n - 1) on average for independent sets. Its derivatives are 0.
+
+    Raises:
+        TypeError, ValueError: see `nearest_neighbors`.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x = jax.random.normal(jax.random.key(0), (100, 8))
+        >>> float(jaxalign.measures.mutual_knn(x, 2 * x, 5))
+        1.0
+    """
+    measure = mutual_knn_measure(k, metric)
+    return evaluate(measure, x, y, mask=mask, missing=missing, tile_size=tile_size, mesh=mesh)
+
+
+def jaccard(
+    x: Float[AnyArray, "*#batch n d1"],
+    y: Float[AnyArray, "*#batch n d2"],
+    k: int = 10,
+    metric: Metric = "cosine",
+    *,
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    missing: Missing = "raise",
+    tile_size: TileSize = "auto",
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Float[Array, "*batch"]:
+    """The mean Jaccard index of the k nearest neighbours of a sample in both sets: shared ones over all.
+
+    Args:
+        x: features, shape (..., n, d1).
+        y: features of the same samples, shape (..., n, d2).
+        k: how many neighbours, 1 <= k < n.
+        metric: "euclidean", "cosine" or "correlation".
+        mask: see `hsic`.
+        missing: see `hsic`.
+        tile_size: see `jaxalign.solve_sigma`.
+        mesh: see `jaxalign.solve_sigma`.
+
+    Returns:
+        Shape (...), from 0 to 1. Its derivatives are 0.
+
+    Raises:
+        TypeError, ValueError: see `nearest_neighbors`.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x = jax.random.normal(jax.random.key(0), (100, 8))
+        >>> float(jaxalign.measures.jaccard(x, 2 * x, 5))
+        1.0
+    """
+    measure = jaccard_measure(k, metric)
+    return evaluate(measure, x, y, mask=mask, missing=missing, tile_size=tile_size, mesh=mesh)
+
+
+def cknna(
+    x: Float[AnyArray, "*#batch n d1"],
+    y: Float[AnyArray, "*#batch n d2"],
+    k: int = 10,
+    *,
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    missing: Missing = "raise",
+    tile_size: TileSize = "auto",
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Float[Array, "*batch"]:
+    """Centred kernel nearest-neighbour alignment: CKA of cosines, over pairs that are neighbours in both sets.
+
+    Align(K, L) = sum_ij a_ij (K_ij - mean_l K_il) (L_ij - mean_l L_il), a_ij = 1 where j is among the k nearest of i in
+    both sets, and the result is Align(K, L) / sqrt(Align(K, K) Align(L, L)) (Huh et al. 2024, appendix A).
+
+    Args:
+        x: features, shape (..., n, d1).
+        y: features of the same samples, shape (..., n, d2).
+        k: how many neighbours, 1 <= k < n. n - 1 compares all pairs.
+        mask: see `hsic`.
+        missing: see `hsic`.
+        tile_size: see `jaxalign.solve_sigma`.
+        mesh: see `jaxalign.solve_sigma`.
+
+    Returns:
+        Shape (...), at most 1. Differentiable for fixed neighbours.
+
+    Raises:
+        TypeError, ValueError: see `nearest_neighbors`.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x = jax.random.normal(jax.random.key(0), (100, 8))
+        >>> round(float(jaxalign.measures.cknna(x, 2 * x, 5)), 4)
+        1.0
+    """
+    return evaluate(cknna_measure(k), x, y, mask=mask, missing=missing, tile_size=tile_size, mesh=mesh)
+
+
+# --- the measures themselves ------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def mutual_knn_measure(k: Any, metric: Any) -> SetMeasure:
+    """The measure behind `mutual_knn`."""
+    _check_k(k)
+    function = _function(metric)
+    combine = partial(_overlap, shared_of=lambda shared: shared / k)
+    return SetMeasure("mutual_knn", partial(_lists, k=k, function=function), combine, k + 1, function)
+
+
+@lru_cache
+def jaccard_measure(k: Any, metric: Any) -> SetMeasure:
+    """The measure behind `jaccard`."""
+    _check_k(k)
+    function = _function(metric)
+    combine = partial(_overlap, shared_of=lambda shared: shared / (2 * k - shared))
+    return SetMeasure("jaccard", partial(_lists, k=k, function=function), combine, k + 1, function)
+
+
+@lru_cache
+def cknna_measure(k: Any) -> SetMeasure:
+    """The measure behind `cknna`."""
+    _check_k(k)
+    function = _function("cosine")
+    return SetMeasure("cknna", partial(_local_kernel, k=k, function=function), _local_alignment, k + 1, function)
+
+
+def _check_k(k: Any) -> None:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+        raise TypeError(f"k must be a whole number of neighbours; got {k!r}.")
+    if k < 1:
+        raise ValueError(f"k must be at least 1 neighbour; got {k}.")
+
+
+def _function(metric: Any) -> PairFunction:
+    _checks.choice("metric", metric, ("euclidean", "cosine", "correlation"))
+    return PairFunction("root", None if metric == "euclidean" else metric)
+
+
+def _lists(x: Array, setting: Setting, k: int, function: PairFunction) -> tuple[Array, None]:
+    return neighbors(x, setting.mask, k, function, setting.plan), None
+
+
+def neighbors(x: Array, mask: Array | None, k: int, function: PairFunction, plan: Plan) -> Array:
+    """Numbers of the k nearest, (..., n, k)."""
+
+    def local(x: Array, _y: None, mask: Array | None, _mask_y: None) -> Array:
+        frame = make_frame(unit_rows(x, mask, function.rows), None, mask, None, plan.axis_name)
+        rate = ORDER * typical_rate(frame, plan.axis_name)
+        pairs = Pairs((frame,), None, True, plan.tile_size, plan.axis_name, fixed=True, rooted=True)
+        keep = Reduction(_candidates, partial(_nearest, k=k), combine=_nearer, nothing=_nobody)
+        return reduce_pairs(keep, pairs, rates=(rate,))[1].sample
+
+    return on_mesh(local, plan, (lax.stop_gradient(x), None, mask, None), result_rows=ROWS_SECOND_LAST)
+
+
+_neighbors_jit = jax.jit(neighbors, static_argnames=("k", "function", "plan"))
+
+
+class _Near(NamedTuple):
+    distance: Array  # (..., r, k), smallest first
+    sample: Array
+
+
+def _candidates(tile: Tile) -> Array:
+    (distance,) = tile.distances
+    return jnp.where(tile.weigh(jnp.ones_like(distance)) > 0, distance, jnp.inf)
+
+
+def _nearest(distances: Array, tile: Tile, k: int) -> tuple[tuple[()], _Near]:
+    some = min(k, distances.shape[-1])
+    negative, place = lax.top_k(-distances, some)  # the first of equal ones
+    sample = jnp.where(jnp.isfinite(negative), jnp.take(tile.column.sample[:, 0], place), _NOBODY)
+    more = [(0, 0)] * (distances.ndim - 1) + [(0, k - some)]
+    return (), _Near(jnp.pad(-negative, more, constant_values=jnp.inf), jnp.pad(sample, more, constant_values=_NOBODY))
+
+
+def _nobody(like: _Near) -> _Near:
+    if not isinstance(like, _Near):  # rows that are not asked for
+        return like
+    return _Near(jnp.full_like(like.distance, jnp.inf), jnp.full_like(like.sample, _NOBODY))
+
+
+def _nearer(a: _Near, b: _Near) -> _Near:
+    if not isinstance(a, _Near):
+        return a
+    both = (jnp.concatenate(part, -1) for part in zip(a, b, strict=True))
+    distance, sample = lax.sort(tuple(both), num_keys=2)
+    k = a.sample.shape[-1]
+    return _Near(distance[..., :k], sample[..., :k])
+
+
+def _mean_over_samples(values: Array, mask: Array | None) -> Array:
+    if mask is None:
+        return jnp.mean(values, -1)
+    weight = mask.astype(values.dtype)
+    return jnp.sum(values * weight, -1) / jnp.maximum(jnp.sum(weight, -1), 1)
+
+
+def _overlap(x: Array, y: Array, mask: Array | None, shared_of: Any) -> Array:
+    shared = jnp.sum(x[..., :, None] == y[..., None, :], (-2, -1)).astype(jnp.result_type(float))
+    return _mean_over_samples(shared_of(shared), mask)
+
+
+class _Local(NamedTuple):
+    """The kernel at the neighbours of each row."""
+
+    sample: Array  # (..., n, k)
+    kernel: Array  # (..., n, k): K_ij - mean_l K_il
+
+
+def _local_kernel(x: Array, setting: Setting, k: int, function: PairFunction) -> tuple[_Local, None]:
+    samples = neighbors(x, setting.mask, k, function, setting.plan)
+    rows = unit_rows(x, setting.mask, "cosine")
+    weight = jnp.ones(rows.shape[:-1], rows.dtype) if setting.mask is None else setting.mask.astype(rows.dtype)
+    mean = jnp.sum(rows * weight[..., None], -2, keepdims=True) / jnp.maximum(jnp.sum(weight, -1), 1)[..., None, None]
+
+    def one_set(rows: Array, mean: Array, samples: Array) -> Array:
+        def one_row(row: Array, near: Array) -> Array:
+            others = jnp.take(rows, near, 0, mode="clip") - mean
+            return jnp.where(near == _NOBODY, 0, jnp.matmul(others, row, precision=lax.Precision.HIGHEST))
+
+        together = max(1, _GATHERED // (k * rows.shape[-1]))
+        return lax.map(lambda pair: jax.checkpoint(one_row)(*pair), (rows, samples), batch_size=together)
+
+    flat = (a.reshape(-1, *a.shape[-2:]) for a in (rows, mean, samples))
+    return _Local(samples, jax.vmap(one_set)(*flat).reshape(samples.shape)), None
+
+
+def _local_alignment(x: _Local, y: _Local, mask: Array | None) -> Array:
+    del mask  # masked rows have no neighbours, so they add nothing
+    same = x.sample[..., :, None] == y.sample[..., None, :]
+    both = jnp.where(same, x.kernel[..., :, None] * y.kernel[..., None, :], 0)
+    own_x, own_y = jnp.sum(x.kernel**2, (-2, -1)), jnp.sum(y.kernel**2, (-2, -1))
+    varies = (own_x > 0) & (own_y > 0)
+    size = jnp.sqrt(jnp.where(varies, own_x, 1)) * jnp.sqrt(jnp.where(varies, own_y, 1))
+    return jnp.where(varies, jnp.sum(both, (-3, -2, -1)) / size, 0)

@@ -1,0 +1,489 @@
+"""Measures that are inner products of pair functions: HSIC, CKA, RSA, distance correlation, distances of affinities.
+
+Each set of features gives every pair of samples a number f_ij, a function of their squared distance: a kernel, or a
+dissimilarity. What is compared are those matrices, after some centring, and all that the centred inner products need
+are a few sums over the pairs i != j, which `pair_sums` gathers for any number of sets in one visit:
+
+    P_kl = sum f^k_ij f^l_ij       r^k_i = sum_j f^k_ij
+
+Where the centring takes away what depends on one sample only, f_ij may be shifted by any a_i + a_j beforehand. The row
+means over a subsample of columns do: the sums are then as accurate as those of centred matrices, without a pass for
+the centring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxalign._plan import NO_ROWS, ROWS_SECOND_LAST, Plan, on_mesh
+from jaxalign._rate import SUBSAMPLE
+from jaxalign.bandwidth import CONVERGED, Diagonal, rate_of, solve_pairs
+from jaxalign.distances import (
+    Frame,
+    accurate_distances,
+    attach_gradient,
+    fast_distances,
+    make_frame,
+    over_devices,
+    root,
+)
+from jaxalign.pairs import Pairs, Reduction, Tile, kernel, over_rows, reduce_pairs
+
+Form = Literal["rbf", "laplacian", "one_minus_rbf", "squared", "root"]
+Centring = Literal["debiased", "biased", "lange", "pearson", "none", "whitened_pearson", "difference"]
+
+# Distances this many times below the typical one are still right to 1e-4: for what depends on their order.
+ORDER = 60.0
+# Up to this many products of sets are summed one by one, more as a matrix product a row.
+_FEW_PRODUCTS = 4
+
+
+@dataclass(frozen=True)
+class PairFunction:
+    """What a set of features gives a pair of samples.
+
+    Attributes:
+        form: "rbf" exp(-D / (2 sigma^2)), "laplacian" exp(-sqrt(D) / sigma), "one_minus_rbf" its dissimilarity,
+            "squared" D, "root" sqrt(D), or a function of an array of squared distances, in units of the features.
+        rows: what is done to each sample first: None, "cosine" unit length, "correlation" mean 0 and unit length.
+        solves: sigma is found from a density.
+        diagonal: whether the ones on the diagonal count in that density.
+    """
+
+    form: Form | Callable[[Array], Array]
+    rows: Literal["cosine", "correlation"] | None = None
+    solves: bool = False
+    diagonal: Diagonal = "include"
+
+    @property
+    def rooted(self) -> bool:
+        """Whether it is a function of distances that are not squared."""
+        return self.form in ("laplacian", "root")
+
+    @property
+    def needs_sigma(self) -> bool:
+        """Whether there is a bandwidth, given or found."""
+        return self.form in ("rbf", "laplacian", "one_minus_rbf")
+
+    def of(self, distances: Array, rate: Array | None, scale: Array) -> Array:
+        """f_ij from distances and a rate in units of a frame."""
+        if callable(self.form):
+            return self.form(distances * scale * scale)
+        if not self.needs_sigma:
+            return distances
+        assert rate is not None
+        value = kernel(distances, rate)
+        return 1 - value if self.form == "one_minus_rbf" else value
+
+    def unit(self, scale: Array) -> Array:
+        """What f_ij is measured in."""
+        one = jnp.ones_like(scale)
+        return scale * scale if self.form == "squared" else scale if self.form == "root" else one
+
+
+class Inner(NamedTuple):
+    """Centred inner products between x-sets and y-sets, and of each with itself, over all pairs; f in its units."""
+
+    cross: Array  # (..., L, M); of "difference": sum_ij (f_ij - g_ij)^2
+    roots: Array  # (..., L, M): of "difference" sum_i sqrt(sum_j (f_ij - g_ij)^2)
+    own_x: Array  # (..., L)
+    own_y: Array  # (..., M)
+    unit_x: Array  # (..., L)
+    unit_y: Array  # (..., M)
+    samples: Array  # (...,): how many
+    status: Array  # (..., L + M): of the sigmas
+    sigma: Array  # (..., L + M), nan where there is none
+    finite: Array  # (..., L, M): of both sets
+
+    def ratio(self) -> Array:
+        """Cross / sqrt(own_x own_y), (..., L, M): 0 where one of the sets does not vary."""
+        x, y = self.own_x[..., :, None], self.own_y[..., None, :]
+        varies = (x > 0) & (y > 0)
+        size = jnp.sqrt(jnp.where(x > 0, x, 1)) * jnp.sqrt(jnp.where(y > 0, y, 1))
+        return jnp.where(varies, self.cross / size, 0)
+
+
+class Sums(NamedTuple):
+    """What one visit of the pairs gathers; f_ij is shifted by shift_i + shift_j."""
+
+    cross: Array  # (..., L, M)
+    own: Array  # (..., L + M)
+    rows: Array  # (..., n, L + M); of "difference" sum_j (f_ij - g_ij)^2, (..., n, L M)
+
+
+def pair_products(
+    sets: tuple[Array, ...],
+    split: int,
+    mask: Array | None,
+    sigmas: Array | None,
+    density: Array | None,
+    function: PairFunction,
+    centring: Centring,
+    rtol: float,
+    plan: Plan,
+) -> Inner:
+    """The inner products of sets[:split] with sets[split:]; the latter empty: with each other.
+
+    Args:
+        sets: features (..., n, d_k).
+        split: how many of them are x-sets.
+        mask: (..., n).
+        sigmas: (..., L + M), in units of the features.
+        density: (...).
+        function: what a pair gives.
+        centring: of the matrices.
+        rtol: of the density.
+        plan: how pairs are visited.
+    """
+
+    def local(x: Array, _y: None, mask: Array | None, _mask_y: None, others: Any, sigmas: Any, density: Any) -> Inner:
+        prepared = [
+            prepare(rows, mask, None if sigmas is None else sigmas[..., k], density, function, rtol, plan)
+            for k, rows in enumerate((x, *others))
+        ]
+        shift = _shifts(prepared, function, centring)
+        sums = _visit(prepared, shift, split, function, centring, plan)
+        facts = _facts(prepared, function, plan.axis_name)
+        return centred(sums, shift, facts, split, centring, function, plan.axis_name)
+
+    first, *others = sets
+    return on_mesh(
+        local,
+        plan,
+        (first, None, mask, None),
+        (tuple(others), sigmas, density),
+        (ROWS_SECOND_LAST, NO_ROWS, NO_ROWS),
+        NO_ROWS,
+    )
+
+
+def bandwidth_of(
+    x: Array, mask: Array | None, density: Array, function: PairFunction, rtol: float, plan: Plan
+) -> tuple[Array, Array]:
+    """The sigma of one set at a density, and its status, (...): what `pair_products` finds for itself, one by one."""
+
+    def local(x: Array, _y: None, mask: Array | None, _mask_y: None, density: Array) -> tuple[Array, Array]:
+        one = prepare(x, mask, None, density, function, rtol, plan)
+        return one.sigma, one.status
+
+    return on_mesh(local, plan, (x, None, mask, None), (density,), (NO_ROWS,), (NO_ROWS, NO_ROWS))
+
+
+bandwidth_of_jit = partial(jax.jit, static_argnames=("function", "rtol", "plan"))(bandwidth_of)
+
+pair_products_jit = partial(jax.jit, static_argnames=("split", "function", "centring", "rtol", "plan"))(pair_products)
+
+
+class Prepared(NamedTuple):
+    """A set of features, ready to be visited."""
+
+    pairs: Pairs  # of this set alone
+    rate: Array | None  # (..., 1, 1)
+    sigma: Array  # (...)
+    status: Array  # (...)
+
+
+def unit_rows(x: Array, mask: Array | None, how: str | None) -> Array:
+    """Rows of unit length, without their mean for "correlation"; nan where a row has no length."""
+    if how is None:
+        return x
+    if how == "correlation":
+        x = x - jnp.mean(x, -1, keepdims=True)
+    # The largest entry first, so that squares neither overflow nor vanish.
+    top = lax.stop_gradient(jnp.max(jnp.abs(x), -1, keepdims=True))
+    top = jnp.where(top > 0, top, 1)
+    x = x / top
+    squares = jnp.sum(x * x, -1, keepdims=True)
+    positive = squares > 0
+    rows = jnp.where(positive, x * lax.rsqrt(jnp.where(positive, squares, 1)), jnp.nan)
+    return rows if mask is None else jnp.where(mask[..., None], rows, 0)
+
+
+def prepare(
+    rows: Array,
+    mask: Array | None,
+    sigma: Array | None,
+    density: Array | None,
+    function: PairFunction,
+    rtol: float,
+    plan: Plan,
+    *,
+    exact_order: bool = False,
+) -> Prepared:
+    """A set's pairs and its bandwidth, given or solved for. `exact_order`: near pairs are told apart if stored."""
+    if mask is not None:
+        rows = jnp.where(mask[..., None], rows, 0)
+    frame = make_frame(unit_rows(rows, mask, function.rows), None, mask, None, plan.axis_name)
+    batch, dtype = frame.finite.shape, rows.dtype
+    converged = jnp.full(batch, CONVERGED, jnp.int32)
+    if function.solves:
+        assert density is not None
+        solution, pairs, rate = solve_pairs(
+            frame, density, function.diagonal, "global", rtol, plan=plan, rooted=function.rooted
+        )
+        return Prepared(_unskipped(pairs, plan), rate, solution.sigma, solution.status)
+    if function.needs_sigma:
+        assert sigma is not None
+        sigmas = sigma[..., None, None]
+        rate = frame.scale / sigmas if function.rooted else rate_of(sigmas, frame)
+        accuracy = rate
+    else:
+        rate, sigma = None, jnp.full(batch, jnp.nan, dtype)
+        accuracy = typical_rate(frame, plan.axis_name) if function.rooted else None
+    distances = None
+    if plan.stored:
+        if exact_order:
+            rate_of_order = ORDER * typical_rate(frame, plan.axis_name)
+            distances = accurate_distances(frame, rate_of_order, rooted=True)
+        elif accuracy is None:
+            distances = fast_distances(frame)
+        else:
+            distances = accurate_distances(frame, accuracy, rooted=function.rooted)
+        distances = attach_gradient(frame, distances)
+        distances = (root(distances) if function.rooted else distances,)
+    pairs = Pairs((frame,), distances, True, plan.tile_size, plan.axis_name, rooted=function.rooted)
+    return Prepared(pairs, accuracy, sigma, converged)
+
+
+def _unskipped(pairs: Pairs, plan: Plan) -> Pairs:
+    """The same pairs, without those of a sample with itself: those are known."""
+    return Pairs(pairs.frames, pairs.distances, True, plan.tile_size, plan.axis_name, rooted=pairs.rooted)
+
+
+def _squares(frame: Frame) -> Array:
+    x = lax.stop_gradient(frame.x)
+    return jnp.sum(x * x, -1)
+
+
+def typical_rate(frame: Frame, axis_name: str | None) -> Array:
+    """1 / the root mean square distance: distances are to be accurate in proportion to it. (..., 1, 1)."""
+    total = over_devices(lax.psum, jnp.sum(_squares(frame), -1), axis_name)
+    count = over_devices(lax.psum, jnp.sum(frame_weights(frame), -1), axis_name)
+    mean = 2 * total / jnp.maximum(count, 1)
+    return jnp.where(mean > 0, lax.rsqrt(jnp.where(mean > 0, mean, 1)), 1)[..., None, None]
+
+
+def frame_weights(frame: Frame) -> Array:
+    """1 for a real row, (..., n)."""
+    return Pairs((frame,)).weights()[0]
+
+
+def _shifts(prepared: list[Prepared], function: PairFunction, centring: Centring) -> Array:
+    """a_i of every set, (..., n, L + M): about the row means less half the mean, or half the mean where that is all."""
+    shifts = []
+    for one in prepared:
+        frame = one.pairs.frames[0]
+        weights = frame_weights(frame)
+        if centring in ("none", "difference"):
+            shifts.append(jnp.zeros_like(weights))
+            continue
+        sample = lax.stop_gradient(one.pairs.subset(SUBSAMPLE, all_rows=True))
+        rate = lax.stop_gradient(one.rate)
+        scale = frame.scale
+
+        def terms(tile: Tile, scale: Array = scale) -> tuple[Array, Array]:
+            f = function.of(tile.distances[0], tile.rates[0], scale)
+            return tile.weigh(f), tile.weigh(jnp.ones_like(f))
+
+        _, (total, count) = reduce_pairs(Reduction(terms, over_rows), sample, rates=(rate,))
+        mean = (total / jnp.maximum(count, 1))[..., 0] * weights
+        number = over_devices(lax.psum, jnp.sum(weights, -1, keepdims=True), one.pairs.axis_name)
+        overall = over_devices(lax.psum, jnp.sum(mean, -1, keepdims=True), one.pairs.axis_name)
+        half = 0.5 * overall / jnp.maximum(number, 1)
+        shifts.append(half * weights if centring == "pearson" else mean - half * weights)
+    return lax.stop_gradient(jnp.stack(shifts, -1))
+
+
+def _visit(
+    prepared: list[Prepared], shift: Array, split: int, function: PairFunction, centring: Centring, plan: Plan
+) -> Sums:
+    frames = tuple(one.pairs.frames[0] for one in prepared)
+    stored = tuple(one.pairs.distances[0] for one in prepared if one.pairs.distances is not None)
+    pairs = Pairs(frames, stored or None, True, plan.tile_size, plan.axis_name, rooted=function.rooted)
+    totals, rows = reduce_pairs(
+        sums_of(frames, split, function, centring),
+        pairs,
+        rates=tuple(one.rate for one in prepared),
+        as_row=shift,
+        as_column=shift,
+        in_blocks=False,
+    )
+    cross, own = totals or (rows, rows)  # no totals of "difference"
+    return Sums(cross, own, rows)
+
+
+def sums_of(frames: tuple[Frame, ...], split: int, function: PairFunction, centring: Centring) -> Reduction:
+    """What is summed up over the pairs: totals (cross, own) and rows of `Sums`; shifts come as values of the rows."""
+
+    def terms(tile: Tile) -> tuple[Array, ...]:
+        def one(k: int) -> Array:
+            f = function.of(tile.distances[k], tile.rates[k], frames[k].scale)
+            columns = jnp.swapaxes(tile.column.as_column[..., k : k + 1], -1, -2)
+            return tile.weigh(f - tile.row.as_row[..., k : k + 1] - columns)
+
+        return tuple(one(k) for k in range(len(frames)))
+
+    def sums(terms: tuple[Array, ...], tile: Tile) -> tuple[Any, Array]:
+        del tile
+        x, y = terms[:split], terms[split:] or terms
+        if centring == "difference":
+            squares = [jnp.sum((a - b) ** 2, -1) for a in x for b in y]
+            return (), jnp.stack(squares, -1)
+        own = jnp.stack([_total(term * term) for term in terms], -1)
+        rows = jnp.stack([jnp.sum(term, -1) for term in terms], -1)
+        return (_products(x, y), own), rows
+
+    return Reduction(terms, sums)
+
+
+def _total(term: Array) -> Array:
+    return jnp.sum(jnp.sum(term, -1), -1)
+
+
+def _products(x: tuple[Array, ...], y: tuple[Array, ...]) -> Array:
+    if len(x) * len(y) <= _FEW_PRODUCTS:
+        return jnp.stack([jnp.stack([_total(a * b) for b in y], -1) for a in x], -2)
+    # Row by row: the partial sums keep digits that one long sum would lose.
+    by_row = jnp.einsum("...rlc,...rmc->...rlm", jnp.stack(x, -2), jnp.stack(y, -2), precision=lax.Precision.HIGHEST)
+    return jnp.sum(by_row, -3)
+
+
+class Facts(NamedTuple):
+    """What the finish needs to know of the sets, beside the sums."""
+
+    weights: Array  # (..., n): 1 a real row
+    scales: Array  # (..., L + M), of the frames
+    sizes: Array  # (..., L + M): largest squared length of a row, in units of the frame
+    finite: Array  # (..., L + M)
+    status: Array  # (..., L + M)
+    sigma: Array  # (..., L + M)
+
+
+def _facts(prepared: list[Prepared], function: PairFunction, axis_name: str | None) -> Facts:
+    frames = [one.pairs.frames[0] for one in prepared]
+    return Facts(
+        weights=frame_weights(frames[0]),
+        scales=jnp.stack([frame.scale[..., 0, 0] for frame in frames], -1),
+        sizes=jnp.stack([over_devices(lax.pmax, largest_square(frame), axis_name) for frame in frames], -1),
+        finite=jnp.stack([frame.finite for frame in frames], -1),
+        status=jnp.stack([one.status for one in prepared], -1),
+        sigma=jnp.stack([one.sigma for one in prepared], -1),
+    )
+
+
+def largest_square(frame: Frame) -> Array:
+    """The largest squared length of a row, (...)."""
+    return jnp.max(_squares(frame), -1)
+
+
+def centred(
+    sums: Sums,
+    shift: Array,
+    facts: Facts,
+    split: int,
+    centring: Centring,
+    function: PairFunction,
+    axis_name: str | None = None,
+) -> Inner:
+    """The inner products of centred matrices, from the sums over their pairs off the diagonal."""
+    number = facts.scales.shape[-1]
+    count = over_devices(lax.psum, jnp.sum(facts.weights, -1), axis_name)
+    units = function.unit(facts.scales)
+    shape = (*count.shape, split, number - split or split)
+    sides = (slice(None, split), slice(split, None) if number > split else slice(None, split))
+    if centring == "difference":
+        squares = over_devices(lax.psum, jnp.sum(sums.rows, -2), axis_name).reshape(shape)
+        roots = over_devices(lax.psum, jnp.sum(root(sums.rows), -2), axis_name).reshape(shape)
+        nothing = jnp.zeros((*count.shape, number), roots.dtype)
+        return _inner_of(squares, roots, nothing, units, count, facts, sides)
+
+    one = jnp.ones_like(facts.scales)
+    itself = function.of(jnp.zeros_like(one), one, one)  # f_ii
+    on_diagonal = (itself[..., None, :] - 2 * shift) * facts.weights[..., None]
+
+    def inner(products: Array, k: Any, m: Any) -> Array:
+        return _inner(
+            products,
+            (sums.rows[..., k], sums.rows[..., m]),
+            (on_diagonal[..., k], on_diagonal[..., m]),
+            (shift[..., k], shift[..., m]),
+            facts.weights[..., None],
+            count[..., None, None],
+            centring,
+            axis_name,
+        )
+
+    each = [slice(k, k + 1) for k in range(number)]
+    own = jnp.stack([inner(sums.own[..., k, None], k, k)[..., 0, 0] for k in each], -1)
+    # A set whose samples coincide to rounding does not vary: what is left is the rounding.
+    size = one if function.needs_sigma else jnp.sqrt(facts.sizes) if function.rooted else facts.sizes
+    if callable(function.form):
+        size = over_devices(lax.pmax, jnp.max(jnp.abs(lax.stop_gradient(shift)), -2), axis_name)
+    noise = (8 * float(jnp.finfo(size.dtype).eps) * size * count[..., None]) ** 2
+    own = jnp.where(own > noise, own, 0)
+    cross = inner(sums.cross, *sides)
+    return _inner_of(cross, jnp.zeros_like(cross), own, units, count, facts, sides)
+
+
+def _inner_of(
+    cross: Array, roots: Array, own: Array, units: Array, count: Array, facts: Facts, sides: tuple[slice, slice]
+) -> Inner:
+    x, y = sides
+    finite = facts.finite[..., x, None] & facts.finite[..., None, y]
+    return Inner(
+        cross, roots, own[..., x], own[..., y], units[..., x], units[..., y],
+        samples=count, status=facts.status, sigma=facts.sigma, finite=finite,
+    )  # fmt: skip
+
+
+def _inner(
+    products: Array,
+    rows: tuple[Array, Array],
+    on_diagonal: tuple[Array, Array],
+    shifts: tuple[Array, Array],
+    weights: Array,
+    n: Array,
+    centring: Centring,
+    axis_name: str | None,
+) -> Array:
+    """One inner product for each entry of `products` (..., L, M), from rows and diagonals (..., n, L), (..., n, M)."""
+
+    def dot(a: Array, b: Array) -> Array:
+        product = jnp.einsum("...nl,...nm->...lm", a, b, precision=lax.Precision.HIGHEST)
+        return over_devices(lax.psum, product, axis_name)
+
+    def total(a: Array) -> Array:
+        return over_devices(lax.psum, jnp.sum(a, -2), axis_name)
+
+    def outer(a: Array, b: Array) -> Array:
+        return a[..., :, None] * b[..., None, :]
+
+    r, s = rows
+    if centring == "none":
+        return products
+    if centring == "pearson":
+        return products - outer(total(r), total(s)) / (n * (n - 1))
+    if centring == "debiased":  # Song et al. 2012, eq. 5, without its 1 / (n (n - 3))
+        return products + outer(total(r), total(s)) / ((n - 1) * (n - 2)) - 2 / (n - 2) * dot(r, s)
+    d, e = on_diagonal
+    r, s = r + d, s + e
+    full = products + dot(d, e) - 2 / n * dot(r, s) + outer(total(r), total(s)) / n**2  # tr(H K H L)
+    if centring == "lange":  # without the diagonals of H K H and H L H
+        ours = (d - 2 / n * r + total(r)[..., None, :] / n**2) * weights
+        theirs = (e - 2 / n * s + total(s)[..., None, :] / n**2) * weights
+        full = full - dot(ours, theirs)
+    if centring == "whitened_pearson":  # the matrix less its mean off the diagonal, H (D - m (1 1' - I)) H
+        a, b = shifts
+        pairs = n[..., 0] * (n[..., 0] - 1)
+        mean = (total(rows[0]) + 2 * (n[..., 0] - 1) * total(a)) / pairs
+        mean_y = (total(rows[1]) + 2 * (n[..., 0] - 1) * total(b)) / pairs
+        full = full - (n - 1) * outer(mean, mean_y)
+    return full

@@ -1,0 +1,188 @@
+"""What each measure is: its direction, its range, what it is invariant to, and where it comes from.
+
+`compare` and `compare_grid` find measures here by name; tests/test_measures_invariances.py checks every invariance
+that is claimed, and that those that are not claimed do not hold; the table in docs/measures.md is written by it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxalign.measures import _affinities, _cca, _hsic, _neighbors, _predictivity, _rsa, _shape
+from jaxalign.measures._evaluate import PairMeasure, SetMeasure
+
+Invariance = Literal["orthogonal", "shift", "scale", "channel scale", "affine"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A measure and what is known of it, with its default options.
+
+    Attributes:
+        name: in `compare` and `compare_grid`.
+        function: of two feature arrays.
+        specify: from options to the measure itself.
+        direction: whether more alike is larger ("similarity") or smaller ("distance").
+        range: the smallest and the largest value.
+        invariances: maps of one set's features that do not change the value: "orthogonal" (rotations and reflections),
+            "shift" (a constant vector), "scale" (one factor), "channel scale" (a factor a feature), "affine" (any
+            invertible linear map and shift).
+        symmetric: measure(x, y) = measure(y, x).
+        differentiable: "yes", "once" (first derivatives), or "no": piecewise constant.
+        source: where it was published.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    specify: Callable[..., PairMeasure | SetMeasure]
+    direction: Literal["similarity", "distance"]
+    range: tuple[float, float]
+    invariances: frozenset[Invariance]
+    symmetric: bool
+    differentiable: Literal["yes", "once", "no"]
+    source: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the measure, and their defaults; beside those that say how it is computed."""
+        found = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in found if p.name not in ("x", "y", *_HOW)}
+
+    @property
+    def best(self) -> float:
+        """The value of equal sets; infinite where there is none."""
+        return self.range[1] if self.direction == "similarity" else self.range[0]
+
+
+# How a value is computed, not what it is.
+_HOW = ("mask", "missing", "tile_size", "mesh", "axis_name")
+
+_RIGID: frozenset[Invariance] = frozenset({"orthogonal", "shift", "scale"})
+_AFFINE: frozenset[Invariance] = frozenset({"orthogonal", "shift", "scale", "channel scale", "affine"})
+_ROTATION: frozenset[Invariance] = frozenset({"orthogonal", "scale"})
+
+
+def _specify_hsic(kernel: Any, sigma: Any, density: Any, diagonal: Any, estimator: Any) -> PairMeasure:
+    del density
+    return _hsic.hsic_measure(kernel, sigma is None, diagonal, estimator)
+
+
+def _specify_cka(kernel: Any, sigma: Any, density: Any, diagonal: Any, estimator: Any) -> PairMeasure:
+    del density
+    return _hsic.cka_measure(kernel, sigma is None, diagonal, estimator)
+
+
+def _specify_rsa(rdm: Any, compare: Any, sigma: Any, density: Any, diagonal: Any) -> PairMeasure | SetMeasure:
+    del density
+    return _rsa.rsa_measure(rdm, compare, sigma is None, diagonal)
+
+
+def _specify_affinity_distance(sigma: Any, density: Any, diagonal: Any, result: Any) -> PairMeasure:
+    del density
+    return _affinities.affinity_distance_measure(sigma is None, diagonal, result)
+
+
+def _specify_linear_predictivity(folds: Any, strengths: Any) -> SetMeasure:
+    return _predictivity.linear_predictivity_measure(folds, tuple(strengths))
+
+
+_INFINITY = float("inf")
+
+_ENTRIES = (
+    Entry(
+        "cka", _hsic.cka, _specify_cka, "similarity", (-1.0, 1.0), _RIGID, True, "yes",
+        "Kornblith et al. 2019; Song et al. 2012",
+    ),
+    Entry(
+        "hsic", _hsic.hsic, _specify_hsic, "similarity", (-_INFINITY, _INFINITY), _RIGID, True, "yes",
+        "Gretton et al. 2005; Song et al. 2012",
+    ),
+    Entry(
+        "rsa", _rsa.rsa, _specify_rsa, "similarity", (-1.0, 1.0), _RIGID, True, "yes",
+        "Kriegeskorte et al. 2008; Diedrichsen et al. 2021",
+    ),
+    Entry(
+        "distance_correlation", _hsic.distance_correlation, _hsic.distance_correlation_measure,
+        "similarity", (-1.0, 1.0), _RIGID, True, "yes",
+        "Székely, Rizzo & Bakirov 2007; Székely & Rizzo 2013",
+    ),
+    Entry(
+        "mutual_knn", _neighbors.mutual_knn, _neighbors.mutual_knn_measure,
+        "similarity", (0.0, 1.0), _ROTATION, True, "no",
+        "Huh et al. 2024",
+    ),
+    Entry(
+        "jaccard", _neighbors.jaccard, _neighbors.jaccard_measure, "similarity", (0.0, 1.0), _ROTATION, True, "no",
+        "Jaccard 1901; Klabunde et al. 2025",
+    ),
+    Entry(
+        "cknna", _neighbors.cknna, _neighbors.cknna_measure, "similarity", (-1.0, 1.0), _ROTATION, True, "yes",
+        "Huh et al. 2024",
+    ),
+    Entry(
+        "procrustes", _shape.procrustes, _shape.procrustes_measure, "distance", (0.0, 2**0.5), _RIGID, True, "once",
+        "Schönemann 1966; Williams et al. 2021",
+    ),
+    Entry(
+        "shape_distance", _shape.shape_distance, _shape.shape_distance_measure,
+        "distance", (0.0, 1.5707963267948966), _RIGID, True, "once",
+        "Williams et al. 2021",
+    ),
+    Entry(
+        "cca", _cca.cca, _cca.cca_measure, "similarity", (0.0, 1.0), _AFFINE, True, "once",
+        "Hotelling 1936; Kornblith et al. 2019",
+    ),
+    Entry(
+        "pwcca", _cca.pwcca, _cca.pwcca_measure, "similarity", (0.0, 1.0), frozenset({"shift", "scale"}), False, "once",
+        "Morcos et al. 2018",
+    ),
+    Entry(
+        "svcca", _cca.svcca, _cca.svcca_measure, "similarity", (0.0, 1.0), _RIGID, True, "once",
+        "Raghu et al. 2017",
+    ),
+    Entry(
+        "linear_predictivity", _predictivity.linear_predictivity, _specify_linear_predictivity,
+        "similarity", (-_INFINITY, 1.0), _RIGID, False, "yes",
+        "Yamins et al. 2014; Schrimpf et al. 2018",
+    ),
+    Entry(
+        "affinity_distance", _affinities.affinity_distance, _specify_affinity_distance,
+        "distance", (0.0, 1.0), _RIGID, True, "yes",
+        "this library",
+    ),
+)  # fmt: skip
+
+REGISTRY: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+
+
+def find(measure: Any) -> Entry:
+    """The entry of a name; raises with the names there are."""
+    if isinstance(measure, str) and measure in REGISTRY:
+        return REGISTRY[measure]
+    raise ValueError(
+        f"measure must be one of {', '.join(map(repr, REGISTRY))}; got {measure!r}.{closest(measure, REGISTRY)}"
+    )
+
+
+def specified(measure: Any, options: dict[str, Any]) -> tuple[Entry, dict[str, Any], PairMeasure | SetMeasure]:
+    """The entry of a name, its options with the defaults filled in, and the measure itself."""
+    entry = find(measure)
+    known = entry.options
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"measure {entry.name!r} has no option {name!r}; its options are {', '.join(map(repr, known))}."
+                f"{closest(name, known)}"
+            )
+    filled = {**known, **options}
+    return entry, filled, entry.specify(**filled)
+
+
+def closest(name: Any, valid: Any) -> str:
+    """' Did you mean ...?' or nothing."""
+    found = difflib.get_close_matches(str(name), list(valid), 1, 0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,303 @@
+"""Representational similarity analysis: how well the dissimilarities of one set predict those of the other.
+
+The representational dissimilarity matrix (RDM) of a set holds a dissimilarity for every pair of samples; RSA
+(Kriegeskorte et al. 2008) compares two of them over the pairs i < j. Pearson, cosine and the whitened comparisons
+(Diedrichsen et al. 2021) are inner products, so they need no n x n. Ranks do: spearman and kendall store the pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.scipy.stats import rankdata
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from jaxalign import _checks
+from jaxalign._plan import STORED, TileSize
+from jaxalign._typing import AnyArray
+from jaxalign.bandwidth import Diagonal, check_density, check_problem, check_rtol, explain_failure
+from jaxalign.measures._evaluate import (
+    Missing,
+    PairMeasure,
+    SetMeasure,
+    Setting,
+    check_directions,
+    check_sets,
+    evaluate,
+    sigma_of_each,
+)
+from jaxalign.measures._pair_sums import Inner, PairFunction, prepare
+
+Dissimilarity = Literal["sqeuclidean", "euclidean", "correlation", "cosine", "affinity"]
+Comparison = Literal["pearson", "spearman", "kendall", "cosine", "whitened_cosine", "whitened_pearson"]
+
+_FUNCTIONS: dict[str, dict[str, Any]] = {
+    "sqeuclidean": {"form": "squared"},
+    "euclidean": {"form": "root"},
+    "correlation": {"form": "squared", "rows": "correlation"},
+    "cosine": {"form": "squared", "rows": "cosine"},
+    "affinity": {"form": "one_minus_rbf"},
+}
+_CENTRINGS: dict[str, Any] = {
+    "pearson": "pearson",
+    "cosine": "none",
+    "whitened_cosine": "biased",
+    "whitened_pearson": "whitened_pearson",
+}
+
+
+def rdm(
+    x: Float[AnyArray, "*batch n d"],
+    kind: Dissimilarity = "sqeuclidean",
+    *,
+    sigma: ArrayLike | None = None,
+    density: ArrayLike = 0.05,
+    diagonal: Diagonal = "include",
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+) -> Float[Array, "*batch n n"]:
+    """The representational dissimilarity matrix of a set, stored.
+
+    Args:
+        x: features, shape (..., n, d).
+        kind: "sqeuclidean" D_ij = ||x_i - x_j||^2 (not divided by d); "euclidean" its root; "correlation" 1 - r of the
+            two rows, from 0 to 2; "cosine" 1 - cos; "affinity" 1 - A of the RBF affinity.
+        sigma: bandwidth for "affinity", in units of the features. None: solved for by the density.
+        density: the wanted mean of A where sigma is None.
+        diagonal: whether the ones on the diagonal count in that mean.
+        mask: shape (..., n), True = a real sample; the others have rows and columns of 0.
+
+    Returns:
+        Shape (..., n, n), symmetric, its diagonal exactly 0. Differentiable; the derivative of "euclidean" at distance
+        0 is taken as 0.
+
+    Raises:
+        TypeError, ValueError: see `hsic`; a row without a direction for "correlation" and "cosine".
+
+    Example:
+        >>> import jax.numpy as jnp, jaxalign
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+        >>> jaxalign.measures.rdm(x, "cosine").round(5)
+        Array([[0., 1., 2.],
+               [1., 0., 1.],
+               [2., 1., 0.]], dtype=float32)
+    """
+    (x,), mask = check_sets((("x", x),), mask, "raise", 2, "rdm")
+    _checks.choice("kind", kind, tuple(_FUNCTIONS))
+    function = _function(kind, sigma is None, diagonal)
+    check_directions("x", x, function.rows, mask)
+    problem = check_problem(x, None, mask, None, diagonal)
+    target = check_density(density, problem, "global") if function.solves else None
+    given = None if sigma is None else sigma_of_each(sigma, 1, x)[..., 0]
+    matrix, status = _rdm(x, mask, given, target, function, check_rtol(None, x.dtype))
+    explain_failure(status, problem)
+    return matrix
+
+
+def rsa(
+    x: Float[AnyArray, "*#batch n d1"],
+    y: Float[AnyArray, "*#batch n d2"],
+    *,
+    rdm: Dissimilarity = "sqeuclidean",
+    compare: Comparison = "pearson",
+    sigma: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    density: ArrayLike = 0.05,
+    diagonal: Diagonal = "include",
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    missing: Missing = "raise",
+    tile_size: TileSize = "auto",
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: str | None = None,
+) -> Float[Array, "*batch"]:
+    """Representational similarity: a correlation between the dissimilarities of two sets over all pairs i < j.
+
+    Args:
+        x: features, shape (..., n, d1).
+        y: features of the same samples, shape (..., n, d2).
+        rdm: the dissimilarity, see `rdm`.
+        compare: "pearson"; "spearman", of average ranks; "kendall", tau-b; "cosine", without taking the means away;
+            "whitened_cosine" and "whitened_pearson": the latter two weighted by the inverse covariance that
+            dissimilarities have when the features are noise (Diedrichsen et al. 2021; identity noise covariance). The
+            whitened cosine of squared Euclidean RDMs is biased linear CKA.
+        sigma: bandwidth for "affinity": see `hsic`.
+        density: see `hsic`.
+        diagonal: see `hsic`.
+        mask: see `hsic`.
+        missing: see `hsic`.
+        tile_size: see `jaxalign.solve_sigma`. spearman and kendall store all pairs.
+        mesh: see `jaxalign.solve_sigma`. Not for spearman and kendall.
+        axis_name: see `jaxalign.solve_sigma`.
+
+    Returns:
+        Shape (...), from -1 to 1. 0 where all dissimilarities of a set are equal. Differentiable but for spearman and
+        kendall, which depend on order alone: their derivatives are 0.
+
+    Raises:
+        TypeError, ValueError: see `hsic`; a row without a direction for "correlation" and "cosine".
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x = jax.random.normal(jax.random.key(0), (50, 8))
+        >>> round(float(jaxalign.measures.rsa(x, 3 * x[:, ::-1] + 1, compare="spearman")), 4)
+        1.0
+    """
+    return evaluate(
+        rsa_measure(rdm, compare, sigma is None, diagonal),
+        x,
+        y,
+        sigma=sigma,
+        density=density,
+        mask=mask,
+        missing=missing,
+        tile_size=tile_size,
+        mesh=mesh,
+        axis_name=axis_name,
+    )
+
+
+@lru_cache
+def rsa_measure(rdm: Any, compare: Any, solves: bool, diagonal: Any) -> PairMeasure | SetMeasure:
+    """The measure behind `rsa`."""
+    _checks.choice("rdm", rdm, tuple(_FUNCTIONS))
+    _checks.choice("compare", compare, (*_CENTRINGS, "spearman", "kendall"))
+    function = _function(rdm, solves, diagonal)
+    if compare in _CENTRINGS:
+        return PairMeasure("rsa", function, _CENTRINGS[compare], Inner.ratio, 3)
+    combine = {"spearman": _spearman, "kendall": _kendall}[compare]
+    return SetMeasure("rsa", partial(_ordered, function=function), combine, 3, function)
+
+
+def _function(kind: str, solves: bool, diagonal: Any) -> PairFunction:
+    _checks.choice("diagonal", diagonal, ("include", "exclude"))
+    return PairFunction(**_FUNCTIONS[kind], solves=solves and kind == "affinity", diagonal=diagonal)
+
+
+@partial(jax.jit, static_argnames=("function", "rtol"))
+def _rdm(
+    x: Array, mask: Array | None, sigma: Array | None, density: Array | None, function: PairFunction, rtol: float
+) -> tuple[Array, Array]:
+    return dissimilarities(x, mask, sigma, density, function, rtol)
+
+
+def dissimilarities(
+    x: Array,
+    mask: Array | None,
+    sigma: Array | None,
+    density: Array | None,
+    function: PairFunction,
+    rtol: float,
+    *,
+    exact_order: bool = False,
+) -> tuple[Array, Array]:
+    """f_ij of all pairs, stored, and the status of sigma."""
+    one = prepare(x, mask, sigma, density, function, rtol, STORED, exact_order=exact_order)
+    frame = one.pairs.frames[0]
+    assert one.pairs.distances is not None
+    scale = frame.scale
+    values = function.of(one.pairs.distances[0], one.rate, scale)
+    if function.form in ("squared", "root"):
+        # Of rows of unit length 1 - cos is half the squared distance.
+        values = values * scale if function.form == "root" else values * scale * scale
+        values = values / 2 if function.rows is not None else values
+    values = jnp.where(frame.finite[..., None, None], values, jnp.nan)
+    if mask is not None:
+        values = jnp.where(mask[..., :, None] & mask[..., None, :], values, 0)
+    return values, one.status
+
+
+# --- comparisons of order --------------------------------------------------------------------------------------------
+
+
+def _ordered(x: Array, setting: Setting, function: PairFunction) -> tuple[Array, Array]:
+    """The dissimilarities of all pairs i < j, (..., n (n - 1) / 2); inf for those that do not count."""
+    mask = setting.mask
+    values, status = dissimilarities(x, mask, setting.sigma, setting.density, function, setting.rtol, exact_order=True)
+    if mask is not None:
+        values = jnp.where(mask[..., :, None] & mask[..., None, :], values, jnp.inf)
+    first, second = np.triu_indices(x.shape[-2], 1)
+    return lax.stop_gradient(values[..., first, second]), status
+
+
+def _over_batch(fn: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
+    flat = jax.vmap(fn)(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
+    return flat.reshape(x.shape[:-1])
+
+
+def _spearman(x: Array, y: Array, mask: Array | None) -> Array:
+    del mask
+    return _over_batch(spearman, x, y)
+
+
+def _kendall(x: Array, y: Array, mask: Array | None) -> Array:
+    del mask
+    return _over_batch(kendall, x, y)
+
+
+def spearman(x: Array, y: Array) -> Array:
+    """Pearson correlation of the average ranks of finite values (N,); 0 where all are equal."""
+    real = jnp.isfinite(x) & jnp.isfinite(y)
+    count = jnp.maximum(jnp.sum(real, dtype=x.dtype), 1)
+
+    def centred(a: Array) -> Array:
+        # What does not count is inf, and ranks behind the rest. Ranks from -1/2 to 1/2, so that sums keep digits.
+        rank = rankdata(a).astype(x.dtype) / count
+        return jnp.where(real, rank - jnp.sum(jnp.where(real, rank, 0)) / count, 0)
+
+    a, b = centred(x), centred(y)
+    size = jnp.sqrt(jnp.sum(a * a)) * jnp.sqrt(jnp.sum(b * b))
+    return jnp.where(size > 0, jnp.sum(a * b) / jnp.where(size > 0, size, 1), 0)
+
+
+def kendall(x: Array, y: Array) -> Array:
+    """Kendall's tau-b (1945) of finite values (N,), in N log^2 N; 0 where all are equal.
+
+    After sorting by x, and by y where x ties, the discordant pairs are the inversions of y (Knight 1966). They are
+    counted bit by bit of the ranks of y: among those that agree in all higher bits, each 1 before a 0 is one.
+    """
+    real = jnp.isfinite(x) & jnp.isfinite(y)
+    n, dtype = x.shape[0], x.dtype
+    count = jnp.sum(real, dtype=jnp.int32)
+    index = jnp.arange(n, dtype=jnp.int32)
+    counts = index < count  # in sorted order, what does not count comes last
+    number = jnp.maximum(count, 1).astype(dtype)
+
+    def share(a: Array) -> Array:
+        """Of the pairs of two values, twice: counts of at most n each, divided before they are summed up."""
+        return 2 * jnp.sum(jnp.where(counts, a, 0).astype(dtype) / number) / jnp.maximum(number - 1, 1)
+
+    def ties(new: Array) -> Array:
+        """Of each value, how many before it are equal."""
+        return index - lax.cummax(jnp.where(new, index, 0))
+
+    def starts(a: Array) -> Array:
+        return jnp.concatenate((jnp.ones(1, bool), a[1:] != a[:-1]))
+
+    x_sorted, y_by_x = lax.sort((x, y), num_keys=2)
+    y_sorted = jnp.sort(y)
+    new_x, new_y = starts(x_sorted), starts(y_sorted)
+    new_both = new_x | starts(y_by_x)
+    rank = jnp.searchsorted(y_sorted, y_by_x).astype(jnp.int32)
+    bits = max(1, math.ceil(math.log2(n)))
+
+    def level(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        rank, inversions = carry
+        bit = (bits - 1 - k).astype(jnp.int32)
+        group, one = rank >> (bit + 1), (rank >> bit) & 1
+        ones = jnp.cumsum(one, dtype=jnp.int32) - one
+        here = ones - lax.cummax(jnp.where(starts(group), ones, 0))  # ones before it in its group
+        found = share(jnp.where(one == 0, here, 0))
+        _, rank = lax.sort((rank >> bit, rank), num_keys=1, is_stable=True)
+        return rank, inversions + found
+
+    _, discordant = lax.fori_loop(0, bits, level, (rank, jnp.zeros((), dtype)))
+    tied_x, tied_y, tied = share(ties(new_x)), share(ties(new_y)), share(ties(new_both))
+    size = jnp.sqrt(1 - tied_x) * jnp.sqrt(1 - tied_y)
+    return jnp.where(size > 0, (1 - tied_x - tied_y + tied - 2 * discordant) / jnp.where(size > 0, size, 1), 0)
