@@ -80,7 +80,7 @@ def in_one_visit(job: Job, measure: PairMeasure | SetMeasure, mesh: Any = None, 
         report = streaming.reporter(progress, "sigma", len(ready), unit="set")
         for k, (name, x) in enumerate(zip(names, ready, strict=True)):
             one, status = bandwidth_of_jit(x, mask, target, function, check_rtol(None, x.dtype), alone)
-            explain_status(name, None if missing == "propagate" else status)
+            explain_status(name, status)
             found.append(jnp.where(jnp.isnan(one), 1, one))  # of a set that holds nan: its values become nan
             report(k + 1)
         report(-1)
@@ -111,7 +111,7 @@ def cells(
     axis_name: Any = None,
 ) -> Found:
     """Look at every set once, and then at every two of them; cells that are done are saved."""
-    sets, names, split, options, _, missing, tile_size, progress = job
+    sets, names, split, options, _, _, tile_size, progress = job
     sigma, density, n = options.get("sigma"), options.get("density"), sets[0].shape[0]
     number = len(names)
     columns = range(split, number) if number > split else range(split)
@@ -129,7 +129,7 @@ def cells(
             sigmas, target = check_function(names[k : k + 1], (x,), mask, given, density, measure.function, plan)
             own = None if sigmas is None else sigmas[..., 0]
             parts[k] = _prepare_set(x, mask, own, target, measure, plan)
-            explain_status(names[k], None if missing == "propagate" else parts[k].status)
+            explain_status(names[k], parts[k].status)
         return parts[k]
 
     report = streaming.reporter(progress, measure.name, values.size, unit="comparison")

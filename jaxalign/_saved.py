@@ -33,7 +33,7 @@ class Saved:
             return Saved(path, told, {})
         way_out = "Delete it to start again, or name another file."
         try:
-            with np.load(path, allow_pickle=False) as content:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
                 arrays = {name: content[name] for name in content.files}
             found = json.loads(str(arrays.pop("identity")))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):

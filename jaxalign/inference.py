@@ -656,7 +656,7 @@ def _weighted_values(f: Array, g: Array, weights: Array, measure: PairMeasure) -
 
 
 def _weighted_product(f: Array, g: Array, w: Array, centring: Centring) -> Array:
-    """N (n - 3) times the weighted estimate of the centred product, (b,).
+    """N (n - 3) times the weighted estimate of the centred product, (b,), of matrices whose diagonals are zero.
 
     Debiased: the mean of f_ij g_ij - 2 f_ij g_ik + f_ij g_kl over different i, j, k, l, weighted by w_i w_j w_k w_l;
     with all weights 1 it is the estimator of Song et al. 2012.

@@ -15,6 +15,8 @@ import pytest
 
 # Before anything starts the backend: the number of devices cannot change afterwards.
 jax.config.update("jax_num_cpu_devices", 8)
+# Compiling is most of the suite's time, and slower programs are no matter here.
+jax.config.update("jax_disable_most_optimizations", True)
 # The library broadcasts and converts where it says so, never by accident.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -49,9 +49,10 @@ def equal(dtype):
     """Relative difference between one order of summation and another.
 
     The solver stops at a density within 1e-13 of the wanted one, 1e-6 in float32. Of the difference that this allows,
-    float32 makes a quarter of, here.
+    float32 makes a quarter of, here. The tests' programs are compiled without optimisation and add one number after the
+    other, where optimised ones add in parts and stay within 1e-6: another 1e-6 in float32.
     """
-    return 1e-6 if np.dtype(dtype) == np.float32 else 1e-12
+    return 2e-6 if np.dtype(dtype) == np.float32 else 1e-12
 
 
 def both(x, rows=None, *, given=None, blocks=None, **options):

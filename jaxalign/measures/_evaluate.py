@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jaxalign import _checks
 from jaxalign._plan import Plan, TileSize, make_plan
-from jaxalign.bandwidth import CONVERGED, check_density, check_problem, check_rtol, raise_if_failed
+from jaxalign.bandwidth import CONVERGED, NON_FINITE, check_density, check_problem, check_rtol, raise_if_failed
 from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, pair_products_jit
 
 Missing = Literal["raise", "omit", "propagate"]
@@ -173,11 +173,11 @@ def products_of(
 
 
 def explain_status(name: str, status: Array | None) -> None:
-    """Raise where the sigma of a set could not be found; nothing under a trace."""
-    if status is None or not _checks.is_concrete(status) or not _checks.on_host(status).any():
+    """Raise where the sigma of a set could not be found; not under a trace, and not for nan that is propagated."""
+    if status is None or not _checks.is_concrete(status):
         return
     try:
-        raise_if_failed(status)
+        raise_if_failed(jnp.where(status == NON_FINITE, CONVERGED, status))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

@@ -172,6 +172,8 @@ def rsa_measure(rdm: Any, compare: Any, solves: bool, diagonal: Any) -> PairMeas
     if compare in _CENTRINGS:
         return PairMeasure("rsa", function, _CENTRINGS[compare], Inner.ratio, 3)
     combine = {"spearman": _spearman, "kendall": _kendall}[compare]
+    if rdm == "affinity":  # in the order of the distances, at any sigma; far pairs would tie at 1 by rounding
+        function = _function("sqeuclidean", False, diagonal)
     return SetMeasure("rsa", partial(_ordered, function=function), combine, 3, function)
 
 

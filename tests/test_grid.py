@@ -1,0 +1,265 @@
+"""Comparison grids: the same numbers as one comparison after the other, from memory, devices and files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import jax
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+import jaxalign
+from jaxalign import compare, compare_grid, sharding
+
+mpl.use("Agg")
+
+N = 60
+
+
+def layers(names="abc", seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(N, 4))
+    widths = [3, 3, 5]  # few shapes, as each is compiled for
+    return {
+        name: x @ rng.normal(size=(4, d)) + k * rng.normal(size=(N, d))
+        for (k, name), d in zip(enumerate(names), widths, strict=False)
+    }
+
+
+def one_by_one(first, second, measure, **options):
+    return np.array([[compare(x, y, measure, **options) for y in second.values()] for x in first.values()])
+
+
+CASES = {
+    "cka laplacian": {"kernel": "laplacian"},
+    "cka at sigma": {"sigma": 1.5},
+    "rsa cosine": {"rdm": "cosine", "compare": "whitened_pearson"},
+    "distance_correlation": {"estimator": "biased"},
+    "affinity_distance rows": {"result": "rows", "sigma": 2.0},
+    "rsa spearman": {"compare": "spearman"},
+    "mutual_knn": {"k": 4},
+    "procrustes": {},
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@every_case
+def test_memory_files_and_single_comparisons_agree(x64, case, tmp_path):
+    measure, options = case.split()[0], CASES[case]
+    first, second = layers(), layers("de", seed=1)
+    expected = one_by_one(first, second, measure, **options)
+    grid = compare_grid(first, second, measure, **options)
+    helpers.assert_close(grid.values, expected, 1e-11)
+    assert (grid.rows, grid.columns, grid.samples) == (("a", "b", "c"), ("d", "e"), N)
+    for name, x in first.items():
+        np.save(tmp_path / f"{name}.npy", x)
+    calls = []
+    files = compare_grid(
+        tmp_path,
+        second,
+        measure,
+        block_rows=20,
+        checkpoint=tmp_path / "state",
+        progress=lambda *a: calls.append(a),
+        **options,
+    )
+    helpers.assert_close(files.values, expected, 1e-11)
+    assert not (tmp_path / "state").exists()
+    assert calls[-1][1] == calls[-1][2]
+
+
+def test_all_with_all(x64):
+    first = layers()
+    grid = compare_grid(first, measure="cka", block_rows=20)
+    helpers.assert_close(grid.values, one_by_one(first, first, "cka"), 1e-11)
+    np.testing.assert_array_equal(grid.values, np.asarray(grid.values).T)
+    helpers.assert_close(np.diagonal(grid.values), np.ones(3), 1e-12)
+    for name, sigma in zip(grid.rows, grid.sigma, strict=True):
+        helpers.assert_close(sigma, jaxalign.solve_sigma(first[name]).sigma, 1e-11)
+
+
+@pytest.mark.parametrize("measure", ["cka", "mutual_knn"])
+def test_devices_agree(x64, measure):
+    first = layers()
+    options = {"kernel": "linear"} if measure == "cka" else {}
+    spread = compare_grid(first, measure=measure, mesh=sharding.data_mesh(8), tile_size=5, **options)  # 60 rows: 8 x 8
+    helpers.assert_close(spread.values, compare_grid(first, measure=measure, **options).values, 1e-11)
+
+
+@pytest.mark.parametrize("measure", ["rsa", "procrustes"])
+@pytest.mark.parametrize("block_rows", [None, 20])
+def test_missing_samples(x64, measure, block_rows):
+    first = layers()
+    first["b"][7, 1] = np.nan
+    how = {"block_rows": block_rows}
+    with pytest.raises(ValueError, match=r"b.* nan or inf.*row 7"):
+        compare_grid(first, measure=measure, **how)
+    kept = np.arange(N) != 7
+    grid = compare_grid(first, measure=measure, missing="omit", **how)
+    helpers.assert_close(
+        grid.values, compare_grid({k: v[kept] for k, v in first.items()}, measure=measure).values, 1e-11
+    )
+    assert grid.samples == N - 1
+    told = compare_grid(first, measure=measure, missing="propagate", **how)
+    whole = {k: v for k, v in first.items() if k != "b"}
+    expected = np.full((3, 3), np.nan)
+    expected[np.ix_([0, 2], [0, 2])] = compare_grid(whole, measure=measure).values
+    helpers.assert_close(told.values, expected, 1e-11)
+
+
+def test_mask(x64):
+    first, kept = layers(), np.arange(N) % 4 != 1
+    expected = compare_grid({k: v[kept] for k, v in first.items()}, measure="rsa").values
+    helpers.assert_close(compare_grid(first, measure="rsa", mask=kept).values, expected, 1e-11)
+    blocks = compare_grid(first, measure="rsa", mask=kept, block_rows=17)  # the last block has 9 rows
+    helpers.assert_close(blocks.values, expected, 1e-11)
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def test_json_and_back(x64, tmp_path):
+    grid = compare_grid(layers(), layers("de", 1), "cka", kernel="laplacian", density=0.1)
+    grid.to_json(tmp_path / "grid.json")
+    for source in (tmp_path / "grid.json", grid.to_json()):
+        again = jaxalign.ComparisonGrid.from_json(source)
+        np.testing.assert_array_equal(again.values, grid.values)
+        np.testing.assert_array_equal(again.sigma, grid.sigma)
+        assert again.options == grid.options
+        assert again.best_match() == grid.best_match()
+        assert dict(again.versions)["jaxalign"] == jaxalign.__version__
+    with pytest.raises(ValueError, match="not a comparison grid"):
+        jaxalign.ComparisonGrid.from_json('{"rows": []}')
+
+
+def test_best_match_follows_the_direction(x64):
+    near = {"a": layers()["a"] * 2 + 1, "far": np.random.default_rng(5).normal(size=(N, 3))}
+    for measure in ("cka", "procrustes"):
+        match, value = compare_grid({"a": layers()["a"]}, near, measure).best_match()["a"]
+        assert match == "a"
+        assert abs(value - (1 if measure == "cka" else 0)) < 1e-6
+    assert compare_grid(layers(), measure="procrustes").best_match()["a"][0] != "a"
+
+
+def test_pandas_and_plot(x64):
+    grid = compare_grid(layers(), layers("de", 1), "rsa")
+    assert grid.to_pandas().loc["b", "e"] == np.asarray(grid.values)[1, 1]
+    ax = grid.plot()
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["d", "e"]
+    ax.figure.canvas.draw()
+
+
+def test_a_grid_is_a_pytree():
+    grid = compare_grid({k: v.astype(np.float32) for k, v in layers().items()}, measure="rsa")
+    doubled = jax.tree.map(lambda a: 2 * a, grid)
+    np.testing.assert_array_equal(doubled.values, 2 * np.asarray(grid.values))
+
+
+# --- interrupted ----------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, os, numpy as np, jax, jaxalign
+jax.config.update("jax_enable_x64", True)
+folder, measure, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
+calls = []
+def tell(stage, done, total):
+    calls.append((stage, done))
+    print(stage, done, flush=True)
+    if len(calls) == stop:
+        os.kill(os.getpid(), 9)
+grid = jaxalign.compare_grid(folder, measure=measure, block_rows=20, checkpoint=folder + "/state", progress=tell)
+grid.to_json(folder + "/grid.json")
+"""
+
+
+@pytest.mark.parametrize(("measure", "stop"), [("cka", 6), ("procrustes", 4)])
+def test_a_killed_job_goes_on_where_it_was(measure, stop, tmp_path):
+    for name, x in layers().items():
+        np.save(tmp_path / f"{name}.npy", x)
+
+    def run(stop):
+        return subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tmp_path), measure, str(stop)],
+            capture_output=True, text=True, timeout=300, cwd=Path(jaxalign.__file__).parent.parent,
+        )  # fmt: skip
+
+    killed = run(stop)
+    assert killed.returncode == -9
+    before = [line for line in killed.stdout.splitlines() if not line.startswith("sigma")]
+    again = run(-1)
+    assert again.returncode == 0, again.stderr
+    after = [line for line in again.stdout.splitlines() if not line.startswith("sigma")]
+    assert before[-1] == after[0] or int(after[0].split()[1]) == int(before[-1].split()[1]) + 1  # nothing is done twice
+    with jax.enable_x64(True):
+        expected = compare_grid(layers(), measure=measure).values
+        helpers.assert_close(jaxalign.ComparisonGrid.from_json(tmp_path / "grid.json").values, expected, 1e-11)
+
+
+@pytest.mark.parametrize("measure", ["rsa", "procrustes"])
+def test_a_checkpoint_of_something_else_is_refused(x64, measure, tmp_path):
+    state = tmp_path / "state"
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage, done, total):
+        if done == 2:
+            raise Stop
+
+    def run(sets, **options):
+        return compare_grid(sets, measure=measure, block_rows=20, checkpoint=state, **options)
+
+    with pytest.raises(Stop):
+        run(layers(), progress=stop)
+    changed = layers()
+    changed["b"][5, 1] += 1e-9
+    for sets in (changed, layers("abd")):
+        with pytest.raises(ValueError, match=r"belongs to another job.*Delete it"):
+            run(sets)
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        run(layers())
+    state.write_bytes(whole)
+    helpers.assert_close(run(layers()).values, compare_grid(layers(), measure=measure).values, 1e-11)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_bad_input(x64, tmp_path):
+    sets = layers()
+    np.save(tmp_path / "short.npy", np.zeros((5, 2)))
+    np.save(tmp_path / "tall.npy", np.zeros((6, 2)))
+    bad = [
+        ({}, {}, "features is empty"),
+        (sets["a"], {}, "must be named sets"),
+        ([("a", sets["a"]), ("a", sets["b"])], {}, "the name 'a' stands for two sets"),
+        ({"a": sets["a"], "b": sets["b"][:10]}, {}, "a has 60 rows, b 10"),
+        ({"a": sets["a"][0]}, {}, r"\(n, d\)"),
+        ({3: sets["a"]}, {}, "names must be strings"),
+        ({"a": "missing-folder-file.txt"}, {}, "No such file|not a complete"),
+        (tmp_path, {}, "short has 5 rows, tall 6"),
+        (tmp_path / "none", {}, "is not a folder"),
+        (sets, {"measure": "ckaa"}, "measure must be one of.*Did you mean 'cka'"),
+        (sets, {"kernal": "linear"}, "no option 'kernal'.*Did you mean 'kernel'"),
+        (sets, {"kernel": "cubic"}, "kernel must be one of"),
+        (sets, {"sigma": (1.0, 2.0)}, "one for each of the 3 sets"),
+        (sets, {"sigma": -1.0}, "sigma must be finite and above 0"),
+        (sets, {"measure": "mutual_knn", "k": N}, f"at least {N + 1} samples"),
+        (sets, {"mesh": sharding.data_mesh(2), "block_rows": 10}, "mesh= is for arrays in memory"),
+        ({"same": np.ones((N, 2)), **sets}, {}, "same: no sigma found: too many samples coincide"),
+    ]
+    for features, options, message in bad:
+        with pytest.raises((ValueError, TypeError, OSError), match=message):
+            compare_grid(features, **options)
+
+
+def test_progress_bars_can_be_seen(x64, capsys):
+    compare_grid(layers(), progress=True)
+    assert "sigma" in capsys.readouterr().err

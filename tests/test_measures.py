@@ -1,0 +1,198 @@
+"""Every measure against an independent float64 reference and against published packages."""
+
+from __future__ import annotations
+
+import dcor
+import helpers
+import jax.numpy as jnp
+import numpy as np
+import procrustes as qc_procrustes
+import pytest
+import reference_measures as reference
+import rsatoolbox
+
+import jaxalign
+from jaxalign import measures
+
+N = 24
+
+
+def sets(seed=0, n=N, widths=(5, 7)):
+    """Two related sets of features, float64."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, widths[0]))
+    y = np.tanh(x @ rng.normal(size=widths)) + 0.5 * rng.normal(size=(n, widths[1])) + 3
+    return x, y
+
+
+def rational(d2):
+    """A kernel of the user's own."""
+    return 1 / (1 + d2)
+
+
+KERNELS = {"kernel": ["rbf", "laplacian", "linear", rational], "estimator": ["debiased", "biased", "lange"]}
+METRICS = ("euclidean", "cosine", "correlation")
+RESULTS = ("angular", "distance", "similarity")
+DISSIMILARITIES = ("sqeuclidean", "euclidean", "correlation", "cosine", "affinity")
+COMPARISONS = ("pearson", "spearman", "kendall", "cosine", "whitened_cosine", "whitened_pearson")
+CASES = [
+    *(("hsic", {"kernel": k, "estimator": e}) for k in KERNELS["kernel"] for e in KERNELS["estimator"]),
+    *(("cka", {"kernel": k, "estimator": e}) for k in KERNELS["kernel"] for e in KERNELS["estimator"]),
+    ("cka", {"diagonal": "exclude", "density": 0.2}),
+    ("cka", {"sigma": (2.0, 3.0)}),
+    ("cka", {"kernel": "laplacian", "sigma": 2.5}),
+    *(("rsa", {"rdm": r, "compare": c}) for r in DISSIMILARITIES for c in COMPARISONS),
+    *(("distance_correlation", {"estimator": e, "squared": s}) for e in ("biased", "debiased") for s in (True, False)),
+    *((name, {"k": 5, "metric": m}) for name in ("mutual_knn", "jaccard") for m in METRICS),
+    ("cknna", {"k": 5}),
+    *(("shape_distance", {"alpha": a, "result": r}) for a in (0.0, 0.5, 1.0) for r in RESULTS),
+    ("linear_predictivity", {"folds": 4, "strengths": (1e-3, 1e-1, 1e1)}),
+    *(("affinity_distance", {"result": r}) for r in ("frobenius", "rows")),
+    ("pwcca", {}),
+]
+# One of each kind once more in float32, as compiling takes most of the time.
+IN_FLOAT32 = [
+    ("cka", {"kernel": "laplacian", "estimator": "debiased"}),
+    ("cka", {"kernel": "rbf", "estimator": "biased"}),
+    ("hsic", {"kernel": "linear", "estimator": "lange"}),
+    *(("rsa", {"rdm": "affinity", "compare": c}) for c in ("pearson", "spearman", "whitened_cosine")),
+    ("distance_correlation", {"estimator": "debiased", "squared": False}),
+    ("cknna", {"k": 5}),
+    ("shape_distance", {"alpha": 0.5, "result": "distance"}),
+    ("linear_predictivity", {"folds": 4, "strengths": (1e-3, 1e-1, 1e1)}),
+    ("affinity_distance", {"result": "rows"}),
+    ("pwcca", {}),
+]
+
+
+def named(case):
+    return case[0] + "-" + "-".join(str(getattr(value, "__name__", value)) for value in case[1].values())
+
+
+def agree(case, dtype, allowed):
+    name, options = case
+    x, y = (a.astype(dtype) for a in sets())
+    value = getattr(measures, name)(x, y, **options)
+    assert value.dtype == dtype
+    options = {"rdm_kind" if key == "rdm" else key: option for key, option in options.items()}
+    expected = getattr(reference, name)(x.astype(float), y.astype(float), **options)
+    helpers.assert_close(value, expected, allowed, scale=max(1.0, abs(expected)) if dtype == np.float32 else None)
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_measure_agrees_with_the_reference(case, x64):
+    agree(case, np.float64, 1e-9)  # leave-one-out by the shortcut and the like: a few thousand roundings
+
+
+@pytest.mark.parametrize("case", IN_FLOAT32, ids=named)
+def test_measure_agrees_with_the_reference_in_float32(case):
+    agree(case, np.float32, 1e-5)  # a hundred roundings of eps = 1.2e-7, of numbers of about 1
+
+
+@pytest.mark.parametrize("widths", [(5, 7), (7, 5), (40, 5), (40, 50)], ids=str)
+@pytest.mark.parametrize("components", [None, 2, 0.9], ids=str)
+def test_canonical_correlations_agree_with_the_reference(x64, widths, components):
+    x, y = sets(1, widths=widths)
+    expected = reference.canonical_correlations(x, y, components)
+    if components is None:
+        helpers.assert_close(measures.cca(x, y), expected.mean(), 1e-10)
+        helpers.assert_close(measures.cca(x, y, result="mean_squared"), (expected**2).mean(), 1e-10)
+    else:
+        helpers.assert_close(measures.svcca(x, y, components=components), expected.mean(), 1e-10)
+
+
+@pytest.mark.parametrize("result", ["distance", "angular", "similarity"])
+def test_procrustes_agrees_with_the_reference(x64, result):
+    for widths in ((5, 7), (7, 5), (5, 5), (40, 30)):
+        x, y = sets(2, widths=widths)
+        expected = reference.shape_distance(x, y, result=result)
+        helpers.assert_close(measures.procrustes(x, y, result=result), expected, 1e-10)
+
+
+def test_minibatch_cka_agrees_with_the_reference(x64):
+    batches = [sets(seed, n) for seed, n in enumerate((24, 24, 10))]
+    helpers.assert_close(measures.minibatch_cka(batches), reference.minibatch_cka(batches), 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["sqeuclidean", "euclidean", "correlation", "cosine", "affinity"])
+def test_rdm_agrees_with_the_reference(dtype, kind):
+    x = sets()[0].astype(dtype)
+    matrix = measures.rdm(x, kind)
+    helpers.assert_close(matrix, reference.rdm(x.astype(float), kind), 1e-10 if dtype == np.float64 else 3e-6)
+    assert (np.diagonal(matrix) == 0).all()
+    np.testing.assert_array_equal(matrix, np.asarray(matrix).T)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "correlation"])
+@pytest.mark.parametrize("tile_size", [None, 7])
+def test_nearest_neighbors_agree_with_the_reference(x64, metric, tile_size):
+    x = sets(3, n=23)[0]
+    found = measures.nearest_neighbors(x, 4, metric, tile_size=tile_size)
+    np.testing.assert_array_equal(found, reference.neighbors(x, 4, metric))
+
+
+@pytest.mark.parametrize("tile_size", [None, 5])
+def test_neighbors_at_equal_distances_come_in_order(x64, tile_size):
+    x = np.arange(12.0)[:, None] % 3
+    np.testing.assert_array_equal(
+        measures.nearest_neighbors(x, 5, "euclidean", tile_size=tile_size), reference.neighbors(x, 5, "euclidean")
+    )
+
+
+def test_the_debiased_estimator_is_the_mean_over_quadruples(x64):
+    x, y = sets(4, n=6)
+    k, m = reference.kernel_matrix(x, "linear"), reference.kernel_matrix(y, "linear")
+    helpers.assert_close(measures.hsic(x, y, kernel="linear"), reference.hsic_by_counting(k, m), 1e-10)
+
+
+# --- published packages; what they call by the same name, and where they differ, stands in docs/measures.md ---------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_distance_correlation_agrees_with_dcor(x64, seed):
+    x, y = sets(seed)
+    ours = measures.distance_correlation
+    helpers.assert_close(ours(x, y, estimator="biased"), dcor.distance_correlation(x, y), 1e-10)
+    expected = dcor.u_distance_correlation_sqr(x, y)
+    helpers.assert_close(ours(x, y, squared=True), expected, 1e-10)
+
+
+RSATOOLBOX = {
+    "pearson": "corr", "spearman": "spearman", "kendall": "kendall", "cosine": "cosine",
+    "whitened_cosine": "cosine_cov", "whitened_pearson": "corr_cov",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compare", RSATOOLBOX)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
+def test_rsa_agrees_with_rsatoolbox(x64, compare):
+    x, y = sets(5)
+    for ours, theirs in (("sqeuclidean", "euclidean"), ("correlation", "correlation")):
+        rdms = [rsatoolbox.rdm.calc_rdm(rsatoolbox.data.Dataset(z), method=theirs) for z in (x, y)]
+        expected = rsatoolbox.rdm.compare(*rdms, method=RSATOOLBOX[compare])[0, 0]
+        # Their whitened comparisons solve with V iteratively.
+        allowed = 1e-5 if compare.startswith("whitened") else 1e-10
+        helpers.assert_close(measures.rsa(x, y, rdm=ours, compare=compare), expected, allowed)
+
+
+@pytest.mark.parametrize("widths", [(5, 5), (5, 7)], ids=str)
+def test_procrustes_agrees_with_qc_procrustes(x64, widths):
+    x, y = sets(6, widths=widths)
+    found = qc_procrustes.orthogonal(x, y, pad=True, translate=True, scale=True)
+    helpers.assert_close(measures.procrustes(x, y) ** 2, found.error, 1e-10)
+
+
+# --- compare and the registry ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", measures.REGISTRY)
+def test_compare_finds_every_measure_by_name(x64, name):
+    x, y = sets()
+    np.testing.assert_array_equal(jaxalign.compare(x, y, name), getattr(measures, name)(x, y))
+
+
+def test_half_precision_is_computed_in_float32():
+    x, y = (jnp.asarray(a, jnp.bfloat16) for a in sets())
+    value = measures.cka(x, y)
+    assert value.dtype == jnp.float32
+    np.testing.assert_array_equal(value, measures.cka(x.astype(jnp.float32), y.astype(jnp.float32)))

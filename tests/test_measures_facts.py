@@ -1,0 +1,180 @@
+"""What the mathematics says of measures: invariances, ranges, metrics, no bias; and the table in docs/measures.md.
+
+`python tests/test_measures_facts.py` writes the table anew, from what is measured here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from jaxalign import measures
+from jaxalign.measures import REGISTRY
+
+DOC = Path(__file__).parent.parent / "docs" / "measures.md"
+BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->"
+
+N, WIDTH = 24, 5
+# The auto-scaled measures need n > 1 / density.
+OPTIONS = {name: {"density": 0.3} if "density" in entry.options else {} for name, entry in REGISTRY.items()}
+
+
+def sets(seed=0, noise=0.5):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(N, WIDTH)) * np.arange(1, WIDTH + 1)
+    return x, x @ rng.normal(size=(WIDTH, WIDTH)) + noise * 10 * rng.normal(size=(N, WIDTH)) + 2
+
+
+def value(name, x, y):
+    return float(getattr(measures, name)(x, y, **OPTIONS[name]))
+
+
+def mapped(invariance, x):
+    """x after a map of its features."""
+    rng = np.random.default_rng(7)
+    turn = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
+    return {
+        "orthogonal": lambda: x @ turn,
+        "shift": lambda: x + 10 * rng.normal(size=WIDTH),
+        "scale": lambda: 3.7 * x,
+        "channel scale": lambda: x * [0.2, 3.0, 1.0, 5.0, 0.7],
+        "affine": lambda: x @ rng.normal(size=(WIDTH, WIDTH)) + 1,
+    }[invariance]()
+
+
+INVARIANCES = ("orthogonal", "shift", "scale", "channel scale", "affine")
+
+
+def is_invariant(name, invariance):
+    """Whether the value stays when either set is mapped; None where it is neither equal nor clearly different."""
+    x, y = sets()
+    before = value(name, x, y)
+    changes = [abs(value(name, mapped(invariance, x), y) - before), abs(value(name, x, mapped(invariance, y)) - before)]
+    size = max(1.0, abs(before))
+    if max(changes) < 1e-9 * size:
+        return True
+    return False if max(changes) > 1e-3 * size else None
+
+
+def is_symmetric(name):
+    x, y = sets()
+    return abs(value(name, x, y) - value(name, y, x)) < 1e-9 * max(1.0, abs(value(name, x, y)))
+
+
+def table():
+    """Rows of a Markdown table, each invariance as it was found."""
+
+    def number(end):
+        return {float("inf"): "∞", -float("inf"): "-∞", 2**0.5: "√2", np.pi / 2: "π/2"}.get(end, f"{end:g}")
+
+    head = ["measure", "direction", "range", *INVARIANCES, "symmetric", "differentiable", "source"]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for name, entry in REGISTRY.items():
+        found = ["yes" if is_invariant(name, invariance) else "" for invariance in INVARIANCES]
+        ends = f"{number(entry.range[0])} to {number(entry.range[1])}"
+        symmetric = "yes" if is_symmetric(name) else ""
+        cells = [f"`{name}`", entry.direction, ends, *found, symmetric, entry.differentiable, entry.source]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+every_measure = pytest.mark.parametrize("name", REGISTRY)
+
+
+@every_measure
+@pytest.mark.parametrize("invariance", INVARIANCES)
+def test_invariance_is_what_the_registry_says(x64, name, invariance):
+    # hsic of the RBF kernel is auto-scaled, so it has no unit; its linear kernel has.
+    assert is_invariant(name, invariance) is (invariance in REGISTRY[name].invariances)
+
+
+def test_the_table_in_the_docs_is_what_was_found(x64):
+    text = DOC.read_text()
+    assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == table(), f"run python {Path(__file__).name}"
+
+
+@every_measure
+def test_direction_range_and_symmetry_are_what_the_registry_says(x64, name):
+    entry, (x, y) = REGISTRY[name], sets()
+    assert is_symmetric(name) is entry.symmetric
+    near, far = value(name, x, x + 0.1 * y), value(name, x, np.random.default_rng(9).normal(size=(N, WIDTH)))
+    assert (near > far) is (entry.direction == "similarity")
+    for found in (near, far, value(name, x, y)):
+        assert entry.range[0] - 1e-12 <= found <= entry.range[1] + 1e-12
+
+
+@every_measure
+def test_a_set_is_most_like_itself(x64, name):
+    entry, (x, _) = REGISTRY[name], sets()
+    if name == "linear_predictivity":  # of held-out samples: as good as the weakest penalty lets it be
+        assert value(name, x, x) > 0.999
+    elif np.isfinite(entry.best):
+        # The distance of equal shapes is the rounding of a rotation.
+        assert abs(value(name, x, x) - entry.best) < 1e-9
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("result", ["angular", "distance"])
+def test_shape_distances_obey_the_triangle_inequality(x64, alpha, result):
+    # Williams et al. 2021, proposition 1.
+    x, y, z = np.random.default_rng(1).normal(size=(3, 40, N, WIDTH))
+    y = 0.7 * x + 0.3 * y  # close to a straight line, where it is tight
+
+    def distance(a, b):
+        return np.asarray(measures.shape_distance(a, b, alpha=alpha, result=result))
+
+    assert (distance(x, z) <= distance(x, y) + distance(y, z) + 1e-12).all()
+
+
+def test_the_whitened_cosine_of_squared_distances_is_biased_linear_cka(x64):
+    # Diedrichsen et al. 2021.
+    x, y = sets()
+    whitened = measures.rsa(x, y, compare="whitened_cosine")
+    helpers.assert_close(whitened, measures.cka(x, y, kernel="linear", estimator="biased"), 1e-12)
+
+
+@pytest.mark.parametrize(("n", "kernel"), [(16, "linear"), (256, "linear"), (16, "rbf"), (64, "rbf")])
+def test_debiased_cka_of_independent_sets_is_0_on_average(n, kernel):
+    options = {"kernel": kernel, "diagonal": "exclude"}
+    x, y = (np.random.default_rng(n).normal(size=(2, 200, n, 8))).astype(np.float32)
+    values = np.asarray(measures.cka(x, y, **options))
+    assert abs(values.mean()) < 4 * values.std() / np.sqrt(200)  # 1 in 16 000 by chance, for this seed once and for all
+    assert np.asarray(measures.cka(x, y, estimator="biased", **options)).mean() > 4 * values.std() / np.sqrt(200)
+
+
+def test_biased_cka_of_few_independent_samples_is_nearly_1():
+    x, y = np.random.default_rng(0).normal(size=(2, 50, 32, 64)).astype(np.float32)
+    assert np.mean(measures.cka(x, y, estimator="biased")) > 0.99
+    assert abs(np.mean(measures.cka(x, y))) < 0.02
+
+
+def test_canonical_correlations_of_as_many_features_as_samples_are_1(x64):
+    x, y = np.random.default_rng(0).normal(size=(2, 10, 12))
+    helpers.assert_close(measures.cca(x, y), 1.0, 1e-10)
+
+
+def test_svcca_with_all_directions_is_cca(x64):
+    x, y = sets()
+    helpers.assert_close(measures.svcca(x, y, components=WIDTH), measures.cca(x, y), 1e-12)
+
+
+def test_minibatch_cka_of_one_batch_is_cka(x64):
+    x, y = sets()
+    helpers.assert_close(measures.minibatch_cka([(x, y)]), measures.cka(x, y, kernel="linear"), 1e-12)
+
+
+@pytest.mark.parametrize("k", [3, 10])
+def test_neighbours_of_independent_sets_are_shared_by_chance(k):
+    x, y = np.random.default_rng(k).normal(size=(2, 40, 50, 6)).astype(np.float32)
+    values = np.asarray(measures.mutual_knn(x, y, k))
+    assert abs(values.mean() - k / 49) < 4 * values.std() / np.sqrt(40)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    text = DOC.read_text()
+    DOC.write_text(text[: text.index(BEGIN) + len(BEGIN)] + table() + text[text.index(END) :])
