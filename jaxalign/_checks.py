@@ -7,8 +7,9 @@ exception.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 
 HALF_DTYPES = (jnp.float16, jnp.bfloat16)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def is_concrete(*values: Any) -> bool:
@@ -126,6 +130,29 @@ def choice(name: str, value: Any, valid: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}; got {value!r}.")
 
 
+def cached(fn: Callable[P, T]) -> Callable[P, T]:
+    """`fn` of options, each set of them looked at once; what cannot be hashed goes to `fn`, which refuses it."""
+    remembered = lru_cache(typed=True)(fn)  # 1 and 1.0 may not be the same
+
+    @wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            hash((args, tuple(kwargs.values())))
+        except TypeError:
+            return fn(*args, **kwargs)
+        return remembered(*args, **kwargs)  # type: ignore[arg-type]
+
+    return call
+
+
+def random_key(value: Any) -> None:
+    """Raise unless it is a key of `jax.random`."""
+    typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.ndim == 0
+    raw = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.ndim == 1
+    if not typed and not raw:
+        raise TypeError(f"key must be one key, as jax.random.key(0) makes it; got {value!r}.")
+
+
 def density_value(density: Any) -> None:
     """Raise where a concrete density is outside (0, 1)."""
     if not is_concrete(density):
@@ -176,6 +203,8 @@ def _not_finite(value: jax.Array) -> jax.Array:
 
 
 def _show(values: np.ndarray) -> str:
+    if values.ndim == 0:
+        return f"{values.item()!r}"
     return np.array2string(values, threshold=6, edgeitems=2)
 
 
@@ -193,6 +222,11 @@ def _floating(name: str, value: Any) -> jax.Array:
         raise TypeError(
             f"{name} must be a jax or numpy array; got {type(value).__name__}. Write np.asarray({name}, np.float32)."
         )
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, whose mask would be lost. Give {name}.data, and mask=~{name}.mask.any(-1): "
+            "True where a sample is real."
+        )
     if jnp.issubdtype(value.dtype, jnp.complexfloating):
         raise TypeError(
             f"{name} is complex ({value.dtype}). Stack its parts as features: "
@@ -208,4 +242,7 @@ def _floating(name: str, value: Any) -> jax.Array:
         )
     if value.dtype.itemsize > 8:
         raise TypeError(f"{name} has dtype {value.dtype}, which jax does not hold. Write {name}.astype(np.float64).")
+    # Byte order is how a file was written, not what it says.
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
+        value = value.astype(value.dtype.newbyteorder("="))
     return jnp.asarray(value)

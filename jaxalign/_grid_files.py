@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jaxalign import _checks, streaming
 from jaxalign._grid_memory import Found, Job, cells
-from jaxalign._plan import block_rows_at_hand, choose_tiles
+from jaxalign._plan import choose_tiles, usual_block_rows
 from jaxalign._saved import Saved
 from jaxalign._version import __version__
 from jaxalign.bandwidth import rate_of
@@ -38,7 +38,7 @@ from jaxalign.streaming import Progress
 def set_by_set(job: Job, measure: SetMeasure, block_rows: int | None, checkpoint: Any) -> Found:
     """A measure that looks at one set at a time, each read as a whole when its turn comes."""
     sets, names, _, _, mask, missing, _, _ = job
-    rows = block_rows or block_rows_at_hand(max(value.shape[1] for value in sets) * 8)
+    rows = block_rows or usual_block_rows(max(value.shape[1] for value in sets) * 8)
     mask = _checks.row_mask("mask", mask, (sets[0].shape[0],))
     found = [_finite_rows(value, rows) for value in sets]
     if missing == "omit":
@@ -53,7 +53,7 @@ def set_by_set(job: Job, measure: SetMeasure, block_rows: int | None, checkpoint
             )
     check = [_checksum(value, rows) for value in sets] + [0 if mask is None else _crc(np.asarray(mask))]
     identity = {**job.told(measure.name), "version": __version__, "checksums": check}
-    check_sets([(names[0], np.zeros((len(found[0]), 1), np.float32))], mask, "raise", measure.least, measure.name)
+    check_sets([(names[0], np.zeros((len(found[0]), 1), np.float32))], mask, "raise", measure.least, measure.needs)
     saved = Saved.open(checkpoint, identity)
 
     def load(k: int) -> Array:
@@ -114,7 +114,7 @@ def from_blocks(job: Job, measure: PairMeasure, block_rows: int | None, checkpoi
     _checks.choice("missing", missing, ("raise", "omit", "propagate"))
     function, centring, n = measure.function, measure.centring, sets[0].shape[0]
     mask = None if mask is None else np.asarray(_checks.row_mask("mask", mask, (n,)))
-    size = block_rows or min(n, block_rows_at_hand(sum(value.shape[1] for value in sets) * 8))
+    size = block_rows or min(n, usual_block_rows(sum(value.shape[1] for value in sets) * 8))
     left = list(range(len(sets)))
     if missing != "raise":
         found = [_finite_rows(value, size) for value in sets]
@@ -125,7 +125,7 @@ def from_blocks(job: Job, measure: PairMeasure, block_rows: int | None, checkpoi
             left = [k for k in left if found[k][counts].all()]
     samples = n if mask is None else int(mask.sum())
     if samples < measure.least:
-        raise ValueError(f"{measure.name} needs at least {measure.least} samples; {samples} are left.")
+        raise ValueError(f"{measure.needs} needs at least {measure.least} samples; {samples} are left.")
     number = len(sets)
     values, sigma = np.full(job.shape, np.nan), np.full(number, np.nan)
     here = (
@@ -207,7 +207,7 @@ def _sums(
     blocks, n, number = jobs[0].x, jobs[0].x.rows, len(jobs)
     dtype = blocks.dtype
     largest = max(blocks.sizes)
-    tile = choose_tiles(tile_size, largest, largest, number, dtype.itemsize, may_store=False)[1]
+    tile = choose_tiles(tile_size, largest, largest, number, dtype.itemsize, may_store=False, by_memory=False)[1]
     starts = np.cumsum((0, *blocks.sizes))
 
     def load(i: int) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:

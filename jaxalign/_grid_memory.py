@@ -31,6 +31,9 @@ from jaxalign.measures._evaluate import (
 from jaxalign.measures._pair_sums import bandwidth_of_jit
 from jaxalign.streaming import Progress
 
+# What was found of so many bytes of sets is kept, and of two sets at least.
+_KEPT_BYTES = 2**30
+
 
 class Job(NamedTuple):
     """What is to be compared with what, and how."""
@@ -54,10 +57,16 @@ class Job(NamedTuple):
         return {
             "task": task,
             "options": {name: told(value) for name, value in self.options.items()},
+            "kernels": {name: _values_of(value) for name, value in self.options.items() if callable(value)},
             "names": self.names,
             "split": self.split,
             "missing": self.missing,
         }
+
+
+def _values_of(kernel: Callable[..., Any]) -> list[float]:
+    """A few values of a function of distances: two with one name may differ."""
+    return [float(value) for value in kernel(jnp.logspace(-3, 3, 13))]
 
 
 Found = tuple[np.ndarray, np.ndarray, int]  # values, sigma of each set, samples that counted
@@ -66,11 +75,11 @@ Found = tuple[np.ndarray, np.ndarray, int]  # values, sigma of each set, samples
 def in_one_visit(job: Job, measure: PairMeasure | SetMeasure, mesh: Any = None, axis_name: Any = None) -> Found:
     """Sets in memory, spread over devices or not."""
     sets, names, split, options, mask, missing, tile_size, progress = job
-    ready, mask = check_sets(list(zip(names, sets, strict=True)), mask, missing, measure.least, measure.name)
+    ready, mask = check_sets(list(zip(names, sets, strict=True)), mask, missing, measure.least, measure.needs)
     sigma, density = options.get("sigma"), options.get("density")
     if isinstance(measure, SetMeasure):
         return cells(job, measure, lambda k: ready[k], mask, mesh=mesh, axis_name=axis_name)
-    plan = make_plan(ready[0], None, tile_size, mesh, axis_name, sets=len(ready))
+    plan = replace(make_plan(ready[0], None, tile_size, mesh, axis_name, sets=len(ready)), fixed=True)
     function = measure.function
     if function.solves:
         alone = make_plan(ready[0], None, tile_size, mesh, axis_name)
@@ -101,6 +110,10 @@ def _combine_sets(x: Any, y: Any, mask: Any, measure: SetMeasure) -> Array:
     return combine_sets(x, y, mask, measure)
 
 
+def _bytes(part: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(part))
+
+
 def cells(
     job: Job,
     measure: SetMeasure,
@@ -119,10 +132,12 @@ def cells(
     done = np.zeros(values.shape, bool)
     if saved is not None and saved.arrays:
         values, done = saved.arrays["values"], saved.arrays["done"]
-    parts: dict[int, Any] = {}
+    parts: dict[int, Any] = {}  # the one that was used last stands last
 
     def part(k: int) -> Any:
-        if k not in parts:
+        if k in parts:
+            parts[k] = parts.pop(k)
+        else:
             x = load(k)
             plan = make_plan(x, None, tile_size, mesh, axis_name)
             given = sigma[k] if isinstance(sigma, (tuple, list)) else sigma
@@ -130,11 +145,14 @@ def cells(
             own = None if sigmas is None else sigmas[..., 0]
             parts[k] = _prepare_set(x, mask, own, target, measure, plan)
             explain_status(names[k], parts[k].status)
+            while len(parts) > 2 and sum(map(_bytes, parts.values())) > _KEPT_BYTES:
+                del parts[next(iter(parts))]
         return parts[k]
 
     report = streaming.reporter(progress, measure.name, values.size, unit="comparison")
     for i in range(split):
-        for j, column in enumerate(columns):
+        # To and fro, so that what was used last comes first if not all can be kept.
+        for j, column in list(enumerate(columns))[:: 1 if i % 2 == 0 else -1]:
             if not done[i, j]:
                 values[i, j] = _combine_sets(part(i), part(column), mask, measure)
                 done[i, j] = True

@@ -24,6 +24,9 @@ TileSize = int | Literal["auto"] | None
 _STORED_PAIRS = 2**22
 # Pairs in a tile: on a CPU it stays in cache, on an accelerator it keeps all cores busy. (docs/performance.md)
 _TILE_PAIRS = {"cpu": 2**20, "other": 2**24}
+# Of several sets each has a tile; smaller ones than this make products slow, as long as all of them are not too many.
+_TILE_PAIRS_OF_A_SET = 2**18
+_TILE_PAIRS_OF_ALL = 2**24
 # A tile needs about this many arrays of its size, and may take this share of the free memory.
 _TILE_ARRAYS = 12
 _TILE_SHARE = 0.25
@@ -46,12 +49,14 @@ class Plan:
         tile_size: rows and columns of a tile at most; None: one tile.
         axis_name: the named axis over whose devices rows are spread.
         mesh: the mesh with that axis; None where the caller is inside `jax.shard_map` or the like already.
+        fixed: nothing will be differentiated, which saves memory and time.
     """
 
     stored: bool = True
     tile_size: int | None = None
     axis_name: str | None = None
     mesh: Mesh | AbstractMesh | None = None
+    fixed: bool = False
 
     def rows_of_all(self, n: int) -> int:
         """Rows on all devices, where the caller holds n of them on each."""
@@ -74,6 +79,8 @@ def make_plan(x: Array, y: Array | None, tile_size: Any, mesh: Any, axis_name: A
             )
     if mesh is not None:
         n, m = -(-n // devices), -(-m // devices)
+    elif devices * n < 2 and y is None:
+        raise ValueError(f"x has n = {n} sample(s) on the only device of axis {axis_name!r}; at least 2 are needed.")
     sets *= math.prod(x.shape[:-2])
     stored, tile_size = choose_tiles(tile_size, n, m, sets, x.dtype.itemsize, may_store=axis_name is None)
     return Plan(stored, tile_size, axis_name, mesh)
@@ -92,15 +99,15 @@ def check_tile_size(tile_size: Any) -> None:
 
 
 def choose_tiles(
-    tile_size: Any, n: int, m: int, sets: int, itemsize: int, *, may_store: bool
+    tile_size: Any, n: int, m: int, sets: int, itemsize: int, *, may_store: bool, by_memory: bool = True
 ) -> tuple[bool, int | None]:
-    """Whether n x m distances are stored, and the size of a tile (None: one tile)."""
+    """Whether n x m distances are stored, and the size of a tile (None: one tile), by the free memory if told so."""
     if tile_size is None:
         return may_store, None
     if tile_size != "auto":
         return False, int(tile_size)
     stored = may_store and n * m * sets <= _STORED_PAIRS
-    return stored, None if stored else _tile_size(max(n, m), sets, itemsize)
+    return stored, None if stored else _tile_size(max(n, m), sets, itemsize, by_memory)
 
 
 def _where(x: Array, y: Array | None, mesh: Any, axis_name: Any) -> tuple[Mesh | AbstractMesh | None, str | None, int]:
@@ -132,6 +139,11 @@ def _where(x: Array, y: Array | None, mesh: Any, axis_name: Any) -> tuple[Mesh |
             "jaxalign.sharding.data_mesh() makes one of all devices."
         )
     names = mesh.axis_names
+    if isinstance(mesh, AbstractMesh) and jax.sharding.get_abstract_mesh().empty and _checks.is_concrete(x):
+        raise ValueError(
+            "mesh is an AbstractMesh, which has no devices: give a jax.sharding.Mesh (jaxalign.sharding.data_mesh()), "
+            "or call within jax.set_mesh."
+        )
     if axis_name is None:
         axis_name = names[0] if len(names) == 1 else "data"
     if axis_name not in names:
@@ -139,7 +151,20 @@ def _where(x: Array, y: Array | None, mesh: Any, axis_name: Any) -> tuple[Mesh |
             f"mesh has no axis {axis_name!r}, its axes are {names}. Name the one over which rows are spread with "
             "axis_name=."
         )
+    if _is_bound(axis_name):
+        raise ValueError(
+            f"the axis {axis_name!r} is bound here, inside jax.shard_map or the like, where x is one device's rows: "
+            f"give axis_name={axis_name!r} without mesh=."
+        )
     return mesh, axis_name, mesh.shape[axis_name]
+
+
+def _is_bound(axis_name: str) -> bool:
+    try:
+        lax.axis_size(axis_name)
+    except NameError:
+        return False
+    return True
 
 
 def _spread(a: Array) -> tuple[Mesh | AbstractMesh, str] | None:
@@ -155,21 +180,24 @@ def _spread(a: Array) -> tuple[Mesh | AbstractMesh, str] | None:
     return sharding.mesh, axis
 
 
-def _tile_size(rows: int, sets: int, itemsize: int) -> int:
+def _tile_size(rows: int, sets: int, itemsize: int, by_memory: bool) -> int:
     """The fastest size that the memory at hand allows."""
     device = jax.local_devices()[0]
     pairs = _TILE_PAIRS.get(device.platform, _TILE_PAIRS["other"])
-    size = max(_LEAST_TILE, math.isqrt(pairs // sets))
-    free = _free_memory(device) if jax.process_count() == 1 else math.inf  # processes must choose alike
+    each = max(pairs // sets, min(_TILE_PAIRS_OF_A_SET, _TILE_PAIRS_OF_ALL // sets))
+    size = max(_LEAST_TILE, math.isqrt(each))
+    free = _free_memory(device) if by_memory and jax.process_count() == 1 else math.inf  # processes must choose alike
     while size > _LEAST_TILE and size * size * sets * itemsize * _TILE_ARRAYS > _TILE_SHARE * free:
         size //= 2
     return min(size, rows)
 
 
-def block_rows_at_hand(row_bytes: int) -> int:
-    """Rows of a block of which a few are to be in memory at once: an eighth of what is free, 2^16 rows at most."""
-    free = min(_free_memory(jax.local_devices()[0]), _free_memory(jax.local_devices(backend="cpu")[0]))
-    return int(max(_LEAST_TILE, min(2**16, free / 8 // row_bytes)))
+def usual_block_rows(row_bytes: int) -> int:
+    """Rows of a block of which a few are to be in memory at once: 256 MB, 2^16 rows at most.
+
+    Not by the free memory: a job that goes on from a checkpoint has to have the same blocks.
+    """
+    return max(_LEAST_TILE, min(2**16, 2**28 // row_bytes))
 
 
 def _free_memory(device: Any) -> float:
@@ -225,7 +253,8 @@ def on_mesh(
         return jnp.pad(a, width, mode="edge")  # not 0: a sigma of a row that does not count
 
     def cut(a: Array, rows: int) -> Array:
-        return a if rows == NO_ROWS or n % devices == 0 else lax.slice_in_dim(a, 0, n, axis=rows)
+        # Rows that are left out cannot be sliced off an axis that is typed as spread.
+        return a if rows == NO_ROWS or n % devices == 0 else lax.slice_in_dim(gathered(a), 0, n, axis=rows)
 
     side_specs = [None if a is None else spec(rows) for a, rows in ((x, -2), (y, -2), (mask, -1), (mask_y, -1))]
     others = tuple(jax.tree.map(lambda a, r=r: fill(a, r), other) for other, r in zip(others, other_rows, strict=True))
@@ -267,6 +296,12 @@ def in_auto_mode(fn: Callable[..., Any], x: Array, *args: Any, result_rows: Any)
 
     out = jax.tree.map(spread, result_rows)
     return jax.sharding.auto_axes(fn, axes=mesh.explicit_axes, out_sharding=out)(x, *args)
+
+
+def gathered(a: Array) -> Array:
+    """The same array, on every device as a whole where it is typed as spread."""
+    mesh = jax.typeof(a).sharding.mesh
+    return jax.sharding.reshard(a, NamedSharding(mesh, P())) if _is_explicit(mesh) else a
 
 
 def _is_explicit(mesh: Any) -> bool:

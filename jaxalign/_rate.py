@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxalign.distances import varying_like
 from jaxalign.pairs import Pairs, Reduction, Tile, kernel_terms, over_all, over_rows, reduce_pairs
 
 # Sums of A (tD)^k up to this k in one pass; the last one bounds the error of the series.
@@ -46,15 +47,16 @@ class Root(NamedTuple):
 
     rate: Array
     density: Array  # at this rate
+    slope: Array  # mean of A t D there, in units of the density
     converged: Array  # bool
     infeasible: Array  # bool: at the largest rate the density is still above the wanted one
     passes: Array  # int, scalar
 
 
-def no_root(shape: tuple[int, ...], dtype: jnp.dtype) -> Root:
-    """A root that was not found yet, to start a loop with."""
-    no = jnp.zeros(shape, bool)
-    return Root(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), no, no, jnp.zeros((), jnp.int32))
+def no_root(shape: tuple[int, ...], like: Array) -> Root:
+    """A root that was not found yet, to start a loop with; of the dtype of `like`, and varying as it does."""
+    no, nothing = (varying_like(like, jnp.zeros(shape, dtype)) for dtype in (bool, like.dtype))
+    return Root(nothing, nothing, nothing, no, no, jnp.zeros((), jnp.int32))
 
 
 def find_rate(pairs: Pairs, density: Array, *, by_row: bool, rtol: float) -> Root:
@@ -130,7 +132,7 @@ def sums_over(terms: Callable[[Tile], tuple[Array, ...]], pairs: Pairs, rate: Ar
     if not by_row:
         return reduce_pairs(Reduction(terms, over_all), pairs, rates=rates)[0]
     # Every row has its own rate, so a term changes when its pair is turned round.
-    sums = reduce_pairs(Reduction(terms, over_rows, symmetric=False), pairs, rates=rates)[1]
+    sums = reduce_pairs(Reduction(terms, over_rows, symmetric=False), pairs, rates=rates, rates_of="rows")[1]
     return tuple(total[..., 0] for total in sums)
 
 
@@ -161,6 +163,7 @@ class Search(NamedTuple):
     low: Array  # rates at which the density is above and below the wanted one
     high: Array
     density: Array  # in units of the wanted one
+    slope: Array  # mean of A t D, likewise; of what has converged
     done: Array
     converged: Array
     passes: Array  # scalar
@@ -175,6 +178,7 @@ def begin(start: Array, idle: Array) -> Search:
         low=jnp.full_like(start, 0.5 * lowest),
         high=jnp.full_like(start, 2 * highest),
         density=start,
+        slope=start,
         done=no | idle,
         converged=no,
         passes=jnp.zeros((), jnp.int32),
@@ -192,7 +196,7 @@ def advance(search: Search, m: Array, rtol: float) -> Search:
     def inside(candidate: Array) -> Array:
         return (candidate > low) & (candidate < high)
 
-    s, value, bound = _series_root(m)
+    s, value, slope, bound = _series_root(m)
     # The truncated series may have no root near: then its Newton steps end anywhere, and following them may creep.
     closer = jnp.abs(value - 1) < 0.5 * jnp.abs(m[0] - 1)
     in_series = (jnp.abs(s) < _SERIES_RADIUS) & closer & inside(rate * (1 + s))
@@ -208,6 +212,7 @@ def advance(search: Search, m: Array, rtol: float) -> Search:
         low=low,
         high=high,
         density=jnp.where(search.done, search.density, jnp.where(converged, value, m[0])),
+        slope=jnp.where(search.done, search.slope, slope),
         done=search.done | converged | stuck,
         converged=jnp.where(search.done, search.converged, converged),
         passes=search.passes + 1,
@@ -218,7 +223,7 @@ def finish(search: Search) -> Root:
     """The root that was found, its density in units of the wanted one."""
     highest = _range(search.rate)[1]
     infeasible = ~search.converged & (search.rate >= highest) & (search.density > 1)
-    return Root(search.rate, search.density, search.converged, infeasible, search.passes)
+    return Root(search.rate, search.density, search.slope, search.converged, infeasible, search.passes)
 
 
 def _find(
@@ -241,8 +246,12 @@ def _find(
     return finish(lax.while_loop(lambda carry: carry[1], step, (search, anywhere(~search.done)))[0])
 
 
-def _series_root(m: Array) -> tuple[Array, Array, Array]:
-    """Solve sum_k (-s)^k / k! m_k = 1; returns s, the value of the sum there, and a bound on its error."""
+def _series_root(m: Array) -> tuple[Array, Array, Array, Array]:
+    """Solve sum_k (-s)^k / k! m_k = 1.
+
+    Returns s, the value of the sum there, that of the mean of A t D at the rate t (1 + s), and a bound on the error of
+    the first.
+    """
     coefficients = [m[k] * (-1) ** k / math.factorial(k) for k in range(_ORDER + 1)]
 
     def evaluate(s: Array) -> tuple[Array, Array]:
@@ -258,8 +267,8 @@ def _series_root(m: Array) -> tuple[Array, Array, Array]:
         return jnp.clip(s - (value - 1) / jnp.where(slope == 0, 1, slope), -0.9, 0.9)
 
     s = lax.fori_loop(0, 4, newton, s)  # a loop, as four copies take longer to compile
-    value, _ = evaluate(s)
+    value, slope = evaluate(s)
     # s > 0: the terms alternate and enclose the sum. s < 0: they add up, the rest grows like that of a gamma law.
     last = jnp.abs(coefficients[-1]) * jnp.abs(s) ** _ORDER
     bound = jnp.where(s >= 0, last, last * (1 - jnp.abs(s)) ** -(_ORDER + 1))
-    return s, value, bound
+    return s, value, -(1 + s) * slope, bound

@@ -29,14 +29,15 @@ class Saved:
         if path is None:
             return Saved(None, told, {})
         path = Path(path)
+        check_place(path)
         if not path.exists():
             return Saved(path, told, {})
         way_out = "Delete it to start again, or name another file."
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
                 arrays = {name: content[name] for name in content.files}
-            found = json.loads(str(arrays.pop("identity")))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            found = dict(json.loads(str(arrays.pop("identity"))))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
             raise ValueError(f"checkpoint {path} is truncated or not a checkpoint of compare_grid. {way_out}") from None
         wanted = json.loads(told)
         different = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
@@ -60,6 +61,14 @@ class Saved:
             self.path.unlink(missing_ok=True)
 
 
+def check_place(path: Path) -> None:
+    """Raise before any work is done where a file cannot be written to."""
+    if path.is_dir():
+        raise IsADirectoryError(f"checkpoint {path} is a folder: name a file in it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"checkpoint {path}: there is no folder {path.parent}.")
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file in one step, so that a kill leaves the old one or the new one."""
     beside = path.with_name(path.name + ".new")
@@ -77,5 +86,6 @@ def told(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [told(part) for part in value]
     if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', repr(value))}"
+        named = value if hasattr(value, "__qualname__") else type(value)  # not repr: it tells an address
+        return f"{named.__module__}.{named.__qualname__}"
     return np.asarray(value).tolist()

@@ -82,7 +82,7 @@ def rbf_affinity(
     problem = check_problem(x, y, mask, mask_y, diagonal)
     if zero_diagonal and y is not None:
         raise ValueError("zero_diagonal=True has no meaning with y: row i and column i are different samples.")
-    given = None if sigma is None else check_sigma(sigma, problem)
+    given, by_row = (None, bandwidth == "per_row") if sigma is None else check_sigma(sigma, problem)
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
     target = None if sigma is not None else check_density(density, problem, bandwidth)
     affinity, status = _rbf_affinity(
@@ -95,6 +95,7 @@ def rbf_affinity(
         diagonal,
         bandwidth,
         zero_diagonal,
+        by_row,
         precision,
         check_rtol(None, problem.x.dtype),
     )
@@ -102,7 +103,7 @@ def rbf_affinity(
     return affinity
 
 
-@partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
+@partial(jax.jit, static_argnums=(6, 7, 8, 9, 10, 11))
 def _rbf_affinity(
     x: Array,
     y: Array | None,
@@ -113,6 +114,7 @@ def _rbf_affinity(
     diagonal: Diagonal,
     bandwidth: Bandwidth,
     zero_diagonal: bool,
+    by_row: bool,
     precision: lax.PrecisionLike,
     rtol: float,
 ) -> tuple[Array, Array]:
@@ -133,7 +135,8 @@ def _rbf_affinity(
         else:
             assert sigma is not None
             rate = rate_of(sigma, frame)
-            pairs = pairs_of(frame, accurate_distances(frame, rate, precision=precision), diagonal)
+            counted = pairs_of(frame, None, diagonal).counted("rows" if by_row else "all")
+            pairs = pairs_of(frame, accurate_distances(frame, rate, counted=counted, precision=precision), diagonal)
             status = jnp.where(frame.finite, CONVERGED, NON_FINITE).astype(jnp.int32)
             rate = jnp.where(frame.finite[..., None, None], rate, jnp.nan)
         assert pairs.distances is not None

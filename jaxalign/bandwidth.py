@@ -8,6 +8,7 @@ pairs: see `find_rate`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -32,6 +33,7 @@ from jaxalign.distances import (
     inaccurate,
     make_frame,
     root,
+    varying_like,
     when_any,
 )
 from jaxalign.pairs import Pairs, Reduction, Tile, kernel_terms, over_all, over_rows, reduce_pairs
@@ -45,6 +47,9 @@ INFEASIBLE = 2
 NON_FINITE = 3
 BAD_DENSITY = 4
 NO_SAMPLES = 5
+
+# So small that the kernel is 1 for all distances, which are about 1.
+_RATE_OF_ALIKE = 1e-20
 
 _REASONS = {
     NOT_CONVERGED: "the root-finder did not converge (please report this with your data)",
@@ -136,28 +141,36 @@ def mean_density(
         >>> float(jaxalign.mean_density(x, sigma=1.0))  # (1 + exp(-1/2)) / 2
         0.80326...
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal)
+    problem = check_problem(x, y, mask, mask_y, diagonal, shared=mesh is None and axis_name is not None)
     plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
-    rate_sigma = check_sigma(sigma, problem)
+    rate_sigma, by_row = check_sigma(sigma, problem)
     _checks.finite_rows("x", problem.x, problem.mask)
     if problem.y is not None:
         _checks.finite_rows("y", problem.y, problem.mask_y)
-    return _mean_density(problem.x, problem.y, rate_sigma, problem.mask, problem.mask_y, diagonal, plan)
+    return _mean_density(problem.x, problem.y, rate_sigma, problem.mask, problem.mask_y, diagonal, by_row, plan)
 
 
-@partial(jax.jit, static_argnames=("diagonal", "plan"))
+@partial(jax.jit, static_argnames=("diagonal", "by_row", "plan"))
 def _mean_density(
-    x: Array, y: Array | None, sigma: Array, mask: Array | None, mask_y: Array | None, diagonal: Diagonal, plan: Plan
+    x: Array,
+    y: Array | None,
+    sigma: Array,
+    mask: Array | None,
+    mask_y: Array | None,
+    diagonal: Diagonal,
+    by_row: bool,
+    plan: Plan,
 ) -> Array:
     def local(x: Array, y: Array | None, mask: Array | None, mask_y: Array | None, sigma: Array) -> Array:
         frame = make_frame(x, y, mask, mask_y, plan.axis_name)
         rate = rate_of(sigma, frame)
         pairs = pairs_of(frame, None, diagonal, plan)
-        reduction = Reduction(kernel_terms, over_all, symmetric=rate.shape[-2] == 1)
-        density = reduce_pairs(reduction, pairs, rates=(rate,))[0] / pairs.total(by_row=False)
+        reduction = Reduction(kernel_terms, over_all, symmetric=not by_row)
+        sums = reduce_pairs(reduction, pairs, rates=(rate,), rates_of="rows" if by_row else "all")[0]
+        density = sums / pairs.total(by_row=False)
         return jnp.where(frame.finite, density, jnp.nan)
 
-    rows = NO_ROWS if sigma.shape[-2] == 1 else ROWS_SECOND_LAST
+    rows = ROWS_SECOND_LAST if by_row else NO_ROWS
     return on_mesh(local, plan, (x, y, mask, mask_y), (sigma,), (rows,), NO_ROWS)
 
 
@@ -216,7 +229,7 @@ def solve_sigma(
         >>> abs(float(jaxalign.mean_density(x, sigma=solution.sigma)) - 0.05) < 1e-6
         True
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal)
+    problem = check_problem(x, y, mask, mask_y, diagonal, shared=mesh is None and axis_name is not None)
     plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
     target = check_density(density, problem, bandwidth, plan)
     rtol = check_rtol(rtol, problem.x.dtype)
@@ -279,10 +292,10 @@ class Problem(NamedTuple):
         return self.x.shape[:-2]
 
 
-def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any) -> Problem:
-    """Check everything but density and sigma."""
+def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any, *, shared: bool = False) -> Problem:
+    """Check everything but density and sigma; `shared`: other devices hold more rows of the set."""
     _checks.choice("diagonal", diagonal, ("include", "exclude"))
-    x, y = _checks.feature_pair(x, y, min_rows=2)
+    x, y = _checks.feature_pair(x, y, min_rows=1 if shared else 2)
     if y is None and mask_y is not None:
         raise ValueError("mask_y is given without y; mask serves both sides when y is None.")
     if y is not None and diagonal != "include":
@@ -294,7 +307,7 @@ def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any) -> Prob
     mask_y = None if y is None else _checks.row_mask("mask_y", mask_y, y.shape[:-1])
     least = 2 if y is None else 1
     for name, value, need in (("mask", mask, least), ("mask_y", mask_y, 1)):
-        if value is not None and _checks.is_concrete(value):
+        if value is not None and _checks.is_concrete(value) and not shared:
             counts = _checks.on_host(value).sum(-1)
             if (counts < need).any():
                 raise ValueError(
@@ -311,7 +324,8 @@ def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = S
         "density", density, problem.x.dtype, problem.batch, "the batch dimensions of the features"
     )
     _checks.density_value(density)
-    if problem.y is None and problem.diagonal == "include" and _checks.is_concrete(density, problem.mask):
+    told = problem.mask is None or plan.axis_name is None or plan.mesh is not None  # else others have masks too
+    if problem.y is None and problem.diagonal == "include" and told and _checks.is_concrete(density, problem.mask):
         counts = (
             plan.rows_of_all(problem.x.shape[-2]) if problem.mask is None else _checks.on_host(problem.mask).sum(-1)
         )
@@ -319,18 +333,19 @@ def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = S
         infeasible = np.broadcast_arrays(_checks.on_host(density) <= floor)[0]
         if infeasible.any():
             worst = np.broadcast_to(counts, infeasible.shape)[infeasible].min()
+            asked = float(np.min(_checks.on_host(density)))
             raise ValueError(
-                f"density = {float(np.min(_checks.on_host(density)))} cannot be reached with n = {worst} samples: "
+                f"density = {asked} cannot be reached with n = {worst} samples: "
                 "the ones on the "
-                f"diagonal alone give 1/n = {1 / worst:.4g}. Ask for a density above that, or leave the diagonal "
-                'out of the mean with diagonal="exclude".'
+                f"diagonal alone give 1/n = {1 / worst:.4g}. Ask for a density above that, leave the diagonal out of "
+                f'the mean with diagonal="exclude", or give at least {math.floor(1 / asked) + 1} samples.'
             )
     target = jnp.broadcast_to(target, problem.batch)
     return target if bandwidth == "global" else target[..., None]
 
 
-def check_sigma(sigma: Any, problem: Problem) -> Array:
-    """A given sigma as an array (..., 1, 1) or, one a row, (..., n, 1)."""
+def check_sigma(sigma: Any, problem: Problem) -> tuple[Array, bool]:
+    """A given sigma as an array (..., 1, 1) or, one a row, (..., n, 1); and whether it is one a row."""
     n, batch = problem.x.shape[-2], problem.batch
     shape = np.shape(sigma)
     by_row = len(shape) > 0 and shape[-1] == n and shape != batch
@@ -340,7 +355,7 @@ def check_sigma(sigma: Any, problem: Problem) -> Array:
     value = jnp.broadcast_to(value, (*batch, n) if by_row else batch)
     if by_row and problem.mask is not None:  # a masked row may hold nan, which would reach the gradient of the others
         value = jnp.where(problem.mask, value, 1)
-    return value[..., None] if by_row else value[..., None, None]
+    return (value[..., None] if by_row else value[..., None, None]), by_row
 
 
 def check_rtol(rtol: float | None, dtype: Any) -> float:
@@ -383,13 +398,16 @@ def pairs_of(
     precision: lax.PrecisionLike = None,
     *,
     rooted: bool = False,
+    share: Array | None = None,
 ) -> Pairs:
-    """The pairs of a frame's rows, with stored squared distances or none."""
+    """The pairs of a frame's rows, with stored squared distances or none; `share` is `Pairs.density`."""
     stored = None
     if distances is not None:
         distances = attach_gradient(frame, distances)
         stored = (root(distances) if rooted else distances,)
-    return Pairs((frame,), stored, diagonal == "exclude", plan.tile_size, plan.axis_name, precision, rooted=rooted)
+    return Pairs(
+        (frame,), stored, diagonal == "exclude", plan.tile_size, plan.axis_name, precision, rooted=rooted, density=share
+    )
 
 
 def solve_pairs(
@@ -402,31 +420,43 @@ def solve_pairs(
     plan: Plan = STORED,
     *,
     rooted: bool = False,
+    tolerant: bool = False,
 ) -> tuple[SigmaSolution, Pairs, Array]:
     """Solve for sigma; returns the pairs and the rate too, for an affinity on the same distances.
 
     The rate has shape (..., 1, 1) or (..., n, 1); it is nan where sigma is, but finite in masked rows. `rooted`: of the
-    Laplacian kernel exp(-sqrt(D) / sigma), whose rate is 1 / sigma.
+    Laplacian kernel exp(-sqrt(D) / sigma), whose rate is 1 / sigma. `tolerant`: where coincident samples alone exceed
+    the density, all samples count as alike, A = 1 whatever moves, and not as nan.
     """
     by_row = bandwidth == "per_row"
     fixed, wanted = lax.stop_gradient((frame, density))
+    share = _against_pairs(wanted, by_row)
     distances = None
     if plan.stored:
         distances, found = _search_stored(fixed, wanted, diagonal, by_row, rtol, precision, rooted)
     else:
-        pairs = replace(pairs_of(fixed, None, diagonal, plan, precision, rooted=rooted), fixed=True)
+        pairs = replace(pairs_of(fixed, None, diagonal, plan, precision, rooted=rooted, share=share), fixed=True)
         found = find_rate(pairs, wanted, by_row=by_row, rtol=rtol)
 
-    pairs = pairs_of(frame, distances, diagonal, plan, precision, rooted=rooted)
-    total = lax.stop_gradient(pairs.total(by_row=by_row))
+    total = lax.stop_gradient(pairs_of(fixed, None, diagonal, plan).total(by_row=by_row))
     status = _status(found, frame.finite[..., None] if by_row else frame.finite, wanted, total)
+    if tolerant:
+        assert not by_row
+        alike = status == INFEASIBLE
+        frame = frame._replace(raw_x=jnp.where(alike[..., None, None], fixed.raw_x, frame.raw_x))
+        found = found._replace(
+            rate=jnp.where(alike, _RATE_OF_ALIKE, found.rate), slope=jnp.where(alike, 0, found.slope)
+        )
+    pairs = pairs_of(frame, distances, diagonal, plan, precision, rooted=rooted, share=share)
 
     def in_real_rows(value: Array, otherwise: float | int) -> Array:
         return jnp.where(frame.mask, value, otherwise) if by_row and frame.mask is not None else value
 
     status = in_real_rows(status, CONVERGED)
-    rate = in_real_rows(jnp.where(status == CONVERGED, found.rate, jnp.nan), 1)
-    rate = _attach_rate(by_row, pairs, density, total, rate)
+    known = (status == CONVERGED) | (status == INFEASIBLE) if tolerant else status == CONVERGED
+    rate = in_real_rows(jnp.where(known, found.rate, jnp.nan), 1)
+    slope = found.slope * wanted * total / rate  # sum of A D
+    rate = _attach_rate(by_row, pairs, density, total, rate, slope)
     scale = frame.scale[..., 0] if by_row else frame.scale[..., 0, 0]
     sigma = in_real_rows(scale / rate if rooted else scale * jnp.sqrt(0.5 / rate), jnp.nan)
     reached = in_real_rows(found.density, jnp.nan)
@@ -444,19 +474,22 @@ def _search_stored(
     rooted: bool,
 ) -> tuple[Array, Root]:
     """The root, and distances that are accurate enough for it."""
+    share = _against_pairs(density, by_row)
 
     def search(state: _Search) -> _Search:
         distances = when_any(state.retry, lambda _: explicit_distances(frame), state.distances)
-        found = find_rate(pairs_of(frame, distances, diagonal, rooted=rooted), density, by_row=by_row, rtol=rtol)
-        coarse = inaccurate(frame, _against_pairs(found.rate, by_row), distances, rooted=rooted)
+        pairs = pairs_of(frame, distances, diagonal, rooted=rooted, share=share)
+        found = find_rate(pairs, density, by_row=by_row, rtol=rtol)
+        counted = pairs.counted("rows" if by_row else "all")
+        coarse = inaccurate(frame, _against_pairs(found.rate, by_row), distances, counted=counted, rooted=rooted)
         return _Search(distances, found, retry=coarse & ~state.retry, done=~coarse | state.retry)
 
     # A rate too large for the accuracy of the fast distances is found on them: then once more on explicit ones. (A
     # loop, not a branch, so that the search is compiled once and vmap runs the retry only if some set needs it.)
     fast = fast_distances(frame, precision)
     shape = density.shape if not by_row else fast.shape[:-1]
-    no = jnp.zeros((), bool)
-    start = _Search(fast, no_root(shape, fast.dtype), retry=no, done=no)
+    no = varying_like(fast, jnp.zeros((), bool))
+    start = _Search(fast, no_root(shape, fast), retry=no, done=no)
     distances, found, _, _ = lax.while_loop(lambda state: ~state.done, search, start)
     return distances, found
 
@@ -481,35 +514,49 @@ def _status(root: Root, finite: Array, density: Array, total: Array) -> Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attach_rate(by_row: bool, pairs: Pairs, density: Array, total: Array, rate: Array) -> Array:
+def _attach_rate(by_row: bool, pairs: Pairs, density: Array, total: Array, rate: Array, slope: Array) -> Array:
     """`rate` as a function of the pairs and density: same value, derivatives by the implicit function theorem.
 
     sum w exp(-t D) = c sum w gives dt = (d sum w A - dc sum w) / (sum w A D), where d sum w A = - t sum w A dD is the
-    change at a fixed rate: never a derivative of the iteration.
+    change at a fixed rate: never a derivative of the iteration. The series that solved for t told `slope`, sum w A D.
     """
     return rate
 
 
 @_attach_rate.defjvp
 def _attach_rate_jvp(by_row: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    pairs, density, total, rate = primals
-    d_pairs, d_density, _, _ = tangents
-    rate = _attach_rate(by_row, pairs, density, total, rate)
-    moved = jax.jvp(lambda pairs: _kernel_sums(pairs, rate, by_row), (pairs,), (d_pairs,), has_aux=True)
-    _, shift, slope = moved
+    pairs, _, total, rate, slope = primals
+    d_pairs, d_density, *_ = tangents
+    rate = _attach_rate(by_row, *primals)
+    _, shift = jax.jvp(lambda pairs: _sum_over(kernel_terms, pairs, rate, by_row), (pairs,), (d_pairs,))
+    slope = _attach_slope(by_row, pairs, rate, slope)
     slope = jnp.where(slope > 0, slope, 1)  # 0 only where nothing counts: masked rows
     return rate, (shift - d_density * total) / slope
 
 
-def _kernel_sums(pairs: Pairs, rate: Array, by_row: bool) -> tuple[Array, Array]:
-    """The sums of A and of A D, over all pairs or over each row's; reverse mode differentiates the first."""
-    reduction = Reduction(_kernel_and_slope, over_rows if by_row else over_all, symmetric=not by_row)
-    rates = (_against_pairs(rate, by_row),)
-    totals, rows = reduce_pairs(reduction, pairs, rates=rates, in_blocks=False)
-    a, slope = (row[..., 0] for row in rows) if by_row else totals
-    return a, slope
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attach_slope(by_row: bool, pairs: Pairs, rate: Array, slope: Array) -> Array:
+    """`slope` as a function of pairs and rate, for second derivatives: same value, sum w A D is differentiated."""
+    return slope
 
 
-def _kernel_and_slope(tile: Tile) -> tuple[Array, Array]:
-    a = kernel_terms(tile)
-    return a, a * tile.distances[0]
+@_attach_slope.defjvp
+def _attach_slope_jvp(by_row: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    pairs, rate, _ = primals
+
+    def total(pairs: Pairs, rate: Array) -> Array:
+        return _sum_over(_slope_terms, pairs, rate, by_row)
+
+    return _attach_slope(by_row, *primals), jax.jvp(total, (pairs, rate), tangents[:2])[1]
+
+
+def _slope_terms(tile: Tile) -> Array:
+    return kernel_terms(tile) * tile.distances[0]
+
+
+def _sum_over(terms: Callable[[Tile], Array], pairs: Pairs, rate: Array, by_row: bool) -> Array:
+    """The sum of a term over all pairs, or over each row's; reverse mode differentiates it."""
+    reduction = Reduction(terms, over_rows if by_row else over_all, symmetric=not by_row)
+    rates, rates_of = (_against_pairs(rate, by_row),), "rows" if by_row else "all"
+    totals, rows = reduce_pairs(reduction, pairs, rates=rates, rates_of=rates_of, in_blocks=False)
+    return rows[..., 0] if by_row else totals

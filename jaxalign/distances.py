@@ -201,21 +201,24 @@ def fast_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
     return distances if same is None else jnp.where(same, 0, distances)
 
 
-def accurate_distances(frame: Frame, *rates: Array, precision: lax.PrecisionLike = None, rooted: bool = False) -> Array:
+def accurate_distances(
+    frame: Frame, *rates: Array, counted: Array | float, precision: lax.PrecisionLike = None, rooted: bool = False
+) -> Array:
     """Distances accurate enough for the kernel exp(-rate * D), rate = 1 / (2 sigma^2) in the frame, at all these rates.
 
     The fast formula errs by about eps (|x_i|^2 + |y_j|^2). That matters where it is a visible part of 1 / rate for
     a pair close enough not to vanish in the kernel: tight clusters far from each other, or duplicates. Then, and only
     then, explicit differences are taken. A rate broadcasts against the distances. `rooted`: the kernel is exp(-rate
-    sqrt(D)); the distances returned are squared all the same.
+    sqrt(D)); the distances returned are squared all the same. `counted`: about how many pairs bear a sum over the
+    kernel, broadcasting against the distances.
     """
     frame, rates = lax.stop_gradient((frame, rates))
     fast = fast_distances(frame, precision)
-    coarse = [inaccurate(frame, rate, fast, rooted=rooted) for rate in rates]
+    coarse = [inaccurate(frame, rate, fast, counted=counted, rooted=rooted) for rate in rates]
     return when_any(jnp.any(jnp.stack(coarse)), lambda _: explicit_distances(frame), fast)
 
 
-def inaccurate(frame: Frame, rate: Array, fast: Array, *, rooted: bool = False) -> Array:
+def inaccurate(frame: Frame, rate: Array, fast: Array, *, counted: Array | float, rooted: bool = False) -> Array:
     """Whether `fast_distances` are too coarse for the kernel exp(-rate * D): a scalar for the whole batch.
 
     `rooted`: for exp(-rate sqrt(D)), where an error e of D moves the exponent by rate e / (2 sqrt(D)).
@@ -223,9 +226,11 @@ def inaccurate(frame: Frame, rate: Array, fast: Array, *, rooted: bool = False) 
     x, y, rate = lax.stop_gradient((frame.x, frame.other, rate))
     squares_x, squares_y = jnp.sum(x * x, -1), jnp.sum(y * y, -1)
     eps = float(jnp.finfo(x.dtype).eps)
-    # Errors of the exponent up to limit eps are let pass. They are random from pair to pair, so a mean over many pairs
-    # bears 1000 eps (1e-4 in float32) for the worst of them and still is right to 1e-6; over few pairs less is allowed.
-    limit = min(max(5 * math.sqrt(fast.shape[-2] * fast.shape[-1]), 30.0), 1000.0)
+    # Errors of the exponent up to limit eps are let pass. They are random from pair to pair, so a mean that many pairs
+    # bear stands 1000 eps (1e-4 in float32) for the worst of them and is right to 1e-6; with few, less is allowed.
+    counted = jnp.asarray(counted, x.dtype)
+    counted = lax.stop_gradient(counted if counted.ndim else counted.reshape((1,) * fast.ndim))
+    limit = jnp.clip(5 * jnp.sqrt(counted), 8, 1000)
     largest = jnp.max(squares_x, -1) + jnp.max(squares_y, -1)
     suspicious = jnp.any(rate * largest[..., None, None] > limit) | rooted
 

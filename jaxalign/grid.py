@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
+from jaxalign import _checks
 from jaxalign._grid_files import from_blocks, set_by_set
 from jaxalign._grid_memory import Job, in_one_visit
 from jaxalign._plan import TileSize
@@ -28,7 +29,7 @@ from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
 from jaxalign.measures._evaluate import Missing, PairMeasure
 from jaxalign.measures._registry import specified
-from jaxalign.streaming import Progress
+from jaxalign.streaming import Progress, check_block_rows
 
 Features = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | os.PathLike[str]
 
@@ -73,7 +74,7 @@ def compare(
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "sigma"),
-    meta_fields=("measure", "direction", "rows", "columns", "settings", "samples", "versions"),
+    meta_fields=("measure", "direction", "rows", "columns", "itself", "settings", "samples", "versions"),
 )
 @dataclass(frozen=True)
 class ComparisonGrid:
@@ -86,7 +87,8 @@ class ComparisonGrid:
         measure: its name.
         direction: "similarity": more alike is larger; "distance": smaller.
         rows: names of the sets.
-        columns: names of those they were compared with; the same names where a model was compared with itself.
+        columns: names of those they were compared with.
+        itself: whether these are the same sets: a model was compared with itself.
         settings: pairs of option and value.
         samples: how many samples counted.
         versions: pairs of package and version.
@@ -98,6 +100,7 @@ class ComparisonGrid:
     direction: Literal["similarity", "distance"]
     rows: tuple[str, ...]
     columns: tuple[str, ...]
+    itself: bool
     settings: tuple[tuple[str, Any], ...]
     samples: int
     versions: tuple[tuple[str, str], ...]
@@ -113,7 +116,7 @@ class ComparisonGrid:
         Rows without any value, all nan, are left out.
         """
         values = np.array(self.values, np.float64)
-        if self.rows == self.columns:
+        if self.itself:
             np.fill_diagonal(values, np.nan)
         signed = values if self.direction == "similarity" else -values
         found = {}
@@ -131,6 +134,7 @@ class ComparisonGrid:
             "direction": self.direction,
             "rows": self.rows,
             "columns": self.columns,
+            "itself": self.itself,
             "values": _without_nan(np.asarray(self.values).tolist()),
             "sigma": _without_nan(np.asarray(self.sigma).tolist()),
             "options": {name: told(value) for name, value in self.settings},
@@ -158,6 +162,7 @@ class ComparisonGrid:
                 direction=content["direction"],
                 rows=tuple(content["rows"]),
                 columns=tuple(content["columns"]),
+                itself=bool(content["itself"]),
                 settings=tuple((name, _hashable(value)) for name, value in content["options"].items()),
                 samples=content["samples"],
                 versions=tuple(content["versions"].items()),
@@ -187,6 +192,8 @@ class ComparisonGrid:
         picture = ax.imshow(values, cmap=colours, origin="lower")
         ax.set_xticks(range(len(self.columns)), self.columns, rotation=90)
         ax.set_yticks(range(len(self.rows)), self.rows)
+        if not self.itself:
+            ax.set(xlabel="other", ylabel="features")
         bar = ax.figure.colorbar(picture, ax=ax)
         bar.set_label(f"{self.measure} ({self.direction})")
         if values.size <= 400:
@@ -225,10 +232,10 @@ def compare_grid(
         tile_size: see `jaxalign.solve_sigma`.
         mesh: spread rows over devices (and processes), see `jaxalign.solve_sigma`. For arrays in memory.
         axis_name: the axis of the mesh.
-        block_rows: rows in a block of what is read from files; None: by the free memory. Measures by pairs then hold
-            two blocks of each set in memory, the others one whole set at a time.
+        block_rows: rows in a block of what is read from files; None: so many that a block of all sets takes 256 MB.
+            Measures by pairs hold two blocks in memory, the others what 1 GB holds of whole sets, two at least.
         checkpoint: a file for what is finished, to go on from if it is there; removed at the end. One that belongs to
-            other features or options is refused.
+            other features or options is refused. (A kernel of your own is told by its name and a few of its values.)
         progress: True shows a bar (needs tqdm); or a function of (stage, done, total).
         options: of the measure. sigma: a number, or one a set.
 
@@ -254,6 +261,9 @@ def compare_grid(
     sides = (("features", ours), ("other", theirs))
     names = [name if other is None else f"{side}[{name!r}]" for side, named in sides for name in named]
     _same_samples(names, sets)
+    check_block_rows(block_rows)
+    if filled.get("sigma") is not None:
+        filled["sigma"] = _one_a_set(filled["sigma"], len(sets))
     job = Job([value for _, value in sets], names, len(ours), filled, mask, missing, tile_size, progress)
     in_memory = not any(isinstance(value, np.memmap) for value in job.sets)
     if in_memory and checkpoint is None and block_rows is None:
@@ -269,9 +279,10 @@ def compare_grid(
         values=values,
         sigma=sigma,
         measure=entry.name,
-        direction=entry.direction,
+        direction=entry.direction_with(filled),
         rows=tuple(ours),
         columns=tuple(theirs or ours),
+        itself=other is None,
         settings=tuple((name, _hashable(value)) for name, value in filled.items()),
         samples=samples,
         versions=(("jaxalign", __version__), ("jax", jax.__version__), ("numpy", np.__version__)),
@@ -294,9 +305,10 @@ def _named(argument: str, features: Any) -> dict[str, Any]:
     elif isinstance(features, (np.ndarray, jax.Array)):
         raise TypeError(f"{argument} must be named sets, as {{'name': array}}; got an array of shape {features.shape}.")
     else:
-        pairs = [tuple(pair) for pair in features]
-        if any(len(pair) != 2 for pair in pairs):
-            raise TypeError(f"{argument} must be a mapping, pairs of (name, array), or a folder.")
+        given: list[Any] = list(features) if isinstance(features, Iterable) else [None]
+        if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in given):
+            raise TypeError(f"{argument} must be a mapping, pairs of (name, array), or a folder; got {features!r}.")
+        pairs = [(name, value) for name, value in given]
     if not pairs:
         raise ValueError(f"{argument} is empty: at least one named set of features is needed.")
     found: dict[str, Any] = {}
@@ -317,6 +329,20 @@ def _named(argument: str, features: Any) -> dict[str, Any]:
             raise ValueError(f"{argument}[{name!r}] must have shape (n, d); got {value.shape}.")
         found[name] = value
     return found
+
+
+def _one_a_set(sigma: Any, sets: int) -> tuple[Any, ...] | Any:
+    """One bandwidth, or a tuple of one a set."""
+    if np.ndim(sigma) == 0 and not isinstance(sigma, (tuple, list)):
+        each = (sigma,)
+    else:
+        each = tuple(sigma)
+        if len(each) != sets:
+            raise ValueError(f"sigma must be one number, or one for each of the {sets} sets; got {len(each)}.")
+    for one in each:
+        _checks.parameter("sigma", one, np.float32, (), "one number a set")
+        _checks.positive("sigma", one)
+    return sigma if np.ndim(sigma) == 0 else tuple(float(one) for one in each)
 
 
 def _same_samples(names: list[str], sets: list[tuple[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -36,6 +36,8 @@ from jaxalign.measures._evaluate import (
 from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, prepare
 from jaxalign.measures._registry import specified
 
+# Fewer samples are resampled to mostly copies of each other.
+_LEAST_RESAMPLED = 10
 # Gathered entries of all permutations that are multiplied at a time.
 _GATHERED = 2**24
 
@@ -53,7 +55,7 @@ class PermutationTest:
         value: of the measure.
         p_value: (b + 1) / (m + 1), b of m permutations giving a value at least as extreme.
         corrected: the same, adjusted for the number of comparisons of a grid by the largest score of each permutation
-            (Westfall & Young 1993): the chance that any of them would look like this.
+            (Westfall & Young 1993): the chance that any of them would look like this if none were real.
         null: values of the permutations, (m,) or (m, rows, columns).
         null_mean: their mean.
         null_std: their standard deviation.
@@ -134,11 +136,12 @@ def permutation_test(
 ) -> PermutationTest:
     """Is the similarity of two sets more than chance? Values of a measure with the samples of one set shuffled.
 
-    For measures by pairs the shuffled values come from a permutations of the one set times b of the other, a b > m,
-    which are matrix products of what a + b gave: thousands cost little more than a few dozen. Any two of the m
-    composite permutations are independent and uniform, and under the null all entries of the a x b table are
-    exchangeable, so the p-value is exact and its Monte Carlo error that of m independent ones. Other measures are
-    computed anew for each of m permutations. Bandwidths do not change when samples are shuffled.
+    For measures by pairs the shuffled values come from a table of a permutations of either set, the first of each the
+    identity, a^2 > m, which is one matrix product: thousands cost little more than a few dozen. m of its other entries
+    are taken at random. Any two of them belong to independent, uniform permutations, so the Monte Carlo error is that
+    of m independent ones; and under the null the observed value is as likely any other entry of the table, so the
+    p-value is exact. Other measures are computed anew for each of m permutations. Bandwidths do not change when samples
+    are shuffled.
 
     Args:
         x: features (n, d1), or a mapping of names to them.
@@ -164,29 +167,36 @@ def permutation_test(
         0.001
     """
     entry, filled, specification = specified(measure, options)
+    _checks.random_key(key)
     permutations = _whole("permutations", permutations)
     ours, theirs = _named("x", x), _named("y", y)
     arrays, split = [*ours.values(), *theirs.values()], len(ours)
     names = [f"x[{n!r}]" if n else "x" for n in ours] + [f"y[{n!r}]" if n else "y" for n in theirs]
     sets = _real_samples(names, arrays, mask, missing, specification)
-    best = entry.best
+    direction, best = entry.direction_with(filled), entry.best_with(filled)
     if _is_product(specification):
         assert isinstance(specification, PairMeasure)
-        matrices = pair_matrices(sets, filled, specification, names)
+        matrices, units = pair_matrices(sets, filled, specification, names)
         side = math.isqrt(permutations) + 1  # side^2 > permutations
-        table = _permuted_products(jnp.stack(matrices[:split]), jnp.stack(matrices[split:]), key, side)
-        all_values = _finished(table, specification, matrices, split, sets[0].shape[0])
-        value, null = all_values[0], all_values[1 : permutations + 1]
+        of_table, of_choice = jax.random.split(key)
+        table = _permuted_products(matrices[:split], matrices[split:], of_table, side)
+        # Rows and columns of the table are exchangeable, any m entries are not: only a random choice of them is.
+        others = 1 + jax.random.permutation(of_choice, side * side - 1)[:permutations]
+        chosen = jnp.concatenate((table[:1], jnp.take(table, others, 0)))
+        values = _finished(chosen, _norms(matrices), units, specification, split, sets[0].shape[0])
+        value, null = values[0], values[1:]
     else:
         value, null = _recomputed(sets, split, names, specification, filled, key, permutations)
     single = "" in ours and "" in theirs
-    found = _tested(value, null, entry.direction == "similarity", best)
+    usable = _finite_pairs(sets, split)
+    value, null = (jnp.where(usable, a, jnp.nan) for a in (value, null))
+    found = _tested(value, null, direction == "similarity", best)
     if single:
         found = {name: a[..., 0, 0] for name, a in found.items()}
     return PermutationTest(
         **found,
         measure=entry.name,
-        direction=entry.direction,
+        direction=direction,
         rows=() if single else tuple(ours),
         columns=() if single else tuple(theirs),
     )
@@ -210,7 +220,8 @@ def bootstrap(
     Two copies of one sample in a resample are not a pair: their distance of 0 is no evidence, and counting it would
     raise the similarity. So pairs, and for the debiased estimators triples and quadruples, of different samples are
     weighted by how often each was drawn. That is possible for cka and hsic (debiased), distance_correlation (debiased)
-    and rsa (pearson, cosine). Bandwidths are those of all samples.
+    and rsa (pearson, cosine). Bandwidths are those of all samples. For unrelated sets debiased estimates vary much less
+    than their resamples, and the interval is wider than it need be: `permutation_test` tells whether there is anything.
 
     Args:
         x: features (n, d1).
@@ -218,7 +229,7 @@ def bootstrap(
         measure: a name in `jaxalign.measures.REGISTRY`.
         key: of `jax.random.key`.
         resamples: how many.
-        level: of the interval, 0 < level < 1.
+        level: of the interval, 0 < level < 1: about this share of such intervals holds the value of the population.
         method: "bca", bias-corrected and accelerated (Efron 1987), or "percentile".
         mask: see `permutation_test`.
         missing: see `jaxalign.compare`.
@@ -228,7 +239,8 @@ def bootstrap(
         `Interval`.
 
     Raises:
-        TypeError, ValueError: see `jaxalign.compare`; a measure or estimator that duplicates would mislead.
+        TypeError, ValueError: see `jaxalign.compare`; a measure or estimator that duplicates would mislead; fewer than
+            10 samples.
 
     Example:
         >>> import jax, jaxalign
@@ -319,6 +331,8 @@ def noise_ceiling(
         True
     """
     entry, filled, specification = specified(measure, options)
+    if isinstance(subjects, Mapping):
+        raise TypeError("subjects must be a list of feature arrays, without names; got a mapping: give its values().")
     if len(subjects) < 2:
         raise ValueError(f"subjects must be at least two sets of features; got {len(subjects)}.")
     if not _is_product(specification) or entry.name == "hsic":
@@ -329,10 +343,10 @@ def noise_ceiling(
     assert isinstance(specification, PairMeasure)
     names = [f"subjects[{k}]" for k in range(len(subjects))]
     sets = _real_samples(names, list(subjects), mask, missing, specification)
-    matrices = jnp.stack(pair_matrices(sets, filled, specification, names))
+    matrices, _ = pair_matrices(sets, filled, specification, names)
     gram = jnp.einsum("aij,bij->ab", matrices, matrices, precision=lax.Precision.HIGHEST)
     sizes = jnp.sqrt(jnp.diagonal(gram))
-    if not bool((sizes > 0).all()):
+    if not bool((jnp.isnan(sizes) | (sizes > 0)).all()):
         raise ValueError(f"{names[int(jnp.argmin(sizes))]} does not vary.")
     cosines = gram / sizes[:, None] / sizes[None, :]
     total = jnp.sum(cosines)
@@ -347,9 +361,9 @@ def noise_ceiling(
 # --- what was handed in ---------------------------------------------------------------------------------------------
 
 
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}.")
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}.")
     return int(value)
 
 
@@ -366,13 +380,21 @@ def _real_samples(
 ) -> tuple[Array, ...]:
     """Checked sets (n, d), without the samples that do not count."""
     for name, value in zip(names, arrays, strict=True):
+        if isinstance(value, Mapping):
+            raise TypeError(f"{name} must be one array (n, d); got a mapping. Only permutation_test takes named sets.")
         if np.ndim(value) != 2:
             raise ValueError(f"{name} must have shape (n, d); got {np.shape(value)}.")
-    sets, mask = check_sets(list(zip(names, arrays, strict=True)), mask, missing, measure.least, measure.name)
+    sets, mask = check_sets(list(zip(names, arrays, strict=True)), mask, missing, measure.least, measure.needs)
     if mask is None:
         return sets
     kept = np.flatnonzero(_checks.on_host(mask))
     return tuple(features[kept] for features in sets)
+
+
+def _finite_pairs(sets: tuple[Array, ...], split: int) -> Array:
+    """Whether neither of two sets holds nan or inf, (L, M)."""
+    finite = jnp.stack([jnp.isfinite(x).all() for x in sets])
+    return finite[:split, None] & finite[None, split:]
 
 
 def _is_product(measure: PairMeasure | SetMeasure) -> bool:
@@ -384,28 +406,32 @@ def _is_product(measure: PairMeasure | SetMeasure) -> bool:
 
 def pair_matrices(
     sets: tuple[Array, ...], options: dict[str, Any], measure: PairMeasure, names: Sequence[str]
-) -> list[Array]:
-    """Centred pair matrices (n, n), whose inner products are those of the measure."""
+) -> tuple[Array, Array]:
+    """Centred pair matrices (sets, n, n), whose inner products are those of the measure, and their units (sets,)."""
     sigma = options.get("sigma")
     sigmas, target = check_function(names, sets, None, sigma, options.get("density"), measure.function, STORED)
-    matrices = []
+    found = []
     for k, (name, x) in enumerate(zip(names, sets, strict=True)):
         own = None if sigmas is None else sigmas[..., k]
-        matrix, status = _pair_matrix(x, own, target, measure.function, measure.centring, check_rtol(None, x.dtype))
+        matrix, unit, status = _pair_matrix(
+            x, own, target, measure.function, measure.centring, check_rtol(None, x.dtype)
+        )
         explain_status(name, status)
-        matrices.append(matrix)
-    return matrices
+        found.append((matrix, unit))
+    matrices, units = (jnp.stack(parts) for parts in zip(*found, strict=True))
+    return matrices, units
 
 
 @partial(jax.jit, static_argnames=("function", "centring", "rtol"))
 def _pair_matrix(
     x: Array, sigma: Array | None, density: Array | None, function: PairFunction, centring: Centring, rtol: float
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     one = prepare(x, None, sigma, density, function, rtol, STORED)
     assert one.pairs.distances is not None
     frame = one.pairs.frames[0]
     f = function.of(one.pairs.distances[0], one.rate, frame.scale)
-    return _centred(f * function.unit(frame.scale), centring), one.status
+    # In its own unit, so that neither squares nor products overflow.
+    return _centred(f, centring), function.unit(frame.scale)[0, 0], one.status
 
 
 def _centred(f: Array, centring: Centring) -> Array:
@@ -433,22 +459,21 @@ def _norms(matrices: Array) -> Array:
     return jnp.sum(jnp.sum(matrices * matrices, -1), -1)
 
 
-def _finished(table: Array, measure: PairMeasure, matrices: list[Array], split: int, n: int) -> Array:
-    """Values (m, L, M) from inner products (m, L, M)."""
-    own = _norms(jnp.stack(matrices))
-    shape = table.shape[:-2]
-    one = jnp.ones((*shape, len(matrices)), table.dtype)
+def _finished(table: Array, own: Array, units: Array, measure: PairMeasure, split: int, n: int) -> Array:
+    """Values (m, L, M) from inner products (m, L, M) and those of each set with itself (L + M,)."""
+    shape, number = table.shape[:-2], own.shape[0]
+    units = jnp.broadcast_to(units, (*shape, number))
     nothing = jnp.zeros_like(table)
     inner = Inner(
         table,
         nothing,
         jnp.broadcast_to(own[:split], (*shape, split)),
-        jnp.broadcast_to(own[split:], (*shape, len(matrices) - split)),
-        one[..., :split],
-        one[..., split:],
+        jnp.broadcast_to(own[split:], (*shape, number - split)),
+        units[..., :split],
+        units[..., split:],
         samples=jnp.full(shape, n, table.dtype),
         status=jnp.zeros((), jnp.int32),
-        sigma=one,
+        sigma=units,
         finite=jnp.ones(table.shape, bool),
     )
     return measure.finish(inner)
@@ -510,12 +535,8 @@ def _recomputed(
     """The value, (L, M), and those of permutations, (m, L, M), each computed anew from what was found of each set."""
     order = _permutations(key, number + 1, sets[0].shape[0])
     if isinstance(measure, PairMeasure):  # distances of affinities
-        plain = PairMeasure(measure.name, measure.function, "none", measure.finish, measure.least)
-        matrices = pair_matrices(sets, options, plain, names)
-
-        def value_of(p: Array) -> Array:
-            return _differences(matrices, split, p, measure)
-
+        plain = replace(measure, centring="none")
+        values = _recomputed_differences(pair_matrices(sets, options, plain, names)[0], order, split, measure)
     else:
         sigma, target = check_function(
             names, sets, None, options.get("sigma"), options.get("density"), measure.function, STORED
@@ -523,20 +544,29 @@ def _recomputed(
         for k in range(len(sets)):
             found = _part(sets[k], None if sigma is None else sigma[..., k], target, measure)
             explain_status(names[k], found.status)
-
-        def part(k: int, x: Array) -> Any:
-            return prepare_set(x, None, None if sigma is None else sigma[..., k], target, measure, STORED)
-
-        fixed = [part(k, sets[k]) for k in range(split)]
-
-        def value_of(p: Array) -> Array:
-            parts = fixed + [part(k, sets[k][p]) for k in range(split, len(sets))]
-            return jnp.stack(
-                [jnp.stack([combine_sets(a, b, None, measure) for b in parts[split:]]) for a in parts[:split]]
-            )
-
-    values = jax.jit(lambda order: lax.map(value_of, order))(order)
+        values = _recomputed_sets(sets, sigma, target, order, split, measure)
     return values[0], values[1:]
+
+
+@partial(jax.jit, static_argnames=("split", "measure"))
+def _recomputed_sets(
+    sets: tuple[Array, ...], sigma: Array | None, density: Array | None, order: Array, split: int, measure: SetMeasure
+) -> Array:
+    def part(k: int, x: Array) -> Any:
+        return prepare_set(x, None, None if sigma is None else sigma[..., k], density, measure, STORED)
+
+    fixed = [part(k, sets[k]) for k in range(split)]
+
+    def value_of(p: Array) -> Array:
+        parts = fixed + [part(k, jnp.take(sets[k], p, 0)) for k in range(split, len(sets))]
+        return jnp.stack([jnp.stack([combine_sets(a, b, None, measure) for b in parts[split:]]) for a in parts[:split]])
+
+    return lax.map(value_of, order)
+
+
+@partial(jax.jit, static_argnames=("split", "measure"))
+def _recomputed_differences(matrices: Array, order: Array, split: int, measure: PairMeasure) -> Array:
+    return lax.map(lambda p: _differences(matrices, split, p, measure), order)
 
 
 @partial(jax.jit, static_argnames="measure")
@@ -544,8 +574,8 @@ def _part(x: Array, sigma: Array | None, density: Array | None, measure: SetMeas
     return prepare_set(x, None, sigma, density, measure, STORED)
 
 
-def _differences(matrices: list[Array], split: int, p: Array, measure: PairMeasure) -> Array:
-    n = matrices[0].shape[0]
+def _differences(matrices: Array, split: int, p: Array, measure: PairMeasure) -> Array:
+    n = matrices.shape[-1]
     moved = [g[p][:, p] for g in matrices[split:]]
     rows = jnp.stack([jnp.stack([jnp.sum((f - g) ** 2, -1) for g in moved], 0) for f in matrices[:split]], 0)
     shape = rows.shape[:2]
@@ -570,16 +600,25 @@ def _tested(value: Array, null: Array, larger: bool, best: float) -> dict[str, A
     m = null.shape[0]
     sign = 1 if larger else -1
     value = value[None]
+    unusable = jnp.isnan(value)
     mean, std = jnp.mean(null, 0, keepdims=True), jnp.std(null, 0, keepdims=True)
     positive = jnp.where(std > 0, std, 1)
-    score, scores = (jnp.where(std > 0, sign * (a - mean) / positive, 0) for a in (value, null))
+    score = jnp.where(std > 0, sign * (value - mean) / positive, 0)
+    # For the largest over a grid observed and permuted values are measured alike, by the spread of all of them: else
+    # the observed one, which would not count in its own spread, would reach further than any permuted one can.
+    every = jnp.concatenate((value, null))
+    spread = jnp.std(every, 0, keepdims=True)
+    wide = jnp.where(spread > 0, spread, 1)
+    scores = jnp.where(spread > 0, sign * (every - jnp.mean(every, 0, keepdims=True)) / wide, 0)
+    scores = jnp.where(unusable, -jnp.inf, scores)
     # Permutations that change nothing give the value itself, but for rounding: they count as at least as extreme.
     close = (
         100 * float(jnp.finfo(null.dtype).eps) * jnp.maximum(jnp.abs(value), jnp.max(jnp.abs(null), 0, keepdims=True))
     )
     beyond = jnp.sum(sign * (null - value) >= -close, 0, dtype=null.dtype)
-    largest = jnp.max(scores, (-2, -1), keepdims=True)
-    any_beyond = jnp.sum(largest >= score - close / positive, 0, dtype=null.dtype)
+    largest = jnp.max(scores[1:], (-2, -1), keepdims=True)
+    any_beyond = jnp.sum(largest >= scores[:1] - close / wide, 0, dtype=null.dtype)
+    beyond, any_beyond = (jnp.where(unusable[0], jnp.nan, count) for count in (beyond, any_beyond))
     reach = best - mean
     usable = (reach != 0) & math.isfinite(best)
     calibrated = jnp.where(usable, (value - mean) / jnp.where(usable, reach, 1), jnp.nan)
@@ -590,7 +629,7 @@ def _tested(value: Array, null: Array, larger: bool, best: float) -> dict[str, A
         "null": null,
         "null_mean": mean[0],
         "null_std": std[0],
-        "score": score[0],
+        "score": jnp.where(unusable, jnp.nan, score)[0],
         "calibrated": calibrated[0],
     }
 
@@ -611,20 +650,33 @@ def _resampled(
 ) -> tuple[Array, Array, Array]:
     """Values of the resamples, (b,), of all samples, and without each sample, (n,); of the difference of two pairs."""
     entry, filled, specification = specified(measure, options)
-    resamples = _whole("resamples", resamples)
+    _checks.random_key(key)
+    resamples = _whole("resamples", resamples, 2)
     _checks.choice("method", method, ("bca", "percentile"))
-    if not 0 < level < 1:
+    if not isinstance(level, (float, np.floating)) or not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1; got {level!r}.")
     names = ["x", "y"] if len(sets) == 2 else ["first[0]", "first[1]", "second[0]", "second[1]"]
     ready = _real_samples(names, list(sets), mask, missing, specification)
     n = ready[0].shape[0]
+    if n < _LEAST_RESAMPLED:
+        raise ValueError(
+            f"the bootstrap needs at least {_LEAST_RESAMPLED} samples; {n} are there. Of fewer, many resamples are "
+            "mostly copies, in which there is nothing to compare."
+        )
     drawn = jax.random.randint(key, (resamples, n), 0, n)
     counts = jax.vmap(lambda row: jnp.bincount(row, length=n))(drawn)
     dtype = ready[0].dtype
     weights = jnp.concatenate((jnp.ones((1, n), dtype), 1 - jnp.eye(n, dtype=dtype), counts.astype(dtype)))
     if isinstance(specification, PairMeasure) and specification.centring in ("debiased", "pearson", "none"):
-        matrices = pair_matrices(ready, filled, specification, names)
-        parts = [_weighted_values(*matrices[k : k + 2], weights, specification) for k in range(0, len(ready), 2)]
+        matrices, units = pair_matrices(ready, filled, specification, names)
+        parts = [
+            jnp.where(
+                jnp.isfinite(ready[k]).all() & jnp.isfinite(ready[k + 1]).all(),
+                _weighted_values(*matrices[k : k + 2], units[k : k + 2], weights, specification),
+                jnp.nan,
+            )
+            for k in range(0, len(ready), 2)
+        ]
     else:
         raise ValueError(
             f"measure {entry.name!r} with these options has no bootstrap: copies of a sample would count as evidence, "
@@ -636,7 +688,7 @@ def _resampled(
 
 
 @partial(jax.jit, static_argnames="measure")
-def _weighted_values(f: Array, g: Array, weights: Array, measure: PairMeasure) -> Array:
+def _weighted_values(f: Array, g: Array, units: Array, weights: Array, measure: PairMeasure) -> Array:
     """The measure with samples weighted by w, (b, n): sums over different samples only."""
     cross, own_f, own_g = (_weighted_product(a, b, weights, measure.centring) for a, b in ((f, g), (f, f), (g, g)))
     inner = Inner(
@@ -644,8 +696,8 @@ def _weighted_values(f: Array, g: Array, weights: Array, measure: PairMeasure) -
         jnp.zeros_like(cross)[:, None, None],
         own_f[:, None],
         own_g[:, None],
-        jnp.ones_like(own_f)[:, None],
-        jnp.ones_like(own_g)[:, None],
+        jnp.broadcast_to(units[0], own_f.shape)[:, None],
+        jnp.broadcast_to(units[1], own_g.shape)[:, None],
         # `finish` of hsic divides by n (n - 3): the weighted product is already that many times the mean.
         samples=jnp.full(cross.shape, f.shape[0], cross.dtype),
         status=jnp.zeros((), jnp.int32),

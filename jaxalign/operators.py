@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
-from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, Plan, TileSize, make_plan, on_mesh
+from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, Plan, TileSize, gathered, make_plan, on_mesh
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import (
@@ -30,7 +31,7 @@ from jaxalign.bandwidth import (
     solve_checked,
 )
 from jaxalign.distances import accurate_distances, make_frame
-from jaxalign.pairs import Reduction, Tile, kernel, kernel_terms, reduce_pairs
+from jaxalign.pairs import Reduction, Tile, kernel, kernel_terms, reduce_pairs, usual_count
 
 
 def affinity_operator(
@@ -81,7 +82,7 @@ def affinity_operator(
         >>> (a @ jax.numpy.ones(200)).shape
         (200,)
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal)
+    problem = check_problem(x, y, mask, mask_y, diagonal, shared=mesh is None and axis_name is not None)
     if zero_diagonal and y is not None:
         raise ValueError("zero_diagonal=True has no meaning with y: row i and column i are different samples.")
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
@@ -90,23 +91,32 @@ def affinity_operator(
         target = check_density(density, problem, bandwidth, plan)
         solution = solve_checked(problem, target, bandwidth, check_rtol(None, problem.x.dtype), plan, precision)
         explain_failure(solution.status, problem)
-        found = solution.sigma[..., None] if bandwidth == "per_row" else solution.sigma[..., None, None]
-        if bandwidth == "per_row" and problem.mask is not None:  # nan there, which would reach the other rows
+        by_row = bandwidth == "per_row"
+        found = solution.sigma[..., None] if by_row else solution.sigma[..., None, None]
+        if by_row and problem.mask is not None:  # nan there, which would reach the other rows
             found = jnp.where(problem.mask[..., None], found, 1)
     else:
-        found = check_sigma(sigma, problem)
+        found, by_row = check_sigma(sigma, problem)
         _checks.finite_rows("x", problem.x, problem.mask)
         if problem.y is not None:
             _checks.finite_rows("y", problem.y, problem.mask_y)
     return AffinityOperator(
-        problem.x, problem.y, problem.mask, problem.mask_y, found, None, None, zero_diagonal, False, plan, precision
+        *problem[:4],
+        found,
+        left=None,
+        right=None,
+        by_row=by_row,
+        zero_diagonal=zero_diagonal,
+        transposed=False,
+        plan=plan,
+        precision=precision,
     )
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("x", "y", "mask", "mask_y", "row_sigma", "left", "right"),
-    meta_fields=("zero_diagonal", "transposed", "plan", "precision"),
+    meta_fields=("by_row", "zero_diagonal", "transposed", "plan", "precision"),
 )
 @dataclass(frozen=True)
 class AffinityOperator:
@@ -123,6 +133,7 @@ class AffinityOperator:
     row_sigma: Array  # (..., 1, 1) or (..., n, 1)
     left: Array | None  # (..., rows, 1)
     right: Array | None  # (..., columns, 1)
+    by_row: bool  # whether every row of x has its own sigma
     zero_diagonal: bool
     transposed: bool
     plan: Plan
@@ -149,7 +160,7 @@ class AffinityOperator:
     @property
     def sigma(self) -> Array:
         """The bandwidth, in units of the features, shape (...) or, one a row of x, (..., n) with nan where masked."""
-        if self.row_sigma.shape[-2] == 1:
+        if not self.by_row:
             return self.row_sigma[..., 0, 0]
         sigma = self.row_sigma[..., 0]
         return sigma if self.mask is None else jnp.where(self.mask, sigma, jnp.nan)
@@ -209,14 +220,18 @@ class AffinityOperator:
                 "rows of an operator whose rows are spread over devices: multiply with columns of the identity, "
                 "(a.T @ e).T, instead."
             )
-        index = jnp.asarray(index)
-        if (
-            _checks.is_concrete(index)
-            and index.size
-            and not (-self.shape[-2] <= index.min() <= index.max() < self.shape[-2])
-        ):
-            raise ValueError(f"index reaches from {index.min()} to {index.max()}; there are {self.shape[-2]} rows.")
-        return _rows(self, index % self.shape[-2])
+        given = index if isinstance(index, jax.Array) else np.asarray(index)
+        if given.size == 0:
+            return jnp.zeros((*self.shape[:-2], 0, self.shape[-1]), self.dtype)
+        if given.ndim != 1 or not jnp.issubdtype(given.dtype, jnp.integer):
+            raise TypeError(
+                f"index must be a list of row numbers, shape (k,); got shape {given.shape} of {given.dtype}. "
+                "Of a boolean mask write np.flatnonzero(mask)."
+            )
+        n = self.shape[-2]
+        if _checks.is_concrete(given) and not (-n <= given.min() <= given.max() < n):
+            raise ValueError(f"index reaches from {given.min()} to {given.max()}; there are {n} rows.")
+        return _rows(self, jnp.asarray(given, jnp.int32) % n)
 
     def diagonal(self) -> Float[Array, "*batch n"]:
         """A_ii; only for an operator of x with itself."""
@@ -247,7 +262,7 @@ class AffinityOperator:
         if self.transposed:
             dense = jnp.swapaxes(dense, -1, -2)
         dense = dense if self.left is None else self.left * dense
-        return dense if self.right is None else dense * jnp.swapaxes(self.right, -1, -2)
+        return dense if self.right is None else dense * jnp.swapaxes(gathered(self.right), -1, -2)
 
     def degree_normalized(self) -> AffinityOperator:
         """D^-1/2 A D^-1/2, D the row sums (left) and column sums (right): the operator of the normalised cut.
@@ -262,7 +277,7 @@ class AffinityOperator:
 
     @property
     def _symmetric(self) -> bool:
-        return self.y is None and self.row_sigma.shape[-2] == 1
+        return self.y is None and not self.by_row
 
 
 def _inverse_root(degrees: Array) -> Array:
@@ -282,15 +297,16 @@ def _product(a: AffinityOperator, v: Array) -> Array:
         frame = make_frame(x, y, mask, mask_y, a.plan.axis_name)
         rate = rate_of(sigma, frame)
         pairs = pairs_of(frame, None, "exclude" if a.zero_diagonal else "include", a.plan, a.precision)
-        reduction = Reduction(kernel_terms, _times_column_values, symmetric=rate.shape[-2] == 1)
-        _, product = reduce_pairs(reduction, pairs, rates=(rate,), as_column=v, rates_by_column=a.transposed)
+        reduction = Reduction(kernel_terms, _times_column_values, symmetric=not a.by_row)
+        rates_of = "all" if not a.by_row else "columns" if a.transposed else "rows"
+        _, product = reduce_pairs(reduction, pairs, rates=(rate,), rates_of=rates_of, as_column=v)
         return jnp.where(frame.finite[..., None, None], product, jnp.nan)
 
     v = v if a.right is None else v * a.right
     sides = (a.x, a.y, a.mask, a.mask_y)
     if a.transposed and a.y is not None:
         sides = (a.y, a.x, a.mask_y, a.mask)
-    sigma_rows = NO_ROWS if a.row_sigma.shape[-2] == 1 else ROWS_SECOND_LAST
+    sigma_rows = ROWS_SECOND_LAST if a.by_row else NO_ROWS
     rows = (sigma_rows, ROWS_SECOND_LAST)
     product = on_mesh(local, a.plan, sides, (a.row_sigma, v), rows, ROWS_SECOND_LAST)
     return product if a.left is None else product * a.left
@@ -312,9 +328,10 @@ def _rows(a: AffinityOperator, index: Array) -> Array:
         mask=None if few.mask is None else jnp.take(few.mask, index, -1),
         sample=None if few.sample is None else jnp.take(few.sample, index, -1),
     )
-    if rate.shape[-2] != 1:
+    if a.by_row:
         rate = jnp.swapaxes(rate, -1, -2) if a.transposed else jnp.take(rate, index, -2)
-    pairs = pairs_of(few, accurate_distances(few, rate, precision=a.precision), "include")
+    counted = usual_count(frame.raw_other.shape[-2], frame.raw_x)
+    pairs = pairs_of(few, accurate_distances(few, rate, counted=counted, precision=a.precision), "include")
     assert pairs.distances is not None
     rows = kernel(pairs.distances[0], rate)
     if few.mask is not None:

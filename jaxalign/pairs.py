@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,13 @@ from jaxalign.distances import (
     varying_like,
 )
 
+# What has a rate of its own: all pairs together one, or each row, or each column.
+RatesOf = Literal["all", "rows", "columns"]
+
+# Share of the pairs that bear a sum over a kernel, where it is not known: the default density.
+_USUAL_SHARE = 0.05
+# The distances of so many sets are computed side by side.
+_FEW_SETS = 2
 # Stored pairs in a block: 4 MB of float32. (n = 4096 on 2 cores: six sums take 14 ms in such blocks, 94 ms in one.)
 _PAIRS_PER_BLOCK = 2**20
 
@@ -56,16 +63,18 @@ class Tile(NamedTuple):
     distances: tuple[Array, ...]  # squared (not where rooted), (..., r, c), one a set, in the units of its frame
     row: Side
     column: Side
-    one_rate: tuple[Array | None, ...]  # (..., 1, 1), of the sets that have one rate for all rows
-    rates_by_column: bool  # where rows have their own rates, that of a pair is its column's
+    one_rate: tuple[Array | None, ...]  # (..., 1, 1), where there is one rate for all rows
+    rates_of: RatesOf  # what has a rate
+    counted: Array  # (..., 1, 1): about how many pairs bear a sum, for the accuracy of distances
     weighted: bool  # whether any weight is not 1
     skip_self: bool
 
     @property
     def rates(self) -> tuple[Array | None, ...]:
         """One a feature set, broadcasting against its distances; None where none was given."""
-        owners = self.column.rates if self.rates_by_column else self.row.rates
-        each = (rate if rate is None or not self.rates_by_column else _transpose(rate) for rate in owners)
+        by_column = self.rates_of == "columns"
+        owners = self.column.rates if by_column else self.row.rates
+        each = (rate if rate is None or not by_column else _transpose(rate) for rate in owners)
         return tuple(own if only is None else only for own, only in zip(each, self.one_rate, strict=True))
 
     def weigh(self, values: Array) -> Array:
@@ -133,6 +142,11 @@ def kernel(d2: Array, rate: Array) -> Array:
     return jnp.exp(-rate * d2)
 
 
+def kernel_less_one(d2: Array, rate: Array) -> Array:
+    """`kernel` - 1, which keeps its digits where the kernel is close to 1."""
+    return jnp.expm1(-rate * d2)
+
+
 def kernel_terms(tile: Tile) -> Array:
     """The weighted affinity of the first feature set at its rate."""
     rate = tile.rates[0]
@@ -142,7 +156,7 @@ def kernel_terms(tile: Tile) -> Array:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("frames", "distances"),
+    data_fields=("frames", "distances", "density"),
     meta_fields=("skip_self", "tile_size", "axis_name", "precision", "fixed", "rooted"),
 )
 @dataclass(frozen=True)
@@ -159,6 +173,8 @@ class Pairs:
         precision: of the products in the distances.
         fixed: no derivative is wanted; computed distances then carry none, which saves a pass over each tile.
         rooted: tiles hold Euclidean distances, not squared ones.
+        density: (..., 1, 1), about the mean of the kernel that is summed up, if known: the fewer pairs bear a sum, the
+            more accurate their distances have to be.
     """
 
     frames: tuple[Frame, ...]
@@ -169,6 +185,7 @@ class Pairs:
     precision: lax.PrecisionLike = None
     fixed: bool = False
     rooted: bool = False
+    density: Array | None = None
 
     @property
     def itself(self) -> bool:
@@ -230,6 +247,14 @@ class Pairs:
         squared = (fast_distances(frame, self.precision) for frame in self.frames)
         return replace(self, distances=tuple(root(d2) if self.rooted else d2 for d2 in squared))
 
+    def counted(self, rates_of: RatesOf) -> Array:
+        """About how many pairs bear the sum over a kernel, (..., 1, 1): of all, of a row or of a column."""
+        n, m = self.shape
+        number = {"all": n * m, "rows": m, "columns": n}[rates_of]
+        if self.density is None:
+            return usual_count(number, self.frames[0].raw_x)
+        return number * self.density
+
     def any(self, condition: Array) -> Array:
         """Whether a condition holds anywhere, on any device: a scalar."""
         return over_devices(lax.psum, jnp.any(condition).astype(jnp.int32), self.axis_name) > 0
@@ -277,6 +302,11 @@ class Pairs:
         )
 
 
+def usual_count(number: int, like: Array) -> Array:
+    """Of so many pairs, how many usually bear a sum over a kernel; with as many dimensions as `like`, and its dtype."""
+    return jnp.full((1,) * like.ndim, _USUAL_SHARE * number, like.dtype)
+
+
 def _weights(rows: Array, mask: Array | None) -> Array:
     return varying_like(rows, jnp.ones(rows.shape[:-1], rows.dtype)) if mask is None else mask.astype(rows.dtype)
 
@@ -290,9 +320,9 @@ def reduce_pairs(
     pairs: Pairs,
     *,
     rates: tuple[Array | None, ...] = (None,),
+    rates_of: RatesOf = "all",
     as_row: Any = (),
     as_column: Any = (),
-    rates_by_column: bool = False,
     in_blocks: bool = True,
 ) -> tuple[Any, Any]:
     """Visit all pairs and sum up.
@@ -300,11 +330,11 @@ def reduce_pairs(
     Args:
         reduction: what is summed up.
         pairs: the pairs.
-        rates: one a feature set: 1 / (2 sigma^2) in units of its frame, (..., 1, 1) or (..., n, 1); it comes with the
-            tile, and computed distances are accurate enough for it. None: accurate to rounding of the largest.
+        rates: one a feature set: 1 / (2 sigma^2) in units of its frame; it comes with the tile, and computed distances
+            are accurate enough for it. None: accurate to rounding of the largest.
+        rates_of: "all": a rate has shape (..., 1, 1); "rows" (..., n, 1), one a row; "columns" (..., m, 1).
         as_row: a pytree of arrays (..., n, k): values that a row brings to its pairs, `Tile.row.as_row`.
         as_column: the same for columns, (..., m, k), `Tile.column.as_column`.
-        rates_by_column: rates are those of the columns, (..., m, 1).
         in_blocks: False visits stored pairs all at once: for what reverse mode differentiates, as the transpose of a
             loop over blocks would add up one n x m array a block.
 
@@ -312,7 +342,7 @@ def reduce_pairs(
         (totals, rows) of the reduction; rows are (..., n, k). With `axis_name`, totals are over all devices, rows are
         those of this device.
     """
-    blank = _blank_tile(pairs, rates, as_row, as_column, rates_by_column)
+    blank = _blank_tile(pairs, rates, rates_of, as_row, as_column)
     if pairs.distances is not None:
         return _visit_stored(reduction, pairs, blank, in_blocks)
     return _visit_ring(reduction, pairs, blank)[:2]
@@ -329,28 +359,25 @@ def reduce_both_sides(
     assert not pairs.itself
     assert pairs.distances is None
     assert pairs.axis_name is None
-    return _visit_ring(reduction, pairs, _blank_tile(pairs, rates, as_row, as_column, False), both_sides=True)
+    return _visit_ring(reduction, pairs, _blank_tile(pairs, rates, "all", as_row, as_column), both_sides=True)
 
 
-def _blank_tile(
-    pairs: Pairs, rates: tuple[Array | None, ...], as_row: Any, as_column: Any, rates_by_column: bool
-) -> Tile:
+def _blank_tile(pairs: Pairs, rates: tuple[Array | None, ...], rates_of: RatesOf, as_row: Any, as_column: Any) -> Tile:
     """All rows and columns as one tile, without distances."""
-    one_rate = tuple(None if rate is None or rate.shape[-2] != 1 else rate for rate in rates)
-    own = tuple(rate if only is None else None for rate, only in zip(rates, one_rate, strict=True))
     none = (None,) * len(rates)
+    one_rate, own = (rates, none) if rates_of == "all" else (none, rates)
     if pairs.itself:
         row = column = pairs.side(second=False, rates=own, as_row=as_row, as_column=as_column)
     else:
-        row = pairs.side(second=False, rates=none if rates_by_column else own, as_row=as_row, as_column=())
-        column = pairs.side(second=True, rates=own if rates_by_column else none, as_row=(), as_column=as_column)
+        row = pairs.side(second=False, rates=none if rates_of == "columns" else own, as_row=as_row, as_column=())
+        column = pairs.side(second=True, rates=own if rates_of == "columns" else none, as_row=(), as_column=as_column)
     # Inside shard_map what comes by varies from device to device, also where it started as the same on all.
     features = pairs.frames[0].raw_x
     same = row is column
     row = jax.tree.map(lambda a: varying_like(features, a), row)
     column = row if same else jax.tree.map(lambda a: varying_like(features, a), column)
     weighted = pairs.frames[0].mask is not None or pairs.frames[0].other_mask is not None
-    return Tile((), row, column, one_rate, rates_by_column, weighted, pairs.skip_self)
+    return Tile((), row, column, one_rate, rates_of, pairs.counted(rates_of), weighted, pairs.skip_self)
 
 
 def _visit_stored(reduction: Reduction, pairs: Pairs, blank: Tile, in_blocks: bool) -> tuple[Any, Any]:
@@ -414,6 +441,12 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides: 
     rows = _split(row, here, size)
     columns = rows if itself else _split(column, there, size_y)
     ring = here * devices  # tiles in the whole ring, when rows meet themselves
+    # In an even ring, tiles opposite each other would meet from either side. So offsets come in halves of the tiles
+    # here, and of the last offset either side does one.
+    halves = 2 if itself and ring % 2 == 0 and here % 2 == 0 else 1
+    tiles = here // halves
+    other_half = halves == 2 and devices % 2 == 0  # else the two are tiles of the first and of the second half anyway
+    turned = (lax.axis_index(axis) // (devices // 2)).astype(jnp.arange(0).dtype) if other_half else 0
 
     def meet(some: Side, others: Side, mirror: Array) -> tuple[Any, Any, Any]:
         tile = _with_distances(pairs, blank._replace(row=some, column=others))
@@ -437,37 +470,51 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides: 
     start, start_y = (_stacked(reduction.nothing(jax.tree.map(_zeros, shape)), here) for shape in shapes)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def offset(k: Array, first_k: Array, come_by: Side) -> tuple[Any, Any, Any]:
-        """The tiles here, each with one that is k further on."""
+    def offset(k: Array, first: Array | int, first_k: Array, come_by: Side) -> tuple[Any, Any, Any]:
+        """Tiles here, from the first on, each with one that is k further on."""
+        far = first_k + k
+        mirror = (far != 0) & (jnp.asarray(halves == 2) | (2 * far != ring)) if itself else jnp.zeros((), bool)
+        if itself and pairs.fixed:
+            # No copy of what comes by; reverse mode would add up one as large for every tile.
+            def two(i: Array) -> tuple[Any, Any, Any]:
+                some = jax.tree.map(lambda a: a[i], rows)
+                others = jax.tree.map(lambda a: a[(k + i) % come_by.sample.shape[0]], come_by)
+                return meet(some, others, mirror)
+
+            return lax.map(two, first + jnp.arange(tiles))
+        some = rows if halves == 1 else _some(rows, first, tiles)
         if itself:
-            others = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, k, here, 0), come_by)
-            far = first_k + k
-            mirror = (far != 0) & (2 * far != ring)
+            others = _some(come_by, k + first, tiles)
         else:
             one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, k, 0, keepdims=False), come_by)
-            others = _stacked(one, here)
-            mirror = jnp.zeros((), bool)
-        return lax.map(lambda two: meet(two[0], two[1], mirror), (rows, others))
+            others = _stacked(one, tiles)
+        return lax.map(lambda two: meet(two[0], two[1], mirror), (some, others))
 
     def over_tiles(parts: Any) -> Any:
         nothing = reduction.nothing(_first(parts))
         return lax.scan(lambda carry, part: (reduction.combine(carry, part), None), nothing, parts)[0]
 
-    def offsets(count: int, first_k: Array, come_by: Side, sums: Any, sums_y: Any) -> tuple[Any, Any, Any]:
+    def offsets(
+        count: int, first_k: Array, come_by: Side, sums: Any, sums_y: Any, *, last: bool = False
+    ) -> tuple[Any, Any, Any]:
         """Offsets 0 .. count - 1; sums_y has the tiles that come by, and as many more as are met."""
 
-        def step(carry: tuple[Any, Any], k: Array) -> tuple[tuple[Any, Any], Any]:
+        def added(sums: Any, more: Any, start: Array | int) -> Any:
+            """More sums for tiles from `start` on."""
+            new = reduction.combine(_some(sums, start, tiles), more)
+            return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, 0), sums, new)
+
+        def step(carry: tuple[Any, Any], number: Array) -> tuple[tuple[Any, Any], Any]:
             sums, sums_y = carry
-            totals, more, more_y = offset(k, first_k, come_by)
-            sums = reduction.combine(sums, more)
+            k, first = (number, 0) if halves == 1 else (number // 2, (number + turned) % 2 * tiles)
+            totals, more, more_y = offset(k, first, first_k, come_by)
+            sums = reduction.combine(sums, more) if halves == 1 else added(sums, more, first)
             if not itself:
                 return (sums, ()), (totals, over_tiles(more_y) if both_sides else ())
-            old = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, k, here, 0), sums_y)
-            new = reduction.combine(old, more_y)
-            sums_y = jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, k, 0), sums_y, new)
-            return (sums, sums_y), (totals, ())
+            return (sums, added(sums_y, more_y, k + first)), (totals, ())
 
-        (sums, sums_y), (totals, met) = lax.scan(step, (sums, sums_y), jnp.arange(count))
+        steps = count * halves - (1 if last and halves == 2 else 0)
+        (sums, sums_y), (totals, met) = lax.scan(step, (sums, sums_y), jnp.arange(steps))
         totals = jax.tree.map(lambda t: pairwise_sum(t.reshape(-1, *t.shape[2:])), totals)
         return totals, sums, sums_y if itself else met
 
@@ -482,15 +529,19 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides: 
             return tree
         return lax.ppermute(tree, axis, [(i, (i + distance) % devices) for i in range(devices)])
 
-    def device(carry: tuple[Side, Any, Any], r: Array, count: int) -> tuple[tuple[Side, Any, Any], Any]:
+    def device(
+        carry: tuple[Side, Any, Any], r: Array, count: int, *, last: bool = False
+    ) -> tuple[tuple[Side, Any, Any], Any]:
         come_by, sums, sums_y = carry
         following = passed_on(come_by)
         if not itself:
             totals, sums, _ = offsets(count, r * there, come_by, sums, ())
             return (following, sums, ()), totals
-        both = jax.tree.map(lambda a, b: jnp.concatenate((a, b[: count - 1])), come_by, following)
+        both = come_by  # of one device all is there, and a tile of it can be looked up where it is
+        if not pairs.fixed or devices > 1:
+            both = jax.tree.map(lambda a, b: jnp.concatenate((a, b[: count - 1])), come_by, following)
         more_y = jax.tree.map(lambda a, b: jnp.concatenate((a, b)), sums_y, start_y)
-        totals, sums, more_y = offsets(count, r * here, both, sums, more_y)
+        totals, sums, more_y = offsets(count, r * here, both, sums, more_y, last=last)
         left = jax.tree.map(lambda a: a[:here], more_y)
         met = jax.tree.map(lambda a: a[here:], more_y)
         return (following, sums, (left, met)), totals
@@ -501,6 +552,8 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides: 
 
     wanted = ring // 2 + 1 if itself else there * devices
     whole, rest = divmod(wanted, here if itself else there)
+    if halves == 2 and rest == 0:
+        whole, rest = whole - 1, here
     carry, totals = (columns, start, start_y), []
     if whole:
 
@@ -513,7 +566,7 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides: 
         carry, part = lax.scan(step, carry, jnp.arange(whole))
         totals.append(jax.tree.map(pairwise_sum, part))
     if rest:
-        (_, sums, (left, met)), part = device(carry, jnp.asarray(whole), rest)
+        (_, sums, (left, met)), part = device(carry, jnp.asarray(whole), rest, last=True)
         totals.append(part)
         sums = reduction.combine(reduction.combine(sums, sent_home(left, whole)), sent_home(met, whole + 1))
     else:
@@ -527,9 +580,10 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides: 
 
 def _with_distances(pairs: Pairs, tile: Tile) -> Tile:
     """Compute the distances of a tile."""
-    distances = []
     mask, mask_y = (side.weights[..., 0] > 0 if tile.weighted else None for side in (tile.row, tile.column))
-    for k, frame in enumerate(pairs.frames):
+
+    def of(k: int) -> Array:
+        frame = pairs.frames[k]
         part = frame._replace(raw_x=tile.row.features[k], raw_y=tile.column.features[k], mask=mask, mask_y=mask_y)
         if pairs.itself or frame.sample is not None:
             part = part._replace(sample=tile.row.sample[:, 0], sample_y=tile.column.sample[:, 0])
@@ -538,18 +592,24 @@ def _with_distances(pairs: Pairs, tile: Tile) -> Tile:
         at = [r for r in (rate, own, None if others is None else _transpose(others)) if r is not None]
         precision = pairs.precision
         if at:
-            d2 = accurate_distances(part, *at, precision=precision, rooted=pairs.rooted)
+            d2 = accurate_distances(part, *at, counted=tile.counted, precision=precision, rooted=pairs.rooted)
         else:
             d2 = fast_distances(part, precision)
         d2 = d2 if pairs.fixed else attach_formula(part, d2, precision)
-        distances.append(root(d2) if pairs.rooted else d2)
+        return root(d2) if pairs.rooted else d2
+
+    every = range(len(pairs.frames))
+    if not pairs.fixed or len(every) <= _FEW_SETS:
+        return tile._replace(distances=tuple(of(k) for k in every))
+    # One after the other: the compiler would rather have what all of them need in memory at once.
+    distances = lax.map(lambda k: lax.switch(k, [partial(of, k) for k in every]), jnp.arange(len(every)))
     return tile._replace(distances=tuple(distances))
 
 
 def split_rows(n: int, tile_size: int | None, *, odd: bool = False) -> tuple[int, int]:
     """How many tiles n rows make, and the rows of a tile.
 
-    In a ring of an odd number no pair of tiles meets twice; but tiles that need no padding need no weights either.
+    In a ring of an odd number no two tiles are opposite each other; but tiles that need no padding need no weights.
     """
     count = 1 if tile_size is None else -(-n // tile_size)
     if odd and count % 2 == 0 and n % count:
@@ -587,6 +647,11 @@ def _joined(a: Array, n: int) -> Array:
 
 def _first(tree: Any) -> Any:
     return jax.tree.map(lambda a: a[0], tree)
+
+
+def _some(tree: Any, start: Array | int, count: int) -> Any:
+    """Some of the tiles."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, count, 0), tree)
 
 
 def _stacked(tree: Any, count: int) -> Any:

@@ -32,12 +32,16 @@ def data_mesh(devices: Sequence[jax.Device] | int | None = None, *, axis_name: s
         >>> mesh.axis_names
         ('data',)
     """
+    if isinstance(devices, (bool, float, str)):
+        raise TypeError(f"devices must be a number of devices, or devices; got {devices!r}.")
     if devices is None or isinstance(devices, int):
         every = jax.devices()
         count = len(every) if devices is None else devices
         if not 1 <= count <= len(every):
             raise ValueError(f"devices = {count}: there are {len(every)} devices, {every[0].platform}.")
         devices = every[:count]
+    if not len(devices):
+        raise ValueError("devices is empty: a mesh needs at least one.")
     return Mesh(np.asarray(devices), (axis_name,), axis_types=(AxisType.Auto,))
 
 
@@ -55,8 +59,11 @@ def shard_rows(
         axis_name: the axis of the mesh; None: its first.
 
     Raises:
-        ValueError: the mesh has no such axis; rows that do not divide.
+        TypeError: x is not an array. ValueError: the mesh has no such axis; rows that do not divide.
     """
+    if not isinstance(x, (np.ndarray, jax.Array)) or x.ndim < 2:
+        what = f"shape {x.shape}" if isinstance(x, (np.ndarray, jax.Array)) else type(x).__name__
+        raise TypeError(f"x must be an array of shape (..., n, d); got {what}.")
     axis = mesh.axis_names[0] if axis_name is None else axis_name
     if axis not in mesh.axis_names:
         raise ValueError(f"mesh has no axis {axis!r}, its axes are {mesh.axis_names}.")

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxalign import _checks
-from jaxalign._plan import TileSize, block_rows_at_hand, check_tile_size, choose_tiles
+from jaxalign._plan import TileSize, check_tile_size, choose_tiles, usual_block_rows
 from jaxalign._rate import (
     MAX_PASSES,
     SUBSAMPLE,
@@ -35,6 +35,7 @@ from jaxalign._rate import (
     series_moments,
     sums_over,
 )
+from jaxalign._saved import check_place, replace_file
 from jaxalign._version import __version__
 from jaxalign.bandwidth import (
     CONVERGED,
@@ -79,7 +80,8 @@ def solve_sigma(
         mask: shape (n,), True = a real sample.
         mask_y: the same for y.
         rtol: relative error allowed in the density; None: 1e-6 in float32, 1e-13 in float64.
-        block_rows: rows in a block; None: as many as an eighth of the free memory holds. A sequence has its own blocks.
+        block_rows: rows in a block, of which three are in memory; None: 256 MB, 65536 rows at most. A sequence has its
+            own blocks.
         tile_size: of the tiles within a pair of blocks, see `jaxalign.solve_sigma`.
         checkpoint: a file to write progress to, and to go on from if it is there. Removed at the end. One that was
             written for other features or options is refused.
@@ -222,21 +224,28 @@ class Blocks:
         return (rows if mask is None else np.where(mask[:, None], rows, 0)), mask
 
 
+def check_block_rows(block_rows: Any) -> None:
+    """Raise unless it is a number of rows, or None."""
+    if block_rows is None:
+        return
+    if isinstance(block_rows, bool) or not isinstance(block_rows, (int, np.integer)) or block_rows < 1:
+        raise ValueError(f"block_rows must be a whole number of rows, at least 1; got {block_rows!r}.")
+
+
 def _blocks(name: str, rows: Rows, mask: np.ndarray | None, block_rows: int | None, least: int) -> Blocks:
     if isinstance(rows, (str, os.PathLike)):
         try:
             rows = np.load(rows, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{name}: {rows} is not a complete .npy file of numbers ({error}).") from None
-    if block_rows is not None:
-        if isinstance(block_rows, bool) or not isinstance(block_rows, (int, np.integer)) or block_rows < 1:
-            raise ValueError(f"block_rows must be a whole number of rows, at least 1; got {block_rows!r}.")
-        block_rows = int(block_rows)
+    check_block_rows(block_rows)
+    if isinstance(rows, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost: give {name}.data, and mask=.")
     if isinstance(rows, (np.ndarray, jax.Array)):
         if rows.ndim != 2 or 0 in rows.shape:
             raise ValueError(f"{name} must have shape (n, d), both at least 1; got {rows.shape}.")
         head = np.asarray(rows[:1])
-        size = block_rows_at_hand(rows.shape[1] * max(4, head.dtype.itemsize)) if block_rows is None else block_rows
+        size = usual_block_rows(rows.shape[1] * max(4, head.dtype.itemsize)) if block_rows is None else int(block_rows)
         n, array = rows.shape[0], rows
         sizes = tuple(min(size, n - start) for start in range(0, n, size))
 
@@ -376,7 +385,7 @@ def open_rows(
     skip_self = diagonal == "exclude"
     largest = max(max(side.sizes) for side in sides)
     check_tile_size(tile_size)
-    _, tile = choose_tiles(tile_size, largest, largest, 1, ours.dtype.itemsize, may_store=False)
+    _, tile = choose_tiles(tile_size, largest, largest, 1, ours.dtype.itemsize, may_store=False, by_memory=False)
     identity = {
         "version": __version__,
         "rows": [side.rows for side in sides],
@@ -527,6 +536,7 @@ class _Checkpoint:
         if path is None:
             return _Checkpoint(None, identity)
         path = Path(path)
+        check_place(path)
         if not path.exists():
             return _Checkpoint(path, identity)
         way_out = "Delete it to start again, or name another file."
@@ -535,7 +545,7 @@ class _Checkpoint:
             body = json.dumps(content["state"], sort_keys=True)
             whole = content["check"] == zlib.crc32(body.encode())
             state = content["state"]
-            found = state["identity"]
+            found = dict(state["identity"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"checkpoint {path} is truncated or not a checkpoint. {way_out}") from None
         if not whole:
@@ -560,12 +570,7 @@ class _Checkpoint:
         state = {"identity": self.identity, "search": self.search, "done": self.done, "sums": self.sums}
         body = json.dumps(state, sort_keys=True)
         content = json.dumps({"check": zlib.crc32(body.encode()), "state": state}, sort_keys=True)
-        beside = self.path.with_name(self.path.name + ".new")
-        with beside.open("w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
+        replace_file(self.path, content.encode())
 
     def remove(self) -> None:
         """The job is done."""

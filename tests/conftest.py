@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import zlib
 from collections.abc import Iterator
@@ -37,6 +38,21 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("jaxalign")
+
+
+# A compiled program maps a few pieces of memory, of which Linux lets a process have 65530 by default; with more of them
+# the compiler crashes.
+MANY_MAPS = 30_000
+finished = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Drop what was compiled before there is too much of it."""
+    yield
+    maps = Path("/proc/self/maps")
+    if next(finished) % 16 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -263,3 +263,119 @@ def test_bad_input(x64, tmp_path):
 def test_progress_bars_can_be_seen(x64, capsys):
     compare_grid(layers(), progress=True)
     assert "sigma" in capsys.readouterr().err
+
+
+# --- what once went wrong -------------------------------------------------------------------------------------------
+
+
+def test_two_models_may_name_their_layers_alike(x64):
+    first = layers()
+    grid = compare_grid(first, {name: 2 * x + 1 for name, x in first.items()}, "rsa")
+    for again in (grid, jaxalign.ComparisonGrid.from_json(grid.to_json())):
+        assert {name: match for name, (match, _) in again.best_match().items()} == {"a": "a", "b": "b", "c": "c"}
+        assert not again.itself
+
+
+def test_a_distance_as_a_similarity(x64):
+    near = {"near": 2 * layers()["a"], "far": np.random.default_rng(5).normal(size=(N, 3))}
+    grid = compare_grid({"a": layers()["a"]}, near, "procrustes", result="similarity")
+    assert grid.direction == "similarity"
+    assert grid.best_match()["a"][0] == "near"
+
+
+def stopped(run):
+    """Run a job until two pieces of it are done."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage, done, total):
+        if done == 2 and stage != "sigma":
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(progress=stop)
+
+
+def test_a_kernel_of_the_same_name_is_told_by_its_values(x64, tmp_path):
+    def kernel(width):
+        return lambda d2: 1 / (1 + d2 / width)
+
+    def run(width, **how):
+        return compare_grid(layers(), measure="cka", kernel=kernel(width), block_rows=20, checkpoint=state, **how)
+
+    state = tmp_path / "state"
+    stopped(lambda **how: run(5.0, **how))
+    with pytest.raises(ValueError, match=r"belongs to another job.*kernels"):
+        run(50.0)
+    expected = compare_grid(layers(), measure="cka", kernel=kernel(5.0)).values
+    helpers.assert_close(run(5.0).values, expected, 1e-11)
+
+
+@pytest.mark.parametrize("measure", ["rsa", "mutual_knn"])
+def test_a_job_goes_on_after_the_free_memory_has_changed(x64, measure, tmp_path, monkeypatch):
+    def run(**how):
+        return compare_grid(layers(), measure=measure, checkpoint=tmp_path / "state", **how)
+
+    def stop(stage, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=stop)
+    monkeypatch.setattr(jaxalign._plan, "_free_memory", lambda device: 30_000.0)
+    helpers.assert_close(run().values, compare_grid(layers(), measure=measure).values, 1e-11)
+
+
+def test_sets_that_do_not_fit_are_looked_at_again(x64, monkeypatch):
+    monkeypatch.setattr(jaxalign._grid_memory, "_KEPT_BYTES", 1)
+    grid = compare_grid(layers(), layers("de", 1), "procrustes")
+    helpers.assert_close(grid.values, one_by_one(layers(), layers("de", 1), "procrustes"), 1e-12)
+
+
+def test_sigma_may_be_an_array_of_one_a_set(x64):
+    sigma = [1.0, 2.0, 3.0]
+    expected = compare_grid(layers(), measure="cka", sigma=tuple(sigma))
+    for how in ({}, {"block_rows": 20}):
+        found = compare_grid(layers(), measure="cka", sigma=np.array(sigma), **how)
+        helpers.assert_close(found.values, expected.values, 1e-11)
+        np.testing.assert_array_equal(found.sigma, sigma)
+        for wrong in (sigma[:2], [*sigma, 4.0]):
+            with pytest.raises(ValueError, match="one for each of the 3 sets"):
+                compare_grid(layers(), measure="cka", sigma=wrong, **how)
+
+
+def test_files_of_the_other_byte_order(x64, tmp_path):
+    for name, x in layers().items():
+        np.save(tmp_path / f"{name}.npy", x.astype(">f8"))
+    for measure in ("rsa", "mutual_knn"):
+        helpers.assert_close(
+            compare_grid(tmp_path, measure=measure).values, compare_grid(layers(), measure=measure).values, 1e-11
+        )
+
+
+@pytest.mark.parametrize("measure", ["rsa", "procrustes"])
+@pytest.mark.parametrize("block_rows", [0, -1, 2.5, True])
+@pytest.mark.usefixtures("unchecked_types")
+def test_block_rows_that_are_none(measure, block_rows):
+    with pytest.raises(ValueError, match="block_rows must be a whole number"):
+        compare_grid(layers(), measure=measure, block_rows=block_rows)
+
+
+def test_checkpoints_that_are_none(x64, tmp_path):
+    (tmp_path / "array").write_bytes(b"")
+    with (tmp_path / "array").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with (tmp_path / "list").open("wb") as file:
+        np.savez(file, identity="[1]")
+    for name, message in (("array", "truncated or not"), ("list", "truncated or not"), (".", "is a folder")):
+        with pytest.raises((ValueError, OSError), match=message):
+            compare_grid(layers(), measure="rsa", checkpoint=tmp_path / name)
+    with pytest.raises(OSError, match="there is no folder"):
+        compare_grid(layers(), measure="rsa", checkpoint=tmp_path / "none" / "state")
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_features_of_the_wrong_kind():
+    for features in (5, ["ab", "cd"]):
+        with pytest.raises(TypeError, match="must be a mapping, pairs of"):
+            compare_grid(features)

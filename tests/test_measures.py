@@ -196,3 +196,56 @@ def test_half_precision_is_computed_in_float32():
     value = measures.cka(x, y)
     assert value.dtype == jnp.float32
     np.testing.assert_array_equal(value, measures.cka(x.astype(jnp.float32), y.astype(jnp.float32)))
+
+
+def test_minibatch_cka_has_no_unit_and_no_order():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 30, 6)).astype(np.float32)
+    y = x + 0.5 * rng.normal(size=x.shape).astype(np.float32)
+    expected = float(measures.minibatch_cka(zip(x, y, strict=True)))
+    for scale in np.float32([1e-18, 1e-5, 1e6, 1e18]):
+        assert abs(measures.minibatch_cka(zip(scale * x, y / scale, strict=True)) - expected) < 1e-5
+    x[0] = 1  # constant in one batch
+    there, back = (float(measures.minibatch_cka(zip(x[::k], 100 * y[::k], strict=True))) for k in (1, -1))
+    assert abs(there - back) < 1e-5
+    assert 0 < there < expected
+
+
+@pytest.mark.parametrize("sigma", [30.0, 1e3, 1e5])
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+def test_a_sigma_far_above_the_distances_keeps_its_digits(sigma, kernel):
+    x, y = (a.astype(np.float32) for a in sets())
+    # exp(-z) = 1 - z there, and cka sees neither the 1 nor the scale.
+    limit = measures.cka(x, y, kernel=(lambda d: -d) if kernel == "rbf" else lambda d: -jnp.sqrt(d))
+    assert abs(measures.cka(x, y, kernel=kernel, sigma=sigma) - limit) < 40 / sigma + 1e-5
+    assert abs(measures.cka(x, y, kernel=kernel, sigma=sigma, estimator="biased")) > 0.1
+
+
+def test_folds_go_by_the_number_of_the_real_sample(x64):
+    x, y = sets(n=50)
+    mask = np.arange(50) % 5 != 0
+    for options in ({"mask": mask}, {"mask": np.arange(50) % 2 == 0}):
+        expected = measures.linear_predictivity(x[options["mask"]], y[options["mask"]])
+        helpers.assert_close(measures.linear_predictivity(x, y, **options), expected, 1e-10)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_options_are_refused_by_name():
+    x, y = (a.astype(np.float32) for a in sets())
+    bad = [
+        (lambda: measures.cka(x, y, kernel=["rbf"]), "kernel must be one of"),
+        (lambda: measures.cka(x, y, kernel="linear", sigma=2.0), "no meaning for the linear kernel"),
+        (lambda: measures.cka(x, y, sigma=np.array([1.0, 2.0])), "one a set is a tuple"),
+        (lambda: measures.cka(x, y, density=0.0), r"got 0\.0\.$"),
+        (lambda: measures.mutual_knn(x, y, k=jnp.array(3)), "k must be a whole number"),
+        (lambda: measures.mutual_knn(x, y, k=N), f"mutual_knn with k = {N} needs at least {N + 1} samples"),
+        (lambda: measures.linear_predictivity(x, y, folds=20), "folds = 20 needs at least 40"),
+        (lambda: measures.linear_predictivity(x, y, strengths=1.0), "strengths must be a tuple"),
+        (lambda: measures.shape_distance(x, y, alpha=2), "alpha must be a number from 0"),
+        (lambda: jaxalign.compare(np.ma.masked_invalid(x), y), "x is a masked array"),
+    ]
+    for call, message in bad:
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
+    assert measures.shape_distance(x, y, alpha=np.float32(0.5)) == measures.shape_distance(x, y, alpha=0.5)
+    assert measures.cka(x.astype(">f4"), y) == measures.cka(x, y)

@@ -404,3 +404,12 @@ def test_features_sigma_and_options_are_checked_as_everywhere():
     for options in ({"density": 0.2}, {"sigma": 1.5}):
         with refused(ValueError, "x has nan or inf in 1 row(s), the first is row 7"):
             jaxalign.affinity_operator(x, **options)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_rows_are_selected_by_number(square):
+    assert square.rows(np.array([], int)).shape == (0, square.shape[-1])
+    with pytest.raises(TypeError, match="flatnonzero"):
+        square.rows(np.ones(square.shape[-1], bool))
+    with pytest.raises(TypeError, match=r"shape \(k,\)"):
+        square.rows(3)

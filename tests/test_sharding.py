@@ -418,3 +418,84 @@ def test_coincident_samples_are_told_also_over_a_mesh():
     x[3:15] = x[3]
     with refused(ValueError, "no sigma found", "samples coincide"):
         jaxalign.solve_sigma(x, density=0.2, mesh=data_mesh())
+
+
+# --- what once went wrong -------------------------------------------------------------------------------------------
+
+
+def test_one_row_a_device_with_a_sigma_of_its_own(x64, rng):
+    x, v = rng.normal(size=(5, 2)), rng.normal(size=5)
+    sigma = np.array([0.5, 1.0, 2.0, 3.0, 4.0])
+    mesh = mesh_of(5)
+    options = {"density": 0.6, "bandwidth": "per_row"}
+    expected = jaxalign.solve_sigma(x, **options).sigma
+    helpers.assert_close(jaxalign.solve_sigma(x, **options, mesh=mesh).sigma, expected, 1e-12)
+    a = jaxalign.rbf_affinity(x, sigma=sigma)
+    operator = jaxalign.affinity_operator(x, None, sigma, mesh=mesh)
+    helpers.assert_close(jaxalign.mean_density(x, sigma=sigma, mesh=mesh), a.mean(), 1e-12)
+    helpers.assert_close(operator @ v, a @ v, 1e-12)
+    helpers.assert_close(operator.T @ v, a.T @ v, 1e-12)
+    alone = jax.vmap(lambda row: jaxalign.solve_sigma(row, axis_name="i", **options).sigma, axis_name="i")
+    helpers.assert_close(alone(x[:, None])[:, 0], expected, 1e-12)
+
+
+def test_each_device_may_solve_for_a_set_of_its_own_inside_shard_map(x64, rng):
+    sets = rng.normal(size=(4, ROWS, 3))
+
+    def own(x):
+        return jaxalign.solve_sigma(x, density=0.2).sigma[None], jaxalign.rbf_affinity(x, density=0.2)
+
+    local = jax.shard_map(own, mesh=mesh_of(4), in_specs=P("data"), out_specs=(P("data"), P("data")))
+    sigma, affinity = local(sets.reshape(-1, 3))
+    for k, x in enumerate(sets):
+        helpers.assert_close(sigma[k], jaxalign.solve_sigma(x, density=0.2).sigma, 1e-12)
+        helpers.assert_close(affinity[k * ROWS : (k + 1) * ROWS], jaxalign.rbf_affinity(x, density=0.2), 1e-12)
+
+
+def test_rows_that_do_not_divide_over_an_explicit_mesh(x64, rng):
+    x, v = rng.normal(size=(ODD, 3)), np.ones(ODD)
+    mesh = mesh_of(4, "explicit")
+    a = jaxalign.rbf_affinity(x, sigma=1.0)
+    operator = jaxalign.affinity_operator(x, sigma=1.0, mesh=mesh)
+    helpers.assert_close(operator @ v, a @ v, 1e-12)
+    helpers.assert_close(operator.mean(-1), a.mean(-1), 1e-12)
+    options = {"density": 0.2, "bandwidth": "per_row"}
+    found = jaxalign.solve_sigma(x, **options, mesh=mesh).sigma
+    helpers.assert_close(found, jaxalign.solve_sigma(x, **options).sigma, 1e-12)
+    spread_rows = spread(mesh, rng.normal(size=(ROWS, 3)))
+    dense = jaxalign.affinity_operator(spread_rows, sigma=1.0).degree_normalized().todense()
+    alone = jaxalign.affinity_operator(np.asarray(spread_rows), sigma=1.0).degree_normalized().todense()
+    helpers.assert_close(dense, alone, 1e-12)
+
+
+def test_a_mask_of_one_device_says_nothing_of_the_others(x64, rng):
+    x = rng.normal(size=(4, 6, 3))
+    mask = np.arange(6) < 5
+    alone = jax.vmap(lambda a: jaxalign.solve_sigma(a, axis_name="i", mask=mask, density=0.2).sigma, axis_name="i")
+    helpers.assert_close(alone(x)[0], jaxalign.solve_sigma(x[:, mask].reshape(-1, 3), density=0.2).sigma, 1e-12)
+
+
+def test_a_mesh_without_devices_and_a_mesh_inside_shard_map_are_refused(rng):
+    x = rng.normal(size=(ROWS, 3)).astype(np.float32)
+    mesh = mesh_of(4)
+    with pytest.raises(ValueError, match="mesh is an AbstractMesh"):
+        jaxalign.solve_sigma(x, density=0.2, mesh=mesh.abstract_mesh)
+    inside = jax.shard_map(
+        lambda a: jaxalign.solve_sigma(a, density=0.2, mesh=mesh).sigma, mesh=mesh, in_specs=P("data"), out_specs=P()
+    )
+    with pytest.raises(ValueError, match="'data' is bound here"):
+        inside(x)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("tiles", [1, 2, 4, 5])
+def test_rings_of_any_length_visit_every_pair_once(x64, devices, tiles, rng):
+    # Even rings have tiles opposite each other, which must not be counted from either side.
+    size = 2
+    x, v = rng.normal(size=(devices * tiles * size, 3)), rng.normal(size=devices * tiles * size)
+    a = jaxalign.rbf_affinity(x, sigma=1.0)
+    how = {"tile_size": size, **({"mesh": mesh_of(devices)} if devices > 1 else {})}
+    helpers.assert_close(jaxalign.affinity_operator(x, sigma=1.0, **how) @ v, a @ v, 1e-12)
+    found, slope = jax.value_and_grad(lambda x: jaxalign.mean_density(x, sigma=1.0, **how))(x)
+    helpers.assert_close(found, a.mean(), 1e-12)
+    helpers.assert_close(slope, jax.grad(lambda x: jaxalign.rbf_affinity(x, sigma=1.0).mean())(x), 1e-11)

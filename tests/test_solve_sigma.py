@@ -431,3 +431,25 @@ def test_one_row_without_a_sigma_leaves_the_others_alone(rng):
     found = jax.jit(lambda x: jaxalign.solve_sigma(x, density=0.2, bandwidth="per_row"))(x)
     assert np.array_equal(np.asarray(found.status), np.where(np.arange(ROWS) < 6, bw.INFEASIBLE, bw.CONVERGED))
     assert np.array_equal(np.isnan(np.asarray(found.sigma)), np.arange(ROWS) < 6)
+
+
+@pytest.mark.parametrize("tile_size", [None, 64])
+def test_few_pairs_that_bear_the_density_are_accurate_in_float32(tile_size):
+    # Rounding of distances does not average out over a handful of pairs.
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 8))
+    x[1:8:2] = x[0:8:2] + 0.07 * rng.normal(size=(4, 8))
+    x = x.astype(np.float32)
+    density = 0.6 * 8 / (200 * 199)
+    found = jaxalign.solve_sigma(x, density=density, diagonal="exclude", tile_size=tile_size).sigma
+    expected = reference.solve_sigma(x.astype(float), density=density, diagonal="exclude")
+    assert helpers.relative_error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("tile_size", [None, 64])
+def test_rows_of_heavy_tails_are_accurate_in_float32(tile_size):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(150, 3)) * np.exp(2 * rng.normal(size=(150, 1)))).astype(np.float32)
+    found = jaxalign.solve_sigma(x, density=0.3, bandwidth="per_row", tile_size=tile_size).sigma
+    expected = reference.solve_sigma(x.astype(float), density=0.3, bandwidth="per_row")
+    assert helpers.relative_error(found, expected) < 2e-6  # the largest of 150 errors

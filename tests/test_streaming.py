@@ -595,3 +595,22 @@ def test_rtol_out_of_range(rtol):
 def test_bad_tile_size(tile_size):
     with refused(ValueError, "tile_size must be at least 1 row"):
         streaming.mean_density(X.astype(np.float32), sigma=2.0, tile_size=tile_size)
+
+
+def test_a_job_goes_on_after_the_free_memory_has_changed(tmp_path, monkeypatch):
+    x, path = X.astype(np.float32), tmp_path / "job"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        streaming.solve_sigma(x, checkpoint=path, progress=stop)
+    assert path.exists()
+    monkeypatch.setattr(jaxalign._plan, "_free_memory", lambda device: 30_000.0)
+    found = streaming.solve_sigma(x, checkpoint=path).sigma
+    assert helpers.relative_error(found, jaxalign.solve_sigma(x).sigma) < 1e-6
+
+
+def test_masked_arrays_are_refused():
+    with pytest.raises(TypeError, match="x is a masked array"):
+        streaming.solve_sigma(np.ma.masked_invalid(X))

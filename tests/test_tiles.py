@@ -475,8 +475,8 @@ def test_rates_by_row_are_those_of_the_row_or_if_told_so_of_the_column(tile_size
         pairs = pairs.stored() if tile_size is None else pairs
         reduction = Reduction(pairs_module.kernel_terms, over_rows, symmetric=False)
         return [
-            reduce_pairs(reduction, pairs, rates=(rate * frame.scale**2,), rates_by_column=flag)[1][:, 0]
-            for flag in (False, True)
+            reduce_pairs(reduction, pairs, rates=(rate * frame.scale**2,), rates_of=which)[1][:, 0]
+            for which in ("rows", "columns")
         ]
 
     by_row, by_column = sums(x, rate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -75,7 +74,7 @@ def affinity_distance(
     )
 
 
-@lru_cache
+@_checks.cached
 def affinity_distance_measure(solves: bool, diagonal: Any, result: Any) -> PairMeasure:
     """The measure behind `affinity_distance`."""
     _checks.choice("diagonal", diagonal, ("include", "exclude"))

@@ -7,7 +7,7 @@ the features: use more samples, `svcca`, or a measure that is not invariant to a
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -120,27 +120,27 @@ def svcca(
     return evaluate(svcca_measure(components), x, y, mask=mask, missing=missing)
 
 
-@lru_cache
+@_checks.cached
 def cca_measure(result: Any) -> SetMeasure:
     """The measure behind `cca`."""
     _checks.choice("result", result, ("mean", "mean_squared"))
     return SetMeasure("cca", partial(_directions, keep=ALL), partial(_correlation, squared=result != "mean"), 2)
 
 
-@lru_cache
+@_checks.cached
 def pwcca_measure() -> SetMeasure:
     """The measure behind `pwcca`."""
     return SetMeasure("pwcca", partial(_directions, keep=ALL), _weighted, 2)
 
 
-@lru_cache(typed=True)  # 1 and 1.0 are not the same here
+@_checks.cached
 def svcca_measure(components: Any) -> SetMeasure:
     """The measure behind `svcca`."""
     whole = isinstance(components, (int, np.integer)) and not isinstance(components, bool)
     if whole and components >= 1:
         keep: Keep = ("count", int(components))
-    elif isinstance(components, float) and 0 < components < 1:
-        keep = ("share", components)
+    elif isinstance(components, (float, np.floating)) and 0 < components < 1:
+        keep = ("share", float(components))
     else:
         raise ValueError(
             "components must be a whole number of singular directions, at least 1, or a share of the variance strictly "

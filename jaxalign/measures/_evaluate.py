@@ -38,6 +38,11 @@ class PairMeasure:
     finish: Callable[[Inner], Array]
     least: int
 
+    @property
+    def needs(self) -> str:
+        """What needs so many samples, for a message."""
+        return self.name
+
 
 class Setting(NamedTuple):
     """What a set is looked at with."""
@@ -62,6 +67,7 @@ class SetMeasure:
         combine: (that of x, that of y, mask) -> values (...).
         least: samples that it needs.
         function: what it takes of a pair of samples, if it does: tells what rows and sigma have to be.
+        label: the name with the option that `least` depends on.
     """
 
     name: str
@@ -69,6 +75,12 @@ class SetMeasure:
     combine: Callable[[Any, Any, Array | None], Array]
     least: int
     function: PairFunction = _ANY
+    label: str = ""
+
+    @property
+    def needs(self) -> str:
+        """What needs so many samples, for a message."""
+        return self.label or self.name
 
 
 def check_sets(
@@ -123,7 +135,9 @@ def evaluate(
     axis_name: Any = None,
 ) -> Array:
     """The value of a measure for one pair of sets, (...)."""
-    (x, y), mask = check_sets((("x", x), ("y", y)), mask, missing, measure.least, measure.name)
+    shared = mesh is None and axis_name is not None  # other devices hold samples, too
+    least = 1 if shared else measure.least
+    (x, y), mask = check_sets((("x", x), ("y", y)), mask, missing, least, measure.needs)
     plan = make_plan(x, None, tile_size, mesh, axis_name, sets=2)
     if isinstance(measure, PairMeasure):
         return values_of(products_of((x, y), 1, mask, sigma, density, measure, plan), measure)[..., 0, 0]
@@ -149,7 +163,8 @@ def check_function(
     sigmas = None if sigma is None else sigma_of_each(sigma, len(sets), sets[0])
     if not function.solves:
         return sigmas, None
-    problem = check_problem(sets[0], None, mask, None, function.diagonal)
+    shared = plan.mesh is None and plan.axis_name is not None
+    problem = check_problem(sets[0], None, mask, None, function.diagonal, shared=shared)
     return None, check_density(density, problem, "global", plan)
 
 
@@ -242,10 +257,11 @@ def sigma_of_each(sigma: Any, sets: int, like: Array) -> Array:
     batch = like.shape[:-2]
     each = sigma if isinstance(sigma, (tuple, list)) else (sigma,) * sets
     if len(each) != sets:
-        raise ValueError(f"sigma must be one number, or one for each of the {sets} sets; got {len(each)}.")
+        raise ValueError(f"sigma must be one number, or a tuple of one for each of the {sets} sets; got {len(each)}.")
     values = []
     for one in each:
-        value = _checks.parameter("sigma", one, like.dtype, batch, "the batch dimensions of the features")
+        meaning = "the batch dimensions of the features (one a set is a tuple)"
+        value = _checks.parameter("sigma", one, like.dtype, batch, meaning)
         _checks.positive("sigma", one)
         values.append(jnp.broadcast_to(value, batch))
     return jnp.stack(values, -1)

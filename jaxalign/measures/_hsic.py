@@ -13,11 +13,11 @@ them centre, so K of the linear kernel is -D / 2, and distance correlation is th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, cast
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
@@ -26,6 +26,7 @@ from jaxalign import _checks
 from jaxalign._plan import TileSize
 from jaxalign._typing import AnyArray
 from jaxalign.bandwidth import Diagonal
+from jaxalign.distances import power_of_two
 from jaxalign.measures._evaluate import Missing, PairMeasure, evaluate
 from jaxalign.measures._pair_sums import Form, Inner, PairFunction
 
@@ -82,6 +83,7 @@ def hsic(
         >>> bool(abs(measures.hsic(x, y)) < 0.1 * measures.hsic(x, x))
         True
     """
+    check_kernel_sigma(kernel, sigma)
     measure = hsic_measure(kernel, sigma is None, diagonal, estimator)
     return evaluate(
         measure,
@@ -146,6 +148,7 @@ def cka(
         >>> abs(float(jaxalign.measures.cka(x, noise))) < 0.05
         True
     """
+    check_kernel_sigma(kernel, sigma)
     measure = cka_measure(kernel, sigma is None, diagonal, estimator)
     return evaluate(
         measure,
@@ -190,22 +193,41 @@ def minibatch_cka(
         >>> round(float(jaxalign.measures.minibatch_cka(zip(x, 2 * x))), 4)
         1.0
     """
-    sums, scale = None, None
+    sums, units = None, None
     for x, y in batches:
-        parts = jnp.stack(
+        # The linear kernel has the unit of the features: of the largest batch so far, that squares stay in range.
+        here = jnp.stack(
+            [_unit_of(name, a) if kernel == "linear" else jnp.ones(()) for name, a in (("x", x), ("y", y))]
+        )
+        before, units = units, here if units is None else jnp.maximum(units, here)
+        x, y = (_scaled(a, units[k]) if kernel == "linear" else a for k, a in enumerate((x, y)))
+        part = jnp.stack(
             [
                 hsic(a, b, kernel=kernel, sigma=own, density=density, diagonal=diagonal)
                 for a, b, own in ((x, y, sigma), (x, x, _both(sigma, 0)), (y, y, _both(sigma, 1)))
             ]
         )
-        # In units of the first batch: its own numbers may be as small or large as floats go.
-        scale = jnp.stack([jnp.sqrt(parts[1] * parts[2]), parts[1], parts[2]]) if scale is None else scale
-        part = parts / jnp.where(scale > 0, scale, 1)
-        sums = part if sums is None else sums + part
+        if sums is None or before is None:
+            sums = part
+            continue
+        shrunk = (before / units) ** 2
+        sums = part + sums * jnp.stack([shrunk[0] * shrunk[1], shrunk[0] ** 2, shrunk[1] ** 2])
     if sums is None:
         raise ValueError("batches is empty: at least one pair (x, y) is needed.")
     varies = (sums[1] > 0) & (sums[2] > 0)
-    return jnp.where(varies, sums[0] * jax.lax.rsqrt(jnp.where(varies, sums[1] * sums[2], 1)), 0)
+    size = jnp.sqrt(jnp.where(varies, sums[1], 1)) * jnp.sqrt(jnp.where(varies, sums[2], 1))
+    return jnp.where(varies, sums[0] / size, 0)
+
+
+def _unit_of(name: str, x: Any) -> Array:
+    """A power of two near the spread of the features."""
+    x = _checks.features(name, x)
+    spread = jnp.max(jnp.abs(x - jnp.mean(x, -2, keepdims=True)))
+    return lax.stop_gradient(power_of_two(spread)[0])
+
+
+def _scaled(x: Any, unit: Array) -> Array:
+    return _checks.features("x", x) / unit
 
 
 def _both(sigma: Any, which: int) -> Any:
@@ -265,10 +287,17 @@ def kernel_function(kernel: Any, solves: bool, diagonal: Any) -> PairFunction:
     _checks.choice("kernel", kernel, ("rbf", "linear", "laplacian"))
     if kernel == "linear":
         return PairFunction("squared")
-    return PairFunction(cast(Form, kernel), solves=solves, diagonal=diagonal)
+    return PairFunction(cast(Form, kernel), solves=solves, diagonal=diagonal, wide=not solves)
 
 
-@lru_cache
+def check_kernel_sigma(kernel: Any, sigma: Any) -> None:
+    """Raise where a bandwidth is given to a kernel that has none."""
+    if sigma is not None and (kernel == "linear" or not isinstance(kernel, str)):
+        what = "the linear kernel" if isinstance(kernel, str) else "a kernel of your own"
+        raise ValueError(f"sigma = {sigma!r} has no meaning for {what}, which has no bandwidth. Leave it out.")
+
+
+@_checks.cached
 def hsic_measure(kernel: Any, solves: bool, diagonal: Any, estimator: Any) -> PairMeasure:
     """The measure behind `hsic`."""
     _checks.choice("estimator", estimator, tuple(_LEAST))
@@ -277,14 +306,14 @@ def hsic_measure(kernel: Any, solves: bool, diagonal: Any, estimator: Any) -> Pa
     return PairMeasure("hsic", kernel_function(kernel, solves, diagonal), estimator, finish, _LEAST[estimator])
 
 
-@lru_cache
+@_checks.cached
 def cka_measure(kernel: Any, solves: bool, diagonal: Any, estimator: Any) -> PairMeasure:
     """The measure behind `cka`."""
     _checks.choice("estimator", estimator, tuple(_LEAST))
     return PairMeasure("cka", kernel_function(kernel, solves, diagonal), estimator, Inner.ratio, _LEAST[estimator])
 
 
-@lru_cache
+@_checks.cached
 def distance_correlation_measure(estimator: Any, squared: bool) -> PairMeasure:
     """The measure behind `distance_correlation`."""
     _checks.choice("estimator", estimator, ("debiased", "biased"))

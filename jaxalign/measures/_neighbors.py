@@ -6,7 +6,7 @@ Neighbours at equal distances: the sample with the smaller number comes first.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -190,30 +190,41 @@ def cknna(
 # --- the measures themselves ------------------------------------------------------------------------------------------
 
 
-@lru_cache
+@_checks.cached
 def mutual_knn_measure(k: Any, metric: Any) -> SetMeasure:
     """The measure behind `mutual_knn`."""
     _check_k(k)
     function = _function(metric)
     combine = partial(_overlap, shared_of=lambda shared: shared / k)
-    return SetMeasure("mutual_knn", partial(_lists, k=k, function=function), combine, k + 1, function)
+    return SetMeasure(
+        "mutual_knn", partial(_lists, k=k, function=function), combine, k + 1, function, f"mutual_knn with k = {k}"
+    )
 
 
-@lru_cache
+@_checks.cached
 def jaccard_measure(k: Any, metric: Any) -> SetMeasure:
     """The measure behind `jaccard`."""
     _check_k(k)
     function = _function(metric)
     combine = partial(_overlap, shared_of=lambda shared: shared / (2 * k - shared))
-    return SetMeasure("jaccard", partial(_lists, k=k, function=function), combine, k + 1, function)
+    return SetMeasure(
+        "jaccard", partial(_lists, k=k, function=function), combine, k + 1, function, f"jaccard with k = {k}"
+    )
 
 
-@lru_cache
+@_checks.cached
 def cknna_measure(k: Any) -> SetMeasure:
     """The measure behind `cknna`."""
     _check_k(k)
     function = _function("cosine")
-    return SetMeasure("cknna", partial(_local_kernel, k=k, function=function), _local_alignment, k + 1, function)
+    return SetMeasure(
+        "cknna",
+        partial(_local_kernel, k=k, function=function),
+        _local_alignment,
+        k + 1,
+        function,
+        f"cknna with k = {k}",
+    )
 
 
 def _check_k(k: Any) -> None:

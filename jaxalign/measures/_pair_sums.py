@@ -14,7 +14,7 @@ the centring.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,6 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxalign._plan import NO_ROWS, ROWS_SECOND_LAST, Plan, on_mesh
-from jaxalign._rate import SUBSAMPLE
 from jaxalign.bandwidth import CONVERGED, Diagonal, rate_of, solve_pairs
 from jaxalign.distances import (
     Frame,
@@ -35,13 +34,15 @@ from jaxalign.distances import (
     over_devices,
     root,
 )
-from jaxalign.pairs import Pairs, Reduction, Tile, kernel, over_rows, reduce_pairs
+from jaxalign.pairs import Pairs, Reduction, Tile, kernel, kernel_less_one, over_rows, reduce_pairs
 
 Form = Literal["rbf", "laplacian", "one_minus_rbf", "squared", "root"]
 Centring = Literal["debiased", "biased", "lange", "pearson", "none", "whitened_pearson", "difference"]
 
 # Distances this many times below the typical one are still right to 1e-4: for what depends on their order.
 ORDER = 60.0
+# Columns of which the row means are taken that f_ij is shifted by: they need not be exact.
+_COLUMNS_OF_SHIFTS = 128
 # Up to this many products of sets are summed one by one, more as a matrix product a row.
 _FEW_PRODUCTS = 4
 
@@ -56,12 +57,18 @@ class PairFunction:
         rows: what is done to each sample first: None, "cosine" unit length, "correlation" mean 0 and unit length.
         solves: sigma is found from a density.
         diagonal: whether the ones on the diagonal count in that density.
+        tolerant: where no sigma reaches the density because samples coincide, all count as alike.
+        fixed_sigma: a sigma that is found counts as a constant when differentiated.
+        wide: sigma may be far above all distances: the kernel less 1 is taken, which centring does not see.
     """
 
     form: Form | Callable[[Array], Array]
     rows: Literal["cosine", "correlation"] | None = None
     solves: bool = False
     diagonal: Diagonal = "include"
+    tolerant: bool = False
+    fixed_sigma: bool = False
+    wide: bool = False
 
     @property
     def rooted(self) -> bool:
@@ -80,8 +87,9 @@ class PairFunction:
         if not self.needs_sigma:
             return distances
         assert rate is not None
-        value = kernel(distances, rate)
-        return 1 - value if self.form == "one_minus_rbf" else value
+        if self.form == "one_minus_rbf":
+            return -kernel_less_one(distances, rate)
+        return kernel_less_one(distances, rate) if self.wide else kernel(distances, rate)
 
     def unit(self, scale: Array) -> Array:
         """What f_ij is measured in."""
@@ -227,8 +235,17 @@ def prepare(
     if function.solves:
         assert density is not None
         solution, pairs, rate = solve_pairs(
-            frame, density, function.diagonal, "global", rtol, plan=plan, rooted=function.rooted
+            frame,
+            density,
+            function.diagonal,
+            "global",
+            rtol,
+            plan=plan,
+            rooted=function.rooted,
+            tolerant=function.tolerant,
         )
+        if function.fixed_sigma:
+            solution, rate = replace(solution, sigma=lax.stop_gradient(solution.sigma)), lax.stop_gradient(rate)
         return Prepared(_unskipped(pairs, plan), rate, solution.sigma, solution.status)
     if function.needs_sigma:
         assert sigma is not None
@@ -240,13 +257,14 @@ def prepare(
         accuracy = typical_rate(frame, plan.axis_name) if function.rooted else None
     distances = None
     if plan.stored:
+        counted = Pairs((frame,)).counted("all")
         if exact_order:
             rate_of_order = ORDER * typical_rate(frame, plan.axis_name)
-            distances = accurate_distances(frame, rate_of_order, rooted=True)
+            distances = accurate_distances(frame, rate_of_order, counted=counted, rooted=True)
         elif accuracy is None:
             distances = fast_distances(frame)
         else:
-            distances = accurate_distances(frame, accuracy, rooted=function.rooted)
+            distances = accurate_distances(frame, accuracy, counted=counted, rooted=function.rooted)
         distances = attach_gradient(frame, distances)
         distances = (root(distances) if function.rooted else distances,)
     pairs = Pairs((frame,), distances, True, plan.tile_size, plan.axis_name, rooted=function.rooted)
@@ -285,7 +303,7 @@ def _shifts(prepared: list[Prepared], function: PairFunction, centring: Centring
         if centring in ("none", "difference"):
             shifts.append(jnp.zeros_like(weights))
             continue
-        sample = lax.stop_gradient(one.pairs.subset(SUBSAMPLE, all_rows=True))
+        sample = lax.stop_gradient(one.pairs.subset(_COLUMNS_OF_SHIFTS, all_rows=True))
         rate = lax.stop_gradient(one.rate)
         scale = frame.scale
 
@@ -306,18 +324,19 @@ def _visit(
     prepared: list[Prepared], shift: Array, split: int, function: PairFunction, centring: Centring, plan: Plan
 ) -> Sums:
     frames = tuple(one.pairs.frames[0] for one in prepared)
-    stored = tuple(one.pairs.distances[0] for one in prepared if one.pairs.distances is not None)
-    pairs = Pairs(frames, stored or None, True, plan.tile_size, plan.axis_name, rooted=function.rooted)
-    totals, rows = reduce_pairs(
-        sums_of(frames, split, function, centring),
-        pairs,
-        rates=tuple(one.rate for one in prepared),
-        as_row=shift,
-        as_column=shift,
-        in_blocks=False,
-    )
+    totals, rows = visit_pairs(sums_of(frames, split, function, centring), prepared, plan, shift)
     cross, own = totals or (rows, rows)  # no totals of "difference"
     return Sums(cross, own, rows)
+
+
+def visit_pairs(reduction: Reduction, prepared: list[Prepared], plan: Plan, values: Any = ()) -> tuple[Any, Any]:
+    """Reduce over the pairs i != j of all sets together; `values` are what rows and columns bring along."""
+    stored = tuple(one.pairs.distances[0] for one in prepared if one.pairs.distances is not None)
+    first = prepared[0].pairs
+    frames = tuple(one.pairs.frames[0] for one in prepared)
+    pairs = replace(first, frames=frames, distances=stored or None, fixed=plan.fixed)
+    rates = tuple(one.rate for one in prepared)
+    return reduce_pairs(reduction, pairs, rates=rates, as_row=values, as_column=values, in_blocks=False)
 
 
 def sums_of(frames: tuple[Frame, ...], split: int, function: PairFunction, centring: Centring) -> Reduction:
@@ -424,7 +443,13 @@ def centred(
     each = [slice(k, k + 1) for k in range(number)]
     own = jnp.stack([inner(sums.own[..., k, None], k, k)[..., 0, 0] for k in each], -1)
     # A set whose samples coincide to rounding does not vary: what is left is the rounding.
-    size = one if function.needs_sigma else jnp.sqrt(facts.sizes) if function.rooted else facts.sizes
+    size = jnp.sqrt(facts.sizes) if function.rooted else facts.sizes
+    if function.needs_sigma:
+        size = one
+        if function.wide:  # at most 1 - exp of the largest distance, 4 times the largest square
+            relative = facts.scales / facts.sigma
+            largest = 2 * relative * jnp.sqrt(facts.sizes) if function.rooted else 2 * relative**2 * facts.sizes
+            size = lax.stop_gradient(-kernel_less_one(largest, one))
     if callable(function.form):
         size = over_devices(lax.pmax, jnp.max(jnp.abs(lax.stop_gradient(shift)), -2), axis_name)
     noise = (8 * float(jnp.finfo(size.dtype).eps) * size * count[..., None]) ** 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxalign import _checks
 from jaxalign._typing import AnyArray
 from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
 from jaxalign.measures._spectra import matmul, transposed
@@ -28,8 +29,9 @@ def linear_predictivity(
 ) -> Float[Array, "*batch"]:
     """The share of the variance of y that ridge regression on x explains in samples held out: R^2, cross-validated.
 
-    Sample i is held out in fold i mod `folds`: shuffle samples that follow each other closely (frames of a film). In
-    each fold the strength of the penalty is the one with the smallest leave-one-out error on the training samples.
+    The i-th real sample is held out in fold i mod `folds`: shuffle samples that follow each other closely (frames of a
+    film). In each fold the strength of the penalty is the one with the smallest leave-one-out error on the training
+    samples.
 
     Args:
         x: features that predict, shape (..., n, d1).
@@ -53,18 +55,20 @@ def linear_predictivity(
         >>> float(jaxalign.measures.linear_predictivity(x, x @ a)) > 0.99
         True
     """
-    return evaluate(linear_predictivity_measure(folds, tuple(strengths)), x, y, mask=mask, missing=missing)
+    return evaluate(linear_predictivity_measure(folds, strengths), x, y, mask=mask, missing=missing)
 
 
-@lru_cache
+@_checks.cached
 def linear_predictivity_measure(folds: Any, strengths: Any) -> SetMeasure:
     """The measure behind `linear_predictivity`."""
     if isinstance(folds, bool) or not isinstance(folds, (int, np.integer)) or folds < 2:
         raise ValueError(f"folds must be a whole number, at least 2; got {folds!r}.")
-    if not strengths or not all(isinstance(s, (int, float)) and 0 < s < float("inf") for s in strengths):
-        raise ValueError(f"strengths must be finite numbers above 0; got {strengths!r}.")
+    several = isinstance(strengths, (tuple, list)) and len(strengths) > 0
+    if not several or not all(isinstance(s, (int, float, np.number)) and 0 < s < float("inf") for s in strengths):
+        raise ValueError(f"strengths must be a tuple of finite numbers above 0; got {strengths!r}.")
     combine = partial(_predicted, folds=int(folds), strengths=tuple(map(float, strengths)))
-    return SetMeasure("linear_predictivity", _as_it_is, combine, 2 * int(folds))
+    name = f"linear_predictivity with folds = {folds}"
+    return SetMeasure("linear_predictivity", _as_it_is, combine, 2 * int(folds), label=name)
 
 
 def _as_it_is(x: Array, setting: Setting) -> tuple[Array, None]:
@@ -77,8 +81,10 @@ def _predicted(x: Array, y: Array, mask: Array | None, folds: int, strengths: tu
     n = x.shape[-2]
     real = jnp.ones(x.shape[:-1], x.dtype) if mask is None else mask.astype(x.dtype)
 
+    number = jnp.broadcast_to(jnp.arange(n), real.shape) if mask is None else jnp.cumsum(mask, -1) - 1
+
     def fold(k: Array) -> tuple[Array, Array]:
-        held_out = jnp.broadcast_to(jnp.arange(n) % folds == k, real.shape).astype(x.dtype)
+        held_out = (number % folds == k).astype(x.dtype)
         return _fold(x, y, real * (1 - held_out), real * held_out, strengths)
 
     errors, deviations = lax.map(fold, jnp.arange(folds))

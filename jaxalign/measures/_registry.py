@@ -52,9 +52,14 @@ class Entry:
         found = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in found if p.name not in ("x", "y", *_HOW)}
 
-    @property
-    def best(self) -> float:
-        """The value of equal sets; infinite where there is none."""
+    def direction_with(self, options: dict[str, Any]) -> Literal["similarity", "distance"]:
+        """The direction with these options: some distances can be had as the similarity that they come from."""
+        return "similarity" if options.get("result") == "similarity" else self.direction
+
+    def best_with(self, options: dict[str, Any]) -> float:
+        """The value of equal sets with these options; infinite where there is none."""
+        if self.direction_with(options) != self.direction:
+            return 1.0
         return self.range[1] if self.direction == "similarity" else self.range[0]
 
 
@@ -68,11 +73,13 @@ _ROTATION: frozenset[Invariance] = frozenset({"orthogonal", "scale"})
 
 def _specify_hsic(kernel: Any, sigma: Any, density: Any, diagonal: Any, estimator: Any) -> PairMeasure:
     del density
+    _hsic.check_kernel_sigma(kernel, sigma)
     return _hsic.hsic_measure(kernel, sigma is None, diagonal, estimator)
 
 
 def _specify_cka(kernel: Any, sigma: Any, density: Any, diagonal: Any, estimator: Any) -> PairMeasure:
     del density
+    _hsic.check_kernel_sigma(kernel, sigma)
     return _hsic.cka_measure(kernel, sigma is None, diagonal, estimator)
 
 
@@ -87,7 +94,7 @@ def _specify_affinity_distance(sigma: Any, density: Any, diagonal: Any, result: 
 
 
 def _specify_linear_predictivity(folds: Any, strengths: Any) -> SetMeasure:
-    return _predictivity.linear_predictivity_measure(folds, tuple(strengths))
+    return _predictivity.linear_predictivity_measure(folds, strengths)
 
 
 _INFINITY = float("inf")

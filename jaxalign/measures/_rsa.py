@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -163,7 +163,7 @@ def rsa(
     )
 
 
-@lru_cache
+@_checks.cached
 def rsa_measure(rdm: Any, compare: Any, solves: bool, diagonal: Any) -> PairMeasure | SetMeasure:
     """The measure behind `rsa`."""
     _checks.choice("rdm", rdm, tuple(_FUNCTIONS))

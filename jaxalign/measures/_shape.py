@@ -6,10 +6,11 @@ rotation leaves ||x - y Q||_F = sqrt(2 - 2 s), and the angle arccos(s) (Schönem
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -93,18 +94,18 @@ def shape_distance(
     return evaluate(shape_distance_measure(alpha, result), x, y, mask=mask, missing=missing)
 
 
-@lru_cache
+@_checks.cached
 def procrustes_measure(result: Any) -> SetMeasure:
     """The measure behind `procrustes`."""
     _checks.choice("result", result, ("distance", "angular", "similarity"))
     return SetMeasure("procrustes", partial(_shape, alpha=1.0), partial(_compared, result=result), 2)
 
 
-@lru_cache
+@_checks.cached
 def shape_distance_measure(alpha: Any, result: Any) -> SetMeasure:
     """The measure behind `shape_distance`."""
     _checks.choice("result", result, ("distance", "angular", "similarity"))
-    if not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
+    if not (isinstance(alpha, (int, float, np.number)) and 0 <= alpha <= 1):
         raise ValueError(f"alpha must be a number from 0 (CCA) to 1 (Procrustes); got {alpha!r}.")
     return SetMeasure("shape_distance", partial(_shape, alpha=float(alpha)), partial(_compared, result=result), 2)
 

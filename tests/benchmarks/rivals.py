@@ -99,3 +99,69 @@ def ncut(x: Any, density: float, samples: int) -> Any:
     from ncut_pytorch.utils.math import rbf_affinity
 
     return rbf_affinity(x, sigma=ncut_sigma(x, density, samples))
+
+
+def centred_gram(x: Any, sigma: float) -> Any:
+    """The affinity less its diagonal, centred as the debiased estimator wants it (Szekely & Rizzo 2014), in place."""
+    gram = careful(x, sigma).fill_diagonal_(0)
+    n = gram.shape[0]
+    means = gram.sum(1) / (n - 2)
+    gram -= means
+    gram -= means[:, None]
+    gram += gram.new_tensor(float(means.sum()) / (n - 1))
+    return gram.fill_diagonal_(0)
+
+
+def cka_grid(first: list[Any], second: list[Any], sigmas: list[list[float]]) -> list[list[float]]:
+    """Debiased CKA at known sigmas of all pairs, each pair as if it were the only one."""
+    return [
+        [_cosine(centred_gram(x, s), centred_gram(y, t)) for y, t in zip(second, sigmas[1], strict=True)]
+        for x, s in zip(first, sigmas[0], strict=True)
+    ]
+
+
+def cka_grid_cached(first: list[Any], second: list[Any], sigmas: list[list[float]]) -> list[list[float]]:
+    """The same with every centred affinity kept."""
+    kept = [
+        [centred_gram(x, s) for x, s in zip(sets, own, strict=True)]
+        for sets, own in zip((first, second), sigmas, strict=True)
+    ]
+    return [[_cosine(a, b) for b in kept[1]] for a in kept[0]]
+
+
+def _cosine(a: Any, b: Any) -> float:
+    a, b = a.ravel(), b.ravel()
+    return float(a.dot(b) / (a.dot(a) * b.dot(b)).sqrt())
+
+
+def permuted_cka(k: Any, m: Any, permutations: Any) -> Any:
+    """Debiased CKA of two stored affinities (numpy) for each permutation of the second's samples, one by one."""
+    import numpy as np
+
+    def hsic(k: Any, m: Any) -> float:
+        n = len(k)
+        k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
+        cross = k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) @ m.sum(0))
+        return ((k * m).sum() + cross) / (n * (n - 3))
+
+    values = []
+    for p in permutations:
+        permuted = m[np.ix_(p, p)]
+        values.append(hsic(k, permuted) / np.sqrt(hsic(k, k) * hsic(permuted, permuted)))
+    return np.asarray(values)
+
+
+def permuted_cka_cached(k: Any, m: Any, permutations: Any) -> Any:
+    """The same as a careful person writes it: centred once, as permutations change neither centring nor norms."""
+    import numpy as np
+
+    def centred(k: Any) -> Any:
+        n = len(k)
+        k = k - np.diag(np.diag(k))
+        means = k.sum(0) / (n - 2)
+        k = k - means - means[:, None] + means.sum() / (n - 1)
+        return k - np.diag(np.diag(k))
+
+    k, m = centred(k), centred(m)
+    size = np.linalg.norm(k) * np.linalg.norm(m)
+    return np.asarray([np.vdot(k, m[np.ix_(p, p)]) / size for p in permutations])

@@ -1,0 +1,36 @@
+"""The Python in README.md and docs/ runs, block after block, as a reader would run it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What stands for the reader's own data where a page does not make its own.
+BEFORE = {
+    "alignment.md": """
+import jax, jaxalign
+key = jax.random.key(0)
+features = {name: jax.random.normal(k, (340, 16)) for name, k in zip(("dino", "clip"), jax.random.split(key))}
+""",
+}
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if BLOCK.search(p.read_text())], ids=lambda path: path.name)
+def test_code_in_the_documentation_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(BEFORE.get(path.name, ""), namespace)
+    for block in BLOCK.findall(path.read_text()):
+        exec(compile(block, path.name, "exec"), namespace)
+
+
+def test_links_between_pages_lead_somewhere():
+    for path in FILES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+            if not re.match(r"https?:", target):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
