@@ -253,7 +253,7 @@ class Pairs:
         number = {"all": n * m, "rows": m, "columns": n}[rates_of]
         if self.density is None:
             return usual_count(number, self.frames[0].raw_x)
-        return number * self.density
+        return float(number) * self.density  # more than int32 holds, for many rows
 
     def any(self, condition: Array) -> Array:
         """Whether a condition holds anywhere, on any device: a scalar."""
@@ -435,7 +435,7 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides: 
     itself, devices, axis = pairs.itself, pairs._devices(), pairs.axis_name
     row, column = blank.row, blank.column
     n, m = row.sample.shape[0], column.sample.shape[0]
-    here, size = split_rows(n, pairs.tile_size, odd=itself and devices == 1)
+    here, size = split_rows(n, pairs.tile_size, odd=devices == 1)  # alike for all visits, which then share the copy
     there, size_y = (here, size) if itself else split_rows(m, pairs.tile_size)
     blank = blank._replace(weighted=blank.weighted or here * size != n or there * size_y != m)
     rows = _split(row, here, size)

@@ -482,3 +482,24 @@ def test_rates_by_row_are_those_of_the_row_or_if_told_so_of_the_column(tile_size
     by_row, by_column = sums(x, rate)
     helpers.assert_close(by_row, affinity.sum(1), 1e-12)
     helpers.assert_close(by_column, affinity.sum(0), 1e-12)
+
+
+@pytest.mark.parametrize("rows", [10**5, 10**8])
+@pytest.mark.usefixtures("unchecked_types")
+def test_numbers_of_pairs_beyond_int32_are_traced(rows):
+    # Nothing is computed: what overflows, overflows while the program is made.
+    x = jax.ShapeDtypeStruct((rows, 4), np.float32)
+    v = jax.ShapeDtypeStruct((rows,), np.float32)
+
+    def everything(x, v):
+        operator = jaxalign.affinity_operator(x)
+        return (
+            jaxalign.solve_sigma(x),
+            jaxalign.solve_sigma(x[: rows // 2], x, bandwidth="per_row").sigma,
+            jax.grad(lambda x: jaxalign.mean_density(x, sigma=1.0, diagonal="exclude"))(x),
+            operator @ v,
+            jaxalign.measures.cka(x, x),
+            jaxalign.measures.distance_correlation(x, x),
+        )
+
+    assert jax.eval_shape(everything, x, v)[3].shape == (rows,)

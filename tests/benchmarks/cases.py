@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxalign
 
-from . import rivals, tiled
+from . import rivals, similarity, tiled
 from .timing import Result, compare, import_seconds, milliseconds
 
 DENSITY = 0.05
@@ -34,13 +34,18 @@ class Sizes:
     imports: int = 9
     tiled_n: int = 16384
     tiled_widths: tuple[int, ...] = (64, 256)
-    # what, n, d, and the MB by which memory may grow at its peak
-    memory: tuple[tuple[str, int, int, float], ...] = (
-        ("solve", 16384, 64, 100.0),
-        ("solve", 16384, 256, 100.0),
-        ("solve", 100_000, 64, 250.0),
-        ("gradient", 16384, 64, 400.0),
-        ("loss", 16384, 64, 400.0),
+    grid: tuple[int, int, int] = (12, 4096, 768)  # layers of either model, n, d
+    permutations: tuple[int, int] = (10_000, 512)  # how many, n
+    # what, (n, d) or (n, d, layers), and the MB by which memory may grow at its peak
+    memory: tuple[tuple[str, tuple[int, ...], float | None], ...] = (
+        ("solve", (16384, 64), 100.0),
+        ("solve", (16384, 256), 100.0),
+        ("solve", (100_000, 64), 250.0),
+        ("gradient", (16384, 64), 400.0),
+        ("loss", (16384, 64), 400.0),
+        ("torch-grid", (4096, 768, 12), None),
+        ("grid", (4096, 768, 12), 160.0),  # a tenth of that
+        ("grid-alone", (50_000, 256, 4), 500.0),
     )
 
 
@@ -54,6 +59,8 @@ QUICK = Sizes(
     imports=3,
     tiled_n=2048,
     tiled_widths=(16,),
+    grid=(3, 512, 64),
+    permutations=(500, 128),
     memory=(),
 )
 
@@ -136,6 +143,7 @@ def run(sizes: Sizes) -> Iterator[Result | str]:
     yield import_seconds(sizes.imports, target=0.3)
     yield from for_information(sizes, jx, sigma, own_auto)
     yield from tiled.run(sizes.tiled_n, sizes.tiled_widths, sizes.slow_rounds)
+    yield from similarity.run(*sizes.grid, sizes.slow_rounds, *sizes.permutations)
     yield from tiled.memory(sizes.memory)
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of one call: python -m tests.benchmarks.memory solve|gradient|loss n d. Linux only.
+"""Peak memory of one call: python -m tests.benchmarks.memory solve|gradient|loss|grid|torch-grid n d [sets]. Linux only.
 
 Prints the growth of the resident set to its peak, in MB, in the first call and in the second, and the time of that.
 """
@@ -16,6 +16,9 @@ import numpy as np
 
 import jaxalign
 
+from . import rivals
+from .similarity import make_layers
+
 
 def resident(key: str) -> float:
     """VmRSS or VmHWM (its peak), in MB."""
@@ -31,8 +34,25 @@ def grown(call: Callable[[], object]) -> tuple[float, float]:
     return resident("VmHWM") - before, time.perf_counter() - start
 
 
-def main(what: str, n: int, d: int) -> None:
+def grid(what: str, n: int, d: int, layers: int) -> Callable[[], object]:
+    """A comparison of so many layers of one model with as many of another, or with each other, by CKA."""
+    first, second = make_layers(layers, n, d)
+    if what == "torch-grid":
+        import torch
+
+        tensors = [[torch.from_numpy(x) for x in model] for model in (first, second)]
+        return lambda: rivals.cka_grid_cached(*tensors, [[10.0 * d**0.5] * layers] * 2)
+    sets = [{str(k): jnp.asarray(x) for k, x in enumerate(model)} for model in (first, second)]
+    return lambda: jaxalign.compare_grid(sets[0], sets[1] if what == "grid" else None).values
+
+
+def main(what: str, n: int, d: int, layers: int = 0) -> None:
     """Measure and print."""
+    if layers:
+        call = grid(what, n, d, layers)
+        compiling, _ = grown(call)
+        print(compiling, *grown(call))
+        return
     loss = {
         "solve": lambda x: jaxalign.solve_sigma(x).sigma,
         "gradient": jax.value_and_grad(lambda x: jaxalign.solve_sigma(x).sigma),
@@ -46,4 +66,4 @@ def main(what: str, n: int, d: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))
