@@ -48,8 +48,8 @@ NON_FINITE = 3
 BAD_DENSITY = 4
 NO_SAMPLES = 5
 
-# So small that the kernel is 1 for all distances, which are about 1.
-_RATE_OF_ALIKE = 1e-20
+# So small that the kernel is 1 for all distances (about 1), so large that second derivatives of sigma are finite.
+_RATE_OF_ALIKE = {"float32": 1e-10, "float64": 1e-20}
 
 _REASONS = {
     NOT_CONVERGED: "the root-finder did not converge (please report this with your data)",
@@ -442,10 +442,11 @@ def solve_pairs(
     status = _status(found, frame.finite[..., None] if by_row else frame.finite, wanted, total)
     if tolerant:
         assert not by_row
-        alike = status == INFEASIBLE
+        alike = (status == INFEASIBLE) | (status == NO_SAMPLES)
+        status = jnp.where(alike, CONVERGED, status)
         frame = frame._replace(raw_x=jnp.where(alike[..., None, None], fixed.raw_x, frame.raw_x))
         found = found._replace(
-            rate=jnp.where(alike, _RATE_OF_ALIKE, found.rate), slope=jnp.where(alike, 0, found.slope)
+            rate=jnp.where(alike, _RATE_OF_ALIKE[wanted.dtype.name], found.rate), slope=jnp.where(alike, 0, found.slope)
         )
     pairs = pairs_of(frame, distances, diagonal, plan, precision, rooted=rooted, share=share)
 
@@ -453,8 +454,7 @@ def solve_pairs(
         return jnp.where(frame.mask, value, otherwise) if by_row and frame.mask is not None else value
 
     status = in_real_rows(status, CONVERGED)
-    known = (status == CONVERGED) | (status == INFEASIBLE) if tolerant else status == CONVERGED
-    rate = in_real_rows(jnp.where(known, found.rate, jnp.nan), 1)
+    rate = in_real_rows(jnp.where(status == CONVERGED, found.rate, jnp.nan), 1)
     slope = found.slope * wanted * total / rate  # sum of A D
     rate = _attach_rate(by_row, pairs, density, total, rate, slope)
     scale = frame.scale[..., 0] if by_row else frame.scale[..., 0, 0]

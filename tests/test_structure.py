@@ -31,7 +31,7 @@ LAYERS = [
     {"alignment", "measures"},
     {"_grid_memory"},
     {"_grid_files"},
-    {"grid", "inference"},
+    {"grid", "inference", "losses"},
 ]
 # On top, for whoever does not only compute: the order among these is theirs.
 OUTER = {"cli", "report", "interop", "datasets"}

@@ -1,4 +1,6 @@
-"""Bridges to other libraries; importing this imports none of them."""
+"""To and from other frameworks. Importing this imports none of them."""
 
+from jaxalign.interop import torch_losses as torch_losses
+from jaxalign.interop.autograd import torch_function as torch_function
 from jaxalign.interop.torch import from_torch as from_torch
 from jaxalign.interop.torch import to_torch as to_torch

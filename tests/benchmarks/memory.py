@@ -1,4 +1,4 @@
-"""Peak memory of one call: python -m tests.benchmarks.memory solve|gradient|loss|grid|torch-grid n d [sets]. Linux only.
+"""Peak memory of one call: python -m tests.benchmarks.memory solve|gradient|loss|grid|torch-grid n d [layers]. Linux.
 
 Prints the growth of the resident set to its peak, in MB, in the first call and in the second, and the time of that.
 """

@@ -1,0 +1,516 @@
+"""Alignment as a loss: differentiable distances between the geometries of two sets of features of the same samples.
+
+`alignment_loss` compares a batch of one network with the same batch of another, whatever the width, unit and offset of
+their features: bandwidths are scaled automatically, and gradients pass through them. Values and gradients are finite
+for any finite features:
+
+- where coincident samples alone exceed the density there is no sigma: all samples of that set then count as alike,
+  A = 1 everywhere, which says nothing. The loss is large (1 of "cka") and its gradient 0;
+- with fewer real samples than a measure needs the loss is 0: there is nothing to compare.
+
+Small batches: the ones on the diagonal count in the density, which is 1/n of them. At n = 32 and density 0.05 the
+affinity off the diagonal is 0.019 on average, and n must be above 1 / density. `Memory` adds past samples to the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from jaxalign import _checks
+from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, STORED, Plan, TileSize, make_plan, on_mesh
+from jaxalign._typing import AnyArray
+from jaxalign.affinity import rbf_affinity
+from jaxalign.bandwidth import Diagonal, check_rtol
+from jaxalign.distances import over_devices
+from jaxalign.measures._evaluate import check_function, check_sets
+from jaxalign.measures._pair_sums import PairFunction, Prepared, pair_products, prepare, visit_pairs
+from jaxalign.pairs import Reduction, Tile, kernel, over_rows
+
+Measure = Literal["cka", "affinity", "kl", "infonce"]
+ReductionOf = Literal["mean", "sum", "none"]
+
+_LEAST = {"cka": 4, "affinity": 2, "kl": 3, "infonce": 4}
+# Stands for log 0: exp of it is 0, and differences of two of them are finite.
+_LOG_NOTHING = -1e30
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("x", "y", "filled", "place"), meta_fields=())
+@dataclass(frozen=True)
+class Memory:
+    """Samples of past batches, a pytree to be carried from step to step; made by `empty_memory`.
+
+    Attributes:
+        x: their features in the one network, (capacity, d1).
+        y: and in the other, (capacity, d2).
+        filled: which places hold a sample, (capacity,).
+        place: where the next sample goes, a scalar.
+    """
+
+    x: Any  # not typed as arrays of jax: of tensors it serves torch
+    y: Any
+    filled: Any
+    place: Any
+
+
+def empty_memory(capacity: int, width_x: int, width_y: int, dtype: Any = jnp.float32) -> Memory:
+    """A memory that holds nothing yet.
+
+    Args:
+        capacity: how many samples it can hold; the oldest are forgotten first.
+        width_x: features of a sample in the one network.
+        width_y: features of a sample in the other.
+        dtype: of the features.
+
+    Raises:
+        ValueError: a number below 1.
+
+    Example:
+        >>> import jaxalign
+        >>> jaxalign.losses.empty_memory(256, 16, 32).x.shape
+        (256, 16)
+    """
+    for name, value in (("capacity", capacity), ("width_x", width_x), ("width_y", width_y)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}.")
+    return Memory(
+        jnp.zeros((capacity, width_x), dtype),
+        jnp.zeros((capacity, width_y), dtype),
+        jnp.zeros(capacity, bool),
+        jnp.zeros((), jnp.int32),
+    )
+
+
+def remember(
+    memory: Memory,
+    x: Float[AnyArray, "n d1"],
+    y: Float[AnyArray, "n d2"],
+    mask: Bool[AnyArray, " n"] | None = None,
+) -> Memory:
+    """A memory with a batch added; without gradients.
+
+    Args:
+        memory: what was remembered before.
+        x: features, shape (n, d1); of more than the capacity the last.
+        y: features of the same samples, shape (n, d2).
+        mask: shape (n,), True = a real sample; the others are not remembered, though they take a place.
+
+    Returns:
+        The memory after this batch. The old one stays as it is.
+
+    Raises:
+        ValueError: shapes that do not fit the memory.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x = jax.random.normal(jax.random.key(0), (32, 16))
+        >>> memory = jaxalign.losses.remember(jaxalign.losses.empty_memory(256, 16, 16), x, 2 * x)
+        >>> int(memory.filled.sum())
+        32
+    """
+    capacity = memory.filled.shape[0]
+    for name, value, kept in (("x", x, memory.x), ("y", y, memory.y)):
+        if np.ndim(value) != 2 or value.shape[1] != kept.shape[1]:
+            raise ValueError(f"{name} must have shape (n, {kept.shape[1]}) to fit the memory; got {np.shape(value)}.")
+    n = x.shape[0]
+    if y.shape[0] != n:
+        raise ValueError(f"x and y must hold the same samples, row by row: {n} and {y.shape[0]} rows.")
+    real = _checks.row_mask("mask", mask, (n,))
+    real = jnp.ones(n, bool) if real is None else real
+    last = slice(max(0, n - capacity), n)
+    number = n - last.start
+    place = (memory.place + jnp.arange(number, dtype=jnp.int32)) % capacity
+    x, y = (lax.stop_gradient(jnp.asarray(a)[last]) for a in (x, y))
+    return Memory(
+        memory.x.at[place].set(jnp.where(real[last, None], x, 0).astype(memory.x.dtype)),
+        memory.y.at[place].set(jnp.where(real[last, None], y, 0).astype(memory.y.dtype)),
+        memory.filled.at[place].set(real[last]),
+        (memory.place + number) % capacity,
+    )
+
+
+def alignment_loss(
+    x: Float[AnyArray, "*#batch n d1"],
+    y: Float[AnyArray, "*#batch n d2"],
+    *,
+    measure: Measure = "cka",
+    density: ArrayLike = 0.05,
+    diagonal: Diagonal = "include",
+    sigma: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    memory: Memory | None = None,
+    landmarks: int | None = None,
+    temperature: float = 0.1,
+    reduction: ReductionOf = "mean",
+    stop_gradient_target: bool = True,
+    stop_gradient_sigma: bool = False,
+    tile_size: TileSize = "auto",
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: str | None = None,
+) -> Float[Array, "..."]:
+    """How far the geometry of x is from that of y, differentiable: to be minimised over the network that made x.
+
+    With A and B the auto-scaled RBF affinities of x and y:
+
+    - "cka": 1 - debiased CKA of A and B. 0 for equal geometry, 1 on average for unrelated sets.
+    - "affinity": mean_ij (A_ij - B_ij)^2, affinity matching as published. 0 for equal affinities.
+    - "kl": mean_i sum_j P_ij log(P_ij / Q_ij), P and Q the rows of B and A over j != i, each divided by its sum
+      (probabilistic knowledge transfer, Passalis & Tefas 2018, with this kernel). 0 for equal rows.
+    - "infonce": each sample's affinities to the landmarks in the one network have to find those of the same sample in
+      the other among all samples: cross-entropy of their correlations / temperature, mean of both directions (van den
+      Oord et al. 2018). Not 0 at y = x: the rows of different samples are correlated.
+
+    Args:
+        x: features of the network that is trained, shape (..., n, d1).
+        y: features of the same samples in the other network, shape (..., n, d2).
+        measure: "cka", "affinity", "kl" or "infonce".
+        density: the wanted mean of each affinity; n must be above 1 / density, or use diagonal="exclude", or a memory.
+        diagonal: whether the ones on the diagonal count in that mean.
+        sigma: a bandwidth, or one a set, in units of the features, in place of the density.
+        mask: shape (..., n), True = a real sample: a padded last batch costs no recompilation.
+        memory: past samples that count as samples of the batch, without gradients. Not with leading batch dimensions.
+        landmarks: of "infonce": how many of the last samples are the landmarks; None: those of the memory, or half of
+            the batch. They share their sigma with all: mean(A) of the landmarks is the density.
+        temperature: of "infonce".
+        reduction: "mean" over samples, "sum", or "none": one value a sample, (..., n) - of "infonce" without the
+            landmarks - 0 where masked. "cka" has no value of a single sample: "mean" only.
+        stop_gradient_target: y is given and x follows. False: both move.
+        stop_gradient_sigma: the bandwidths count as constants in the gradient: faster by a third or so, but the scale
+            of x then gets a gradient, although the loss does not depend on it.
+        tile_size: see `jaxalign.solve_sigma`. ("infonce" stores n x landmarks and n x n.)
+        mesh: see `jaxalign.solve_sigma`. Not for "infonce".
+        axis_name: see `jaxalign.solve_sigma`. Inside `jax.shard_map` and the like x and y are this device's samples,
+            and the loss is that of the whole batch, the same on every device, not the mean of losses of parts. (The
+            values of "none" are those of this device's samples.)
+
+    Returns:
+        The loss, shape (...), or (..., n) for "none".
+
+    Raises:
+        TypeError, ValueError: see `jaxalign.measures.hsic`; a reduction that the measure does not have; a batch too
+            small for the density, which names the smallest.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> teacher = jax.random.normal(jax.random.key(0), (64, 32))
+        >>> student = teacher[:, :8]
+        >>> loss, gradient = jax.value_and_grad(jaxalign.losses.alignment_loss)(student, teacher)
+        >>> bool(loss > 0), gradient.shape
+        (True, (64, 8))
+        >>> round(float(jaxalign.losses.alignment_loss(3 * teacher + 1, teacher)), 4)
+        0.0
+    """
+    _checks.choice("measure", measure, tuple(_LEAST))
+    _checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    if measure == "cka" and reduction != "mean":
+        raise ValueError(
+            f'reduction={reduction!r}: "cka" is one number for all samples and has "mean" only. '
+            'Measures with a value of each sample are "affinity", "kl" and "infonce".'
+        )
+    if measure != "infonce" and landmarks is not None:
+        raise ValueError(f'landmarks={landmarks!r} is for measure="infonce"; {measure!r} compares all with all.')
+    (x, y), mask = check_sets((("x", x), ("y", y)), mask, "raise", _LEAST[measure], f'alignment_loss "{measure}"')
+    if stop_gradient_target:
+        y = lax.stop_gradient(y)
+    n = x.shape[-2]
+    if memory is not None:
+        x, y, mask = _with_memory(x, y, mask, memory, measure)
+    if measure == "infonce":
+        if mesh is not None:
+            raise ValueError('mesh= is not for measure="infonce"; use axis_name= inside jax.shard_map.')
+        m = _landmarks(landmarks, n, memory)
+        return _contrast(x, y, mask, sigma, density, diagonal, n, m, temperature, reduction, axis_name,
+                         stop_gradient_sigma)  # fmt: skip
+    plan = make_plan(x, None, tile_size, mesh, axis_name, sets=2)
+    function = PairFunction(
+        "rbf", solves=sigma is None, diagonal=diagonal, tolerant=True, fixed_sigma=stop_gradient_sigma
+    )
+    sigmas, target = check_function(("x", "y"), (x, y), mask, sigma, density, function, plan)
+    counts = jnp.arange(x.shape[-2]) < n  # the batch, not what is remembered
+    real = jnp.broadcast_to(counts, x.shape[:-1])
+    real = real if mask is None else real & mask
+    return _pair_loss(x, y, mask, real, sigmas, target, measure, reduction, function, n, plan)
+
+
+def multi_layer_loss(
+    x: Mapping[str, AnyArray],
+    y: Mapping[str, AnyArray],
+    *,
+    loss: Callable[[Any, Any], Array] = alignment_loss,
+    weights: Mapping[str, float] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The weighted mean of the losses of several layers, and each of them.
+
+    Args:
+        x: features of the layers of the network that is trained, by name.
+        y: what each is to be aligned with, by the same names.
+        loss: of two sets of features: `alignment_loss`, or `functools.partial(alignment_loss, measure="kl")` and so on.
+        weights: of the layers, by name; None: all alike. A layer that is not named has weight 0 and is not computed.
+
+    Returns:
+        sum w_l loss_l / sum w_l, and the losses by name.
+
+    Raises:
+        ValueError: names that differ, no layers, a weight below 0 or all of them 0.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> a, b = jax.random.normal(jax.random.key(0), (2, 64, 8))
+        >>> total, each = jaxalign.losses.multi_layer_loss({"early": a, "late": a}, {"early": a, "late": b})
+        >>> bool(each["early"] < 1e-5), bool(each["late"] > 0.5), bool(total == each["late"] / 2)
+        (True, True, True)
+    """
+    missing = sorted(set(x) ^ set(y))
+    if missing or not x:
+        raise ValueError(f"x and y must name the same layers, at least one; not in both: {missing}.")
+    weights = dict.fromkeys(x, 1.0) if weights is None else weights
+    unknown = sorted(set(weights) - set(x))
+    if unknown:
+        raise ValueError(f"weights names layers that are not there: {unknown}. There are {sorted(x)}.")
+    if any(w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
+        raise ValueError(f"weights must be at least 0 and not all 0; got {dict(weights)}.")
+    each = {name: loss(x[name], y[name]) for name in x if weights.get(name, 0.0) > 0}
+    total = sum((weights[name] * value for name, value in each.items()), start=jnp.zeros(()))
+    return total / sum(weights.values()), each
+
+
+# --- batches with a memory --------------------------------------------------------------------------------------------
+
+
+def _with_memory(x: Array, y: Array, mask: Array | None, memory: Memory, measure: str) -> tuple[Array, Array, Array]:
+    if x.ndim != 2:
+        raise ValueError(f"a memory goes with one batch of shape (n, d); got {x.shape}.")
+    for name, value, kept in (("x", x, memory.x), ("y", y, memory.y)):
+        if value.shape[-1] != kept.shape[-1]:
+            raise ValueError(f"{name} has {value.shape[-1]} features, the memory {kept.shape[-1]}.")
+    mask = jnp.ones(x.shape[:-1], bool) if mask is None else mask
+    x, y = (jnp.concatenate((a, lax.stop_gradient(kept).astype(a.dtype))) for a, kept in ((x, memory.x), (y, memory.y)))
+    return x, y, jnp.concatenate((mask, memory.filled))
+
+
+# --- losses by pairs --------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("measure", "reduction", "function", "n", "plan"))
+def _pair_loss(
+    x: Array,
+    y: Array,
+    mask: Array | None,
+    real: Array,
+    sigmas: Array | None,
+    density: Array | None,
+    measure: str,
+    reduction: str,
+    function: PairFunction,
+    n: int,
+    plan: Plan,
+) -> Array:
+    rtol = check_rtol(None, x.dtype)
+    if measure == "cka":
+        inner = pair_products((x, y), 1, mask, sigmas, density, function, "debiased", rtol, plan)
+        loss = jnp.where(inner.finite, 1 - inner.ratio(), jnp.nan)[..., 0, 0]
+        return jnp.where(inner.samples >= _LEAST["cka"], loss, 0)
+    of_rows = _affinity_rows if measure == "affinity" else _divergence_rows
+
+    def local(
+        x: Array, _y: None, mask: Array | None, _mask_y: None, y: Array, real: Array, sigmas: Any, density: Any
+    ) -> tuple[Array, Array]:
+        prepared = [
+            prepare(rows, mask, None if sigmas is None else sigmas[..., k], density, function, rtol, plan)
+            for k, rows in enumerate((x, y))
+        ]
+        rows = of_rows(prepared, plan)
+        real = real if mask is None else real & mask  # rows that were added to make them divide are masked
+        weights = real.astype(rows.dtype)
+        each = jnp.where(real, rows, 0)
+        finite = prepared[0].pairs.frames[0].finite & prepared[1].pairs.frames[0].finite
+        each = jnp.where(finite[..., None], each, jnp.nan)
+        total, count = (over_devices(lax.psum, jnp.sum(a, -1), plan.axis_name) for a in (each, weights))
+        return each, total if reduction == "sum" else total / jnp.maximum(count, 1)
+
+    rows = (ROWS_SECOND_LAST, ROWS_LAST, NO_ROWS, NO_ROWS)
+    each, total = on_mesh(local, plan, (x, None, mask, None), (y, real, sigmas, density), rows, (ROWS_LAST, NO_ROWS))
+    return each[..., :n] if reduction == "none" else total
+
+
+def _affinity_rows(prepared: list[Prepared], plan: Plan) -> Array:
+    """mean_j (A_ij - B_ij)^2, (..., n)."""
+
+    def terms(tile: Tile) -> Array:
+        a, b = (kernel(d2, rate) for d2, rate in _distances_and_rates(tile))
+        return tile.weigh((a - b) ** 2)
+
+    squares = visit_pairs(Reduction(terms, over_rows), prepared, plan)[1]
+    count = prepared[0].pairs.total(by_row=True) + 1  # the pair with itself, at which they agree, counts
+    return squares[..., 0] / count
+
+
+def _distances_and_rates(tile: Tile) -> Iterator[tuple[Array, Array]]:
+    for distances, rate in zip(tile.distances, tile.rates, strict=True):
+        assert rate is not None
+        yield distances, rate
+
+
+class _LogSums(NamedTuple):
+    """Of each row, with l the log affinities of the target, k those of the other; (..., r, 1)."""
+
+    top: Array  # largest l
+    total: Array  # sum exp(l - top)
+    differences: Array  # sum exp(l - top) (l - k)
+    other_top: Array  # largest k
+    other_total: Array  # sum exp(k - other_top)
+
+
+def _divergence_rows(prepared: list[Prepared], plan: Plan) -> Array:
+    """sum_j P_ij log(P_ij / Q_ij), (..., n); sums of exponentials relative to the largest, which never vanish."""
+    keep = Reduction(_logarithms, _log_sums, combine=_log_sums_of_both, nothing=_no_log_sums)
+    found = visit_pairs(keep, prepared, plan)[1]
+    some = (found.total > 0) & (found.other_total > 0)
+    total, other = (jnp.where(some, a, 1) for a in (found.total, found.other_total))
+    log_ratio = jnp.log(other) - jnp.log(total) + jnp.where(some, found.other_top - found.top, 0)
+    return jnp.where(some, found.differences / total + log_ratio, 0)[..., 0]
+
+
+def _logarithms(tile: Tile) -> tuple[Array, Array]:
+    """Of both affinities; -inf for pairs that do not count."""
+    counts = tile.weigh(jnp.ones_like(tile.distances[0])) > 0
+    own, target = (jnp.where(counts, -rate * d2, -jnp.inf) for d2, rate in _distances_and_rates(tile))
+    return own, target
+
+
+def _log_sums(terms: tuple[Array, Array], tile: Tile) -> tuple[tuple[()], _LogSums]:
+    del tile
+    counts = jnp.isfinite(terms[0])
+    own, target = (jnp.where(counts, logs, 0) for logs in terms)
+
+    def relative(logs: Array) -> tuple[Array, Array]:
+        top = jnp.max(jnp.where(counts, logs, _LOG_NOTHING), -1, keepdims=True)
+        top = lax.stop_gradient(top)
+        return top, jnp.where(counts, jnp.exp(logs - top), 0)
+
+    (top, p), (other_top, q) = relative(target), relative(own)
+    total, differences, other = (jnp.sum(a, -1, keepdims=True) for a in (p, p * (target - own), q))
+    return (), _LogSums(top, total, differences, other_top, other)
+
+
+def _log_sums_of_both(a: Any, b: Any) -> Any:
+    if not isinstance(a, _LogSums):  # rows that are not asked for
+        return a
+    top, other_top = jnp.maximum(a.top, b.top), jnp.maximum(a.other_top, b.other_top)
+    of_a, of_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    other = a.other_total * jnp.exp(a.other_top - other_top) + b.other_total * jnp.exp(b.other_top - other_top)
+    total, differences = a.total * of_a + b.total * of_b, a.differences * of_a + b.differences * of_b
+    return _LogSums(top, total, differences, other_top, other)
+
+
+def _no_log_sums(like: Any) -> Any:
+    if not isinstance(like, _LogSums):
+        return like
+    zero, least = jnp.zeros_like(like.total), jnp.full_like(like.top, _LOG_NOTHING)
+    return _LogSums(least, zero, zero, least, zero)
+
+
+# --- contrast over landmarks ------------------------------------------------------------------------------------------
+
+
+def _landmarks(landmarks: int | None, n: int, memory: Memory | None) -> int:
+    """How many of the last rows, memory included, are landmarks."""
+    past = 0 if memory is None else memory.filled.shape[0]
+    if landmarks is None:
+        return past or n // 2
+    if (
+        isinstance(landmarks, bool)
+        or not isinstance(landmarks, (int, np.integer))
+        or not 2 <= landmarks <= n + past - 2
+    ):
+        raise ValueError(
+            f"landmarks must be a whole number from 2 to n - 2 = {n + past - 2}, the last of the samples; "
+            f"got {landmarks!r}."
+        )
+    return int(landmarks)
+
+
+def _contrast(
+    x: Array,
+    y: Array,
+    mask: Array | None,
+    sigma: Any,
+    density: Any,
+    diagonal: Any,
+    n: int,
+    m: int,
+    temperature: float,
+    reduction: str,
+    axis_name: str | None,
+    fixed_sigma: bool,
+) -> Array:
+    _checks.positive("temperature", temperature)
+    rows = x.shape[-2]
+    queries, counts = slice(0, min(n, rows - m)), mask
+    function = PairFunction("rbf", solves=sigma is None, diagonal=diagonal, tolerant=True, fixed_sigma=fixed_sigma)
+    last = slice(rows - m, rows)
+
+    def every(a: Array, axis: int) -> Array:
+        """Of all devices."""
+        return a if axis_name is None else lax.all_gather(a, axis_name, axis=axis % a.ndim, tiled=True)
+
+    of_landmarks = tuple(every(a[..., last, :], -2) for a in (x, y))
+    landmark_mask = None if mask is None else every(mask[..., last], -1)
+    sigmas, target = check_function(("x", "y"), of_landmarks, landmark_mask, sigma, density, function, STORED)
+    real = jnp.ones(x.shape[:-1], bool)[..., queries] if counts is None else counts[..., queries]
+    relative = []
+    for k, (rows_of, at) in enumerate(zip((x, y), of_landmarks, strict=True)):
+        own = None if sigmas is None else sigmas[..., k]
+        width = _bandwidth(at, landmark_mask, own, target, function, check_rtol(None, x.dtype))
+        a = rbf_affinity(rows_of[..., queries, :], at, width, mask=real, mask_y=landmark_mask)
+        relative.append(_unit_rows(a, landmark_mask))
+    of_x, of_y = relative
+    place = 0 if axis_name is None else lax.axis_index(axis_name) * real.shape[-1]
+    each = 0.5 * (
+        _cross_entropy(of_x, every(of_y, -2), every(real, -1), temperature, place)
+        + _cross_entropy(of_y, every(of_x, -2), every(real, -1), temperature, place)
+    )
+    of_samples = jnp.ones(x.shape[:-1], bool) if mask is None else mask
+    holes = sum(jnp.sum(of_samples & ~jnp.isfinite(a).all(-1), -1) for a in (x, y))
+    each = jnp.where(real, each, 0)
+    each = jnp.where(over_devices(lax.psum, holes, axis_name)[..., None] > 0, jnp.nan, each)
+    if reduction == "none":
+        return each
+    total, count = (over_devices(lax.psum, jnp.sum(a, -1), axis_name) for a in (each, real.astype(each.dtype)))
+    return total if reduction == "sum" else total / jnp.maximum(count, 1)
+
+
+@partial(jax.jit, static_argnames=("function", "rtol"))
+def _bandwidth(
+    x: Array, mask: Array | None, sigma: Array | None, density: Array | None, function: PairFunction, rtol: float
+) -> Array:
+    return prepare(x, mask, sigma, density, function, rtol, STORED).sigma
+
+
+def _unit_rows(a: Array, mask: Array | None) -> Array:
+    """Rows less their mean over the real landmarks, of unit length, or 0."""
+    weight = jnp.ones_like(a) if mask is None else jnp.broadcast_to(mask[..., None, :], a.shape).astype(a.dtype)
+    mean = jnp.sum(a * weight, -1, keepdims=True) / jnp.maximum(jnp.sum(weight, -1, keepdims=True), 1)
+    a = (a - mean) * weight
+    square = jnp.sum(a * a, -1, keepdims=True)
+    varies = square > float(jnp.finfo(a.dtype).eps) ** 2
+    return jnp.where(varies, a * lax.rsqrt(jnp.where(varies, square, 1)), 0)
+
+
+def _cross_entropy(own: Array, others: Array, real: Array, temperature: float, place: Array | int) -> Array:
+    """-log softmax of the right one, (..., n)."""
+    logits = jnp.einsum("...im,...jm->...ij", own, others, precision=lax.Precision.HIGHEST) / temperature
+    logits = jnp.where(real[..., None, :], logits, -jnp.inf)
+    right = jnp.sum(own * lax.dynamic_slice_in_dim(others, place, own.shape[-2], -2), -1) / temperature
+    top = lax.stop_gradient(jnp.maximum(jnp.max(logits, -1), _LOG_NOTHING))
+    return top + jnp.log(jnp.maximum(jnp.sum(jnp.exp(logits - top[..., None]), -1), 1e-30)) - right

@@ -1,0 +1,347 @@
+"""Alignment losses: the formulas, their gradients, every way to compute them, and batches that hold next to nothing."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import chex
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxalign import losses, measures, sharding
+from jaxalign.losses import Memory, alignment_loss, empty_memory, multi_layer_loss, remember
+
+N = 32
+MEASURES = ("cka", "affinity", "kl", "infonce")
+every_measure = pytest.mark.parametrize("measure", MEASURES)
+by_pairs = pytest.mark.parametrize("measure", MEASURES[:3])
+by_sample = pytest.mark.parametrize("measure", MEASURES[1:])
+
+
+def sets(n=N, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 4))
+    return x, np.tanh(x @ rng.normal(size=(4, 6))) + 0.3 * rng.normal(size=(n, 6))
+
+
+def loss(measure, **options):
+    return partial(alignment_loss, measure=measure, **{"density": 0.2, **options})
+
+
+@every_measure
+@pytest.mark.parametrize("options", [{}, {"diagonal": "exclude"}, {"stop_gradient_sigma": True}], ids=str)
+def test_values_and_gradients_agree_with_torch(x64, measure, options):
+    torch = pytest.importorskip("torch")
+    import reference_losses
+
+    if measure == "infonce" and "stop_gradient_sigma" in options:
+        pytest.skip("the reference has no such option there")
+    x, y = sets()
+    fixed = {"fixed_sigma": options.get("stop_gradient_sigma", False)}
+    more = {"landmarks": 12} if measure == "infonce" else {}
+    tx, ty = (torch.tensor(a, requires_grad=True) for a in (x, y))
+    diagonal = {key: value for key, value in options.items() if key == "diagonal"}
+    each = reference_losses.loss_of(tx, ty, measure=measure, density=0.2, **diagonal, **fixed, **more)
+    each.mean().backward()
+    ours = loss(measure, stop_gradient_target=False, **options, **more)
+    value, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(x, y)
+    helpers.assert_close(value, each.mean().item(), 1e-10)
+    for gradient, expected in zip(gradients, (tx.grad, ty.grad), strict=True):
+        helpers.assert_close(gradient, expected.numpy(), 1e-9)
+    if measure != "cka":
+        helpers.assert_close(loss(measure, reduction="none", **options, **more)(x, y), each.detach().numpy(), 1e-10)
+
+
+def test_cka_and_affinity_are_those_of_the_measures(x64):
+    x, y = sets()
+    helpers.assert_close(loss("cka")(x, y), 1 - measures.cka(x, y, density=0.2), 1e-12)
+    helpers.assert_close(loss("affinity")(x, y), measures.affinity_distance(x, y, density=0.2) ** 2, 1e-12)
+
+
+@by_pairs
+def test_equal_geometry_costs_nothing(x64, measure):
+    x, _ = sets()
+    turned = 3.7 * x @ np.linalg.qr(np.random.default_rng(1).normal(size=(4, 4)))[0] + 5
+    value, gradient = jax.value_and_grad(loss(measure))(turned, x)
+    assert abs(float(value)) < 1e-12
+    assert float(jnp.abs(gradient).max()) < 1e-12
+
+
+@every_measure
+def test_unrelated_sets_cost_more_than_related_ones(measure):
+    x, y = (a.astype(np.float32) for a in sets())
+    unrelated = np.random.default_rng(5).normal(size=(N, 4)).astype(np.float32)
+    assert loss(measure)(unrelated, y) > loss(measure)(x, y) > loss(measure)(y, y) - 1e-6
+
+
+@by_pairs
+def test_tiles_and_masks_and_batches_give_the_same(x64, measure):
+    x, y = sets(23)
+    value, gradient = jax.value_and_grad(loss(measure))(x, y)
+    tiled = jax.jit(jax.value_and_grad(loss(measure, tile_size=6)))(x, y)
+    padded = [np.concatenate([a, np.full((4, a.shape[1]), 7.0)]) for a in (x, y)]
+    masked = jax.jit(jax.value_and_grad(loss(measure, mask=np.arange(27) < 23)))(*padded)
+    batched = jax.jit(loss(measure))(np.stack([x, x]), np.stack([y, 2 * y]))
+    for found in (tiled, (masked[0], masked[1][:23]), (batched[1], gradient)):
+        helpers.assert_close(found[0], value, 1e-12)
+        helpers.assert_close(found[1], gradient, 1e-11)
+    assert (np.asarray(masked[1][23:]) == 0).all()
+
+
+@every_measure
+def test_devices_find_the_loss_of_the_whole_batch(x64, measure):
+    x, y = sets()
+    options, order = {}, np.arange(N)
+    if measure == "infonce":  # each device has its landmarks last
+        options = {"landmarks": 4}
+        order = np.concatenate([np.arange(N).reshape(4, 8)[:, :4].ravel(), np.arange(N).reshape(4, 8)[:, 4:].ravel()])
+    mesh = sharding.data_mesh(4)
+    local = jax.shard_map(
+        jax.value_and_grad(loss(measure, axis_name="data", **options)),
+        mesh=mesh,
+        in_specs=(P("data", None), P("data", None)),
+        out_specs=(P(), P("data", None)),
+    )
+    found, gradient = jax.jit(local)(x, y)
+    whole = {"landmarks": 16} if measure == "infonce" else {}
+    value, expected = jax.value_and_grad(loss(measure, **whole))(x[order], y[order])
+    helpers.assert_close(found, value, 1e-12)
+    helpers.assert_close(np.asarray(gradient)[order], expected, 1e-11)
+
+
+@by_pairs
+def test_a_mesh_finds_the_same(x64, measure):
+    x, y = sets(29)
+    found = jax.jit(loss(measure, mesh=sharding.data_mesh(4), tile_size=4))(x, y)
+    helpers.assert_close(found, loss(measure)(x, y), 1e-12)
+
+
+@by_sample
+def test_reductions(x64, measure):
+    x, y = sets()
+    mask = np.arange(N) % 5 != 0
+    each = np.asarray(loss(measure, reduction="none", mask=mask)(x, y))
+    real = mask[: len(each)]
+    assert (each[~real] == 0).all()
+    helpers.assert_close(loss(measure, mask=mask)(x, y), each[real].mean(), 1e-12)
+    helpers.assert_close(loss(measure, reduction="sum", mask=mask)(x, y), each.sum(), 1e-12)
+
+
+def test_the_target_stays_unless_told_otherwise(x64):
+    x, y = sets()
+    assert (np.asarray(jax.grad(loss("cka"), argnums=1)(x, y)) == 0).all()
+    assert np.abs(jax.grad(loss("cka", stop_gradient_target=False), argnums=1)(x, y)).max() > 1e-4
+
+
+@by_pairs
+def test_the_scale_has_no_gradient_unless_sigma_is_fixed(x64, measure):
+    x, y = sets()
+    along = {fixed: np.sum(jax.grad(loss(measure, stop_gradient_sigma=fixed))(x, y) * x) for fixed in (False, True)}
+    assert abs(along[False]) < 1e-12 < 1e-5 < abs(along[True])
+    helpers.assert_close(loss(measure, stop_gradient_sigma=True)(x, y), loss(measure)(x, y), 1e-12)
+
+
+@every_measure
+def test_second_derivatives(x64, measure):
+    x, y = sets(20)
+    helpers.check_derivatives(
+        lambda both: loss(measure, stop_gradient_target=False)(*both), (x, y), np.random.default_rng(0)
+    )
+
+
+# --- batches that hold next to nothing --------------------------------------------------------------------------------
+
+CASES = {
+    "constant": lambda x: np.ones_like(x),
+    "four kinds": lambda x: np.repeat(x[: N // 8], 8, 0),
+    "half of them equal": lambda x: np.where(np.arange(N)[:, None] < N // 2, x[:1], x),
+    "tiny": lambda x: 1e-18 * x,
+    "huge": lambda x: 1e15 * x + 1e16,
+}
+
+
+@every_measure
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("side", [0, 1])
+def test_degenerate_batches_have_finite_values_and_derivatives(measure, case, side):
+    x, y = (a.astype(np.float32) for a in sets())
+    both = [x, y]
+    both[side] = CASES[case](both[side]).astype(np.float32)
+    x, y = both
+
+    @jax.jit
+    def derivatives(x, y):
+        f = loss(measure, density=0.1)
+        gradient = jax.grad(f)
+        return f(x, y), gradient(x, y), jax.jvp(gradient, (x, y), (x, y))[1]
+
+    for found in derivatives(x, y):
+        assert np.isfinite(found).all()
+
+
+@every_measure
+def test_where_all_samples_are_alike_nothing_moves(measure):
+    _, y = (a.astype(np.float32) for a in sets())
+    value, gradient = jax.jit(jax.value_and_grad(loss(measure)))(jnp.ones((N, 4)), y)
+    assert (np.asarray(gradient) == 0).all()
+    assert value > 0.1
+    if measure == "cka":
+        assert float(value) == 1.0
+
+
+@every_measure
+def test_a_mask_that_leaves_too_few_costs_nothing(measure):
+    x, y = (a.astype(np.float32) for a in sets())
+    for real in range(4):
+        value, gradient = jax.jit(jax.value_and_grad(lambda x, m: loss(measure)(x, y, mask=m)))(x, jnp.arange(N) < real)
+        assert np.isfinite(value)
+        assert (np.asarray(gradient) == 0).all()
+
+
+@every_measure
+def test_few_samples_and_half_precision(measure):
+    x, y = (jnp.asarray(a[:4], jnp.bfloat16) for a in sets())
+    options = {"diagonal": "exclude", **({"landmarks": 2} if measure == "infonce" else {})}
+    value, gradient = jax.value_and_grad(loss(measure, **options))(x, y)
+    assert np.isfinite(value)
+    assert value.dtype == jnp.float32
+    assert gradient.dtype == jnp.bfloat16
+    assert np.isfinite(gradient.astype(np.float32)).all()
+
+
+def test_nan_is_not_hidden():
+    x, y = (a.astype(np.float32) for a in sets())
+    x[3, 1] = np.nan
+    with pytest.raises(ValueError, match=r"x has nan or inf.*row 3"):
+        loss("kl")(x, y)
+    for measure in MEASURES:
+        assert np.isnan(jax.jit(loss(measure))(x, y))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_memory_keeps_the_last_samples(x64):
+    memory = empty_memory(10, 4, 6, jnp.float64)
+    batches = [sets(4, seed) for seed in range(4)]
+    for x, y in batches:
+        memory = remember(memory, x, y)
+    assert memory.filled.all()
+    every = np.concatenate([x for x, _ in batches])
+    assert set(map(tuple, np.asarray(memory.x))) == set(map(tuple, every[-10:]))
+    np.testing.assert_array_equal(np.asarray(memory.y)[np.asarray(memory.x[:, 0]) == every[-1, 0]], batches[-1][1][-1:])
+    x, y = sets(23)
+    memory = remember(memory, x, y, np.arange(23) != 20)
+    assert set(map(tuple, np.asarray(memory.x)[memory.filled])) == set(map(tuple, np.delete(x, 20, 0)[-9:]))
+
+
+@every_measure
+def test_remembered_samples_count_but_do_not_move(x64, measure):
+    (x, y), (past_x, past_y) = sets(12), sets(20, 1)
+    memory = remember(empty_memory(25, 4, 6, jnp.float64), past_x, past_y)
+    value, gradient = jax.jit(jax.value_and_grad(loss(measure)), static_argnames=())(x, y, memory=memory)
+    whole = np.concatenate([x, past_x]), np.concatenate([y, past_y])
+    options = {"landmarks": 20} if measure == "infonce" else {}
+
+    def expected(x):
+        both = jnp.concatenate([x, past_x]), whole[1]
+        if measure == "cka":
+            return loss(measure)(*both)
+        return jnp.mean(loss(measure, reduction="none", **options)(*both)[:12])
+
+    helpers.assert_close(value, expected(x), 1e-12)
+    helpers.assert_close(gradient, jax.grad(expected)(x), 1e-11)
+
+
+def test_a_batch_too_small_for_the_density_needs_a_memory():
+    x, y = (a.astype(np.float32) for a in sets(16))
+    with pytest.raises(ValueError, match=r"n = 16.*at least 21 samples"):
+        jax.jit(alignment_loss)(x, y)
+    memory = remember(empty_memory(64, 4, 6), *(a.astype(np.float32) for a in sets(40, 1)))
+    value, gradient = jax.jit(jax.value_and_grad(alignment_loss))(x, y, memory=memory)
+    assert 0 < value < 1
+    assert np.abs(gradient).max() > 0
+    # An empty one leaves the batch alone: no sigma, a loss that says nothing, and no step.
+    value, gradient = jax.jit(jax.value_and_grad(alignment_loss))(x, y, memory=empty_memory(64, 4, 6))
+    assert value == 1
+    assert (np.asarray(gradient) == 0).all()
+
+
+# --- layers, training -------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_weighed(x64):
+    x, y = sets()
+    a, b = {"one": x, "two": y}, {"one": y, "two": y}
+    total, each = multi_layer_loss(a, b, loss=loss("kl"), weights={"one": 3.0, "two": 1.0})
+    helpers.assert_close(each["one"], loss("kl")(x, y), 1e-12)
+    helpers.assert_close(total, 0.75 * each["one"] + 0.25 * each["two"], 1e-12)
+    assert list(multi_layer_loss(a, b, loss=loss("kl"), weights={"two": 1.0})[1]) == ["two"]
+
+
+def test_training_aligns_and_never_compiles_again():
+    x, y = (a.astype(np.float32) for a in sets(48))
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=(4, 4)).astype(np.float32))
+    optimiser = optax.sgd(0.5, 0.9)  # adam promotes dtypes implicitly, which these tests forbid
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(weights, state, memory, x, y, mask):
+        def of(weights):
+            return alignment_loss(jnp.tanh(x @ weights), y, memory=memory, mask=mask, diagonal="exclude", density=0.2)
+
+        value, gradient = jax.value_and_grad(of)(weights)
+        updates, state = optimiser.update(gradient, state)
+        memory = remember(memory, jnp.tanh(x @ weights), y, mask)
+        return optax.apply_updates(weights, updates), state, memory, value
+
+    state, memory, values = optimiser.init(weights), empty_memory(32, 4, 6), []
+    for k in range(60):
+        rows = np.arange(k * 20, k * 20 + 20) % 48
+        mask = np.arange(20) < (20 if k % 3 else 17)  # a padded batch now and then
+        weights, state, memory, value = step(weights, state, memory, x[rows], y[rows], mask)
+        values.append(float(value))
+    assert np.mean(values[-10:]) < 0.6 * np.mean(values[:10])
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_bad_input():
+    x, y = (a.astype(np.float32) for a in sets())
+    memory = empty_memory(8, 4, 6)
+    bad = [
+        (lambda: alignment_loss(x, y, measure="ckaa"), "measure must be one of 'cka', 'affinity'"),
+        (lambda: alignment_loss(x, y[:9]), "32 and 9 rows"),
+        (lambda: alignment_loss(x, y, reduction="none"), '"cka" is one number'),
+        (lambda: alignment_loss(x, y, reduction="avg"), "reduction must be one of"),
+        (lambda: alignment_loss(x, y, density=0.01), "at least 101 samples"),
+        (lambda: alignment_loss(x[:3], y[:3]), "at least 4 samples"),
+        (lambda: alignment_loss(x, y, landmarks=4), 'landmarks=4 is for measure="infonce"'),
+        (lambda: loss("infonce", landmarks=31)(x, y), "from 2 to n - 2 = 30"),
+        (lambda: loss("infonce", temperature=0.0)(x, y), "temperature must be finite and above 0"),
+        (lambda: loss("infonce", mesh=sharding.data_mesh(2))(x, y), "mesh= is not for"),
+        (lambda: alignment_loss(y, y, memory=memory), "x has 6 features, the memory 4"),
+        (lambda: alignment_loss(x[None], y[None], memory=memory), r"one batch of shape \(n, d\)"),
+        (lambda: alignment_loss(x.astype(int), y), "x must be floating point"),
+        (lambda: empty_memory(0, 4, 6), "capacity must be a whole number"),
+        (lambda: remember(memory, y, y), r"x must have shape \(n, 4\)"),
+        (lambda: multi_layer_loss({"a": x}, {"b": y}), r"not in both: \['a', 'b'\]"),
+        (lambda: multi_layer_loss({"a": x}, {"a": y}, weights={"b": 1.0}), r"not there: \['b'\]"),
+        (lambda: multi_layer_loss({"a": x}, {"a": y}, weights={"a": 0.0}), "not all 0"),
+    ]
+    for call, message in bad:
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
+
+
+def test_the_memory_is_a_pytree():
+    memory = empty_memory(8, 4, 6)
+    assert isinstance(jax.tree.map(lambda a: a, memory), Memory)
+    assert losses.empty_memory is empty_memory
