@@ -15,7 +15,7 @@ refused, is refused by all: a nan in the rows of one process is an error in each
 
 The rest starts the processes, compares what they say with one process that has all rows, and prints a table:
 
-    process      rows        sigma      density      d density / d sigma    |d log sigma / d x|
+    process      rows        sigma      density      d density / d sigma    |d log sigma / d x|    CKA(x, tanh x)
 
 A process that waits for a dead one waits long. So the parent looks after its children: when one fails, or when time is
 up, it ends the others and exits with an error. Where processes run on different machines there is no such parent; then
@@ -75,6 +75,7 @@ class Numbers(NamedTuple):
     density: float
     slope: float  # of the density, with respect to sigma
     gradient: float  # the norm of that of log sigma, with respect to all features
+    similarity: float  # debiased CKA of the features with their tanh, from a comparison grid
 
 
 # --- what each process does -----------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def solve(process: int, address: str, problem: Problem) -> Numbers:
 
 
 def numbers(x: jax.Array | np.ndarray) -> Numbers:
-    """Sigma, density and two derivatives; nothing here knows where the rows are."""
+    """Sigma, density, two derivatives and a similarity; nothing here knows where the rows are."""
     solution = jaxalign.solve_sigma(x, density=DENSITY)
 
     def density(sigma: jax.Array) -> jax.Array:
@@ -122,7 +123,8 @@ def numbers(x: jax.Array | np.ndarray) -> Numbers:
 
     reached, slope = jax.value_and_grad(density)(solution.sigma)
     gradient = jnp.linalg.norm(jax.grad(log_sigma)(x))  # the gradient is spread as x is
-    return Numbers(*(float(value) for value in (solution.sigma, reached, slope, gradient)))
+    grid = jaxalign.compare_grid({"x": x, "tanh": jnp.tanh(x)}, density=DENSITY)
+    return Numbers(*(float(value) for value in (solution.sigma, reached, slope, gradient, grid.values[0, 1])))
 
 
 def work(process: int, address: str, problem: Problem) -> int:
@@ -243,7 +245,7 @@ def table(found: Sequence[Numbers], expected: Numbers, problem: Problem) -> str:
     def line(name: str, first: int, last: int, row: Numbers) -> str:
         return f"{name:12}{f'{first} to {last}':>14}" + "".join(f"{value:>22.8g}" for value in row)
 
-    head = ("sigma", "density", "d density / d sigma", "|d log sigma / d x|")
+    head = ("sigma", "density", "d density / d sigma", "|d log sigma / d x|", "CKA(x, tanh x)")
     lines = [f"{'process':12}{'rows':>14}" + "".join(f"{name:>22}" for name in head)]
     own = problem.own_rows
     lines += [line(f"{k} of {len(found)}", k * own, (k + 1) * own - 1, row) for k, row in enumerate(found)]

@@ -481,7 +481,8 @@ def _contrast(
         + _cross_entropy(of_y, every(of_x, -2), every(real, -1), temperature, place)
     )
     of_samples = jnp.ones(x.shape[:-1], bool) if mask is None else mask
-    holes = sum(jnp.sum(of_samples & ~jnp.isfinite(a).all(-1), -1) for a in (x, y))
+    finite = jnp.isfinite(x).all(-1) & jnp.isfinite(y).all(-1)
+    holes = jnp.sum(of_samples & ~finite, -1)
     each = jnp.where(real, each, 0)
     each = jnp.where(over_devices(lax.psum, holes, axis_name)[..., None] > 0, jnp.nan, each)
     if reduction == "none":

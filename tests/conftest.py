@@ -79,6 +79,13 @@ def unchecked_types() -> Iterator[None]:
 
 
 @pytest.fixture
+def usual_promotion() -> Iterator[None]:
+    """Ranks and dtypes promoted implicitly, as they are for users: for code that is not the library's."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """A generator of its own for every test, the same in every run and for every dtype."""
     name = request.node.name.replace("float32", "").replace("float64", "")

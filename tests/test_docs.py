@@ -20,6 +20,7 @@ features = {name: jax.random.normal(k, (340, 16)) for name, k in zip(("dino", "c
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.parametrize("path", [p for p in FILES if BLOCK.search(p.read_text())], ids=lambda path: path.name)
 def test_code_in_the_documentation_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

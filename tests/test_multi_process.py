@@ -90,11 +90,11 @@ def test_rows_that_do_not_divide(example):
 
 
 def test_the_table_has_a_line_for_each_process_and_one_for_all_rows(example):
-    found = example.Numbers(1.5, 0.2, 0.25, 0.125)
+    found = example.Numbers(1.5, 0.2, 0.25, 0.125, 0.75)
     lines = example.table([found] * 2, found, example.Problem(2, 1, rows=40)).splitlines()
     assert [line.partition("  ")[0] for line in lines] == ["process", "0 of 2", "1 of 2", "one alone"]
     assert "20 to 39" in lines[2]
-    assert all(number in lines[-1] for number in ("0 to 39", "1.5", "0.2", "0.25", "0.125"))
+    assert all(number in lines[-1] for number in ("0 to 39", "1.5", "0.2", "0.25", "0.125", "0.75"))
 
 
 def test_the_command_line_names_the_fields_of_a_problem(example):

@@ -1,0 +1,45 @@
+"""The training example learns what it says, and a batch spread over devices gives the same parameters."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "train_alignment_loss.py"
+
+pytestmark = pytest.mark.usefixtures("usual_promotion")
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The example as a module."""
+    pytest.importorskip("matplotlib", reason='the example draws: python -m pip install "jaxalign[viz]"')
+    spec = importlib.util.spec_from_file_location("train_alignment_loss", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_networks_agree_after_training_with_the_loss_and_not_without(example, tmp_path, capsys):
+    alone, aligned = (runs[0] for runs in example.main(tmp_path, seeds=1, steps=120).values())
+    assert alone.after.accuracy > 0.95
+    assert aligned.after.accuracy > 0.95
+    assert aligned.after.cka > 0.97 > alone.after.cka
+    assert aligned.after.neighbours > alone.after.neighbours + 0.2
+    assert aligned.losses[-1, 1] < 0.1 * alone.losses[-1, 1]
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+    assert "labels alone" in capsys.readouterr().out
+
+
+def test_a_batch_over_devices_gives_the_parameters_of_one_device(example):
+    one, eight = (example.train(0, steps=8, devices=devices) for devices in (1, 8))
+    np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one.parameters), jax.tree.leaves(eight.parameters), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)  # adam divides small gradients by their size, and so their rounding
