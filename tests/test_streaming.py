@@ -597,18 +597,13 @@ def test_bad_tile_size(tile_size):
         streaming.mean_density(X.astype(np.float32), sigma=2.0, tile_size=tile_size)
 
 
-def test_a_job_goes_on_after_the_free_memory_has_changed(tmp_path, monkeypatch):
-    x, path = X.astype(np.float32), tmp_path / "job"
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        streaming.solve_sigma(x, checkpoint=path, progress=stop)
-    assert path.exists()
+def test_a_job_does_not_depend_on_the_free_memory(monkeypatch):
+    # Or it could not go on from its checkpoint after other programs have started or ended.
+    x = np.zeros((70_000, 40), np.float32)
+    before = streaming.open_rows(x, None, None, None, "include", None, "auto").identity
     monkeypatch.setattr(jaxalign._plan, "_free_memory", lambda device: 30_000.0)
-    found = streaming.solve_sigma(x, checkpoint=path).sigma
-    assert helpers.relative_error(found, jaxalign.solve_sigma(x).sigma) < 1e-6
+    assert streaming.open_rows(x, None, None, None, "include", None, "auto").identity == before
+    assert len(before["blocks"][0]) == 2
 
 
 def test_masked_arrays_are_refused():

@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxalign
 
-from . import rivals, similarity, tiled
+from . import rivals, similarity, tiled, training
 from .timing import Result, compare, import_seconds, milliseconds
 
 DENSITY = 0.05
@@ -34,6 +34,7 @@ class Sizes:
     imports: int = 9
     tiled_n: int = 16384
     tiled_widths: tuple[int, ...] = (64, 256)
+    training: tuple[int, int] = (1024, 768)  # batch, d
     grid: tuple[int, int, int] = (12, 4096, 768)  # layers of either model, n, d
     permutations: tuple[int, int] = (10_000, 512)  # how many, n
     # what, (n, d) or (n, d, layers), and the MB by which memory may grow at its peak
@@ -59,6 +60,7 @@ QUICK = Sizes(
     imports=3,
     tiled_n=2048,
     tiled_widths=(16,),
+    training=(128, 64),
     grid=(3, 512, 64),
     permutations=(500, 128),
     memory=(),
@@ -143,6 +145,7 @@ def run(sizes: Sizes) -> Iterator[Result | str]:
     yield import_seconds(sizes.imports, target=0.3)
     yield from for_information(sizes, jx, sigma, own_auto)
     yield from tiled.run(sizes.tiled_n, sizes.tiled_widths, sizes.slow_rounds)
+    yield from training.run(*sizes.training, sizes.rounds)
     yield from similarity.run(*sizes.grid, sizes.slow_rounds, *sizes.permutations)
     yield from tiled.memory(sizes.memory)
 
