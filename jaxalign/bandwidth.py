@@ -200,7 +200,8 @@ def solve_sigma(
         bandwidth: "global": one sigma a set. "per_row": one a row, so that the mean of every row is c.
         mask: shape (..., n), True = a real sample; the others do not count in any mean or in n.
         mask_y: the same for y, shape (..., m).
-        rtol: relative error allowed in the density reached; None: 1e-6 in float32, 1e-13 in float64.
+        rtol: relative error allowed in the density reached, and about that in derivatives; None: 1e-6 in float32, 1e-13
+            in float64.
         tile_size: pairs are visited in tiles of at most so many rows and columns, whose distances are computed
             on the way and, for a gradient, once more; memory is a tile and a few times the features. None stores all n
             x m distances, "auto" does where they are few and else chooses a size by the device and its free memory.

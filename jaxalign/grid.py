@@ -186,7 +186,11 @@ class ComparisonGrid:
             raise ImportError('plot() needs matplotlib: pip install "jaxalign[viz]".') from None
         values = np.asarray(self.values)
         if ax is None:
-            size = (2.5 + 0.35 * len(self.columns), 1.5 + 0.35 * len(self.rows))
+            # Inches: cells wide enough for their numbers, and room for the longest names.
+            number = (len(self.columns), len(self.rows))
+            cell = max(0.42, 2.0 / max(number))
+            beside, below = (0.085 * max(map(len, names)) for names in (self.rows, self.columns))
+            size = (number[0] * cell + beside + 1.6, max(number[1] * cell, 1.8) + below + 0.8)
             _, ax = plt.subplots(figsize=size, layout="constrained")
         colours = "viridis" if self.direction == "similarity" else "viridis_r"
         picture = ax.imshow(values, cmap=colours, origin="lower")
