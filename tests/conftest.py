@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import itertools
+import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,16 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+
+# numba compiles parts of the packages that results are compared with, and keeps them beside their source: processes that
+# do so at the same time read each other's half-written programs, and abort.
+os.environ.setdefault(
+    "NUMBA_CACHE_DIR",
+    str(
+        Path(tempfile.gettempdir())
+        / f"jaxalign-numba-{getpass.getuser()}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+    ),
+)
 
 # Before anything starts the backend: the number of devices cannot change afterwards.
 jax.config.update("jax_num_cpu_devices", 8)
