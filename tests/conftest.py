@@ -17,15 +17,10 @@ import jaxtyping
 import numpy as np
 import pytest
 
-# numba compiles parts of the packages that results are compared with, and keeps them beside their source: processes that
-# do so at the same time read each other's half-written programs, and abort.
-os.environ.setdefault(
-    "NUMBA_CACHE_DIR",
-    str(
-        Path(tempfile.gettempdir())
-        / f"jaxalign-numba-{getpass.getuser()}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
-    ),
-)
+# numba compiles parts of the packages that results are compared with, and keeps them beside their source: processes
+# that do so at the same time read each other's half-written programs, and abort.
+worker = f"{getpass.getuser()}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxalign-numba-{worker}"))
 
 # Before anything starts the backend: the number of devices cannot change afterwards.
 jax.config.update("jax_num_cpu_devices", 8)
