@@ -185,8 +185,8 @@ def alignment_loss(
         reduction: "mean" over samples, "sum", or "none": one value a sample, (..., n) - of "infonce" without the
             landmarks - 0 where masked. "cka" has no value of a single sample: "mean" only.
         stop_gradient_target: y is given and x follows. False: both move.
-        stop_gradient_sigma: the bandwidths count as constants in the gradient: faster by a third or so, but the scale
-            of x then gets a gradient, although the loss does not depend on it.
+        stop_gradient_sigma: the bandwidths count as constants in the gradient. The scale of x then gets a gradient,
+            although the loss does not depend on it.
         tile_size: see `jaxalign.solve_sigma`. ("infonce" stores n x landmarks and n x n.)
         mesh: see `jaxalign.solve_sigma`. Not for "infonce".
         axis_name: see `jaxalign.solve_sigma`. Inside `jax.shard_map` and the like x and y are this device's samples,
