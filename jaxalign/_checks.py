@@ -145,6 +145,13 @@ def cached(fn: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+def whole(name: str, value: Any, least: int = 1, *, of: str = "") -> int:
+    """`value` as an int; raises unless it is a whole number (`of` what) and at least so large."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} must be a whole number{of}, at least {least}; got {value!r}.")
+    return int(value)
+
+
 def random_key(value: Any) -> None:
     """Raise unless it is a key of `jax.random`."""
     typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.ndim == 0

@@ -174,7 +174,6 @@ def _sigmas(
         return sigma
     if not function.solves:
         each = [given[k] for k in left] if isinstance(given, (tuple, list)) else [given] * len(left)
-        _checks.positive("sigma", np.asarray(each, np.float64))
         return np.asarray(each, np.float64)
     report = streaming.reporter(progress, "sigma", len(jobs), unit="set")
     for k, job in enumerate(jobs):

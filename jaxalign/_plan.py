@@ -58,9 +58,19 @@ class Plan:
     mesh: Mesh | AbstractMesh | None = None
     fixed: bool = False
 
+    @property
+    def shared(self) -> bool:
+        """Whether the caller holds the rows of one device, and others hold more of the set."""
+        return is_shared(self.mesh, self.axis_name)
+
     def rows_of_all(self, n: int) -> int:
         """Rows on all devices, where the caller holds n of them on each."""
-        return n * lax.axis_size(self.axis_name) if self.axis_name is not None and self.mesh is None else n
+        return n * lax.axis_size(self.axis_name) if self.shared else n
+
+
+def is_shared(mesh: Any, axis_name: Any) -> bool:
+    """Whether what is handed in with these is one device's rows of a set: inside `jax.shard_map` and the like."""
+    return mesh is None and axis_name is not None
 
 
 STORED = Plan()
@@ -115,13 +125,12 @@ def _where(x: Array, y: Array | None, mesh: Any, axis_name: Any) -> tuple[Mesh |
     if axis_name is not None and not isinstance(axis_name, str):
         raise TypeError(f"axis_name must be the name of one axis; got {axis_name!r}.")
     if mesh is None and axis_name is not None:
-        try:
-            return None, axis_name, lax.axis_size(axis_name)
-        except NameError:
+        if not _is_bound(axis_name):
             raise ValueError(
                 f"axis_name={axis_name!r} is not bound here: call this inside jax.shard_map, jax.pmap or "
                 "jax.vmap(axis_name=...), or give mesh= as well."
-            ) from None
+            )
+        return None, axis_name, lax.axis_size(axis_name)
     if mesh is None:
         found = [side for side in (_spread(x), None if y is None else _spread(y)) if side is not None]
         if not found:

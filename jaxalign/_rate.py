@@ -126,13 +126,21 @@ def _moments(pairs: Pairs, norm: Array, by_row: bool) -> Callable[[Array], Array
     return lambda rate: jnp.stack([total / norm for total in sums_over(series_moments, pairs, rate, by_row)])
 
 
-def sums_over(terms: Callable[[Tile], tuple[Array, ...]], pairs: Pairs, rate: Array | None, by_row: bool) -> Any:
-    """Sums of terms, (...) or by row (..., n)."""
+def sums_over(
+    terms: Callable[[Tile], tuple[Array, ...]],
+    pairs: Pairs,
+    rate: Array | None,
+    by_row: bool,
+    *,
+    in_blocks: bool = True,
+) -> Any:
+    """Sums of terms, (...) or by row (..., n); `in_blocks` as for `reduce_pairs`."""
     rates = (None if rate is None else rate[..., None] if by_row else rate[..., None, None],)
     if not by_row:
-        return reduce_pairs(Reduction(terms, over_all), pairs, rates=rates)[0]
+        return reduce_pairs(Reduction(terms, over_all), pairs, rates=rates, in_blocks=in_blocks)[0]
     # Every row has its own rate, so a term changes when its pair is turned round.
-    sums = reduce_pairs(Reduction(terms, over_rows, symmetric=False), pairs, rates=rates, rates_of="rows")[1]
+    reduction = Reduction(terms, over_rows, symmetric=False)
+    sums = reduce_pairs(reduction, pairs, rates=rates, rates_of="rows", in_blocks=in_blocks)[1]
     return tuple(total[..., 0] for total in sums)
 
 

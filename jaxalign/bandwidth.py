@@ -22,8 +22,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
-from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, STORED, Plan, TileSize, make_plan, on_mesh
-from jaxalign._rate import LARGEST_RATE, Root, find_rate, no_root
+from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, STORED, Plan, TileSize, is_shared, make_plan, on_mesh
+from jaxalign._rate import LARGEST_RATE, Root, find_rate, no_root, sums_over
 from jaxalign._typing import AnyArray
 from jaxalign.distances import (
     Frame,
@@ -36,7 +36,7 @@ from jaxalign.distances import (
     varying_like,
     when_any,
 )
-from jaxalign.pairs import Pairs, Reduction, Tile, kernel_terms, over_all, over_rows, reduce_pairs
+from jaxalign.pairs import Pairs, Reduction, Tile, kernel_terms, over_all, reduce_pairs
 
 Diagonal = Literal["include", "exclude"]
 Bandwidth = Literal["global", "per_row"]
@@ -141,7 +141,7 @@ def mean_density(
         >>> float(jaxalign.mean_density(x, sigma=1.0))  # (1 + exp(-1/2)) / 2
         0.80326...
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal, shared=mesh is None and axis_name is not None)
+    problem = check_problem(x, y, mask, mask_y, diagonal, shared=is_shared(mesh, axis_name))
     plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
     rate_sigma, by_row = check_sigma(sigma, problem)
     _checks.finite_rows("x", problem.x, problem.mask)
@@ -230,7 +230,7 @@ def solve_sigma(
         >>> abs(float(jaxalign.mean_density(x, sigma=solution.sigma)) - 0.05) < 1e-6
         True
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal, shared=mesh is None and axis_name is not None)
+    problem = check_problem(x, y, mask, mask_y, diagonal, shared=is_shared(mesh, axis_name))
     plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
     target = check_density(density, problem, bandwidth, plan)
     rtol = check_rtol(rtol, problem.x.dtype)
@@ -325,7 +325,7 @@ def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = S
         "density", density, problem.x.dtype, problem.batch, "the batch dimensions of the features"
     )
     _checks.density_value(density)
-    told = problem.mask is None or plan.axis_name is None or plan.mesh is not None  # else others have masks too
+    told = problem.mask is None or not plan.shared  # else others have masks too
     if problem.y is None and problem.diagonal == "include" and told and _checks.is_concrete(density, problem.mask):
         counts = (
             plan.rows_of_all(problem.x.shape[-2]) if problem.mask is None else _checks.on_host(problem.mask).sum(-1)
@@ -555,9 +555,6 @@ def _slope_terms(tile: Tile) -> Array:
     return kernel_terms(tile) * tile.distances[0]
 
 
-def _sum_over(terms: Callable[[Tile], Array], pairs: Pairs, rate: Array, by_row: bool) -> Array:
+def _sum_over(term: Callable[[Tile], Array], pairs: Pairs, rate: Array, by_row: bool) -> Array:
     """The sum of a term over all pairs, or over each row's; reverse mode differentiates it."""
-    reduction = Reduction(terms, over_rows if by_row else over_all, symmetric=not by_row)
-    rates, rates_of = (_against_pairs(rate, by_row),), "rows" if by_row else "all"
-    totals, rows = reduce_pairs(reduction, pairs, rates=rates, rates_of=rates_of, in_blocks=False)
-    return rows[..., 0] if by_row else totals
+    return sums_over(lambda tile: (term(tile),), pairs, rate, by_row, in_blocks=False)[0]

@@ -168,7 +168,7 @@ def permutation_test(
     """
     entry, filled, specification = specified(measure, options)
     _checks.random_key(key)
-    permutations = _whole("permutations", permutations)
+    permutations = _checks.whole("permutations", permutations)
     ours, theirs = _named("x", x), _named("y", y)
     arrays, split = [*ours.values(), *theirs.values()], len(ours)
     names = [f"x[{n!r}]" if n else "x" for n in ours] + [f"y[{n!r}]" if n else "y" for n in theirs]
@@ -359,12 +359,6 @@ def noise_ceiling(
 
 
 # --- what was handed in ---------------------------------------------------------------------------------------------
-
-
-def _whole(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}.")
-    return int(value)
 
 
 def _named(argument: str, features: Any) -> dict[str, Any]:
@@ -651,7 +645,7 @@ def _resampled(
     """Values of the resamples, (b,), of all samples, and without each sample, (n,); of the difference of two pairs."""
     entry, filled, specification = specified(measure, options)
     _checks.random_key(key)
-    resamples = _whole("resamples", resamples, 2)
+    resamples = _checks.whole("resamples", resamples, 2)
     _checks.choice("method", method, ("bca", "percentile"))
     if not isinstance(level, (float, np.floating)) or not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1; got {level!r}.")

@@ -14,7 +14,7 @@ affinity off the diagonal is 0.019 on average, and n must be above 1 / density. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -34,8 +34,16 @@ from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import Diagonal, check_rtol
 from jaxalign.distances import over_devices
 from jaxalign.measures._evaluate import check_function, check_sets
-from jaxalign.measures._pair_sums import PairFunction, Prepared, pair_products, prepare, visit_pairs
-from jaxalign.pairs import Reduction, Tile, kernel, over_rows
+from jaxalign.measures._pair_sums import (
+    PairFunction,
+    Prepared,
+    bandwidth_of_jit,
+    pair_products,
+    prepare_sets,
+    squared_differences,
+    visit_pairs,
+)
+from jaxalign.pairs import Reduction, Tile, log_kernel
 
 Measure = Literal["cka", "affinity", "kl", "infonce"]
 ReductionOf = Literal["mean", "sum", "none"]
@@ -81,8 +89,7 @@ def empty_memory(capacity: int, width_x: int, width_y: int, dtype: Any = jnp.flo
         (256, 16)
     """
     for name, value in (("capacity", capacity), ("width_x", width_x), ("width_y", width_y)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}.")
+        _checks.whole(name, value)
     return Memory(
         jnp.zeros((capacity, width_x), dtype),
         jnp.zeros((capacity, width_y), dtype),
@@ -224,7 +231,7 @@ def alignment_loss(
         y = lax.stop_gradient(y)
     n = x.shape[-2]
     if memory is not None:
-        x, y, mask = _with_memory(x, y, mask, memory, measure)
+        x, y, mask = _with_memory(x, y, mask, memory)
     if measure == "infonce":
         if mesh is not None:
             raise ValueError('mesh= is not for measure="infonce"; use axis_name= inside jax.shard_map.')
@@ -287,7 +294,7 @@ def multi_layer_loss(
 # --- batches with a memory --------------------------------------------------------------------------------------------
 
 
-def _with_memory(x: Array, y: Array, mask: Array | None, memory: Memory, measure: str) -> tuple[Array, Array, Array]:
+def _with_memory(x: Array, y: Array, mask: Array | None, memory: Memory) -> tuple[Array, Array, Array]:
     if x.ndim != 2:
         raise ValueError(f"a memory goes with one batch of shape (n, d); got {x.shape}.")
     for name, value, kept in (("x", x, memory.x), ("y", y, memory.y)):
@@ -325,11 +332,8 @@ def _pair_loss(
     def local(
         x: Array, _y: None, mask: Array | None, _mask_y: None, y: Array, real: Array, sigmas: Any, density: Any
     ) -> tuple[Array, Array]:
-        prepared = [
-            prepare(rows, mask, None if sigmas is None else sigmas[..., k], density, function, rtol, plan)
-            for k, rows in enumerate((x, y))
-        ]
-        rows = of_rows(prepared, plan)
+        prepared = prepare_sets((x, y), mask, sigmas, density, function, rtol, plan)
+        rows = of_rows(prepared, function, plan)
         real = real if mask is None else real & mask  # rows that were added to make them divide are masked
         weights = real.astype(rows.dtype)
         each = jnp.where(real, rows, 0)
@@ -343,22 +347,10 @@ def _pair_loss(
     return each[..., :n] if reduction == "none" else total
 
 
-def _affinity_rows(prepared: list[Prepared], plan: Plan) -> Array:
+def _affinity_rows(prepared: list[Prepared], function: PairFunction, plan: Plan) -> Array:
     """mean_j (A_ij - B_ij)^2, (..., n)."""
-
-    def terms(tile: Tile) -> Array:
-        a, b = (kernel(d2, rate) for d2, rate in _distances_and_rates(tile))
-        return tile.weigh((a - b) ** 2)
-
-    squares = visit_pairs(Reduction(terms, over_rows), prepared, plan)[1]
     count = prepared[0].pairs.total(by_row=True) + 1  # the pair with itself, at which they agree, counts
-    return squares[..., 0] / count
-
-
-def _distances_and_rates(tile: Tile) -> Iterator[tuple[Array, Array]]:
-    for distances, rate in zip(tile.distances, tile.rates, strict=True):
-        assert rate is not None
-        yield distances, rate
+    return squared_differences(prepared, function, plan)[..., 0] / count
 
 
 class _LogSums(NamedTuple):
@@ -371,8 +363,9 @@ class _LogSums(NamedTuple):
     other_total: Array  # sum exp(k - other_top)
 
 
-def _divergence_rows(prepared: list[Prepared], plan: Plan) -> Array:
+def _divergence_rows(prepared: list[Prepared], function: PairFunction, plan: Plan) -> Array:
     """sum_j P_ij log(P_ij / Q_ij), (..., n); sums of exponentials relative to the largest, which never vanish."""
+    del function  # the logarithm of the RBF kernel
     keep = Reduction(_logarithms, _log_sums, combine=_log_sums_of_both, nothing=_no_log_sums)
     found = visit_pairs(keep, prepared, plan)[1]
     some = (found.total > 0) & (found.other_total > 0)
@@ -384,8 +377,13 @@ def _divergence_rows(prepared: list[Prepared], plan: Plan) -> Array:
 def _logarithms(tile: Tile) -> tuple[Array, Array]:
     """Of both affinities; -inf for pairs that do not count."""
     counts = tile.weigh(jnp.ones_like(tile.distances[0])) > 0
-    own, target = (jnp.where(counts, -rate * d2, -jnp.inf) for d2, rate in _distances_and_rates(tile))
-    return own, target
+
+    def log(k: int) -> Array:
+        rate = tile.rates[k]
+        assert rate is not None
+        return jnp.where(counts, log_kernel(tile.distances[k], rate), -jnp.inf)
+
+    return log(0), log(1)
 
 
 def _log_sums(terms: tuple[Array, Array], tile: Tile) -> tuple[tuple[()], _LogSums]:
@@ -456,7 +454,7 @@ def _contrast(
 ) -> Array:
     _checks.positive("temperature", temperature)
     rows = x.shape[-2]
-    queries, counts = slice(0, min(n, rows - m)), mask
+    queries = slice(0, min(n, rows - m))
     function = PairFunction("rbf", solves=sigma is None, diagonal=diagonal, tolerant=True, fixed_sigma=fixed_sigma)
     last = slice(rows - m, rows)
 
@@ -467,11 +465,14 @@ def _contrast(
     of_landmarks = tuple(every(a[..., last, :], -2) for a in (x, y))
     landmark_mask = None if mask is None else every(mask[..., last], -1)
     sigmas, target = check_function(("x", "y"), of_landmarks, landmark_mask, sigma, density, function, STORED)
-    real = jnp.ones(x.shape[:-1], bool)[..., queries] if counts is None else counts[..., queries]
+    of_samples = jnp.ones(x.shape[:-1], bool) if mask is None else mask
+    real = of_samples[..., queries]
     relative = []
     for k, (rows_of, at) in enumerate(zip((x, y), of_landmarks, strict=True)):
-        own = None if sigmas is None else sigmas[..., k]
-        width = _bandwidth(at, landmark_mask, own, target, function, check_rtol(None, x.dtype))
+        if sigmas is not None:
+            width = sigmas[..., k]
+        else:
+            width, _ = bandwidth_of_jit(at, landmark_mask, target, function, check_rtol(None, x.dtype), STORED)
         a = rbf_affinity(rows_of[..., queries, :], at, width, mask=real, mask_y=landmark_mask)
         relative.append(_unit_rows(a, landmark_mask))
     of_x, of_y = relative
@@ -480,7 +481,6 @@ def _contrast(
         _cross_entropy(of_x, every(of_y, -2), every(real, -1), temperature, place)
         + _cross_entropy(of_y, every(of_x, -2), every(real, -1), temperature, place)
     )
-    of_samples = jnp.ones(x.shape[:-1], bool) if mask is None else mask
     finite = jnp.isfinite(x).all(-1) & jnp.isfinite(y).all(-1)
     holes = jnp.sum(of_samples & ~finite, -1)
     each = jnp.where(real, each, 0)
@@ -489,13 +489,6 @@ def _contrast(
         return each
     total, count = (over_devices(lax.psum, jnp.sum(a, -1), axis_name) for a in (each, real.astype(each.dtype)))
     return total if reduction == "sum" else total / jnp.maximum(count, 1)
-
-
-@partial(jax.jit, static_argnames=("function", "rtol"))
-def _bandwidth(
-    x: Array, mask: Array | None, sigma: Array | None, density: Array | None, function: PairFunction, rtol: float
-) -> Array:
-    return prepare(x, mask, sigma, density, function, rtol, STORED).sigma
 
 
 def _unit_rows(a: Array, mask: Array | None) -> Array:

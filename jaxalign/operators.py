@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
-from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, Plan, TileSize, gathered, make_plan, on_mesh
+from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, Plan, TileSize, gathered, is_shared, make_plan, on_mesh
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import (
@@ -30,7 +30,7 @@ from jaxalign.bandwidth import (
     rate_of,
     solve_checked,
 )
-from jaxalign.distances import accurate_distances, make_frame
+from jaxalign.distances import accurate_distances, make_frame, over_devices
 from jaxalign.pairs import Reduction, Tile, kernel, kernel_terms, reduce_pairs, usual_count
 
 
@@ -82,7 +82,7 @@ def affinity_operator(
         >>> (a @ jax.numpy.ones(200)).shape
         (200,)
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal, shared=mesh is None and axis_name is not None)
+    problem = check_problem(x, y, mask, mask_y, diagonal, shared=is_shared(mesh, axis_name))
     if zero_diagonal and y is not None:
         raise ValueError("zero_diagonal=True has no meaning with y: row i and column i are different samples.")
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
@@ -200,8 +200,7 @@ class AffinityOperator:
         """The sum of all entries, shape (...), or over an axis: -1 over each row, -2 over each column."""
         if axis is None:
             total = jnp.sum(self.sum(-1), -1)
-            alone = self.plan.axis_name is None or self.plan.mesh is not None
-            return total if alone else lax.psum(total, self.plan.axis_name)
+            return over_devices(lax.psum, total, self.plan.axis_name if self.plan.shared else None)
         axis = axis - self.ndim if axis >= 0 else axis
         if axis not in (-1, -2):
             raise ValueError(f"axis must be None, -1 (over each row) or -2 (over each column) of {self.shape}.")
@@ -246,7 +245,7 @@ class AffinityOperator:
 
     def todense(self) -> Float[Array, "*batch n m"]:
         """A, stored."""
-        if self.plan.axis_name is not None and self.plan.mesh is None:
+        if self.plan.shared:
             raise ValueError(
                 "todense() inside shard_map: a device has its own rows only. Use a.T @ v, or rbf_affinity."
             )

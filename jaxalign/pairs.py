@@ -139,12 +139,17 @@ def kernel(d2: Array, rate: Array) -> Array:
 
     Of distances that are not squared (`Pairs.rooted`) it is the Laplacian kernel, rate = 1 / sigma.
     """
-    return jnp.exp(-rate * d2)
+    return jnp.exp(log_kernel(d2, rate))
+
+
+def log_kernel(d2: Array, rate: Array) -> Array:
+    """The logarithm of `kernel`, which is a number also where the kernel is 0."""
+    return -rate * d2
 
 
 def kernel_less_one(d2: Array, rate: Array) -> Array:
     """`kernel` - 1, which keeps its digits where the kernel is close to 1."""
-    return jnp.expm1(-rate * d2)
+    return jnp.expm1(log_kernel(d2, rate))
 
 
 def kernel_terms(tile: Tile) -> Array:

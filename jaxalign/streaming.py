@@ -226,10 +226,8 @@ class Blocks:
 
 def check_block_rows(block_rows: Any) -> None:
     """Raise unless it is a number of rows, or None."""
-    if block_rows is None:
-        return
-    if isinstance(block_rows, bool) or not isinstance(block_rows, (int, np.integer)) or block_rows < 1:
-        raise ValueError(f"block_rows must be a whole number of rows, at least 1; got {block_rows!r}.")
+    if block_rows is not None:
+        _checks.whole("block_rows", block_rows, of=" of rows")
 
 
 def _blocks(name: str, rows: Rows, mask: np.ndarray | None, block_rows: int | None, least: int) -> Blocks:

@@ -6,13 +6,19 @@ there is a mask) of 5 features, compared with themselves or with 9 other rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import reference
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS, OTHER_ROWS, WIDTH = 24, 9, 5
 CLUSTERS = 10
 
@@ -44,6 +50,21 @@ def tolerance(dtype: Any) -> Tolerance:
     if np.dtype(dtype) == np.float32:
         return Tolerance(value=2e-6, density=1e-5, sigma=1e-4, gradient=1e-4, difference=np.nan)
     return Tolerance(value=1e-14, density=1e-12, sigma=1e-10, gradient=1e-10, difference=1e-6)
+
+
+@contextlib.contextmanager
+def example(name: str) -> Iterator[ModuleType]:
+    """A script of examples/ as a module, which its dataclasses can find."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[name]
 
 
 def assert_close(actual: Any, expected: Any, rtol: float, scale: float | None = None) -> None:

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import time
 from pathlib import Path
 
+import helpers
 import jax
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "examples" / "multi_process.py"
 TIMEOUT = 240.0  # far more than it takes, so that a busy machine is no failure
 
 
 @pytest.fixture(scope="module")
 def example():
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("multi_process", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with helpers.example("multi_process") as module:
+        yield module
 
 
 @pytest.fixture(autouse=True)

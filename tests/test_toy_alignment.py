@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
+import helpers
 import numpy as np
 import pytest
 
 import jaxalign
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "toy_alignment.py"
 
 
 @pytest.fixture(scope="module")
 def toy() -> ModuleType:
     """The example as a module."""
     pytest.importorskip("matplotlib", reason='the example draws: python -m pip install "jaxalign[viz]"')
-    spec = importlib.util.spec_from_file_location("toy_alignment", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with helpers.example("toy_alignment") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

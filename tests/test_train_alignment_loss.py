@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import helpers
 import jax
 import numpy as np
 import pytest
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "train_alignment_loss.py"
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
@@ -19,12 +14,8 @@ pytestmark = pytest.mark.usefixtures("usual_promotion")
 def example():
     """The example as a module."""
     pytest.importorskip("matplotlib", reason='the example draws: python -m pip install "jaxalign[viz]"')
-    spec = importlib.util.spec_from_file_location("train_alignment_loss", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with helpers.example("train_alignment_loss") as module:
+        yield module
 
 
 def test_networks_agree_after_training_with_the_loss_and_not_without(example, tmp_path, capsys):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxalign import _checks
-from jaxalign._plan import Plan, TileSize, make_plan
+from jaxalign._plan import Plan, TileSize, is_shared, make_plan
 from jaxalign.bandwidth import CONVERGED, NON_FINITE, check_density, check_problem, check_rtol, raise_if_failed
 from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, pair_products_jit
 
@@ -135,8 +135,7 @@ def evaluate(
     axis_name: Any = None,
 ) -> Array:
     """The value of a measure for one pair of sets, (...)."""
-    shared = mesh is None and axis_name is not None  # other devices hold samples, too
-    least = 1 if shared else measure.least
+    least = 1 if is_shared(mesh, axis_name) else measure.least
     (x, y), mask = check_sets((("x", x), ("y", y)), mask, missing, least, measure.needs)
     plan = make_plan(x, None, tile_size, mesh, axis_name, sets=2)
     if isinstance(measure, PairMeasure):
@@ -163,8 +162,7 @@ def check_function(
     sigmas = None if sigma is None else sigma_of_each(sigma, len(sets), sets[0])
     if not function.solves:
         return sigmas, None
-    shared = plan.mesh is None and plan.axis_name is not None
-    problem = check_problem(sets[0], None, mask, None, function.diagonal, shared=shared)
+    problem = check_problem(sets[0], None, mask, None, function.diagonal, shared=plan.shared)
     return None, check_density(density, problem, "global", plan)
 
 

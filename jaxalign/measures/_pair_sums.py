@@ -153,10 +153,7 @@ def pair_products(
     """
 
     def local(x: Array, _y: None, mask: Array | None, _mask_y: None, others: Any, sigmas: Any, density: Any) -> Inner:
-        prepared = [
-            prepare(rows, mask, None if sigmas is None else sigmas[..., k], density, function, rtol, plan)
-            for k, rows in enumerate((x, *others))
-        ]
+        prepared = prepare_sets((x, *others), mask, sigmas, density, function, rtol, plan)
         shift = _shifts(prepared, function, centring)
         sums = _visit(prepared, shift, split, function, centring, plan)
         facts = _facts(prepared, function, plan.axis_name)
@@ -271,6 +268,22 @@ def prepare(
     return Prepared(pairs, accuracy, sigma, converged)
 
 
+def prepare_sets(
+    sets: tuple[Array, ...],
+    mask: Array | None,
+    sigmas: Array | None,
+    density: Array | None,
+    function: PairFunction,
+    rtol: float,
+    plan: Plan,
+) -> list[Prepared]:
+    """Each of several sets, with its own sigma of (..., sets) or a density for all."""
+    return [
+        prepare(rows, mask, None if sigmas is None else sigmas[..., k], density, function, rtol, plan)
+        for k, rows in enumerate(sets)
+    ]
+
+
 def _unskipped(pairs: Pairs, plan: Plan) -> Pairs:
     """The same pairs, without those of a sample with itself: those are known."""
     return Pairs(pairs.frames, pairs.distances, True, plan.tile_size, plan.axis_name, rooted=pairs.rooted)
@@ -327,6 +340,11 @@ def _visit(
     totals, rows = visit_pairs(sums_of(frames, split, function, centring), prepared, plan, shift)
     cross, own = totals or (rows, rows)  # no totals of "difference"
     return Sums(cross, own, rows)
+
+
+def squared_differences(prepared: list[Prepared], function: PairFunction, plan: Plan) -> Array:
+    """sum_j (f_ij - g_ij)^2 of two sets, (..., n, 1)."""
+    return _visit(prepared, _shifts(prepared, function, "difference"), 1, function, "difference", plan).rows
 
 
 def visit_pairs(reduction: Reduction, prepared: list[Prepared], plan: Plan, values: Any = ()) -> tuple[Any, Any]:

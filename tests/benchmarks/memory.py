@@ -1,6 +1,7 @@
-"""Peak memory of one call: python -m tests.benchmarks.memory solve|gradient|loss|grid|torch-grid n d [layers]. Linux.
+"""Peak memory of one call: python -m tests.benchmarks.memory solve|gradient|loss n d. Linux only.
 
-Prints the growth of the resident set to its peak, in MB, in the first call and in the second, and the time of that.
+Also grid|grid-alone|torch-grid n d layers. Prints the growth of the resident set to its peak, in MB, in the first call
+and in the second, and the time of that.
 """
 
 from __future__ import annotations
