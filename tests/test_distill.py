@@ -31,3 +31,13 @@ def test_a_torch_student_learns(capsys):
         before, after = example.main(steps=60)
     assert after.cka > before.cka + 0.05
     assert "shared neighbours" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_a_flax_student_learns_in_one_compiled_step(capsys):
+    pytest.importorskip("flax", reason='flax is missing: python -m pip install "jaxalign[flax]"')
+    with helpers.example("flax_training") as example:
+        before, after = example.main(epochs=6)
+        assert example.step.jitted_fn._cache_size() == 1  # the padded last batch included
+    assert after[0] > before[0] + 0.05
+    assert "debiased CKA of the student's layers" in capsys.readouterr().out

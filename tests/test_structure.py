@@ -35,7 +35,20 @@ LAYERS = [
 ]
 # On top, for whoever does not only compute: the order among these is theirs.
 OUTER = {"cli", "report", "interop", "datasets"}
-HEAVY = ("torch", "matplotlib", "tqdm", "scipy", "sklearn", "onnx", "onnxruntime", "PIL", "skimage")
+HEAVY = (
+    "torch",
+    "flax",
+    "equinox",
+    "transformers",
+    "matplotlib",
+    "tqdm",
+    "scipy",
+    "sklearn",
+    "onnx",
+    "onnxruntime",
+    "PIL",
+    "skimage",
+)
 PUBLIC = {name: value for name, value in vars(jaxalign).items() if inspect.isfunction(value)}
 
 

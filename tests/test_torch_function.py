@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 
 import jax
@@ -188,3 +189,24 @@ def test_importing_them_imports_no_torch(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)  # an import of it raises
     importlib.reload(sys.modules["jaxalign.interop.autograd"])
     importlib.reload(sys.modules["jaxalign.interop.torch_losses"])
+
+
+def test_torch_compile_leaves_it_out_of_its_graphs():
+    # In a process of its own: torch would look into the run-time type checks of this one.
+    code = """if True:
+        import torch, jaxalign
+        affinity = jaxalign.interop.torch_function(jaxalign.rbf_affinity)
+        def penalty(x):
+            return affinity(torch.sin(x), density=0.1).square().sum()
+        x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        (found,) = torch.autograd.grad(torch.compile(penalty, backend="eager")(x), x)
+        torch.testing.assert_close(found, torch.autograd.grad(penalty(x), x)[0])
+        torch._dynamo.reset()
+        try:
+            torch.compile(penalty, backend="eager", fullgraph=True)(x)
+        except torch._dynamo.exc.Unsupported as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "a function of jax, by jaxalign.interop.torch_function" in done.stdout
+    assert "UserWarning" not in done.stderr

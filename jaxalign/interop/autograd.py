@@ -52,7 +52,6 @@ def torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     compiled = lru_cache(maxsize=_KEPT)(partial(_compiled, fn))
 
-    @wraps(fn)
     def of_tensors(*args: Any, **kwargs: Any) -> Any:
         torch = _torch()
         leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, torch.Tensor))
@@ -85,7 +84,18 @@ def torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
             ) from None
         return jax.tree.unflatten(of_arrays.structure[0], outs)
 
-    return of_tensors
+    @wraps(fn)
+    def outside_graphs(*args: Any, **kwargs: Any) -> Any:
+        if not eager:
+            eager.append(_torch().compiler.disable(of_tensors))
+        return eager[0](*args, **kwargs)
+
+    eager: list[Any] = []
+    # torch.compile leaves it out of its graphs. Its own decorator says so from the first call on: torch is not imported
+    # before that; this says so to what compiles around it.
+    outside_graphs._torchdynamo_disable = True  # type: ignore[attr-defined]
+    outside_graphs._torchdynamo_disable_msg = "a function of jax, by jaxalign.interop.torch_function"  # type: ignore[attr-defined]
+    return outside_graphs
 
 
 class _Compiled(NamedTuple):
