@@ -16,6 +16,7 @@ from jaxalign.alignment import joint_affinity as joint_affinity
 from jaxalign.bandwidth import SigmaSolution as SigmaSolution
 from jaxalign.bandwidth import mean_density as mean_density
 from jaxalign.bandwidth import solve_sigma as solve_sigma
+from jaxalign.colors import rgb as rgb
 from jaxalign.distances import squared_distances as squared_distances
 from jaxalign.grid import ComparisonGrid as ComparisonGrid
 from jaxalign.grid import compare as compare
@@ -29,3 +30,6 @@ from jaxalign.inference import paired_difference as paired_difference
 from jaxalign.inference import permutation_test as permutation_test
 from jaxalign.operators import AffinityOperator as AffinityOperator
 from jaxalign.operators import affinity_operator as affinity_operator
+from jaxalign.spectral import NormalizedCut as NormalizedCut
+from jaxalign.spectral import kway as kway
+from jaxalign.spectral import normalized_cut as normalized_cut

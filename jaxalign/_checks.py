@@ -152,6 +152,23 @@ def whole(name: str, value: Any, least: int = 1, *, of: str = "") -> int:
     return int(value)
 
 
+def row_numbers(name: str, value: Any, n: int) -> np.ndarray:
+    """Different numbers of rows, from 0 to n - 1."""
+    indices = np.asarray(value)
+    if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
+        raise TypeError(
+            f"{name} must be None, a number or a vector of indices; "
+            f"got shape {indices.shape}, dtype {indices.dtype}."
+            + (" For a mask write np.flatnonzero(mask)." if indices.dtype == bool else "")
+        )
+    if indices.min() < 0 or indices.max() >= n:
+        raise ValueError(f"{name} must be indices from 0 to {n - 1}; got {indices.min()} .. {indices.max()}.")
+    values, counts = np.unique(indices, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"{name} repeat: sample {values[counts > 1][0]} stands there {counts[counts > 1][0]} times.")
+    return indices
+
+
 def random_key(value: Any) -> None:
     """Raise unless it is a key of `jax.random`."""
     typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.ndim == 0

@@ -311,21 +311,7 @@ def _choose_landmarks(landmarks: Any, key: Array | None, arrays: list[Array], n:
         if key is not None:
             return jnp.sort(jax.random.choice(key, n, (int(landmarks),), replace=False))
         return _farthest_points(arrays, int(landmarks))
-    indices = np.asarray(landmarks)
-    if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
-        raise TypeError(
-            "landmarks must be None, a number or a vector of indices; "
-            f"got shape {indices.shape}, dtype {indices.dtype}."
-            + (" For a mask write np.flatnonzero(mask)." if indices.dtype == bool else "")
-        )
-    if indices.min() < 0 or indices.max() >= n:
-        raise ValueError(f"landmarks must be indices from 0 to {n - 1}; got {indices.min()} .. {indices.max()}.")
-    values, counts = np.unique(indices, return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(
-            f"landmarks repeat: sample {values[counts > 1][0]} stands there {counts[counts > 1][0]} times."
-        )
-    return jnp.asarray(indices)
+    return jnp.asarray(_checks.row_numbers("landmarks", landmarks, n))
 
 
 def _farthest_points(arrays: list[Array], number: int) -> Array:

@@ -31,7 +31,8 @@ LAYERS = [
     {"alignment", "measures"},
     {"_grid_memory"},
     {"_grid_files"},
-    {"grid", "inference", "losses"},
+    {"grid", "inference", "losses", "spectral"},
+    {"colors"},
 ]
 # On top, for whoever does not only compute: the order among these is theirs.
 OUTER = {"cli", "report", "interop", "datasets"}

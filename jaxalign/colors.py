@@ -1,0 +1,137 @@
+"""Colours of an embedding: what lies together gets one colour, in every network and picture embedded together."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxalign import _checks
+from jaxalign._typing import AnyArray
+from jaxalign.spectral import NormalizedCut
+
+ColorMethod = Literal["rotate", "umap", "tsne"]
+
+# Rows: the axes of the colour cube in terms of its grey diagonal (last) and the plane of hues.
+_CUBE = np.array(
+    [
+        [2 / np.sqrt(6), -1 / np.sqrt(6), -1 / np.sqrt(6)],
+        [0, 1 / np.sqrt(2), -1 / np.sqrt(2)],
+        [1 / np.sqrt(3), 1 / np.sqrt(3), 1 / np.sqrt(3)],
+    ]
+)
+
+
+def rgb(
+    embedding: NormalizedCut | Float[AnyArray, "n k"],
+    method: ColorMethod = "rotate",
+    *,
+    components: int = 8,
+    like: NormalizedCut | Float[AnyArray, "m k"] | None = None,
+    quantile: float = 0.02,
+    seed: int = 0,
+) -> Float[Array, "n 3"]:
+    """Colours of samples from their embedding: near samples get near colours.
+
+    Colours mean the same in all networks and pictures whose rows are given together, so cut them together: see
+    `normalized_cut` of an `Alignment`.
+
+    Args:
+        embedding: a `NormalizedCut`, or any embedding, shape (n, k), k >= 3.
+        method: "rotate" takes rows to unit length, as spectral clustering does (Ng, Jordan & Weiss 2001), and turns
+            their first three principal axes into the colour cube: two are hues, the third is brightness. Linear, the
+            same every time, differentiable. "umap" and "tsne" lay them out in three dimensions first, which
+            separates more groups and keeps less of what is far from what; they need the extras [umap] and [tsne].
+        components: how many leading columns count, from 3 to k at most: few for the large parts, more for details.
+        like: colours as they would be in this embedding, whose map from rows to colours is taken: a new picture in the
+            colours of an old one (its rows by `NormalizedCut.transform`). Not for "tsne", which has no map.
+        quantile: of each axis so many rows at either end are clipped, so that outliers do not use up the colours.
+        seed: of "umap" and "tsne".
+
+    Returns:
+        Red, green and blue from 0 to 1, shape (n, 3). Rows of zeros (masked samples) are black.
+
+    Raises:
+        ValueError: fewer than three columns or samples; nan; an unknown method; `like` of another width or with "tsne".
+        ImportError: "umap" or "tsne" without their packages.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x = jax.random.normal(jax.random.key(0), (90, 5))
+        >>> colours = jaxalign.rgb(jaxalign.normalized_cut(x, 4, density=0.3))
+        >>> colours.shape, bool((colours >= 0).all() and (colours <= 1).all())
+        ((90, 3), True)
+    """
+    _checks.choice("method", method, ("rotate", "umap", "tsne"))
+    if not 0 <= quantile < 0.5:
+        raise ValueError(f"quantile must be at least 0 and below 0.5; got {quantile}.")
+    rows = _rows("embedding", embedding, _checks.whole("components", components, 3))
+    reference = rows if like is None else _rows("like", like, components)
+    if reference.shape[1] != rows.shape[1]:
+        raise ValueError(f"like has {reference.shape[1]} columns, embedding has {rows.shape[1]}.")
+    if method != "rotate":
+        if method == "tsne" and like is not None:
+            raise ValueError('like= needs a map for new rows, which "tsne" does not have: take "rotate" or "umap".')
+        rows, reference = _laid_out(method, _unit(rows), _unit(reference), like is not None, seed)
+        present = jnp.ones(len(rows), bool)
+    else:
+        present = jnp.any(rows != 0, 1)
+        rows, reference = _unit(rows), _unit(reference)
+    return _painted(rows, reference, present, float(quantile))
+
+
+def _rows(name: str, value: Any, components: int) -> Array:
+    rows = value.eigenvectors if isinstance(value, NormalizedCut) else _checks.features(name, value)
+    if rows.ndim != 2 or rows.shape[1] < 3 or rows.shape[0] < 3:
+        raise ValueError(f"{name} must have at least three samples and three columns; got shape {rows.shape}.")
+    _checks.finite_rows(name, rows, way_out="Colours need finite rows.")
+    return rows[:, :components]
+
+
+def _unit(rows: Array) -> Array:
+    lengths = jnp.sum(rows * rows, 1, keepdims=True)
+    return rows * jnp.where(lengths > 0, jax.lax.rsqrt(jnp.where(lengths > 0, lengths, 1)), 0)
+
+
+@partial(jax.jit, static_argnums=3)
+def _painted(rows: Array, reference: Array, present: Array, quantile: float) -> Array:
+    centre = jnp.mean(reference, 0, keepdims=True)
+    _, spread, axes = jnp.linalg.svd(reference - centre, full_matrices=False)
+    axes, spread = axes[:3], spread[:3]
+    largest = jnp.take_along_axis(axes, jnp.argmax(jnp.abs(axes), 1)[:, None], 1)
+    axes = axes * jnp.where(largest < 0, -1, 1).astype(axes.dtype)
+    scale = jnp.where(spread > 1e-6 * spread[0], 1 / jnp.where(spread > 0, spread, 1), 0)
+    turn = jnp.matmul(axes.T * scale[None], jnp.asarray(_CUBE, rows.dtype), precision=jax.lax.Precision.HIGHEST)
+
+    def place(some: Array) -> Array:
+        return jnp.matmul(some - centre, turn, precision=jax.lax.Precision.HIGHEST)
+
+    low, high = jnp.quantile(place(reference), jnp.asarray([quantile, 1 - quantile], rows.dtype), axis=0)[:, None]
+    width = jnp.where(high > low, high - low, 1)
+    return jnp.where(present[:, None], jnp.clip((place(rows) - low) / width, 0, 1), 0)
+
+
+def _laid_out(method: str, rows: Array, reference: Array, apart: bool, seed: int) -> tuple[Array, Array]:
+    """Rows in three dimensions by the usual libraries."""
+    known = np.asarray(reference)
+    try:
+        if method == "umap":
+            import umap
+
+            neighbours = min(15, len(known) - 1)
+            layout = umap.UMAP(n_components=3, n_neighbors=neighbours, random_state=seed, n_jobs=1).fit(known)
+            places = layout.embedding_
+            others = layout.transform(np.asarray(rows)) if apart else places
+        else:
+            from sklearn.manifold import TSNE
+
+            perplexity = min(30.0, (len(known) - 1) / 3)
+            places = TSNE(3, perplexity=perplexity, init="pca", random_state=seed).fit_transform(known)
+            others = places
+    except ImportError as error:
+        raise ImportError(f'method="{method}" needs an extra: python -m pip install "jaxalign[{method}]"') from error
+    return jnp.asarray(others, rows.dtype), jnp.asarray(places, rows.dtype)

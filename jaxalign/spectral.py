@@ -1,0 +1,518 @@
+"""The normalised cut: leading eigenvectors of D^-1/2 A D^-1/2, exact, matrix-free or from landmarks, and its segments.
+
+One derivative rule serves all exact methods: it needs products with the matrix alone, so it never stores n x n either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxalign import _checks
+from jaxalign._plan import TileSize
+from jaxalign._typing import AnyArray
+from jaxalign.affinity import rbf_affinity
+from jaxalign.alignment import Alignment
+from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
+from jaxalign.operators import AffinityOperator, affinity_operator
+
+Method = Literal["auto", "dense", "lobpcg", "nystroem"]
+Kind = Literal["auto", "features", "affinity"]
+# A stored matrix up to this n is decomposed as a whole: faster than an iteration, and sure of every vector.
+_DENSE = 4096
+# Columns of the affinity from which the iteration starts, at least.
+_START = 128
+# Columns of landmarks at a time, where n x m does not stay.
+_COLUMNS = 64
+_STEPS = 200
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        "eigenvectors",
+        "eigenvalues",
+        "degrees",
+        "residual",
+        "basis",
+        "basis_mask",
+        "sigma",
+        "projection",
+        "weights",
+    ),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class NormalizedCut:
+    """Leading eigenpairs of D^-1/2 A D^-1/2, made by `normalized_cut`.
+
+    Attributes:
+        eigenvectors: shape (n, k), orthonormal columns; the first is D^1/2 1 up to its length where A is connected. Of
+            each the entry of largest size is positive. Rows of masked and of isolated samples are 0.
+        eigenvalues: shape (k,), largest first, at most 1.
+        degrees: row sums of A, shape (n,).
+        residual: |D^-1/2 A D^-1/2 v - lambda v| of each pair, shape (k,): how exact it is. nan for "nystroem".
+        basis, basis_mask, sigma, projection, weights: what `transform` needs; None for a cut of a given affinity.
+    """
+
+    eigenvectors: Float[Array, "n k"]
+    eigenvalues: Float[Array, " k"]
+    degrees: Float[Array, " n"]
+    residual: Float[Array, " k"]
+    basis: Float[Array, "m d"] | None
+    basis_mask: Bool[Array, " m"] | None
+    sigma: Float[Array, "..."] | None
+    projection: Float[Array, "m k"] | None
+    weights: Float[Array, "m 1"] | None
+
+    @property
+    def embedding(self) -> Float[Array, "n k"]:
+        """D^-1/2 v: eigenvectors of the random walk D^-1 A, constant where the graph falls apart into parts."""
+        root = _inverse_root(self.degrees)
+        length = jnp.sqrt(jnp.sum(self.degrees))
+        return self.eigenvectors * (root * length)[:, None]
+
+    def transform(self, x_new: Float[AnyArray, "q d"]) -> Float[Array, "q k"]:
+        """Rows of the eigenvectors for new samples (Nystroem): of the samples that were cut, their own rows again.
+
+        Args:
+            x_new: features in the space of those that were cut, shape (q, d).
+
+        Returns:
+            Shape (q, k). 0 for a sample too far from all others to have any affinity.
+
+        Raises:
+            ValueError: a cut of a given affinity, which has no features; another number of features.
+        """
+        if self.basis is None or self.projection is None or self.weights is None:
+            raise ValueError(
+                "this cut was made of an affinity, or with a sigma per row, so it does not know where a new sample "
+                "would lie. Cut features with one sigma instead."
+            )
+        rows = _checks.features("x_new", x_new)
+        if rows.ndim != 2 or rows.shape[-1] != self.basis.shape[-1]:
+            raise ValueError(f"x_new must have shape (q, {self.basis.shape[-1]}); got {rows.shape}.")
+        dtype = np.promote_types(rows.dtype, self.basis.dtype)
+        a = affinity_operator(rows.astype(dtype), self.basis.astype(dtype), self.sigma, mask_y=self.basis_mask)
+        both = a @ jnp.concatenate((self.projection, self.weights), 1).astype(dtype)
+        return both[:, :-1] * _inverse_root(both[:, -1])[:, None]
+
+
+def normalized_cut(
+    x: Float[AnyArray, "n d"] | AffinityOperator | Alignment,
+    num_components: int = 20,
+    *,
+    kind: Kind = "auto",
+    method: Method = "auto",
+    sigma: ArrayLike | None = None,
+    density: ArrayLike = 0.05,
+    diagonal: Diagonal = "include",
+    bandwidth: Bandwidth = "global",
+    mask: Bool[AnyArray, " n"] | None = None,
+    landmarks: int | Int[AnyArray, " m"] | None = None,
+    key: Array | None = None,
+    rtol: float | None = None,
+    tile_size: TileSize = "auto",
+    mesh: Mesh | AbstractMesh | None = None,
+) -> NormalizedCut:
+    """Spectral embedding of an affinity: the leading eigenvectors of the normalised cut (Shi & Malik 2000).
+
+    Args:
+        x: features, shape (n, d), of which the auto-scaled affinity is cut; or an affinity, shape (n, n), symmetric and
+            not negative; or an `AffinityOperator` of samples with themselves, which is never stored; or an `Alignment`,
+            whose networks are cut together: rows of the first network, then of the second, ...
+        num_components: how many eigenvectors, k.
+        kind: whether a matrix is "features" or an "affinity". "auto": an affinity if it is square, symmetric and not
+            negative; features if it is not square; anything else must be said.
+        method: "dense" decomposes the stored matrix. "lobpcg" iterates to the leading ones, exact to `rtol`, from a
+            start by landmarks; memory is n x 4 k and a few tiles. "nystroem" approximates from landmarks (Fowlkes
+            et al. 2004), for very large n. "auto" is "dense" up to n = 4096, and "lobpcg" beyond.
+        sigma: of the affinity of features; None finds it from the density (with "nystroem", on the landmarks, their
+            diagonal left out, which estimates the density of all pairs).
+        density: see `rbf_affinity`.
+        diagonal: see `rbf_affinity`.
+        bandwidth: "per_row" cuts (A + A') / 2 of an affinity with one sigma a row, which leaves no sample isolated.
+        mask: shape (n,), True = a real sample.
+        landmarks: of "nystroem": their number (default 512, or n), drawn at random, or their rows.
+        key: of the random choices of "lobpcg" and "nystroem"; default `jax.random.key(0)`.
+        rtol: of "lobpcg": residual |M v - lambda v| relative to 1 + lambda. Default 1e-5, in float64 1e-10.
+        tile_size: see `solve_sigma`.
+        mesh: spreads rows over devices, see `solve_sigma`; for "lobpcg".
+
+    Returns:
+        A `NormalizedCut`. With "dense" and "lobpcg" differentiable in x to every order, wherever an eigenvalue stands
+        apart from the others; equal eigenvalues contribute no rotation among themselves, so that the derivative of
+        what does not depend on such a rotation (a projection, say) is right and all others are finite.
+
+    Raises:
+        ValueError: more components than samples (for "lobpcg" than n / 5); a matrix that is neither surely features
+            nor surely an affinity; an affinity that is not symmetric or has negative or non-finite entries; options of
+            features with an affinity; see also `solve_sigma`.
+        TypeError: see `solve_sigma`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxalign
+        >>> keys = jax.random.split(jax.random.key(0))
+        >>> blobs = jnp.repeat(9 * jax.random.normal(keys[0], (3, 5)), 30, 0) + jax.random.normal(keys[1], (90, 5))
+        >>> cut = jaxalign.normalized_cut(blobs, 4, density=0.3)
+        >>> cut.eigenvectors.shape, cut.eigenvalues.shape
+        ((90, 4), (4,))
+        >>> jaxalign.kway(cut, 3)[::10].tolist()
+        [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    """
+    _checks.choice("method", method, ("auto", "dense", "lobpcg", "nystroem"))
+    _checks.choice("kind", kind, ("auto", "features", "affinity"))
+    k = _checks.whole("num_components", num_components)
+    start = jax.random.key(0) if key is None else key
+    _checks.random_key(start)
+    if isinstance(x, Alignment):
+        x, kind = jnp.concatenate(list(x.features.values())), "features"
+    if isinstance(x, AffinityOperator):
+        n = x.shape[-1]
+        if x.shape != (n, n) or x.y is not None or x.left is not None or x.right is not None:
+            raise ValueError(f"the operator must be an affinity of n samples with themselves; got shape {x.shape}.")
+        is_features = False
+    else:
+        x = _checks.features("x", x, min_rows=2)
+        if x.ndim != 2:
+            raise ValueError(f"x must have shape (n, d) or (n, n); got {x.shape}. Use jax.vmap for a batch.")
+        n = x.shape[0]
+        is_features = _is_features(x, kind)
+    if not is_features and (sigma is not None or mask is not None or bandwidth != "global" or mesh is not None):
+        raise ValueError("sigma, bandwidth, mask and mesh belong to features; an affinity has its own.")
+    if k > n:
+        raise ValueError(f"num_components = {k}, but there are only n = {n} samples.")
+    if method == "nystroem":
+        if isinstance(x, AffinityOperator) or not is_features:
+            raise ValueError('method="nystroem" needs features: it computes affinities to landmarks only.')
+        return _from_landmarks(x, k, sigma, density, bandwidth, mask, landmarks, start)
+    if landmarks is not None:
+        raise ValueError('landmarks belong to method="nystroem".')
+    if method == "auto":
+        in_tiles = isinstance(x, AffinityOperator) or n > _DENSE
+        method = "lobpcg" if in_tiles and 5 * k < n else "dense"
+    if method == "lobpcg" and 5 * k >= n:
+        raise ValueError(f'method="lobpcg" finds fewer than n / 5 components; got {k} of n = {n}. Take "dense".')
+    options: dict[str, Any] = {"density": density, "diagonal": diagonal, "bandwidth": bandwidth, "mask": mask}
+    source: Source = x
+    if isinstance(x, AffinityOperator):
+        source = x.todense() if method == "dense" else x
+    elif is_features and method == "dense":
+        sigma = solve_sigma(x, tile_size=tile_size, **options).sigma if sigma is None else sigma
+        if mask is not None and jnp.ndim(sigma):
+            sigma = jnp.where(jnp.asarray(mask), sigma, 1)  # of masked rows it is nan
+        source = rbf_affinity(x, None, sigma, mask=mask)
+    elif is_features:
+        source = affinity_operator(x, None, sigma, tile_size=tile_size, mesh=mesh, **options)
+        sigma = source.sigma
+    cut = _cut(source, start, k, method, rtol)
+    if isinstance(x, AffinityOperator) or sigma is None or jnp.ndim(sigma):
+        return cut
+    real = None if mask is None else jnp.asarray(mask)
+    return _with_features(cut, x, real, jnp.asarray(sigma))
+
+
+def kway(
+    cut: NormalizedCut | Float[AnyArray, "n k"], segments: int | None = None, *, steps: int = 50
+) -> Int[Array, " n"]:
+    """Segments from eigenvectors: the discrete labels closest to a rotation of them (Yu & Shi 2003).
+
+    Args:
+        cut: a `NormalizedCut`, or eigenvectors, shape (n, k).
+        segments: how many, from 1 to k: the first so many eigenvectors are used. Default: all.
+        steps: rotations at most; it ends once labels no longer change.
+
+    Returns:
+        Labels 0 .. segments - 1, shape (n,), in the order in which segments first appear. -1 for rows of zeros (masked
+        or isolated samples).
+
+    Raises:
+        ValueError: segments out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxalign
+        >>> affinity = jnp.kron(jnp.eye(2), jnp.ones((3, 3)))  # two groups of three
+        >>> jaxalign.kway(jaxalign.normalized_cut(affinity, 2)).tolist()
+        [0, 0, 0, 1, 1, 1]
+    """
+    vectors = cut.eigenvectors if isinstance(cut, NormalizedCut) else _checks.features("cut", cut)
+    if vectors.ndim != 2:
+        raise ValueError(f"eigenvectors must have shape (n, k); got {vectors.shape}.")
+    number = vectors.shape[1] if segments is None else _checks.whole("segments", segments)
+    if number > vectors.shape[1]:
+        raise ValueError(f"segments = {number}, but there are only {vectors.shape[1]} eigenvectors.")
+    return _kway(vectors[:, :number], _checks.whole("steps", steps))
+
+
+# --- what is cut -----------------------------------------------------------------------------------------------------
+
+
+def _is_features(x: Array, kind: Kind) -> bool:
+    """Whether a matrix is features; else it is an affinity."""
+    n = x.shape[0]
+    square = x.shape == (n, n)
+    if kind == "features" or (kind == "auto" and not square):
+        return True
+    if not square:
+        raise ValueError(f"an affinity must be square; got shape {x.shape}.")
+    if not _checks.is_concrete(x):
+        if kind == "auto":
+            raise ValueError(
+                f'a traced matrix of shape {x.shape} may be features or an affinity: say kind="features" or "affinity".'
+            )
+        return False
+    _checks.finite_rows("x", x, way_out="An affinity has finite entries.")
+    top = float(jnp.max(jnp.abs(x)))
+    symmetric = float(jnp.max(jnp.abs(x - x.T))) <= 1e-4 * top
+    negative = float(jnp.min(x)) < 0
+    if symmetric and not negative:
+        return False
+    what = "has negative entries" if negative else "is not symmetric"
+    if kind == "affinity":
+        raise ValueError(f"the affinity {what}. Of a directed one, cut (a + a.T) / 2.")
+    raise ValueError(
+        f'x of shape {x.shape} is square, but {what}, as an affinity would not be: say kind="features", or mend the '
+        "affinity ((a + a.T) / 2 of a directed one)."
+    )
+
+
+def _inverse_root(degrees: Array) -> Array:
+    positive = degrees > 0
+    return jnp.where(positive, lax.rsqrt(jnp.where(positive, degrees, 1)), 0)
+
+
+Source = Array | AffinityOperator
+
+
+def _product(source: Source, v: Array) -> Array:
+    """A v, of the symmetric part of A."""
+    if isinstance(source, AffinityOperator):
+        product = source @ v
+        return (product + source.T @ v) / 2 if source.by_row else product
+    return jnp.matmul(source, v, precision=lax.Precision.HIGHEST)
+
+
+def _degrees(source: Source) -> Array:
+    return _product(source, jnp.ones((source.shape[-1], 1), source.dtype))[:, 0]
+
+
+def _apply(source: Source, v: Array, root: Array) -> Array:
+    """D^-1/2 A D^-1/2 v."""
+    return root[:, None] * _product(source, root[:, None] * v)
+
+
+def _normalized_product(source: Source, v: Array) -> Array:
+    """The same with the degrees as they follow from A: what is differentiated."""
+    return _apply(source, v, _inverse_root(_degrees(source)))
+
+
+# --- eigenpairs, and their derivatives -------------------------------------------------------------------------------
+
+
+def _cut(source: Source, key: Array, k: int, method: str, rtol: float | None) -> NormalizedCut:
+    """Of an affinity or an operator."""
+    if not isinstance(source, AffinityOperator):
+        source = (source + source.T) / 2
+    accuracy = rtol if rtol is not None else 1e-10 if source.dtype == jnp.float64 else 1e-5
+    vectors, values = _vectors(source, key, k, method, float(accuracy))
+    degrees = _degrees(source)
+    left = _apply(source, vectors, _inverse_root(degrees)) - vectors * values[None]
+    return NormalizedCut(vectors, values, degrees, jnp.linalg.norm(left, axis=0), None, None, None, None, None)
+
+
+def _with_features(cut: NormalizedCut, x: Array, mask: Array | None, sigma: Array) -> NormalizedCut:
+    """A cut that knows where new samples lie: v(x) = d(x)^-1/2 sum_j A(x, x_j) d_j^-1/2 v_j / lambda."""
+    positive = jnp.abs(cut.eigenvalues) > 10 * jnp.finfo(x.dtype).eps
+    inverse = jnp.where(positive, 1 / jnp.where(positive, cut.eigenvalues, 1), 0)
+    projection = cut.eigenvectors * _inverse_root(cut.degrees)[:, None] * inverse[None]
+    ones = jnp.ones((x.shape[0], 1), x.dtype)
+    return replace(cut, basis=x, basis_mask=mask, sigma=sigma, projection=projection, weights=ones)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _vectors(source: Source, key: Array, k: int, method: str, rtol: float) -> tuple[Array, Array]:
+    root = _inverse_root(_degrees(source))
+    if isinstance(source, Array) and method == "dense":
+        values, vectors = jnp.linalg.eigh(root[:, None] * source * root[None])
+        values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
+        # Isolated and masked samples: their rows of the matrix are 0, and so are those of all that matters.
+        vectors = vectors * (root > 0).astype(vectors.dtype)[:, None]
+    else:
+        vectors, values = _iterated(source, root, key, k, rtol)
+    largest = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), 0)[None], 0)
+    return vectors * jnp.where(largest < 0, -1, 1).astype(vectors.dtype), values
+
+
+def _iterated(source: Source, root: Array, key: Array, k: int, rtol: float) -> tuple[Array, Array]:
+    """LOBPCG from the eigenvectors that some columns of A suggest."""
+    from jax.experimental.sparse.linalg import lobpcg_standard  # brings scipy with it, which takes a while
+
+    n = root.shape[0]
+    columns_key, noise_key = jax.random.split(key)
+    some = jax.random.choice(columns_key, n, (min(max(_START, 2 * k), n),), replace=False)
+    units = jnp.zeros((n, some.shape[0]), root.dtype).at[some, jnp.arange(some.shape[0])].set(1)
+    columns = _product(source, units)
+    half = _pseudo_inverse_root(jnp.take(columns, some, 0))
+    spread = root[:, None] * jnp.matmul(columns, half, precision=lax.Precision.HIGHEST)
+    _, mix = jnp.linalg.eigh(jnp.matmul(spread.T, spread, precision=lax.Precision.HIGHEST))
+    begin = jnp.matmul(spread, mix[:, ::-1][:, :k], precision=lax.Precision.HIGHEST)
+    # Noise, as columns must be independent also where landmarks see fewer than k groups.
+    noise = jax.random.normal(noise_key, begin.shape, begin.dtype) / np.sqrt(n).astype(begin.dtype)
+    begin = begin / jnp.maximum(jnp.linalg.norm(begin, axis=0, keepdims=True), 1e-6) + 1e-3 * noise
+
+    # Its tolerance is relative to the eigenvalue: with 1 added it does not ask for the impossible of small ones.
+    def shifted(v: Array) -> Array:
+        return _apply(source, v, root) + v
+
+    values, vectors, _ = lobpcg_standard(shifted, begin, _STEPS, rtol / (20 * n))
+    return vectors * (root > 0).astype(vectors.dtype)[:, None], values - 1
+
+
+@_vectors.defjvp
+def _vectors_jvp(
+    k: int, method: str, rtol: float, primals: tuple[Source, Array], tangents: tuple[Source, Any]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    # M v_j = w_j v_j. Within the span of the pairs first-order perturbation theory; outside of it (w_j - M) u = dM v_j,
+    # in which w_j - M is positive definite, as the pairs are the leading ones.
+    (source, key), (change, _) = primals, tangents
+    vectors, values = _vectors(source, key, k, method, rtol)
+    _, moved = jax.jvp(lambda source: _normalized_product(source, vectors), (source,), (change,))
+    within = jnp.matmul(vectors.T, moved, precision=lax.Precision.HIGHEST)
+    gaps = values[None, :] - values[:, None]
+    apart = jnp.abs(gaps) > 100 * float(jnp.finfo(values.dtype).eps)
+    turn = jnp.where(apart, within / jnp.where(apart, gaps, 1), 0)
+    root = _inverse_root(_degrees(source))
+
+    def outside(u: Array) -> Array:
+        return u - jnp.matmul(vectors, jnp.matmul(vectors.T, u, precision=lax.Precision.HIGHEST))
+
+    def resolvent(u: Array) -> Array:
+        u_out = outside(u)
+        return outside(values[None] * u_out - _apply(source, u_out, root)) + (u - u_out)
+
+    def solve(matvec: Callable[[Array], Array], b: Array) -> Array:
+        return jax.scipy.sparse.linalg.cg(
+            matvec, b, tol=1e-3 * rtol if values.dtype == jnp.float64 else rtol, maxiter=500
+        )[0]
+
+    rest = lax.custom_linear_solve(resolvent, outside(moved), solve, symmetric=True)
+    change_of_vectors = jnp.matmul(vectors, turn, precision=lax.Precision.HIGHEST) + outside(rest)
+    return (vectors, values), (change_of_vectors, jnp.diagonal(within))
+
+
+# --- from landmarks --------------------------------------------------------------------------------------------------
+
+
+def _pseudo_inverse_root(a: Array) -> Array:
+    """A^-1/2 on the directions of a positive semidefinite matrix that are not rounding."""
+    values, vectors = jnp.linalg.eigh((a + a.T) / 2)
+    floor = a.shape[0] * float(jnp.finfo(a.dtype).eps) * jnp.max(values)
+    scale = jnp.where(values > floor, lax.rsqrt(jnp.where(values > floor, values, 1)), 0)
+    return jnp.matmul(vectors * scale[None], vectors.T, precision=lax.Precision.HIGHEST)
+
+
+def _from_landmarks(
+    x: Array, k: int, sigma: Any, density: Any, bandwidth: str, mask: Any, landmarks: Any, key: Array
+) -> NormalizedCut:
+    n = x.shape[0]
+    real = _checks.row_mask("mask", mask, (n,))
+    if bandwidth != "global":
+        raise ValueError('method="nystroem" has one sigma: bandwidth="global".')
+    if landmarks is None or isinstance(landmarks, (int, np.integer)):
+        number = min(512, n) if landmarks is None else _checks.whole("landmarks", landmarks)
+        if number > n:
+            raise ValueError(f"landmarks = {number}, but there are only n = {n} samples.")
+        weight = None if real is None else real / jnp.sum(real)
+        chosen = jax.random.choice(key, n, (number,), replace=False, p=weight)
+    else:
+        chosen = _checks.row_numbers("landmarks", landmarks, n)
+    if k > chosen.shape[0]:
+        raise ValueError(f"num_components = {k}, but there are only {chosen.shape[0]} landmarks.")
+    few = jnp.take(x, chosen, 0)
+    if sigma is None:
+        sigma = solve_sigma(few, density=density, diagonal="exclude").sigma
+    a = affinity_operator(x, few, sigma, mask=mask)
+    vectors, values, degrees, projection, weights = _cut_by_landmarks(a, rbf_affinity(few, None, sigma), k)
+    return NormalizedCut(
+        vectors, values, degrees, jnp.full((k,), jnp.nan, x.dtype), few, None, jnp.asarray(sigma), projection, weights
+    )
+
+
+@partial(jax.jit, static_argnums=2)
+def _cut_by_landmarks(a: AffinityOperator, inner: Array, k: int) -> tuple[Array, ...]:
+    """With C = A(x, landmarks) and W = A(landmarks, landmarks): A = C W^+ C', and no n x m array."""
+    half = _pseudo_inverse_root(inner)
+    weights = half @ (half @ (a.T @ jnp.ones((a.shape[0], 1), inner.dtype)))
+    degrees = (a @ weights)[:, 0]
+    root = _inverse_root(degrees)
+    m = inner.shape[0]
+    pieces = -(-m // _COLUMNS)
+    columns = jnp.pad(half, ((0, 0), (0, pieces * _COLUMNS - m))).reshape(m, pieces, _COLUMNS)
+
+    def gram(piece: Array) -> Array:
+        return half @ (a.T @ ((root * root)[:, None] * (a @ piece)))
+
+    squares = lax.map(gram, jnp.moveaxis(columns, 1, 0))
+    squares = jnp.moveaxis(squares, 0, 1).reshape(m, -1)[:, :m]
+    values, mix = jnp.linalg.eigh((squares + squares.T) / 2)
+    values, mix = values[::-1][:k], mix[:, ::-1][:, :k]
+    projection = half @ (mix * _inverse_root(values)[None])
+    vectors = root[:, None] * (a @ projection)
+    largest = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), 0)[None], 0)
+    sign = jnp.where(largest < 0, -1, 1).astype(vectors.dtype)
+    return vectors * sign, values, degrees, projection * sign, weights
+
+
+# --- segments --------------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=1)
+def _kway(vectors: Array, steps: int) -> Array:
+    n, k = vectors.shape
+    lengths = jnp.linalg.norm(vectors, axis=1, keepdims=True)
+    present = lengths[:, 0] > 0
+    rows = vectors / jnp.where(lengths > 0, lengths, 1)
+
+    # Rows as orthogonal to each other as there are, the first the one with the largest length.
+    def choose(state: tuple[Array, Array, Array], _: Any) -> tuple[tuple[Array, Array, Array], Array]:
+        index, seen, _ = state
+        row = rows[index]
+        seen = seen + jnp.abs(rows @ row)
+        index = jnp.argmin(jnp.where(present, seen, jnp.inf))
+        return (index, seen, row), row
+
+    first = (jnp.argmax(lengths[:, 0]), jnp.zeros(n, rows.dtype), rows[0])
+    _, chosen = lax.scan(choose, first, None, length=k)
+    turn = chosen.T
+
+    def assign(turn: Array) -> Array:
+        return jnp.argmax(rows @ turn, 1)
+
+    def going(state: tuple[Array, Array, Array]) -> Array:
+        step, _, moved = state
+        return moved & (step < steps)
+
+    def update(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        step, labels, _ = state
+        hot = (labels[:, None] == jnp.arange(k)[None]) & present[:, None]
+        u, _, vt = jnp.linalg.svd(jnp.matmul(hot.astype(rows.dtype).T, rows, precision=lax.Precision.HIGHEST))
+        after = assign(vt.T @ u.T)
+        return step + 1, after, jnp.any(after != labels)
+
+    _, labels, _ = lax.while_loop(going, update, (jnp.asarray(0), assign(turn), jnp.asarray(True)))
+    # Numbered as they appear.
+    hot = (labels[:, None] == jnp.arange(k)[None]) & present[:, None]
+    appears = jnp.where(hot.any(0), jnp.argmax(hot, 0), n + jnp.arange(k))
+    number = jnp.argsort(jnp.argsort(appears))
+    return jnp.where(present, number[labels], -1).astype(jnp.int32)

@@ -1,0 +1,221 @@
+"""The normalised cut: its defining equation, agreement of methods and inputs, derivatives, and what is refused."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jaxalign
+from jaxalign import affinity_operator, kway, normalized_cut, rbf_affinity
+
+
+def features(n=90, d=5, groups=3, apart=8.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, d)) + apart * (np.arange(n) % groups)[:, None]
+
+
+def matrix_of(a):
+    a = np.asarray(a, np.float64)
+    root = 1 / np.sqrt(a.sum(1))
+    return root[:, None] * a * root
+
+
+def same_vectors(found, expected, tolerance):
+    """Up to the sign."""
+    overlap = np.sum(np.asarray(found) * np.asarray(expected), 0)
+    np.testing.assert_allclose(np.asarray(found) * np.sign(overlap), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", ["dense", "lobpcg"])
+def test_defining_equation(method, x64):
+    x = features()
+    cut = normalized_cut(x, 4, method=method, density=0.3)
+    m = matrix_of(rbf_affinity(x, density=0.3))
+    np.testing.assert_allclose(m @ cut.eigenvectors, cut.eigenvectors * cut.eigenvalues[None], atol=1e-8)
+    np.testing.assert_allclose(cut.eigenvectors.T @ cut.eigenvectors, np.eye(4), atol=1e-8)
+    np.testing.assert_allclose(cut.eigenvalues, np.linalg.eigvalsh(m)[::-1][:4], atol=1e-12)
+    np.testing.assert_allclose(cut.degrees, rbf_affinity(x, density=0.3).sum(1), rtol=1e-10)
+    assert np.max(cut.residual) < 1e-8
+    # The first is D^1/2 1, so its embedding is constant: 1.
+    np.testing.assert_allclose(cut.embedding[:, 0], 1, atol=1e-7)
+    # Of the largest entry the sign is positive.
+    largest = np.take_along_axis(np.asarray(cut.eigenvectors), np.abs(cut.eigenvectors).argmax(0)[None], 0)
+    assert (largest > 0).all()
+
+
+def test_every_input_and_method_is_one_cut():
+    x = jnp.asarray(features(), jnp.float32)
+    expected = normalized_cut(x, 4, density=0.3)
+    operator = affinity_operator(x, density=0.3, tile_size=32)
+    for source, options in (
+        (rbf_affinity(x, density=0.3), {}),
+        (operator, {}),
+        (operator, {"method": "dense"}),
+        (x, {"method": "lobpcg", "density": 0.3, "tile_size": 32}),
+        (x, {"density": 0.3, "sigma": expected.sigma}),
+    ):
+        cut = normalized_cut(source, 4, **options)
+        np.testing.assert_allclose(cut.eigenvalues, expected.eigenvalues, atol=1e-5)
+        same_vectors(cut.eigenvectors, expected.eigenvectors, 2e-4)  # 1e-5 of residual over the gap of 0.1
+
+
+def test_scikit_learn_embeds_alike(x64):
+    manifold = pytest.importorskip("sklearn.manifold")
+    a = rbf_affinity(features(apart=3.0), density=0.3, zero_diagonal=True)  # theirs leaves the diagonal out
+    cut = normalized_cut(a, 4)
+    expected = manifold.spectral_embedding(np.asarray(a), n_components=4, drop_first=False, random_state=0)
+    # Theirs has another length a column.
+    scaled = expected / np.linalg.norm(expected, axis=0) * np.linalg.norm(cut.embedding, axis=0)
+    same_vectors(scaled, cut.embedding, 1e-6)
+
+
+def test_landmarks_approach_the_exact_cut(x64):
+    x = features(n=300, d=3, apart=2.0)
+    exact = normalized_cut(x, 4, sigma=2.0)
+    errors = []
+    for landmarks in (30, 100, 300):
+        cut = normalized_cut(x, 4, sigma=2.0, method="nystroem", landmarks=landmarks)
+        errors.append(float(np.abs(cut.eigenvalues - exact.eigenvalues).max()))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-9  # all samples are landmarks
+    same_vectors(cut.eigenvectors, exact.eigenvectors, 1e-6)
+    np.testing.assert_allclose(cut.transform(x), cut.eigenvectors, atol=1e-9)
+
+
+def test_sigma_from_landmarks_aims_at_the_density_of_all():
+    x = jnp.asarray(features(n=2000, d=3), jnp.float32)
+    cut = normalized_cut(x, 3, method="nystroem", landmarks=400)
+    np.testing.assert_allclose(jaxalign.mean_density(x, sigma=cut.sigma), 0.05, rtol=0.1)  # 400 samples' spread
+
+
+def test_transform_gives_samples_their_own_rows(x64):
+    x = features()
+    mask = np.arange(90) < 80
+    for options in ({}, {"mask": mask}):
+        cut = normalized_cut(x, 4, density=0.3, **options)
+        np.testing.assert_allclose(cut.transform(x[:80]), cut.eigenvectors[:80], atol=1e-9)
+        new = cut.transform(x[:80] + 1e-9)
+        np.testing.assert_allclose(new, cut.eigenvectors[:80], atol=1e-6)
+    assert not np.any(cut.eigenvectors[80:])
+    assert not np.any(cut.transform(x[:2] + 1e6))  # no affinity to anything
+    padded = normalized_cut(x[:80], 4, density=0.3)
+    np.testing.assert_allclose(padded.eigenvalues, cut.eigenvalues, atol=1e-10)
+
+
+def test_a_sigma_a_row_is_cut_in_its_symmetric_part(x64):
+    x = features()
+    a = np.asarray(rbf_affinity(x, density=0.2, bandwidth="per_row"))
+    expected = np.linalg.eigvalsh(matrix_of((a + a.T) / 2))[::-1][:4]
+    for method in ("dense", "lobpcg"):
+        cut = normalized_cut(x, 4, density=0.2, bandwidth="per_row", method=method)
+        np.testing.assert_allclose(cut.eigenvalues, expected, atol=1e-9)
+    with pytest.raises(ValueError, match="does not know where a new sample"):
+        cut.transform(x)
+
+
+def test_networks_of_an_alignment_are_cut_together():
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (60, 6))
+    alignment = jaxalign.align({"a": x, "b": 3 - 2 * x[:, ::-1]}, landmarks=30, key=key)
+    cut = normalized_cut(alignment, 4, density=0.2)
+    assert cut.eigenvectors.shape == (120, 4)
+    # The second is the first, turned and scaled: the same relative features, so the same rows.
+    np.testing.assert_allclose(cut.eigenvectors[:60], cut.eigenvectors[60:], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dense", "lobpcg"])
+def test_derivatives(method, x64):
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(40, 3)), rng.normal(size=(40, 3))
+
+    def of(x):
+        cut = normalized_cut(x, 3, method=method, density=0.3)
+        return jnp.sum(weights * cut.eigenvectors**3) + jnp.sum(weights[0] * cut.eigenvalues)
+
+    check_grads(of, (x,), 1, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
+
+
+def test_second_derivative_of_an_eigenvalue(x64):
+    x = np.random.default_rng(0).normal(size=(20, 2))
+    check_grads(lambda x: normalized_cut(x, 2, density=0.3).eigenvalues[1], (x,), 2, modes=("rev",), rtol=1e-4)
+
+
+def test_equal_eigenvalues_leave_derivatives_finite(x64):
+    affinity = jnp.kron(jnp.eye(3), jnp.ones((4, 4))) * 0.5 + 0.1  # of three equal groups
+
+    def projected(a):  # does not depend on a rotation within the two equal ones
+        v = normalized_cut(a, 3, kind="affinity").eigenvectors
+        return jnp.sum((v @ v.T) ** 2 * jnp.arange(144.0).reshape(12, 12))
+
+    gradient = jax.grad(projected)(affinity)
+    assert np.isfinite(gradient).all()
+    step = np.random.default_rng(0).normal(size=(12, 12)) * 1e-6
+    step = step + step.T
+    difference = projected(affinity + step) - projected(affinity - step)
+    np.testing.assert_allclose(np.sum(gradient * step) * 2, difference, rtol=1e-4)
+
+
+def test_jit_and_vmap():
+    x = jnp.asarray(np.stack([features(seed=k, n=40) for k in range(3)]), jnp.float32)
+
+    def values(x):
+        return normalized_cut(x, 3, kind="features", density=0.3).eigenvalues
+
+    np.testing.assert_allclose(jax.jit(jax.vmap(values))(x), [values(one) for one in x], atol=1e-5)
+
+
+def test_rows_over_devices():
+    x = jnp.asarray(features(n=96), jnp.float32)
+    mesh = jaxalign.sharding.data_mesh()
+    cut = normalized_cut(x, 3, density=0.3, method="lobpcg", mesh=mesh)
+    np.testing.assert_allclose(cut.eigenvalues, normalized_cut(x, 3, density=0.3).eigenvalues, atol=1e-5)
+
+
+def test_segments_are_the_groups():
+    x = jnp.asarray(features(), jnp.float32)
+    np.testing.assert_array_equal(kway(normalized_cut(x, 5, density=0.3), 3), np.arange(90) % 3)
+    mask = np.arange(90) < 60
+    np.testing.assert_array_equal(
+        kway(normalized_cut(x, 3, density=0.3, mask=mask)), np.where(mask, np.arange(90) % 3, -1)
+    )
+    # Any rotation of the eigenvectors has the same segments.
+    vectors = np.asarray(normalized_cut(x, 3, density=0.3).eigenvectors)
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0].astype(np.float32)
+    np.testing.assert_array_equal(kway(vectors @ turn), np.arange(90) % 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (np.ones((5, 4), np.float32), {"num_components": 6}, "only n = 5 samples"),
+        (np.arange(16, dtype=np.float32).reshape(4, 4), {"num_components": 2}, 'not symmetric.*kind="features"'),
+        (-np.eye(4, dtype=np.float32), {"num_components": 2}, "has negative entries"),
+        (np.eye(4, dtype=np.float32) * np.nan, {"num_components": 2}, "nan or inf in 4 row"),
+        (np.eye(4, dtype=np.float32), {"num_components": 2, "sigma": 1.0}, "an affinity has its own"),
+        (np.ones((5, 4), np.float32), {"num_components": 2, "kind": "affinity"}, "must be square"),
+        (np.ones((9, 4), np.float32), {"num_components": 2, "method": "lobpcg"}, "fewer than n / 5"),
+        (np.ones((9, 4), np.float32), {"num_components": 2, "landmarks": 3}, 'landmarks belong to method="nystroem"'),
+        (np.eye(9, dtype=np.float32), {"num_components": 2, "method": "nystroem"}, '"nystroem" needs features'),
+        (np.ones((9, 4), np.float32), {"num_components": 4, "method": "nystroem", "landmarks": 3}, "only 3 landmarks"),
+        (np.ones((9, 4), np.float32), {"num_components": 2, "method": "svd"}, "method must be one of"),
+        (np.ones((2, 9, 4), np.float32), {"num_components": 2}, "jax.vmap for a batch"),
+    ],
+)
+def test_bad_input(x, options, message, unchecked_types):
+    with pytest.raises(ValueError, match=message):
+        normalized_cut(x, **options)
+
+
+def test_other_bad_input():
+    x = jnp.asarray(features(), jnp.float32)
+    with pytest.raises(ValueError, match="n samples with themselves"):
+        normalized_cut(affinity_operator(x, x[:5], density=0.3), 2)
+    with pytest.raises(ValueError, match=r"must have shape \(q, 5\)"):
+        normalized_cut(x, 2).transform(x[:, :3])
+    with pytest.raises(ValueError, match="say kind="):
+        jax.jit(lambda x: normalized_cut(x, 2).eigenvalues)(x[:5])
+    with pytest.raises(ValueError, match="only 3 eigenvectors"):
+        kway(x[:, :3], 4)
