@@ -4,6 +4,7 @@ from jaxalign import datasets as datasets
 from jaxalign import interop as interop
 from jaxalign import losses as losses
 from jaxalign import measures as measures
+from jaxalign import plots as plots
 from jaxalign import sharding as sharding
 from jaxalign import streaming as streaming
 from jaxalign._version import __version__ as __version__

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
-from jaxalign import _checks
+from jaxalign import _checks, _draw
 from jaxalign._grid_files import from_blocks, set_by_set
 from jaxalign._grid_memory import Job, in_one_visit
 from jaxalign._plan import TileSize
@@ -180,31 +180,17 @@ class ComparisonGrid:
 
     def plot(self, ax: Any = None) -> Any:
         """A heat map of the values (needs matplotlib); returns its axes. More alike is brighter, in both directions."""
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError:
-            raise ImportError('plot() needs matplotlib: pip install "jaxalign[viz]".') from None
-        values = np.asarray(self.values)
-        if ax is None:
-            # Inches: cells wide enough for their numbers, and room for the longest names.
-            number = (len(self.columns), len(self.rows))
-            cell = max(0.42, 2.0 / max(number))
-            beside, below = (0.085 * max(map(len, names)) for names in (self.rows, self.columns))
-            size = (number[0] * cell + beside + 1.6, max(number[1] * cell, 1.8) + below + 0.8)
-            _, ax = plt.subplots(figsize=size, layout="constrained")
-        colours = "viridis" if self.direction == "similarity" else "viridis_r"
-        picture = ax.imshow(values, cmap=colours, origin="lower")
-        ax.set_xticks(range(len(self.columns)), self.columns, rotation=90)
-        ax.set_yticks(range(len(self.rows)), self.rows)
+        label = f"{self.measure} ({self.direction})"
+        ax = _draw.heat_map(
+            np.asarray(self.values),
+            self.rows,
+            self.columns,
+            label,
+            brighter_is_more=self.direction == "similarity",
+            ax=ax,
+        )
         if not self.itself:
             ax.set(xlabel="other", ylabel="features")
-        bar = ax.figure.colorbar(picture, ax=ax)
-        bar.set_label(f"{self.measure} ({self.direction})")
-        if values.size <= 400:
-            middle = (np.nanmin(values) + np.nanmax(values)) / 2
-            for (i, j), value in np.ndenumerate(values):
-                bright = (value > middle) == (self.direction == "similarity")
-                ax.text(j, i, f"{value:.2f}", ha="center", va="center", size=7, color="black" if bright else "white")
         return ax
 
 

@@ -20,7 +20,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 # A module imports from lower layers only. What a layer is for stands in the docstring of its module.
 LAYERS = [
     {"_typing", "_version"},
-    {"_checks", "_saved"},
+    {"_checks", "_draw", "_saved"},
     {"_plan", "sharding"},
     {"distances"},
     {"pairs"},
@@ -35,7 +35,7 @@ LAYERS = [
     {"colors"},
 ]
 # On top, for whoever does not only compute: the order among these is theirs.
-OUTER = {"cli", "report", "interop", "datasets"}
+OUTER = {"cli", "plots", "report", "interop", "datasets"}
 HEAVY = (
     "torch",
     "flax",

@@ -9,15 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import ConnectionPatch
 
+from jaxalign import plots
+from jaxalign._draw import BLUE as RIGHT
+from jaxalign._draw import ORANGE as NEAR
+from jaxalign._draw import VERMILION as WRONG
 from jaxalign.affinity import rbf_affinity
 from jaxalign.alignment import correspondence
 from jaxalign.report.baselines import variance_sigma
 from jaxalign.report.demo import CSLS, DECORRELATED, PATCH_NETWORKS, PUBLISHED, VARIANCE, DigitReport, PatchReport
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-RIGHT, WRONG, NEAR = "#0072B2", "#D55E00", "#E69F00"
 _DPI = 150
 
 
@@ -25,40 +26,22 @@ def correspondences(report: PatchReport, picture: int, a: str, b: str, number: i
     """Held-out patches of one network and the patches that they match in another, before and after alignment."""
     rows, image = report.rows[picture], report.data.pictures[picture]
     here = report.data.positions[report.data.picture_index == picture][rows.queries]
-    shown = np.linspace(0, len(rows.queries) - 1, number).round().astype(int)
     figure = Figure(figsize=(10.4, 9.6), layout="constrained")
     methods = {"Before: variance-scaled RBF": VARIANCE, "After: decorrelated auto-scaled RBF": DECORRELATED}
     upper, lower = figure.add_gridspec(2, 1)
     parts = [figure.add_subfigure(upper), figure.add_subfigure(lower)]
-    patch = image.shape[0] / report.data.grid[0]
-    centres = (here + 0.5) * patch
     for (title, method), part in zip(methods.items(), parts, strict=True):
-        left, right = part.subplots(1, 2, gridspec_kw={"wspace": 0.25})
+        axes = part.subplots(1, 2, gridspec_kw={"wspace": 0.25})
         found = correspondence(rows.by_method[method][a], rows.by_method[method][b])
-        index = np.asarray(found.index)
-        for ax, name in ((left, a), (right, b)):
-            ax.imshow(image)
-            ax.set_axis_off()
+        plots.matches(image, image, here, found.index, report.data.grid, shown=number, axes=axes)
+        for ax, name in zip(axes, (a, b), strict=True):
             ax.set_title(name, fontsize=11)
-        for query in shown:
-            off = np.abs(here[index[query]] - here[query]).max()
-            colour = RIGHT if off == 0 else NEAR if off <= 2 else WRONG
-            start, end = centres[query][::-1], centres[index[query]][::-1]
-            line = ConnectionPatch(start, end, "data", "data", axesA=left, axesB=right, color=colour, lw=1.4, alpha=0.9)
-            line.set_in_layout(False)
-            figure.add_artist(line)
-            left.plot(*start, "o", color=colour, ms=5, mec="white", mew=0.7)
-            right.plot(*end, "o", color=colour, ms=5, mec="white", mew=0.7)
         part.suptitle(
-            f"{title}: {float(found.top1):.0%} of {len(index)} held-out patches find themselves",
+            f"{title}: {float(found.top1):.0%} of {len(rows.queries)} held-out patches find themselves",
             fontsize=13,
             fontweight="bold",
         )
-    handles = [
-        Line2D([], [], color=colour, lw=2, label=label)
-        for colour, label in ((RIGHT, "the same patch"), (NEAR, "at most two patches off"), (WRONG, "elsewhere"))
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
+    plots.match_legend(figure)
     return figure
 
 
