@@ -137,7 +137,14 @@ def color_panels(
                 ax.set_axis_off()
             if g == 0 and name:
                 y = top - (line + 0.5) * step[1]
-                figure.text(left - 0.08 / width, y, name.replace(" ", "\n", 1), ha="right", va="center", fontsize=8)
+                figure.text(
+                    left - 0.08 / width,
+                    y,
+                    name if "\n" in name else name.replace(" ", "\n", 1),
+                    ha="right",
+                    va="center",
+                    fontsize=8,
+                )
     return figure
 
 
@@ -150,7 +157,7 @@ def matches(
     *,
     shown: int = 28,
     near: float = 2.0,
-    axes: Sequence[Any] | None = None,
+    axes: Any = None,
 ) -> Any:
     """Lines from patches in one network to those that they match in another, coloured by whether they are right.
 

@@ -1,0 +1,149 @@
+"""The same colours for the same parts: three kinds of networks on the same photographs, before and after alignment.
+
+A detector that sees boundaries (PP-OCRv4), a vision transformer trained without labels (ViT-S/14, as DINOv2) and a
+convolutional network trained with labels (EfficientNet-Lite0); the features ship with the library. Before alignment
+every network is cut by itself, and its colours are its own. After it the relative features of all are cut together, so
+that one map from rows to colours holds for all. How well colours agree is a number: 1 where the same patch has the same
+colour in two networks, 0 where it is no closer than any other patch of the picture; of patches that were not landmarks.
+
+    python examples/case_study.py                # prints tables, writes case_study/*.png, in under a minute
+    python examples/case_study.py --out elsewhere
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import jaxalign
+from jaxalign.report.coloring import (
+    Agreement,
+    Colors,
+    agreement,
+    joint_colors,
+    own_colors,
+    pairs_of_networks,
+    variance_scaled_colors,
+)
+from jaxalign.report.demo import network_of
+from jaxalign.report.tables import format_table
+
+NETWORKS = {
+    "vit-s14 layer 8": "ViT-S/14\nwithout labels",
+    "efficientnet-lite0 block 10": "EfficientNet\nlabels",
+    "pp-ocrv4 stride 16": "PP-OCRv4\nboundaries",
+}
+POSITION = "position only"
+PUBLISHED: dict[str, Any] = {"channels": None}
+
+
+def main(out: Path) -> dict[str, Agreement]:
+    """Compute, draw and print; returns the agreement of every method."""
+    data = jaxalign.datasets.load_patch_features()
+    landmarks = np.flatnonzero(data.positions.sum(-1) % 2 == 0)  # a checkerboard
+    queries = np.setdiff1d(np.arange(len(data.positions)), landmarks)
+    features = {name: data.features[name] for name in NETWORKS}
+    pairs = pairs_of_networks(list(NETWORKS))
+
+    def score(colors: Colors, between: list[tuple[str, str]] = pairs) -> Agreement:
+        held_out = {name: one[queries] for name, one in colors.items()}
+        return agreement(held_out, between, data.picture_index[queries])
+
+    colors = {
+        "before: each network by itself": own_colors(features),
+        "variance-scaled rows, cut together": variance_scaled_colors(features, landmarks),
+        "auto-scaled rows (as published), cut together": joint_colors(features, landmarks, **PUBLISHED),
+        "after: decorrelated rows, cut together": joint_colors(features, landmarks),
+        "after, colours by t-SNE": joint_colors(features, landmarks, "tsne"),
+    }
+    found = {name: score(one) for name, one in colors.items()}
+    controls = {
+        POSITION: (data.positions - data.positions.mean(0)).astype(np.float32),
+        data.controls[0]: data.features[data.controls[0]],
+    }
+    for name, x in controls.items():
+        together = joint_colors({**features, name: x}, landmarks)
+        found[f"control: {name}, with the networks"] = score(together, [(name, other) for other in NETWORKS])
+    print(f"{len(queries)} held-out patches of three photographs, {len(NETWORKS)} networks, all pairs\n")
+    rows = [(name, f"{one.value:.3f}", f"{one.p_value:.3f}") for name, one in found.items()]
+    print(format_table(("how alike the colours of the same patch are", "agreement", "p"), rows))
+
+    every = [name for name in data.features if name not in data.controls]
+    names, values = layer_agreement(data, every, landmarks, queries)
+    layer_rows = [
+        (name, *(f"{v:.2f}" if np.isfinite(v) else "" for v in row)) for name, row in zip(names, values, strict=True)
+    ]
+    print("\nevery layer with every layer of another network, each pair aligned by itself\n")
+    print(format_table(("agreement", *(str(k + 1) for k in range(len(names)))), layer_rows))
+
+    out.mkdir(parents=True, exist_ok=True)
+    before, _, _, after, tsne = colors.values()
+    scores = [one.value for one in found.values()]
+    save = {"before": (before, scores[0]), "after": (after, scores[3])}
+    panels(data, save).savefig(out / "before_after.png", dpi=150)
+    panels(data, {**save, "after, t-SNE": (tsne, scores[4])}, pictures=[0]).savefig(out / "face.png", dpi=200)
+    panels(data, {"variance-scaled": (colors["variance-scaled rows, cut together"], scores[1]),
+                  "as published": (colors["auto-scaled rows (as published), cut together"], scores[2]),
+                  "recommended": (after, scores[3])}).savefig(out / "methods.png", dpi=130)  # fmt: skip
+    figure, ax = plt.subplots(figsize=(6.4, 5.4), layout="constrained")
+    jaxalign._draw.heat_map(values, names, names, "agreement of colours", ax=ax)
+    figure.savefig(out / "layers.png", dpi=130)
+    segmented(data, features, landmarks).savefig(out / "segments.png", dpi=130)
+    plt.close("all")
+    print(f"\npictures in {out}/: {', '.join(sorted(path.name for path in out.glob('*.png')))}")
+    return found
+
+
+def maps(data: Any, colors: Colors, pictures: list[int]) -> dict[str, np.ndarray]:
+    """Colours as images, {network: (pictures, 16, 16, 3)}."""
+    shape = (len(data.picture_names), *data.grid, 3)
+    return {NETWORKS[name]: one.reshape(shape)[pictures] for name, one in colors.items()}
+
+
+def panels(data: Any, groups: dict[str, tuple[Colors, float]], pictures: list[int] | None = None) -> Any:
+    """Photographs, and below them the colours of every network, group by group."""
+    pictures = list(range(len(data.picture_names))) if pictures is None else pictures
+    return jaxalign.plots.color_panels(
+        {name: maps(data, colors, pictures) for name, (colors, _) in groups.items()},
+        data.pictures[pictures],
+        scores={name: f"agreement {value:.2f}" for name, (_, value) in groups.items()},
+    )
+
+
+def layer_agreement(
+    data: Any, names: list[str], landmarks: np.ndarray, queries: np.ndarray
+) -> tuple[list[str], np.ndarray]:
+    """Agreement of every two layers of different networks, aligned and cut as a pair."""
+    values = np.full((len(names), len(names)), np.nan)
+    for a, b in pairs_of_networks(names):
+        colors = joint_colors({name: data.features[name] for name in (a, b)}, landmarks)
+        held_out = {name: one[queries] for name, one in colors.items()}
+        one = agreement(held_out, [(a, b)], data.picture_index[queries], permutations=1)
+        i, j = names.index(a), names.index(b)
+        values[i, j] = values[j, i] = one.value
+    return names, values
+
+
+def segmented(data: Any, features: dict[str, np.ndarray], landmarks: np.ndarray, number: int = 8) -> Any:
+    """The joint cut as segments: one number of a segment for all networks and pictures."""
+    from jaxalign.report.demo import RECOMMENDED
+
+    alignment = jaxalign.align(features, landmarks=landmarks, standardize=True, **RECOMMENDED)
+    cut = jaxalign.normalized_cut(alignment, number, bandwidth="per_row")
+    labels = np.asarray(jaxalign.kway(cut)).reshape(len(features), len(data.picture_names), *data.grid)
+    figure, axes = plt.subplots(*labels.shape[:2], figsize=(5.4, 5.4), layout="constrained")
+    for line, (name, of_network) in enumerate(zip(features, labels, strict=True)):
+        for column, one in enumerate(of_network):
+            jaxalign.plots.segments(one, data.pictures[column], ax=axes[line, column])
+        axes[line, 0].set_title(network_of(name), fontsize=8, loc="left")
+    return figure
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Colours of three networks before and after alignment.")
+    parser.add_argument("--out", type=Path, default=Path("case_study"))
+    main(parser.parse_args().out)

@@ -1,0 +1,82 @@
+"""Colours of the same patches: what their agreement means, and what the examples that show them reach."""
+
+from __future__ import annotations
+
+import helpers
+import numpy as np
+import pytest
+
+import jaxalign
+from jaxalign.report import coloring
+
+pytest.importorskip("matplotlib", reason='the examples draw: python -m pip install "jaxalign[viz]"')
+pytestmark = pytest.mark.usefixtures("usual_promotion")
+
+
+def test_agreement_is_one_for_equal_colours_and_zero_for_unrelated_ones():
+    rng = np.random.default_rng(0)
+    a, pictures = rng.random((200, 3)), np.repeat([0, 1], 100)
+    assert coloring.agreement({"a": a, "b": a}, [("a", "b")], pictures).value == 1
+    unrelated = coloring.agreement({"a": a, "b": rng.random((200, 3))}, [("a", "b")], pictures)
+    assert abs(unrelated.value) < 0.1
+    assert unrelated.p_value > 0.01
+    # A colour a picture tells the pictures apart, and no patch of one from another.
+    flat = np.repeat(rng.random((2, 3)), 100, 0)
+    noisy = coloring.agreement({"a": flat + 0.01 * a, "b": flat}, [("a", "b")], pictures)
+    assert abs(noisy.value) < 1e-9
+
+
+def test_shuffled_patches_are_the_null():
+    rng = np.random.default_rng(0)
+    found = []
+    for seed in range(60):
+        a, b = rng.random((2, 40, 3))
+        found.append(coloring.agreement({"a": a, "b": b}, [("a", "b")], np.zeros(40, int), permutations=99, seed=seed))
+    p_values = np.array([one.p_value for one in found])
+    assert 0.35 < p_values.mean() < 0.65  # uniform: 0.5 +- 0.037
+    assert p_values.min() >= 0.01
+
+
+def test_pairs_are_of_different_networks():
+    assert coloring.pairs_of_networks(["vit 1", "vit 2", "cnn 1"]) == [("vit 1", "cnn 1"), ("vit 2", "cnn 1")]
+
+
+def test_colours_agree_after_alignment_and_not_before(tmp_path, capsys):
+    with helpers.example("sam_vs_dino") as example:
+        found = example.main(example.shipped(), tmp_path)
+    assert abs(found["before"]) < 0.1
+    assert found["after"] > 0.4
+    assert found["top1"] > 0.5
+    assert {path.name for path in tmp_path.iterdir()} == {"colors.png", "matches.png"}
+    assert "held-out patches" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_pretrained_networks_are_read_as_small_random_ones_are(tmp_path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sam = transformers.SamVisionModel(
+        transformers.SamVisionConfig(
+            **small,
+            image_size=64,
+            patch_size=4,
+            output_channels=8,
+            window_size=4,
+            global_attn_indexes=[1],
+            num_pos_feats=8,
+        )
+    ).vision_encoder
+    dino = transformers.Dinov2Model(transformers.Dinov2Config(**small, image_size=64, patch_size=4))
+    size = {"height": 64, "width": 64}
+    processors = (
+        transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size=size),
+        transformers.BitImageProcessor(size={"shortest_edge": 64}, crop_size=size),
+    )
+    pictures = [np.asarray(one)[:200] for one in jaxalign.datasets.load_patch_features().pictures[:2]]
+    with helpers.example("sam_vs_dino") as example:
+        patches = example.extract(pictures, (sam, processors[0]), (dino, processors[1]))
+        assert {name: x.shape for name, x in patches.features.items()} == {"SAM": (512, 8), "DINOv2": (512, 16)}
+        assert patches.pictures.shape == (2, 224, 224, 3)
+        example.main(patches, tmp_path)
