@@ -72,11 +72,15 @@ def check_place(path: Path) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file in one step, so that a kill leaves the old one or the new one."""
     beside = path.with_name(path.name + ".new")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:  # a full disk, Ctrl-C: nothing half-written stays
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def told(value: Any) -> Any:

@@ -1,39 +1,251 @@
-"""The command line: `jaxalign demo`. Needs the extra [demo]."""
+"""The command line: demo, info, compare, align, grid, ncut. Needs the extra [cli]; pictures need [viz].
+
+What a command does stands in `jaxalign.report.commands`; here are its options, and how it ends: 0 done, 1 it could not
+write, 2 wrong input, 130 stopped by Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import argparse
+import errno
+import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from jaxalign._version import __version__
+
+_FORMATS = """files: .npy .npz .safetensors .h5 .parquet .pt (tensors only), or a folder of them; arrays (n, d),
+(n, tokens, d) or maps (n, h, w, d), channels last"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    options = vars(_parser().parse_args(arguments))
+    command: Callable[[dict[str, Any]], int] = options.pop("run")
+    try:
+        return command(options)
+    except KeyboardInterrupt:
+        out = options.get("out")
+        saved = out is not None and (out / "checkpoint.npz").exists()
+        print(f"stopped{f'; what is finished is in {out}: --resume goes on' if saved else ''}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # jaxalign ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(f"the disk is full: {error.filename or options.get('out')}. Nothing half-written was left.", 1)
+        missing = isinstance(error, (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError))
+        return _fail(error if error.errno is None else f"{error.filename}: {error.strerror}", 2 if missing else 1)
+    except (ValueError, TypeError, ImportError) as error:
+        return _fail(error, 2)
+
+
+def _fail(error: Any, code: int) -> int:
+    from jaxalign.io import printable
+
+    print(f"jaxalign: {' '.join(map(printable, str(error).splitlines()))}", file=sys.stderr)
+    return code
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxalign", description="Relative features that can be compared across networks."
     )
     parser.add_argument("--version", action="version", version=f"jaxalign {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="align real networks on the features that ship with the library",
-        description="Align four real networks on digits and on photographs (the features ship with the library), print "
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add(name: str, run: Any, summary: str, description: str, examples: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(
+            name,
+            help=summary,
+            description=description,
+            epilog=f"{_FORMATS}\n\nexamples:\n{examples}" if name != "demo" else f"example: {examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        one.set_defaults(run=run)
+        one.add_argument("--quiet", action="store_true", help="no progress bar")
+        return one
+
+    demo = add(
+        "demo", lambda options: _demo(options["out"], quiet=options["quiet"]),
+        "align real networks on the features that ship with the library",
+        "Align four real networks on digits and on photographs (the features ship with the library), print\n"
         "how well held-out samples correspond, and draw it. About a minute on two cores.",
-        epilog="example: jaxalign demo --out pictures",
-    )
+        "jaxalign demo --out pictures",
+    )  # fmt: skip
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures (default: ./demo)")
-    demo.add_argument("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(arguments)
+
+    info = add(
+        "info", _command("info"), "what files hold, what is missing in them, and the sigma of each set",
+        "Shapes, dtypes, rows with nan or inf, and the sigma at which the mean affinity is the density.",
+        "  jaxalign info features/\n  jaxalign info clip.npy dino.safetensors --density 0.1",
+    )  # fmt: skip
+    info.add_argument("inputs", nargs="+", type=Path, help="files or folders")
+    info.add_argument("--rows", type=_count, default=10_000, help="rows that sigma is found from (default: 10000)")
+    _common(info)
+
+    compare = add(
+        "compare", _command("compare_files"), "one number for two sets of features of the same samples",
+        "A measure of two sets, debiased CKA by default, and its permutation p-value.",
+        "  jaxalign compare clip.npy dino.npy\n"
+        "  jaxalign compare clip.npy dino.npy --measure rsa --permutations 9999 --json",
+    )  # fmt: skip
+    compare.add_argument("x", type=Path, help="a file with one set")
+    compare.add_argument("y", type=Path, help="a file with another, of the same samples")
+    _measured(compare, 999)
+    _common(compare)
+
+    align = add(
+        "align", _command("align_files"), "relative features over shared landmarks",
+        "Writes one .npy of relative features (n, landmarks) a set, and alignment.json. By default the\n"
+        "recommended form: standardised channels, decorrelated rows, density 0.7.",
+        "  jaxalign align clip.npy dino.npy --landmarks 300 --out aligned/\n"
+        "  jaxalign align features/ --published --density 0.05 --out aligned/",
+    )  # fmt: skip
+    align.add_argument("inputs", nargs="+", type=Path, help="files or folders with sets of the same samples")
+    align.add_argument("--landmarks", type=_count, default=300, help="how many, at random (default: 300)")
+    align.add_argument("--bandwidth", choices=("global", "per_row"), default="global")
+    align.add_argument("--published", action="store_true", help="plain auto-scaled rows, density 0.05")
+    _common(align, density=None)
+    _written(align)
+
+    grid = add(
+        "grid", _command("grid_files"), "all layers of a model, or of two, compared: JSON, pictures, one report page",
+        "Compares every set of x with every set of y (or with each other), and writes grid.json, grid.png,\n"
+        "layers.png and a self-contained report.html. What is finished survives a kill: --resume.",
+        "  jaxalign grid modelA/ modelB/ --out report/\n"
+        "  jaxalign grid modelA/ --measure mutual_knn --out report/\n"
+        "  jaxalign grid modelA/ modelB/ --out report/ --resume\n"
+        "  jaxalign grid vit/ sam/ --images photos/ --out report/",
+    )  # fmt: skip
+    grid.add_argument("x", type=Path, help="a folder of layers, or a file with several sets")
+    grid.add_argument("y", type=Path, nargs="?", help="another model's, of the same samples")
+    grid.add_argument("--devices", type=_count, default=1, help="spread rows over so many devices (not resumable)")
+    grid.add_argument("--resume", action="store_true", help="go on with what --out holds")
+    grid.add_argument("--images", type=Path, help="pictures that the maps are of: a folder, or .npy (n, h, w, 3)")
+    _measured(grid, 999)
+    _common(grid)
+    _written(grid)
+
+    ncut = add(
+        "ncut", _command("cut_files"), "colours and segments from the normalised cut",
+        "Leading eigenvectors, colours and segments of every sample (every position of maps and tokens). Several\n"
+        "sets of the same samples are aligned and cut together, so that colours mean the same in all.",
+        "  jaxalign ncut dino.npy --out cut/\n"
+        "  jaxalign ncut dino.npy sam.npy --images photos/ --colors tsne --out cut/",
+    )  # fmt: skip
+    ncut.add_argument("inputs", nargs="+", type=Path, help="files or folders")
+    ncut.add_argument("--components", type=_count, default=8, help="eigenvectors (default: 8)")
+    ncut.add_argument("--segments", type=_count, default=8, help="segments, up to the components (default: 8)")
+    ncut.add_argument("--colors", choices=("rotate", "umap", "tsne"), default="rotate")
+    ncut.add_argument("--landmarks", type=_count, default=512, help="of several sets (default: 512)")
+    ncut.add_argument("--bandwidth", choices=("global", "per_row"), default="per_row")
+    ncut.add_argument("--images", type=Path, help="pictures that the maps are of: a folder, or .npy (n, h, w, 3)")
+    _common(ncut)
+    _written(ncut)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser, density: float | None = 0.05) -> None:
+    told = f"mean affinity (default: {density})" if density else "mean affinity (default: 0.7, or 0.05 as published)"
+    parser.add_argument("--density", type=_share, default=density, help=told)
+    parser.add_argument(
+        "--positions", choices=("rows", "mean"), default="rows",
+        help="tokens and map positions: each a sample, or the mean of each sample (default: rows)",
+    )  # fmt: skip
+    parser.add_argument("--tile-size", type=_count, help="rows and columns of a tile (default: by the memory)")
+    parser.add_argument("--seed", type=int, default=0, help="of random choices (default: 0)")
+    parser.add_argument("--x64", action="store_true", help="compute in float64")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _measured(parser: argparse.ArgumentParser, permutations: int) -> None:
+    parser.add_argument("--measure", default="cka", help="cka, rsa, mutual_knn, procrustes, ... (default: cka)")
+    parser.add_argument(
+        "--permutations", type=_whole, default=permutations, help=f"for p-values, 0: none (default: {permutations})"
+    )
+
+
+def _written(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--force", action="store_true", help="overwrite what --out holds")
+
+
+def _number(text: str, kind: type, valid: Callable[[Any], bool], meaning: str) -> Any:
     try:
-        return _demo(options.out, quiet=options.quiet)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not valid(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}")
+    return value
+
+
+def _whole(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def _count(text: str) -> int:
+    return _number(text, int, lambda value: value >= 1, "a whole number, 1 or more")
+
+
+def _share(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value < 1, "a number between 0 and 1")
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def _command(name: str) -> Callable[[dict[str, Any]], int]:
+    """A command of `jaxalign.report.commands`, with what it found printed."""
+
+    def run(options: dict[str, Any]) -> int:
+        import jax
+
+        if options.get("devices", 1) > 1:  # of CPUs there is one unless more are asked for
+            jax.config.update("jax_num_cpu_devices", options["devices"])
+        options["tile_size"] = options["tile_size"] or "auto"
+        if options["x64"]:
+            jax.config.update("jax_enable_x64", True)
+        from jaxalign.report import commands
+
+        if name == "align_files":
+            published = options["published"]
+            options["channels"] = None if published else "standardize"
+            options["decorrelate"] = None if published else 0.1
+            options["align_density"] = options["density"] or (0.05 if published else 0.7)
+            options["standardize"] = True
+            if options["bandwidth"] == "per_row":
+                options["decorrelate"] = None
+        more = () if name != "grid_files" else (_progress(options["quiet"]),)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of libraries that draw and lay out
+            found = getattr(commands, name)(options, *more)
+        print(json.dumps(commands._plain(found.data), indent=1) if options["json"] else found.text)
+        return 0
+
+    return run
+
+
+def _progress(quiet: bool) -> Any:
+    """A bar on the terminal's error stream, or none."""
+    if quiet:
+        return False
+    try:
+        import tqdm  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _demo(out: Path, *, quiet: bool) -> int:

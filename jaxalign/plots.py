@@ -118,11 +118,13 @@ def color_panels(
         )
     (count,) = number
     lines = len(networks) + (images is not None)
+    labels = {name: name if "\n" in name else name.replace(" ", "\n", 1) for name in networks}
+    beside = 0.15 + max(0.085 * len(part) for label in labels.values() for part in label.split("\n"))  # inches
     if figure is None:
-        figure = _draw.pyplot().figure(figsize=(1.15 * count * len(groups) + 1.3, 1.15 * lines + 0.5))
+        figure = _draw.pyplot().figure(figsize=(1.15 * count * len(groups) + beside + 0.05, 1.15 * lines + 0.5))
     # Placed by hand: a layout engine is slow with so many axes, and would leave gaps between patches of one block.
     width, height = figure.get_size_inches()
-    left, top, gap = 1.25 / width, 1 - (0.5 if scores else 0.3) / height, 0.12 / width
+    left, top, gap = beside / width, 1 - (0.5 if scores else 0.3) / height, 0.12 / width
     step = ((1 - left - 0.05 / width) - gap * (len(groups) - 1)) / (count * len(groups)), (top - 0.03 / height) / lines
     for g, (group, found) in enumerate(shown.items()):
         start = left + g * (count * step[0] + gap)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxalign.interop import capture_features
-from jaxalign.interop.capture import file_name
+from jaxalign.io import file_name
 
 torch = pytest.importorskip("torch")
 nn = torch.nn

@@ -35,7 +35,7 @@ LAYERS = [
     {"colors"},
 ]
 # On top, for whoever does not only compute: the order among these is theirs.
-OUTER = {"cli", "plots", "report", "interop", "datasets"}
+OUTER = {"cli", "io", "plots", "report", "interop", "datasets"}
 HEAVY = (
     "torch",
     "flax",

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxalign import _checks
 from jaxalign.interop import _networks
+from jaxalign.io import file_name
 from jaxalign.streaming import Progress, reporter
 
 _TOKENS = ("all", "mean", "max", "first", "last")
@@ -371,9 +372,3 @@ class _Kept:
 
     def result(self) -> np.ndarray:
         return np.concatenate(self.parts) if self.path is None else np.load(self.path, mmap_mode="r")
-
-
-def file_name(layer: str) -> str:
-    """A layer's name as a file's: what a file system may refuse is written as its code."""
-    plain = "".join(c if c.isalnum() or c in "._-+ " else f"%{ord(c):02x}" for c in layer).strip(". ")
-    return plain or "output"

@@ -1,0 +1,522 @@
+"""What the command line does: files in, tables, pictures and a report out, each with its provenance.
+
+Every command returns what it found as plain data, which `jaxalign.cli` prints as a table or as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import io, sharding
+from jaxalign._saved import replace_file
+from jaxalign._version import __version__
+from jaxalign.alignment import align
+from jaxalign.bandwidth import mean_density, solve_sigma
+from jaxalign.colors import rgb
+from jaxalign.grid import ComparisonGrid, compare, compare_grid
+from jaxalign.inference import permutation_test
+from jaxalign.report.coloring import joint_colors, own_colors
+from jaxalign.report.tables import format_table
+from jaxalign.spectral import kway, normalized_cut
+
+# Samples that a permutation test looks at: its table of permutations needs n x n of every set.
+TESTED = 1000
+# Pictures shown in a report, and landmarks for their colours.
+SHOWN, LANDMARKS = 6, 1024
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a command found: as data, as text, and the files it wrote."""
+
+    data: dict[str, Any]
+    text: str
+    files: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Input:
+    """Sets of features that a command was given, as samples and features, checked."""
+
+    rows: dict[str, Any]  # name: (samples, d)
+    sets: dict[str, io.FeatureSet]
+    notes: tuple[str, ...]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 by file."""
+        return {str(path): io.hash_of(path) for path in sorted({one.path for one in self.sets.values()})}
+
+
+def read(paths: list[Path], positions: io.Positions) -> Input:
+    """Sets of features from files and folders, with one name each; nan is refused, with its first place."""
+    found = [(path, name, one) for path in paths for name, one in io.read_features(path).items()]
+    clash = len({name for _, name, _ in found}) < len(found)
+    sets: dict[str, io.FeatureSet] = {}
+    for path, name, one in found:
+        label = f"{path.name if path.is_dir() else path.parent.name}/{name}" if clash else name
+        if label in sets:
+            raise ValueError(f"{sets[label].path} and {one.path} both hold a set named {label!r}.")
+        sets[label] = one
+    rows, notes = {}, []
+    wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+    for name, one in sets.items():
+        values = one.rows(positions)
+        if values.dtype == np.float64 and not wide:
+            notes.append(f"{io.printable(name)} is float64 and was taken as float32; --x64 computes in float64")
+            values = np.asarray(values, np.float32)
+        elif values.dtype not in (np.float32, np.float64):
+            values = np.asarray(values, np.float32)
+        rows[name] = values
+        if one.values.ndim > 2 and positions == "rows":
+            shape = " x ".join(map(str, one.values.shape[:-1]))
+            notes.append(f"each of {shape} positions is a sample (--positions mean: their mean)")
+        _refuse_missing(name, one, values)
+    return Input(rows, sets, tuple(dict.fromkeys(notes)))
+
+
+def _refuse_missing(name: str, one: io.FeatureSet, values: Any) -> None:
+    count, first = missing(values)
+    if count:
+        raise ValueError(
+            f"{io.printable(name)} in {one.path} has nan or inf in {count} of its {len(values)} rows, the first is row "
+            f"{first[0]}, feature {first[1]}. Remove these samples from all sets."
+        )
+
+
+def missing(values: Any, block: int = 65536) -> tuple[int, tuple[int, int]]:
+    """How many rows hold nan or inf, and the first place."""
+    count, first = 0, (-1, -1)
+    for start in range(0, len(values), block):
+        bad = ~np.isfinite(np.asarray(values[start : start + block], np.float32 if values.dtype.itemsize < 4 else None))
+        here = bad.any(1)
+        if here.any() and not count:
+            row = int(np.argmax(here))
+            first = (start + row, int(np.argmax(bad[row])))
+        count += int(here.sum())
+    return count, first
+
+
+def same_samples(rows: Mapping[str, Any]) -> int:
+    """The number of samples; raises, naming the sets that differ, where it is not one."""
+    names = list(rows)
+    numbers = {name: len(values) for name, values in rows.items()}
+    usual = max(set(numbers.values()), key=list(numbers.values()).count)
+    odd = [f"{io.printable(name)} has {number}" for name, number in numbers.items() if number != usual]
+    if odd:
+        most = next(io.printable(name) for name in names if numbers[name] == usual)
+        raise ValueError(
+            f"all sets must hold the same samples, row by row: {most} has {usual}, but {', '.join(odd[:5])}"
+            + (f" and {len(odd) - 5} more differ" if len(odd) > 5 else "")
+            + ". Maps of different size: --positions mean takes one row a sample."
+        )
+    return usual
+
+
+def provenance(options: Mapping[str, Any], given: Input) -> dict[str, Any]:
+    """What it takes to get the same numbers again."""
+    return {
+        "versions": {"jaxalign": __version__, "jax": jax.__version__, "numpy": np.__version__},
+        "python": platform.python_version(),
+        "devices": [str(device.device_kind) for device in jax.devices()],
+        "options": _plain(options),
+        "command": " ".join(sys.argv[1:]),
+        "sha256": given.hashes,
+    }
+
+
+def _densities(sets: list[Any], compared: ComparisonGrid, options: Mapping[str, Any]) -> list[float | None]:
+    """Mean affinity of every set at the sigma that was solved for; None where the measure has no sigma."""
+    sigmas = np.asarray(compared.sigma, np.float64)
+    if not np.isfinite(sigmas).all():
+        return [None for _ in sets]
+    return [
+        float(mean_density(jnp.asarray(x), sigma=float(sigma), tile_size=options["tile_size"]))
+        for x, sigma in zip(sets, sigmas, strict=True)
+    ]
+
+
+# --- folders that are written to -------------------------------------------------------------------------------------
+
+
+def prepare(out: Path, *, force: bool, resume: bool) -> Path:
+    """A folder to write to; one that holds something is only used if that was said."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {out} is a file: name a folder.")
+    if out.is_dir() and any(out.iterdir()) and not (force or resume):
+        raise FileExistsError(f"--out {out} exists and is not empty: --resume goes on with it, --force overwrites it.")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Plain data as a file, in one step; nan as null."""
+    replace_file(path, json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False).encode())
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, (np.ndarray, jax.Array, np.generic)):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    return value
+
+
+def write_array(path: Path, array: Any) -> Path:
+    """An array as .npy, in one step."""
+    content = BytesIO()
+    np.save(content, np.asarray(array), allow_pickle=False)
+    replace_file(path, content.getvalue())
+    return path
+
+
+def write_figure(path: Path, figure: Any, dpi: int = 150) -> Path:
+    """A picture as .png, in one step."""
+    replace_file(path, png_of(figure, dpi))
+    return path
+
+
+def png_of(figure: Any, dpi: int) -> bytes:
+    """A figure's picture."""
+    import matplotlib.pyplot as plt
+
+    content = BytesIO()
+    figure.savefig(content, dpi=dpi, format="png")
+    plt.close(figure)
+    return content.getvalue()
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def info(options: dict[str, Any]) -> Found:
+    """What files hold: shapes, what is missing, and the sigma of each set."""
+    rows, data = [], []
+    for path in options["inputs"]:
+        for name, one in io.read_features(path).items():
+            values = one.rows(options["positions"])
+            count, first = missing(values)
+            sigma = status = None
+            if not count:
+                some = values[: options["rows"]]
+                x = jnp.asarray(np.asarray(some, np.float32 if not options["x64"] else None))
+                try:
+                    sigma = float(solve_sigma(x, density=options["density"], tile_size=options["tile_size"]).sigma)
+                except ValueError as error:
+                    status = str(error)
+            data.append({
+                "name": name, "file": str(one.path), "shape": list(one.values.shape), "dtype": str(one.values.dtype),
+                "rows with nan or inf": count, "first": list(first) if count else None,
+                "sigma": sigma, "of rows": min(len(values), options["rows"]), "why no sigma": status,
+                "sha256": io.hash_of(one.path),
+            })  # fmt: skip
+            shape = " x ".join(map(str, one.values.shape))
+            told = f"{sigma:.5g}" if sigma is not None else "nan in it" if count else "none"
+            bad = f"{count} (row {first[0]}, feature {first[1]})" if count else "0"
+            rows.append((io.printable(name), shape, str(one.values.dtype), bad, told))
+    few = max(one["of rows"] for one in data)
+    header = ("set", "shape", "dtype", "rows with nan or inf", f"sigma at {options['density']:g}")
+    text = format_table(header, rows) + f"\n\nsigma of the first {few} rows at most"
+    for one in data:
+        if one["why no sigma"]:
+            text += f"\n{io.printable(one['name'])}: {one['why no sigma']}"
+    return Found({"sets": data}, text)
+
+
+def compare_files(options: dict[str, Any]) -> Found:
+    """One number for two sets, and whether it is more than chance."""
+    given = [read([path], options["positions"]) for path in (options["x"], options["y"])]
+    for one, path in zip(given, (options["x"], options["y"]), strict=True):
+        if len(one.rows) != 1:
+            names = ", ".join(map(repr, one.rows))
+            raise ValueError(f"{path} holds {len(one.rows)} sets, {names}: compare takes one; grid compares them all.")
+    (x,), (y,) = (one.rows.values() for one in given)
+    names = [io.printable(name) for one in given for name in one.rows]
+    same_samples({"x": x, "y": y})
+    measure_options = _measure_options(options)
+    value = float(compare(jnp.asarray(x), jnp.asarray(y), options["measure"], **measure_options))
+    data: dict[str, Any] = {"x": names[0], "y": names[1], "measure": options["measure"], "value": value, "n": len(x)}
+    text = f"{options['measure']} of {names[0]} with {names[1]}, {len(x)} samples: {value:.6g}"
+    if options["permutations"]:
+        few = _some_rows(len(x))
+        test = permutation_test(
+            jnp.asarray(np.asarray(x)[few]), jnp.asarray(np.asarray(y)[few]), options["measure"],
+            key=jax.random.key(options["seed"]), permutations=options["permutations"], **measure_options,
+        )  # fmt: skip
+        data |= {"p_value": float(test.p_value), "null_mean": float(test.null_mean), "tested_on": len(few)}
+        text += f"\np = {float(test.p_value):.4g} by {options['permutations']} permutations"
+        text += f" of {len(few)} samples" if len(few) < len(x) else ""
+    both = Input(
+        {}, {f"{k}": s for k, one in enumerate(given) for s in one.sets.values()}, given[0].notes + given[1].notes
+    )
+    data["provenance"] = provenance(options, both)
+    return Found(data, _with_notes(text, both.notes))
+
+
+def align_files(options: dict[str, Any]) -> Found:
+    """Relative features of several sets over shared landmarks, and how well they correspond."""
+    given = read(options["inputs"], options["positions"])
+    n = same_samples(given.rows)
+    out = prepare(options["out"], force=options["force"], resume=False)
+    alignment = align(
+        {name: jnp.asarray(np.asarray(x)) for name, x in given.rows.items()},
+        landmarks=min(options["landmarks"], n), key=jax.random.key(options["seed"]), density=options["align_density"],
+        bandwidth=options["bandwidth"], channels=options["channels"], decorrelate=options["decorrelate"],
+        standardize=options["standardize"],
+    )  # fmt: skip
+    names = list(given.rows)
+    files = [write_array(out / f"{io.file_name(name)}.npy", alignment.features[name]) for name in names]
+    landmarks = np.asarray(alignment.landmarks)
+    held_out = n - len(landmarks)
+    pairs = {}
+    if held_out >= 2:
+        for i, a in enumerate(names):
+            for b in names[i + 1 :]:
+                one = alignment.correspondence(a, b)
+                pairs[f"{a} | {b}"] = {"top1": float(one.top1), "top5": float(one.top5), "mrr": float(one.mrr)}
+    sigma = {name: float(alignment.sigma[name]) for name in names if np.ndim(alignment.sigma[name]) == 0}
+    data = {
+        "samples": n, "landmarks": landmarks, "sigma": sigma,
+        "files": {name: path.name for name, path in zip(names, files, strict=True)},
+        "correspondence of samples that are not landmarks": pairs, "provenance": provenance(options, given),
+    }  # fmt: skip
+    files.append(write_json(out / "alignment.json", data))
+    text = f"{len(names)} sets, {n} samples, {len(landmarks)} landmarks: relative features (n, m) in {out}/\n"
+    if pairs:
+        rows = [(io.printable(name), *(f"{v:.3f}" for v in one.values())) for name, one in pairs.items()]
+        text += "\n" + format_table((f"{held_out} held-out samples", "top-1", "top-5", "MRR"), rows)
+    return Found(data, _with_notes(text, given.notes), tuple(files))
+
+
+def cut_files(options: dict[str, Any]) -> Found:
+    """Colours and segments of one set, or of several sets of the same samples cut together."""
+    given = read(options["inputs"], "rows")
+    out = prepare(options["out"], force=options["force"], resume=False)
+    names = list(given.rows)
+    k = options["components"]
+    if len(names) == 1:
+        x = jnp.asarray(np.asarray(next(iter(given.rows.values()))))
+        n = len(x)
+        many: dict[str, Any] = {"method": "nystroem"} if n > 200_000 else {"bandwidth": options["bandwidth"]}
+        cut = normalized_cut(x, k, kind="features", density=options["density"], **many)
+    else:
+        n = same_samples(given.rows)
+        chosen = min(options["landmarks"], n // 2)
+        alignment = align(
+            {name: jnp.asarray(np.asarray(x)) for name, x in given.rows.items()}, landmarks=chosen,
+            key=jax.random.key(options["seed"]), channels="standardize", decorrelate=0.1, density=0.7, standardize=True,
+        )  # fmt: skip
+        cut = normalized_cut(alignment, k, density=options["density"], bandwidth=options["bandwidth"])
+    colours = np.asarray(rgb(cut, options["colors"], components=min(k, 8), seed=options["seed"]))
+    labels = np.asarray(kway(cut, min(options["segments"], k)))
+    files = []
+    shapes = {name: given.sets[name].values.shape[:-1] for name in names}
+    parts = zip(names, np.split(colours, len(names)), np.split(labels, len(names)), strict=True)
+    maps = {}
+    for name, colour, label in parts:
+        files.append(write_array(out / f"{io.file_name(name)}.colors.npy", colour.reshape(*shapes[name], 3)))
+        files.append(write_array(out / f"{io.file_name(name)}.segments.npy", label.reshape(shapes[name])))
+        if len(shapes[name]) == 3:
+            maps[name] = colour.reshape(*shapes[name], 3)
+    pictures = _pictures(options["images"])
+    if len(maps) == len(names) and len({one.shape for one in maps.values()}) == 1:
+        from jaxalign import plots
+
+        shown = {io.printable(name): one[:SHOWN] for name, one in maps.items()}
+        figure = plots.color_panels({"colours": shown}, None if pictures is None else pictures[:SHOWN])
+        files.append(write_figure(out / "colors.png", figure))
+    files.append(write_array(out / "eigenvectors.npy", cut.eigenvectors))
+    data = {
+        "samples": n, "eigenvalues": cut.eigenvalues, "residual": cut.residual,
+        "sigma": None if cut.sigma is None else float(cut.sigma),
+        "density reached": float(jnp.sum(cut.degrees)) / len(labels) ** 2,
+        "files": [path.name for path in files], "provenance": provenance(options, given),
+    }  # fmt: skip
+    files.append(write_json(out / "cut.json", data))
+    values = " ".join(f"{v:.3f}" for v in np.asarray(cut.eigenvalues)[:10])
+    text = f"{len(names)} set(s) of {n} samples, {k} eigenvectors; eigenvalues {values}\n{len(files)} files in {out}/"
+    return Found(data, _with_notes(text, given.notes), tuple(files))
+
+
+def grid_files(options: dict[str, Any], progress: Any) -> Found:
+    """All layers of a model, or of two, compared: numbers, p-values, pictures and a report in one page."""
+    ours = read([options["x"]], options["positions"])
+    theirs = None if options["y"] is None else read([options["y"]], options["positions"])
+    every = {f"{options['x']}: {name}": x for name, x in ours.rows.items()}
+    if theirs is not None:
+        every |= {f"{options['y']}: {name}": x for name, x in theirs.rows.items()}
+    n = same_samples(every)
+    pictures = _pictures(options["images"])
+    measure_options = _measure_options(options)
+    out = prepare(options["out"], force=options["force"], resume=options["resume"])
+    how: dict[str, Any] = {"checkpoint": out / "checkpoint.npz"}
+    if options["force"] and not options["resume"]:
+        how["checkpoint"].unlink(missing_ok=True)
+    if options["devices"] > 1:
+        how = {"mesh": sharding.data_mesh(options["devices"])}
+    compared = compare_grid(
+        ours.rows, None if theirs is None else theirs.rows, options["measure"],
+        tile_size=options["tile_size"], progress=progress, **how, **measure_options,
+    )  # fmt: skip
+    test = None
+    few = _some_rows(n)
+    if options["permutations"]:
+        x = {name: np.asarray(rows[few]) for name, rows in ours.rows.items()}
+        y = x if theirs is None else {name: np.asarray(rows[few]) for name, rows in theirs.rows.items()}
+        test = permutation_test(
+            x, y, options["measure"], key=jax.random.key(options["seed"]), permutations=options["permutations"],
+            **measure_options,
+        )  # fmt: skip
+    everything = Input(
+        {}, {**ours.sets, **({} if theirs is None else {f"y/{k}": s for k, s in theirs.sets.items()})}, ()
+    )
+    data = {
+        **json.loads(compared.to_json()),
+        "samples": n,
+        "density reached": _densities(list(every.values()), compared, options),
+        "best match": {row: {"column": c, "value": v} for row, (c, v) in compared.best_match().items()},
+        "statistics": None if test is None else {
+            "permutations": options["permutations"], "samples": len(few), "p_value": test.p_value,
+            "corrected": test.corrected, "null_mean": test.null_mean, "score": test.score,
+        },
+        "names": [str(options["x"]), str(options["y"] or options["x"])],
+        "provenance": provenance(options, everything),
+    }  # fmt: skip
+    notes = tuple(dict.fromkeys(ours.notes + (() if theirs is None else theirs.notes)))
+    from jaxalign import plots
+    from jaxalign.report.html import page
+
+    files = [write_json(out / "grid.json", data)]
+    figures = {"grid": png_of(plots.grid(_printable(compared), test=_printable(test)).figure, 130)}
+    figures["layers"] = png_of(plots.layers(_printable(compared)).figure, 130)
+    if pictures is not None:
+        figures |= _colors_of_best(compared, ours, theirs, pictures, options)
+    for name, content in figures.items():
+        replace_file(out / f"{name}.png", content)
+        files.append(out / f"{name}.png")
+    shown = {name: content for name, content in figures.items() if name != "grid"}
+    replace_file(out / "report.html", page(_plain(data), shown, notes).encode())
+    files.append(out / "report.html")
+    rows = [
+        (io.printable(row), io.printable(c), f"{v:.4f}", *_p_cells(test, compared, row, c))
+        for row, (c, v) in compared.best_match().items()
+    ]
+    header = ("best match of", "is", options["measure"], *(("p, corrected",) if test is not None else ()))
+    text = (
+        format_table(header, rows)
+        + f"\n\n{n} samples, {compared.values.size} comparisons. Report: {out / 'report.html'}"
+    )
+    if test is not None and len(few) < n:
+        text += f"\np-values by {options['permutations']} permutations of {len(few)} of the samples"
+    return Found(data, _with_notes(text, notes), tuple(files))
+
+
+def _p_cells(test: Any, compared: ComparisonGrid, row: str, column: str) -> tuple[str, ...]:
+    if test is None:
+        return ()
+    return (f"{float(test.corrected[compared.rows.index(row), compared.columns.index(column)]):.4g}",)
+
+
+def _printable(named: Any) -> Any:
+    """The same with names that can be drawn."""
+    if named is None:
+        return None
+    names = {"rows": tuple(map(_short, named.rows)), "columns": tuple(map(_short, named.columns))}
+    return replace(named, **names)
+
+
+def _short(name: str, most: int = 40) -> str:
+    plain = io.printable(name).replace("$", r"\$")  # matplotlib would set it as mathematics
+    return plain if len(plain) <= most else plain[: most // 2 - 1] + "\N{HORIZONTAL ELLIPSIS}" + plain[-most // 2 :]
+
+
+def _measure_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the measure: the density where it has one."""
+    from jaxalign.measures._registry import find
+
+    known = find(options["measure"]).options
+    return {name: options[name] for name in ("density",) if name in known}
+
+
+def _some_rows(n: int) -> np.ndarray:
+    return np.arange(n) if n <= TESTED else np.sort(np.random.default_rng(0).choice(n, TESTED, replace=False))
+
+
+def _with_notes(text: str, notes: tuple[str, ...]) -> str:
+    few = [*notes[:3], *([f"{len(notes) - 3} more like these"] if len(notes) > 3 else [])]
+    return text + "".join(f"\nnote: {note}" for note in few)
+
+
+def _pictures(path: Path | None) -> np.ndarray | None:
+    """Images (pictures, h, w, 3) from a .npy file or a folder of image files, in the order of their names."""
+    if path is None:
+        return None
+    if path.suffix == ".npy":
+        images = np.load(path, allow_pickle=False)
+    else:
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise ImportError('--images needs pillow: python -m pip install "jaxalign[viz]"') from error
+        files = sorted(one for one in path.iterdir() if one.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        if not files:
+            raise ValueError(f"--images {path}: the folder holds no .png, .jpg or .webp.")
+        opened = [Image.open(one).convert("RGB") for one in files]
+        images = np.stack([np.asarray(one.resize(opened[0].size)) for one in opened])
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"--images {path}: expected shape (pictures, h, w, 3); got {images.shape}.")
+    return images
+
+
+def _colors_of_best(
+    compared: ComparisonGrid, ours: Input, theirs: Input | None, pictures: np.ndarray, options: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The best match of the grid in colours, before and after alignment, where both are maps of the pictures."""
+    from jaxalign import plots
+
+    values = np.array(compared.values, np.float64)
+    if compared.itself:
+        np.fill_diagonal(values, np.nan)
+    if np.isnan(values).all():
+        return {}
+    signed = values if compared.direction == "similarity" else -values
+    i, j = np.unravel_index(np.nanargmax(signed), signed.shape)
+    pair = [(compared.rows[i], ours), (compared.columns[j], ours if theirs is None else theirs)]
+    sets = [given.sets[name] for name, given in pair]
+    if any(one.grid is None for one in sets) or sets[0].grid != sets[1].grid or len(sets[0].values) != len(pictures):
+        raise ValueError(
+            f"--images: {len(pictures)} pictures go with maps (pictures, h, w, d) of one h x w; "
+            f"{' and '.join(f'{io.printable(one.name)} {one.values.shape}' for one in sets)} are not."
+        )
+    number = min(SHOWN, len(pictures))
+    features = {
+        f"{k} {io.printable(one.name)}": np.asarray(one.values[:number], np.float32).reshape(-1, one.values.shape[-1])
+        for k, one in zip("AB", sets, strict=True)
+    }
+    where = np.argwhere(np.ones(sets[0].grid or ()))
+    board = np.flatnonzero(np.tile(where.sum(1) % 2 == 0, number))
+    landmarks = np.sort(np.random.default_rng(options["seed"]).permutation(board)[:LANDMARKS])
+    shape = (number, *(sets[0].grid or ()), 3)
+    groups = {
+        when: {name: one.reshape(shape) for name, one in found.items()}
+        for when, found in (("before", own_colors(features)), ("after", joint_colors(features, landmarks)))
+    }
+    return {"colors": png_of(plots.color_panels(groups, pictures[:number]), 130)}
