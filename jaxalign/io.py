@@ -146,7 +146,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"{path} cannot be read as {path.suffix}: {_first_line(error)}") from error
     except Exception as error:  # whatever a format's package raises on a damaged file
         told = f"{type(error).__name__} {error}".lower()
-        if any(word in told for word in ("allow_pickle", "weights_only", "unpickl")):
+        if any(word in told for word in ("allow_pickle", "python objects", "weights_only", "unpickl")):
             raise ValueError(
                 f"{path} holds pickled Python objects, which could run any code when read: they are never unpickled. "
                 "Save plain arrays, or tensors in a dict."
@@ -164,7 +164,7 @@ def _npy(path: Path) -> Mapping[str, Any]:
 
 def _npz(path: Path) -> Mapping[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise ValueError(_first_line(error)) from error

@@ -1,0 +1,277 @@
+"""The command line as it is used: what it prints, writes, refuses, and how it ends."""
+
+from __future__ import annotations
+
+import errno
+import html.parser
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import jaxalign
+from jaxalign import cli
+from jaxalign.report import commands
+
+pytest.importorskip("matplotlib", reason='pictures: python -m pip install "jaxalign[viz]"')
+pytestmark = pytest.mark.usefixtures("usual_promotion")
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Two folders of three layers, 60 samples, the layers of one close to those of the other."""
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(60, 5))
+    for model in "ab":
+        (tmp_path / model).mkdir()
+        for k in (2, 9, 10):
+            x = shared @ rng.normal(size=(5, 7)) + 0.1 * k * rng.normal(size=(60, 7))
+            np.save(tmp_path / model / f"layer{k}.npy", x.astype(np.float32))
+    return tmp_path
+
+
+def run(*arguments):
+    return cli.main([str(one) for one in (*arguments, "--quiet")])
+
+
+def test_compare(models, capsys):
+    x, y = models / "a" / "layer2.npy", models / "b" / "layer2.npy"
+    assert run("compare", x, y, "--permutations", 99, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["value"] == pytest.approx(float(jaxalign.compare(np.load(x), np.load(y))), rel=1e-6)
+    assert found["p_value"] == pytest.approx(0.01)
+    assert found["provenance"]["versions"]["jaxalign"] == jaxalign.__version__
+    assert set(found["provenance"]["sha256"]) == {str(x), str(y)}
+    assert run("compare", x, y, "--measure", "procrustes", "--permutations", 0) == 0
+    assert re.search(r"procrustes of layer2 with layer2, 60 samples: 0\.\d+", capsys.readouterr().out)
+    assert run("compare", models / "a", y) == 2
+    assert "holds 3 sets, 'layer2', 'layer9', 'layer10'" in capsys.readouterr().err
+
+
+def test_info(models, capsys):
+    x = np.load(models / "a" / "layer9.npy")
+    x[[4, 7], [3, 1]] = np.nan
+    np.save(models / "a" / "layer9.npy", x)
+    assert run("info", models / "a", "--json") == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)["sets"]}
+    assert list(found) == ["layer2", "layer9", "layer10"]
+    assert found["layer9"]["rows with nan or inf"] == 2
+    assert found["layer9"]["first"] == [4, 3]
+    expected = jaxalign.solve_sigma(np.load(models / "a" / "layer2.npy")).sigma
+    assert found["layer2"]["sigma"] == pytest.approx(float(expected), rel=1e-5)
+    assert run("info", models / "a") == 0
+    assert "2 (row 4, feature 3)" in capsys.readouterr().out
+
+
+def test_align(models, capsys):
+    out = models / "aligned"
+    sets = models / "a" / "layer2.npy", models / "b" / "layer9.npy"
+    assert run("align", *sets, "--landmarks", 40, "--out", out) == 0
+    assert "20 held-out samples" in capsys.readouterr().out
+    told = json.loads((out / "alignment.json").read_text())
+    rows = np.load(out / "layer2.npy")
+    assert rows.shape == (60, 40)
+    expected = jaxalign.align(
+        {path.stem: np.load(path) for path in sets},
+        landmarks=np.array(told["landmarks"]),
+        channels="standardize",
+        decorrelate=0.1,
+        density=0.7,
+        standardize=True,
+    )
+    np.testing.assert_allclose(rows, expected.features["layer2"], rtol=1e-4, atol=1e-4)
+    # Sets of one name are told apart by their folders.
+    assert run("align", models / "a", models / "b", "--landmarks", 40, "--published", "--out", models / "both") == 0
+    assert (models / "both" / "b%2flayer10.npy").exists()
+
+
+def test_grid(models, capsys):
+    out = models / "report"
+    assert run("grid", models / "a", models / "b", "--permutations", 99, "--density", 0.2, "--out", out) == 0
+    assert {path.name for path in out.iterdir()} == {"grid.json", "grid.png", "layers.png", "report.html"}
+    told = json.loads((out / "grid.json").read_text())
+    expected = jaxalign.compare_grid(models / "a", models / "b", density=0.2)
+    order = [expected.rows.index(name) for name in told["rows"]]
+    assert told["rows"] == ["layer2", "layer9", "layer10"]
+    np.testing.assert_allclose(told["values"], np.asarray(expected.values)[np.ix_(order, order)], rtol=1e-4)
+    np.testing.assert_allclose(told["density reached"], 0.2, rtol=1e-4)
+    assert told["statistics"]["corrected"][0][0] == pytest.approx(0.01)
+    assert len(told["provenance"]["sha256"]) == 6
+    assert jaxalign.ComparisonGrid.from_json(out / "grid.json").columns == tuple(told["columns"])
+    assert "best match of" in capsys.readouterr().out
+    assert run("grid", models / "a", models / "b", "--out", out) == 2
+    assert "--resume goes on with it, --force overwrites it" in capsys.readouterr().err
+    assert run("grid", models / "a", "--measure", "rsa", "--permutations", 0, "--out", out, "--force") == 0
+    assert json.loads((out / "grid.json").read_text())["itself"]
+
+
+def test_maps_are_coloured_over_their_pictures(tmp_path, capsys):
+    data = jaxalign.datasets.load_patch_features()
+    for name in ("vit-s14 layer 8", "efficientnet-lite0 block 10"):
+        np.save(tmp_path / f"{name}.npy", data.features[name].reshape(3, 16, 16, -1)[:2])
+    np.save(tmp_path / "photos.npy", data.pictures[:2])
+    files = sorted(tmp_path.glob("*t*-*.npy"))
+    assert len(files) == 2
+    photos = ("--images", tmp_path / "photos.npy")
+    assert run("ncut", *files, *photos, "--landmarks", 128, "--out", tmp_path / "cut") == 0
+    colours = np.load(tmp_path / "cut" / "vit-s14 layer 8.colors.npy")
+    assert colours.shape == (2, 16, 16, 3)
+    assert np.load(tmp_path / "cut" / "vit-s14 layer 8.segments.npy").shape == (2, 16, 16)
+    assert (tmp_path / "cut" / "colors.png").stat().st_size > 10_000
+    assert "2 set(s) of 512 samples" in capsys.readouterr().out
+    out = tmp_path / "report"
+    assert run("grid", files[0], files[1], *photos, "--permutations", 0, "--out", out) == 0
+    assert (out / "colors.png").exists()
+    assert (out / "report.html").read_text().count("data:image/png;base64,") == 2
+    np.save(tmp_path / "photos.npy", data.pictures)
+    assert run("grid", files[0], files[1], *photos, "--out", out, "--force") == 2
+    assert "3 pictures go with maps" in capsys.readouterr().err
+
+
+class Page(html.parser.HTMLParser):
+    """The scripts, links and image sources of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts, self.inside = [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag == "script"
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.scripts.append(data)
+
+
+def test_names_with_html_shell_and_terminal_characters(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    name = "</script><img src=x onerror=alert(1)>; rm -rf $HOME `id` \x1b[2J$x_1$"
+    np.savez(
+        tmp_path / "x.npz", **{name.replace("/", "|"): rng.normal(size=(40, 3)), "b <b>": rng.normal(size=(40, 3))}
+    )
+    out = tmp_path / "out & <out>"
+    assert run("grid", tmp_path / "x.npz", "--permutations", 9, "--x64", "--out", out) == 0
+    page = Page((out / "report.html").read_text())
+    assert [tag for tag, _ in page.tags].count("script") == 2
+    sources = [attrs["src"] for _, attrs in page.tags if "src" in attrs]
+    assert all(source.startswith("data:image/png") for source in sources)
+    assert json.loads(page.scripts[0])["rows"] == json.loads((out / "grid.json").read_text())["rows"]
+    assert "\x1b" not in capsys.readouterr().out
+    assert run("align", tmp_path / "x.npz", "--x64", "--landmarks", 20, "--out", tmp_path / "al") == 0
+    assert all(re.fullmatch(r"[\w .%+-]+", path.name) for path in (tmp_path / "al").iterdir())
+
+
+@pytest.fixture(autouse=True)
+def width_as_it_was():
+    """--x64 is for the process, which here is that of the other tests too."""
+    import jax
+
+    before = jax.config.jax_enable_x64
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+def test_sets_of_different_samples_are_named(models, capsys):
+    np.save(models / "b" / "layer9.npy", np.ones((59, 7), np.float32))
+    assert run("grid", models / "a", models / "b", "--out", models / "out") == 2
+    assert f"{models / 'b'}: layer9 has 59" in capsys.readouterr().err
+    assert not (models / "out").exists()
+
+
+def test_nan_is_counted_and_placed(models, capsys):
+    x = np.load(models / "a" / "layer9.npy")
+    x[[5, 8], 2] = np.inf
+    np.save(models / "a" / "layer9.npy", x)
+    assert run("grid", models / "a", "--out", models / "out") == 2
+    assert "nan or inf in 2 of its 60 rows, the first is row 5, feature 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("grid", "none", "--out", "out"), "no file or folder none"),
+        (("grid", "a", "--measure", "ckaa", "--out", "out"), "Did you mean 'cka'"),
+        (("compare", "a/layer2.npy", "objects.npy"), "never unpickled"),
+        (("align", "a", "--out", "a/layer2.npy"), "is a file: name a folder"),
+        (("ncut", "a", "--images", "a", "--out", "out"), "holds no .png"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(models, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(models)
+    np.save("objects.npy", np.array([{}], object), allow_pickle=True)
+    assert run(*arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [("--density", "1.5"), ("--landmarks", "0"), ("--tile-size", "few")])
+def test_options_out_of_range(option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("align", "x", "--out", "y", *option)
+    assert stopped.value.code == 2
+    assert f"{option[1]!r} is not a" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_half_written(models, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run("align", models / "a", "--landmarks", 30, "--out", models / "out") == 1
+    assert "the disk is full" in capsys.readouterr().err
+    assert not list((models / "out").iterdir())
+
+
+def test_ctrl_c_is_one_line_and_130(models, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        kwargs["checkpoint"].write_bytes(b"")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "compare_grid", interrupted)
+    assert run("grid", models / "a", "--out", models / "out") == 130
+    said = capsys.readouterr().err
+    assert "--resume goes on" in said
+    assert said.count("\n") == 1
+
+
+def test_a_killed_grid_goes_on(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "a").mkdir()
+    for k in range(6):
+        np.save(tmp_path / "a" / f"layer{k}.npy", rng.normal(size=(1500, 8)).astype(np.float32))
+    command = [sys.executable, "-m", "jaxalign.cli", "grid", "a", "--permutations", "0", "--out", "out"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    first = subprocess.Popen([*command, "--quiet"], cwd=tmp_path, env=environment)
+    checkpoint = tmp_path / "out" / "checkpoint.npz"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    assert checkpoint.exists()
+    done = subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "out" / "grid.json").read_text())
+    expected = jaxalign.compare_grid(tmp_path / "a")
+    np.testing.assert_allclose(told["values"], expected.values, rtol=1e-3, atol=1e-5)
+    assert not checkpoint.exists()
+
+
+def test_help_has_examples(capsys):
+    for command in ("info", "compare", "align", "grid", "ncut"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--help"])
+        assert stopped.value.code == 0
+        assert f"jaxalign {command} " in capsys.readouterr().out.split("examples:")[1]

@@ -1,0 +1,155 @@
+"""Features from files of every format, and files that hold none."""
+
+from __future__ import annotations
+
+import pickle
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import io
+from jaxalign.io import read_features
+
+X = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
+
+
+def write_npy(path, arrays):
+    np.save(path, next(iter(arrays.values())))
+
+
+def write_npz(path, arrays):
+    np.savez(path, **arrays)
+
+
+def write_safetensors(path, arrays):
+    pytest.importorskip("safetensors.numpy").save_file(
+        {name: np.ascontiguousarray(one) for name, one in arrays.items()}, path
+    )
+
+
+def write_h5(path, arrays):
+    with pytest.importorskip("h5py").File(path, "w") as file:
+        for name, one in arrays.items():
+            file[f"group/{name}"] = one
+
+
+def write_parquet(path, arrays):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({name: list(one) for name, one in arrays.items()}), path)
+
+
+def write_pt(path, arrays):
+    torch = pytest.importorskip("torch")
+    torch.save({"model": {name: torch.from_numpy(one) for name, one in arrays.items()}}, path)
+
+
+WRITERS = {
+    ".npy": write_npy,
+    ".npz": write_npz,
+    ".safetensors": write_safetensors,
+    ".h5": write_h5,
+    ".parquet": write_parquet,
+    ".pt": write_pt,
+}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_formats(suffix, tmp_path):
+    several = suffix != ".npy"
+    arrays = {"a10": X, "a9": X[:, :3]} if several else {"a9": X[:, :3]}
+    path = tmp_path / f"clip{suffix}"
+    WRITERS[suffix](path, arrays)
+    found = read_features(path)
+    assert [name.rsplit("/")[-1].rsplit(".")[-1] for name in found] == (["a9", "a10"] if several else ["clip"])
+    for one, expected in zip(found.values(), (X[:, :3], X), strict=False):
+        np.testing.assert_array_equal(one.rows(), expected)
+        assert one.path == path
+    # Of a folder the file's name comes first where a file holds several.
+    (tmp_path / "notes.txt").write_text("not features")
+    assert all(name.startswith("clip") for name in read_features(tmp_path))
+
+
+def test_half_precision(tmp_path):
+    flax = pytest.importorskip("safetensors.flax")
+    flax.save_file({"x": jnp.asarray(X, jnp.bfloat16)}, tmp_path / "x.safetensors")
+    (found,) = read_features(tmp_path / "x.safetensors").values()
+    np.testing.assert_array_equal(np.asarray(found.rows(), np.float32), np.asarray(jnp.asarray(X, jnp.bfloat16)))
+
+
+def test_columns_of_numbers_are_one_set(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"label": list(range(20)), "u": X[:, 0], "v": X[:, 1]}), tmp_path / "t.parquet")
+    (found,) = read_features(tmp_path / "t.parquet").values()
+    np.testing.assert_array_equal(found.rows(), X[:, :2])
+
+
+def test_maps_and_tokens(tmp_path):
+    maps = np.random.default_rng(1).normal(size=(3, 4, 5, 6)).astype(np.float32)
+    np.save(tmp_path / "m.npy", maps)
+    (one,) = read_features(tmp_path / "m.npy").values()
+    assert one.grid == (4, 5)
+    np.testing.assert_array_equal(one.rows("rows"), maps.reshape(60, 6))
+    np.testing.assert_allclose(one.rows("mean"), maps.mean((1, 2)), rtol=1e-5, atol=1e-7)
+    assert isinstance(one.rows("rows"), np.memmap)
+
+
+class Harmful:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt"])
+def test_pickled_objects_are_refused_and_not_run(suffix, tmp_path):
+    path, mark = tmp_path / f"x{suffix}", tmp_path / "was run"
+    if suffix == ".npy":
+        np.save(path, np.array([Harmful(mark)], object), allow_pickle=True)
+    elif suffix == ".npz":
+        np.savez(path, x=np.array([Harmful(mark)], object))
+    else:
+        pytest.importorskip("torch")
+        path.write_bytes(pickle.dumps(Harmful(mark)))
+    with pytest.raises(ValueError, match="never unpickled"):
+        read_features(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_damaged_files_are_named(suffix, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    WRITERS[suffix](path, {"x": X})
+    whole = path.read_bytes()
+    for cut in (0, 7, len(whole) // 2):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=rf"x\{suffix} "):
+            read_features(path)
+    path.write_bytes(np.random.default_rng(0).bytes(500))
+    with pytest.raises(ValueError, match=rf"x\{suffix} "):
+        read_features(path)
+
+
+def test_what_holds_no_features(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        read_features(tmp_path / "none.npy")
+    with pytest.raises(ValueError, match="holds no features"):
+        read_features(tmp_path)
+    np.save(tmp_path / "labels.npy", np.arange(5))
+    with pytest.raises(ValueError, match=r"'labels' int64 \(5,\)"):
+        read_features(tmp_path / "labels.npy")
+    (tmp_path / "x.csv").write_text("1,2")
+    with pytest.raises(ValueError, match=r"read from \.npy, \.npz"):
+        read_features(tmp_path / "x.csv")
+    np.save(tmp_path / "labels.npy", X)
+    np.savez(tmp_path / "labels.npz", labels=X)
+    with pytest.raises(ValueError, match="both hold a set named 'labels'"):
+        read_features(tmp_path)
+
+
+def test_names_for_files_and_terminals():
+    assert io.file_name("a/b:c d") == "a%2fb%3ac d"
+    assert io.printable("layer\x1b[2J\n") == "layer\\x1b[2J\\x0a"
