@@ -38,7 +38,7 @@ so that all other points look alike under it; the mean affinity hardly notices t
 near, and no single sigma can undo that: auto-scaling then finds a few points more than the variance, and no more
 clusters. Standardizing undoes any stretch along the axes: moved, stretched and flattened score the same. But it is a
 stretch itself, along other axes in each of two sets that are rotated against each other: where stretched rises to,
-moved falls to. (For what it does to the features of real networks see docs/alignment.md.)
+moved falls to. (For what it does to the features of real networks see docs/pages/alignment.md.)
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ TileSize = int | Literal["auto"] | None
 
 # Up to this many pairs, 16 MB of float32, are stored: a second pass then needs no second product.
 _STORED_PAIRS = 2**22
-# Pairs in a tile: on a CPU it stays in cache, on an accelerator it keeps all cores busy. (docs/performance.md)
+# Pairs in a tile: on a CPU it stays in cache, on an accelerator it keeps all cores busy. (docs/pages/performance.md)
 _TILE_PAIRS = {"cpu": 2**20, "other": 2**24}
 # Of several sets each has a tile; smaller ones than this make products slow, as long as all of them are not too many.
 _TILE_PAIRS_OF_A_SET = 2**18

@@ -185,7 +185,7 @@ def align(
 
     Each network's sigma is solved on its landmark block, mean(A(x_L, x_L)) = density, and the relative features are
     the rows of A(x, x_L). Recommended where correspondences matter:
-    `channels="standardize", decorrelate=0.1, density=0.7, standardize=True` (see docs/alignment.md for what each
+    `channels="standardize", decorrelate=0.1, density=0.7, standardize=True` (see docs/pages/alignment.md for what each
     gives).
 
     Args:

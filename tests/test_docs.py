@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
 # What stands for the reader's own data where a page does not make its own.
 BEFORE = {
     "alignment.md": """

@@ -1,4 +1,4 @@
-"""What the mathematics says of measures: invariances, ranges, metrics, no bias; and the table in docs/measures.md.
+"""What the mathematics says of measures: invariances, ranges, metrics, no bias; and the table in docs/pages/measures.md.
 
 `python tests/test_measures_facts.py` writes the table anew, from what is measured here.
 """
@@ -15,7 +15,7 @@ import pytest
 from jaxalign import measures
 from jaxalign.measures import REGISTRY
 
-DOC = Path(__file__).parent.parent / "docs" / "measures.md"
+DOC = Path(__file__).parent.parent / "docs" / "pages" / "measures.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->"
 
 N, WIDTH = 24, 5

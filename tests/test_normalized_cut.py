@@ -219,3 +219,15 @@ def test_other_bad_input():
         jax.jit(lambda x: normalized_cut(x, 2).eigenvalues)(x[:5])
     with pytest.raises(ValueError, match="only 3 eigenvectors"):
         kway(x[:, :3], 4)
+
+
+def test_ncut_pytorch_finds_the_same_vectors():
+    torch = pytest.importorskip("torch")
+    ncut = pytest.importorskip("ncut_pytorch")
+    x = features(n=200, apart=2.0).astype(np.float32)
+    cut = normalized_cut(x, 4, sigma=2.0)
+    vectors, values = ncut.ncut_fn(torch.from_numpy(x), n_eig=4, sigma=2.0)
+    # Its leading vectors come from a randomised decomposition.
+    np.testing.assert_allclose(values.numpy(), cut.eigenvalues, atol=2e-3)
+    unit = vectors.numpy() / np.linalg.norm(vectors.numpy(), axis=0)
+    assert np.abs(np.sum(unit[:, :3] * np.asarray(cut.eigenvectors)[:, :3], 0)).min() > 0.99

@@ -1,7 +1,7 @@
 """What each measure is: its direction, its range, what it is invariant to, and where it comes from.
 
 `compare` and `compare_grid` find measures here by name; tests/test_measures_facts.py checks every invariance
-that is claimed, and that those that are not claimed do not hold; the table in docs/measures.md is written by it.
+that is claimed, and that those that are not claimed do not hold; the table in docs/pages/measures.md is written by it.
 """
 
 from __future__ import annotations

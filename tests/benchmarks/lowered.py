@@ -1,6 +1,6 @@
 """What one device holds and sends, read from programs compiled for 2, 8 and 64 simulated devices.
 
-python -m tests.benchmarks.lowered [n] [d]      prints the table of docs/scaling.md
+python -m tests.benchmarks.lowered [n] [d]      prints the table of docs/pages/scaling.md
 """
 
 from __future__ import annotations

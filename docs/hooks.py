@@ -1,0 +1,32 @@
+"""Pages for the examples: in the repository links lead to the scripts, on the site to pages that show them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add a page for every example, and one for the changelog and the data's licences."""
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        source = path.read_text()
+        title = (ast.get_docstring(ast.parse(source)) or path.stem).splitlines()[0].rstrip(".")
+        content = f"# {path.stem}\n\n{title}.\n\n````python\n{source}````\n"
+        files.append(File.generated(config, f"examples/{path.stem}.md", content=content))
+    for name, path in (("changelog", ROOT / "CHANGELOG.md"), ("data", ROOT / "jaxalign" / "data" / "README.md")):
+        files.append(File.generated(config, f"{name}.md", content=path.read_text()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Links to scripts of the repository as links to their pages."""
+    up = "../" * page.file.src_uri.count("/")
+    markdown = re.sub(r"\]\((?:\.\./)+examples/(\w+)\.py\)", rf"]({up}examples/\1.md)", markdown)
+    markdown = re.sub(r"\]\((?:\.\./)+CHANGELOG\.md\)", rf"]({up}changelog.md)", markdown)
+    return re.sub(r"\]\((?:\.\./)+jaxalign/data/README\.md\)", rf"]({up}data.md)", markdown)
