@@ -145,7 +145,7 @@ def test_the_debiased_estimator_is_the_mean_over_quadruples(x64):
     helpers.assert_close(measures.hsic(x, y, kernel="linear"), reference.hsic_by_counting(k, m), 1e-10)
 
 
-# --- published packages; what they call by the same name, and where they differ, stands in docs/pages/measures.md ---------
+# --- published packages; what they call by the same name, and where they differ, stands in docs/pages/measures.md -----
 
 
 @pytest.mark.parametrize("seed", range(3))

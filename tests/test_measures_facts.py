@@ -1,4 +1,4 @@
-"""What the mathematics says of measures: invariances, ranges, metrics, no bias; and the table in docs/pages/measures.md.
+"""What the mathematics says of measures: invariances, ranges, metrics, no bias; the table in docs/pages/measures.md.
 
 `python tests/test_measures_facts.py` writes the table anew, from what is measured here.
 """
