@@ -5,6 +5,7 @@ One derivative rule serves all exact methods: it needs products with the matrix 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -147,12 +148,15 @@ def normalized_cut(
         key: of the random choices of "lobpcg" and "nystroem"; default `jax.random.key(0)`.
         rtol: of "lobpcg": residual |M v - lambda v| relative to 1 + lambda. Default 1e-5, in float64 1e-10.
         tile_size: see `solve_sigma`.
-        mesh: spreads rows over devices, see `solve_sigma`; for "lobpcg".
+        mesh: spreads rows over devices, see `solve_sigma`; for "lobpcg" and "nystroem".
 
     Returns:
         A `NormalizedCut`. With "dense" and "lobpcg" differentiable in x to every order, wherever an eigenvalue stands
         apart from the others; equal eigenvalues contribute no rotation among themselves, so that the derivative of
         what does not depend on such a rotation (a projection, say) is right and all others are finite.
+
+    Warns:
+        UserWarning: "lobpcg" did not reach rtol; `residual` tells how far it is.
 
     Raises:
         ValueError: more components than samples (for "lobpcg" than n / 5); a matrix that is neither surely features
@@ -195,14 +199,18 @@ def normalized_cut(
     if method == "nystroem":
         if isinstance(x, AffinityOperator) or not is_features:
             raise ValueError('method="nystroem" needs features: it computes affinities to landmarks only.')
-        return _from_landmarks(x, k, sigma, density, bandwidth, mask, landmarks, start)
+        return _from_landmarks(x, k, sigma, density, bandwidth, mask, landmarks, start, tile_size, mesh)
     if landmarks is not None:
         raise ValueError('landmarks belong to method="nystroem".')
     if method == "auto":
-        in_tiles = isinstance(x, AffinityOperator) or n > _DENSE
+        in_tiles = isinstance(x, AffinityOperator) or n > _DENSE or mesh is not None
         method = "lobpcg" if in_tiles and 5 * k < n else "dense"
     if method == "lobpcg" and 5 * k >= n:
         raise ValueError(f'method="lobpcg" finds fewer than n / 5 components; got {k} of n = {n}. Take "dense".')
+    if method == "dense" and mesh is not None:
+        raise ValueError(
+            'method="dense" stores the whole matrix on one device: mesh= goes with "lobpcg" or "nystroem".'
+        )
     options: dict[str, Any] = {"density": density, "diagonal": diagonal, "bandwidth": bandwidth, "mask": mask}
     source: Source = x
     if isinstance(x, AffinityOperator):
@@ -327,7 +335,15 @@ def _cut(source: Source, key: Array, k: int, method: str, rtol: float | None) ->
     vectors, values = _vectors(source, key, k, method, float(accuracy))
     degrees = _degrees(source)
     left = _apply(source, vectors, _inverse_root(degrees)) - vectors * values[None]
-    return NormalizedCut(vectors, values, degrees, jnp.linalg.norm(left, axis=0), None, None, None, None, None)
+    residual = jnp.linalg.norm(left, axis=0)
+    if method == "lobpcg" and _checks.is_concrete(residual) and not float(jnp.max(residual)) <= 20 * accuracy:
+        warnings.warn(
+            f"the eigenvectors did not reach rtol = {accuracy:g} in {_STEPS} steps; their largest residual is "
+            f"{float(jnp.max(residual)):.2g}. Ask for fewer or more components (eigenvalues close to each other take "
+            'long), or for method="dense" where n x n fits.',
+            stacklevel=3,
+        )
+    return NormalizedCut(vectors, values, degrees, residual, None, None, None, None, None)
 
 
 def _with_features(cut: NormalizedCut, x: Array, mask: Array | None, sigma: Array) -> NormalizedCut:
@@ -423,7 +439,16 @@ def _pseudo_inverse_root(a: Array) -> Array:
 
 
 def _from_landmarks(
-    x: Array, k: int, sigma: Any, density: Any, bandwidth: str, mask: Any, landmarks: Any, key: Array
+    x: Array,
+    k: int,
+    sigma: Any,
+    density: Any,
+    bandwidth: str,
+    mask: Any,
+    landmarks: Any,
+    key: Array,
+    tile_size: TileSize,
+    mesh: Mesh | AbstractMesh | None,
 ) -> NormalizedCut:
     n = x.shape[0]
     real = _checks.row_mask("mask", mask, (n,))
@@ -442,7 +467,7 @@ def _from_landmarks(
     few = jnp.take(x, chosen, 0)
     if sigma is None:
         sigma = solve_sigma(few, density=density, diagonal="exclude").sigma
-    a = affinity_operator(x, few, sigma, mask=mask)
+    a = affinity_operator(x, few, sigma, mask=mask, tile_size=tile_size, mesh=mesh)
     vectors, values, degrees, projection, weights = _cut_by_landmarks(a, rbf_affinity(few, None, sigma), k)
     return NormalizedCut(
         vectors, values, degrees, jnp.full((k,), jnp.nan, x.dtype), few, None, jnp.asarray(sigma), projection, weights

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+import jaxalign
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
@@ -17,6 +20,7 @@ key = jax.random.key(0)
 features = {name: jax.random.normal(k, (340, 16)) for name, k in zip(("dino", "clip"), jax.random.split(key))}
 """,
 }
+API = sorted((ROOT / "docs" / "pages" / "api").glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -35,3 +39,13 @@ def test_links_between_pages_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
             if not re.match(r"https?:", target):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_everything_public_has_an_entry_in_the_api_pages():
+    told = set(re.findall(r"^::: jaxalign\.([\w.]+)$", "\n".join(p.read_text() for p in API), re.MULTILINE))
+    public = {name for name, value in vars(jaxalign).items() if inspect.isfunction(value) or inspect.isclass(value)}
+    for module in (jaxalign.measures, jaxalign.losses, jaxalign.plots, jaxalign.sharding, jaxalign.interop):
+        short = module.__name__.removeprefix("jaxalign.")
+        named = (name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_")
+        public |= {f"{short}.{name}" for name in named if vars(module)[name].__module__.startswith(module.__name__)}
+    assert public - told == set()
