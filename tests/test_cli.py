@@ -46,6 +46,7 @@ def test_compare(models, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["value"] == pytest.approx(float(jaxalign.compare(np.load(x), np.load(y))), rel=1e-6)
     assert found["p_value"] == pytest.approx(0.01)
+    np.testing.assert_allclose(found["density reached"], 0.05, rtol=1e-4)
     assert found["provenance"]["versions"]["jaxalign"] == jaxalign.__version__
     assert set(found["provenance"]["sha256"]) == {str(x), str(y)}
     assert run("compare", x, y, "--measure", "procrustes", "--permutations", 0) == 0

@@ -146,3 +146,10 @@ def test_every_module_says_what_it_is_for(path):
 def test_every_layer_of_the_table_exists(name):
     # Otherwise the table would rot.
     assert importlib.import_module(f"jaxalign.{name}")
+
+
+def test_the_citation_is_of_this_version():
+    citation = PACKAGE.parent / "CITATION.cff"
+    if not citation.exists():  # an installed package, not the repository
+        pytest.skip("no CITATION.cff beside the package")
+    assert f"version: {jaxalign.__version__}\n" in citation.read_text()

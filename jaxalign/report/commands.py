@@ -254,6 +254,9 @@ def compare_files(options: dict[str, Any]) -> Found:
     measure_options = _measure_options(options)
     value = float(compare(jnp.asarray(x), jnp.asarray(y), options["measure"], **measure_options))
     data: dict[str, Any] = {"x": names[0], "y": names[1], "measure": options["measure"], "value": value, "n": len(x)}
+    if "density" in measure_options:
+        found = [solve_sigma(jnp.asarray(one), density=options["density"]) for one in (x, y)]
+        data |= {"sigma": [float(one.sigma) for one in found], "density reached": [float(one.density) for one in found]}
     text = f"{options['measure']} of {names[0]} with {names[1]}, {len(x)} samples: {value:.6g}"
     if options["permutations"]:
         few = _some_rows(len(x))

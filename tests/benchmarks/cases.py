@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxalign
 
-from . import rivals, similarity, tiled, training
+from . import cuts, rivals, similarity, tiled, training
 from .timing import Result, compare, import_seconds, milliseconds
 
 DENSITY = 0.05
@@ -44,6 +44,7 @@ class Sizes:
         ("solve", (100_000, 64), 250.0),
         ("gradient", (16384, 64), 400.0),
         ("loss", (16384, 64), 400.0),
+        ("cut", (20_000, 64), 500.0),
         ("torch-grid", (4096, 768, 12), None),
         ("grid", (4096, 768, 12), 160.0),  # a tenth of that
         ("grid-alone", (50_000, 256, 4), 500.0),
@@ -145,6 +146,7 @@ def run(sizes: Sizes) -> Iterator[Result | str]:
     yield import_seconds(sizes.imports, target=0.3)
     yield from for_information(sizes, jx, sigma, own_auto)
     yield from tiled.run(sizes.tiled_n, sizes.tiled_widths, sizes.slow_rounds)
+    yield from cuts.run(sizes.n, sizes.set_d, sizes.slow_rounds)
     yield from training.run(*sizes.training, sizes.rounds)
     yield from similarity.run(*sizes.grid, sizes.slow_rounds, *sizes.permutations)
     yield from tiled.memory(sizes.memory)

@@ -1,4 +1,4 @@
-"""Peak memory of one call: python -m tests.benchmarks.memory solve|gradient|loss n d. Linux only.
+"""Peak memory of one call: python -m tests.benchmarks.memory solve|gradient|loss|cut n d. Linux only.
 
 Also grid|grid-alone|torch-grid n d layers. Prints the growth of the resident set to its peak, in MB, in the first call
 and in the second, and the time of that.
@@ -55,11 +55,12 @@ def main(what: str, n: int, d: int, layers: int = 0) -> None:
         print(compiling, *grown(call))
         return
     loss = {
+        "cut": lambda x: jaxalign.normalized_cut(x, 20, method="lobpcg").eigenvectors,
         "solve": lambda x: jaxalign.solve_sigma(x).sigma,
         "gradient": jax.value_and_grad(lambda x: jaxalign.solve_sigma(x).sigma),
         "loss": jax.value_and_grad(lambda x: jnp.mean((jaxalign.affinity_operator(x) @ x[:, :8]) ** 2)),
     }[what]
-    call = jax.jit(loss)
+    call = loss if what == "cut" else jax.jit(loss)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(n, d)).astype(np.float32))
     compiling, _ = grown(lambda: call(x))
     again, took = grown(lambda: call(x))
