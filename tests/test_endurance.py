@@ -1,0 +1,106 @@
+"""Many calls, at once and one after another: threads agree, memory does not grow, nothing is compiled twice.
+
+JAXALIGN_FUZZ=20000 in the environment makes 10 000 calls of 1000, and kills 50 jobs of 3.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxalign
+
+NIGHTLY = int(os.environ.get("JAXALIGN_FUZZ", "1000")) > 1000
+
+
+def sets(count, n=40, d=6):
+    return [np.random.default_rng(k).normal(size=(n, d)).astype(np.float32) for k in range(count)]
+
+
+def test_threads_find_what_one_finds():
+    def everything(x):
+        affinity = jaxalign.rbf_affinity(x, density=0.2)
+        return float(jnp.sum(affinity**2)), float(jaxalign.compare(x, x[:, ::-1] + 1, density=0.2))
+
+    some = sets(24)
+    expected = [everything(x) for x in some]
+    with ThreadPoolExecutor(8) as pool:
+        np.testing.assert_allclose(list(pool.map(everything, some)), expected, rtol=1e-6)
+
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1e3
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of the process from Linux")
+def test_memory_does_not_grow_with_calls():
+    x = sets(1)[0]
+
+    def calls(number):
+        for k in range(number):
+            jaxalign.rbf_affinity(x + np.float32(k), density=0.2)
+            jaxalign.solve_sigma(x, density=0.1 + 0.1 * (k % 5))
+            jaxalign.compare(x, x + np.float32(k), density=0.2)
+
+    calls(50)
+    before = resident()
+    calls(10_000 if NIGHTLY else 300)
+    assert resident() - before < 20  # MB; an n x n array a call would be 2 to 60
+
+
+def test_values_never_recompile_and_shapes_do_once(caplog):
+    some = sets(3, n=31)
+    operations = (
+        lambda x, c: jaxalign.rbf_affinity(x, density=c),
+        lambda x, c: jaxalign.solve_sigma(x, density=c).sigma,
+        lambda x, c: jaxalign.compare(x, x, density=c),
+        lambda x, c: jaxalign.losses.alignment_loss(x, x, density=c),
+    )
+    for operation in operations:
+        operation(some[0], 0.2)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for x, c in zip(some[1:], (0.3, 0.4), strict=True):
+            for operation in operations:
+                operation(x, c)
+    compiled = [record.message for record in caplog.records if "Finished XLA compilation" in record.message]
+    assert not compiled
+
+
+JOB = """
+import sys, numpy as np, jaxalign
+grid = jaxalign.compare_grid(sys.argv[1], measure="rsa", block_rows=100, checkpoint=sys.argv[2])
+np.save(sys.argv[3], grid.values)
+"""
+
+
+def test_jobs_that_are_killed_lose_nothing_finished(tmp_path):
+    folder = tmp_path / "layers"
+    folder.mkdir()
+    for k, x in enumerate(sets(4, n=600, d=8)):
+        np.save(folder / f"{k}.npy", x)
+    expected = jaxalign.compare_grid(folder, measure="rsa").values
+    arguments = [str(folder), str(tmp_path / "checkpoint.npz"), str(tmp_path / "values.npy")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    rng = np.random.default_rng(0)
+    for _ in range(50 if NIGHTLY else 3):
+        job = subprocess.Popen([sys.executable, "-c", JOB, *arguments], env=environment, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(1.0, 4.0))
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+        leftover = tmp_path / "checkpoint.npz"
+        if leftover.exists():
+            with np.load(leftover, allow_pickle=False) as content:  # whole, whenever it was killed
+                assert content.files
+    subprocess.run([sys.executable, "-c", JOB, *arguments], env=environment, check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "values.npy"), expected, rtol=1e-4, atol=1e-6)
