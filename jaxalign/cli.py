@@ -40,11 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            return _fail(f"the disk is full: {error.filename or options.get('out')}. Nothing half-written was left.", 1)
+            where = error.filename or options.get("out") or "where the output goes"
+            return _fail(f"the disk is full: {where}. Nothing half-written was left.", 1)
         missing = isinstance(error, (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError))
+        missing = missing or error.errno == errno.ENAMETOOLONG
         return _fail(error if error.errno is None else f"{error.filename}: {error.strerror}", 2 if missing else 1)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OverflowError) as error:
         return _fail(error, 2)
+    except (MemoryError, RuntimeError) as error:  # what jax raises when memory runs out is a RuntimeError
+        return _fail(str(error).splitlines()[0] if str(error) else "out of memory", 1)
+
+
+def entry() -> None:
+    """The program: ends at once on Ctrl-C, as threads of the compiler may still be at work."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 130:
+        os._exit(code)
+    sys.exit(code)
 
 
 def _fail(error: Any, code: int) -> int:
@@ -116,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     align.add_argument("--landmarks", type=_count, default=300, help="how many, at random (default: 300)")
     align.add_argument("--bandwidth", choices=("global", "per_row"), default="global")
     align.add_argument("--published", action="store_true", help="plain auto-scaled rows, density 0.05")
-    _common(align, density=None)
+    _common(align, density=None, tiles=False)
     _written(align)
 
     grid = add(
@@ -130,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     grid.add_argument("x", type=Path, help="a folder of layers, or a file with several sets")
     grid.add_argument("y", type=Path, nargs="?", help="another model's, of the same samples")
-    grid.add_argument("--devices", type=_count, default=1, help="spread rows over so many devices (not resumable)")
+    grid.add_argument("--devices", type=_devices, default=1, help="spread rows over so many devices (not resumable)")
     grid.add_argument("--resume", action="store_true", help="go on with what --out holds")
     grid.add_argument("--images", type=Path, help="pictures that the maps are of: a folder, or .npy (n, h, w, 3)")
     _measured(grid, 999)
@@ -156,15 +170,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _common(parser: argparse.ArgumentParser, density: float | None = 0.05) -> None:
+def _common(parser: argparse.ArgumentParser, density: float | None = 0.05, *, tiles: bool = True) -> None:
     told = f"mean affinity (default: {density})" if density else "mean affinity (default: 0.7, or 0.05 as published)"
     parser.add_argument("--density", type=_share, default=density, help=told)
     parser.add_argument(
         "--positions", choices=("rows", "mean"), default="rows",
         help="tokens and map positions: each a sample, or the mean of each sample (default: rows)",
     )  # fmt: skip
-    parser.add_argument("--tile-size", type=_count, help="rows and columns of a tile (default: by the memory)")
-    parser.add_argument("--seed", type=int, default=0, help="of random choices (default: 0)")
+    if tiles:
+        parser.add_argument("--tile-size", type=_count, help="rows and columns of a tile (default: by the memory)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of random choices (default: 0)")
     parser.add_argument("--x64", action="store_true", help="compute in float64")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -172,7 +187,7 @@ def _common(parser: argparse.ArgumentParser, density: float | None = 0.05) -> No
 def _measured(parser: argparse.ArgumentParser, permutations: int) -> None:
     parser.add_argument("--measure", default="cka", help="cka, rsa, mutual_knn, procrustes, ... (default: cka)")
     parser.add_argument(
-        "--permutations", type=_whole, default=permutations, help=f"for p-values, 0: none (default: {permutations})"
+        "--permutations", type=_many, default=permutations, help=f"for p-values, 0: none (default: {permutations})"
     )
 
 
@@ -191,8 +206,16 @@ def _number(text: str, kind: type, valid: Callable[[Any], bool], meaning: str) -
     return value
 
 
-def _whole(text: str) -> int:
-    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+def _seed(text: str) -> int:
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
+
+
+def _many(text: str) -> int:
+    return _number(text, int, lambda value: 0 <= value <= 10**7, "a whole number from 0 to 10 million")
+
+
+def _devices(text: str) -> int:
+    return _number(text, int, lambda value: 1 <= value <= 1024, "a whole number from 1 to 1024")
 
 
 def _count(text: str) -> int:
@@ -214,7 +237,7 @@ def _command(name: str) -> Callable[[dict[str, Any]], int]:
 
         if options.get("devices", 1) > 1:  # of CPUs there is one unless more are asked for
             jax.config.update("jax_num_cpu_devices", options["devices"])
-        options["tile_size"] = options["tile_size"] or "auto"
+        options["tile_size"] = options.get("tile_size") or "auto"
         if options["x64"]:
             jax.config.update("jax_enable_x64", True)
         from jaxalign.report import commands
@@ -304,4 +327,4 @@ def _demo(out: Path, *, quiet: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

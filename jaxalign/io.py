@@ -9,7 +9,7 @@ import hashlib
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 Positions = Literal["rows", "mean"]
+# Characters of a name that become a file's.
+_LONGEST = 120
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class FeatureSet:
     def rows(self, positions: Positions = "rows") -> Any:
         """Samples and their features, (samples, d): every position a sample, or the mean over the positions of each."""
         values = self.values
+        if not values.dtype.isnative:  # byte order is how a file was written, not what it says
+            values = np.asarray(values, values.dtype.newbyteorder("="))
         if values.ndim == 2:
             return values
         if positions == "rows":
@@ -79,7 +83,8 @@ def read_features(path: str | Path) -> dict[str, FeatureSet]:
         if path.suffix.lower() not in _READERS:
             raise ValueError(f"{path}: features are read from {', '.join(_READERS)}, or a folder of such files.")
         return {one.name: one for one in _of_file(path, alone=True)}
-    files = sorted((one for one in path.iterdir() if one.suffix.lower() in _READERS and one.is_file()), key=_natural)
+    every = (one for one in path.iterdir() if one.suffix.lower() in _READERS and one.is_file())
+    files = sorted((one for one in every if not one.name.startswith(".")), key=natural)
     if not files:
         raise ValueError(f"the folder {path} holds no features: no file with {', '.join(_READERS)}.")
     found: dict[str, FeatureSet] = {}
@@ -98,9 +103,24 @@ def hash_of(path: Path) -> str:
 
 
 def file_name(name: str) -> str:
-    """A name as a file's: what a file system or shell may take amiss is written as its code."""
-    plain = "".join(c if c.isalnum() or c in "._-+ " else f"%{ord(c):02x}" for c in name).strip(". ")
+    """A name as a file's: what a file system or shell may take amiss as its code, the middle of a long one hashed."""
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-+ ") else f"%{ord(c):02x}" for c in name).strip(". ")
+    if len(plain) > _LONGEST:
+        plain = f"{plain[: _LONGEST // 2]}~{hashlib.sha256(plain.encode()).hexdigest()[:12]}~{plain[-_LONGEST // 4 :]}"
     return plain or "output"
+
+
+def file_names(names: Iterable[str]) -> dict[str, str]:
+    """Names as files', no two the same, also where a file system does not tell capitals from small letters."""
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        plain, k = file_name(name), 1
+        while (label := plain if k == 1 else f"{plain}~{k}").lower() in taken:
+            k += 1
+        taken.add(label.lower())
+        found[name] = label
+    return found
 
 
 def printable(name: str) -> str:
@@ -122,12 +142,12 @@ def _of_file(path: Path, *, alone: bool) -> Iterator[FeatureSet]:
             f"{path} holds no features: floating point numbers of shape (n, d), (n, tokens, d) or (n, h, w, d). It "
             f"holds {told or 'nothing'}."
         )
-    for name in sorted(usable, key=_natural):
+    for name in sorted(usable, key=natural):
         label = path.stem if len(usable) == 1 else name if alone else f"{path.stem}/{name}"
         yield FeatureSet(label, usable[name], path)
 
 
-def _is_features(value: Any) -> bool:
+def _is_features(value: np.ndarray) -> bool:
     if value.dtype.name == "bfloat16":
         return 2 <= value.ndim <= 4 and value.size > 0
     return 2 <= value.ndim <= 4 and value.size > 0 and value.dtype.kind == "f" and value.dtype.itemsize <= 8
@@ -135,7 +155,8 @@ def _is_features(value: Any) -> bool:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        return _READERS[path.suffix.lower()](path)
+        found = _READERS[path.suffix.lower()](path)
+        return {name: one for name, one in found.items() if isinstance(one, np.ndarray)}
     except ImportError as error:
         raise ImportError(
             f'{path}: {error}. Its format needs the extra: python -m pip install "jaxalign[cli]"'
@@ -148,8 +169,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         told = f"{type(error).__name__} {error}".lower()
         if any(word in told for word in ("allow_pickle", "python objects", "weights_only", "unpickl")):
             raise ValueError(
-                f"{path} holds pickled Python objects, which could run any code when read: they are never unpickled. "
-                "Save plain arrays, or tensors in a dict."
+                f"{path} is damaged, or holds pickled Python objects, which could run any code when read: they are "
+                "never unpickled. Save plain arrays, or tensors in a dict."
             ) from None
         raise ValueError(f"{path} cannot be read as {path.suffix}: {_first_line(error)}") from error
 
@@ -159,6 +180,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _npy(path: Path) -> Mapping[str, Any]:
+    with path.open("rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            raise ValueError("it does not begin as a .npy file does.")
     return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)}
 
 
@@ -171,9 +195,14 @@ def _npz(path: Path) -> Mapping[str, Any]:
 
 
 def _safetensors(path: Path) -> Mapping[str, Any]:
-    from safetensors.flax import load_file  # its arrays are jax's, and so may be bfloat16
+    from safetensors.numpy import load_file
 
-    return {name: np.asarray(one) for name, one in load_file(path).items()}
+    try:
+        return load_file(path)
+    except (TypeError, KeyError, AttributeError):  # bfloat16, which numpy does not know by itself
+        from safetensors import flax
+
+        return {name: np.asarray(one) for name, one in flax.load_file(path).items()}
 
 
 def _h5(path: Path) -> Mapping[str, Any]:
@@ -182,7 +211,7 @@ def _h5(path: Path) -> Mapping[str, Any]:
     found: dict[str, Any] = {}
 
     def visit(name: str, node: Any) -> None:
-        if isinstance(node, h5py.Dataset) and node.dtype.kind == "f":
+        if isinstance(node, h5py.Dataset) and node.shape is not None and node.dtype.kind == "f":
             found[name] = node[()]
 
     with h5py.File(path, "r") as file:
@@ -191,7 +220,7 @@ def _h5(path: Path) -> Mapping[str, Any]:
 
 
 def _parquet(path: Path) -> Mapping[str, Any]:
-    """Every column of lists is a set; columns of numbers together are one."""
+    """Every column of lists is a set; columns of floating point numbers together are one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -210,7 +239,7 @@ def _parquet(path: Path) -> Mapping[str, Any]:
             values = whole.flatten().to_numpy(zero_copy_only=False)
             found[name] = values.reshape(len(whole), widths[0])
     if numbers:
-        found[path.stem] = np.stack(numbers, 1)
+        found[path.stem if path.stem not in found else f"{path.stem} columns"] = np.stack(numbers, 1)
     return found
 
 
@@ -222,6 +251,8 @@ def _torch(path: Path) -> Mapping[str, Any]:
     def walk(name: str, node: Any) -> None:
         if isinstance(node, torch.Tensor):
             node = node.detach().to("cpu").contiguous()
+            if (name or path.stem) in found:
+                raise ValueError(f"two tensors are named {name!r}.")
             found[name or path.stem] = (node.float() if node.dtype == torch.bfloat16 else node).numpy()
         elif isinstance(node, Mapping):
             for key, part in node.items():
@@ -246,7 +277,7 @@ _READERS: dict[str, Callable[[Path], Mapping[str, Any]]] = {
 }
 
 
-def _natural(value: Any) -> list[Any]:
+def natural(value: Any) -> list[Any]:
     """Layer 10 after layer 9."""
     name = value.name if isinstance(value, Path) else str(value)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"([0-9]+)", name) if part]

@@ -107,7 +107,7 @@ def test_grid(models, capsys):
     assert jaxalign.ComparisonGrid.from_json(out / "grid.json").columns == tuple(told["columns"])
     assert "best match of" in capsys.readouterr().out
     assert run("grid", models / "a", models / "b", "--out", out) == 2
-    assert "--resume goes on with it, --force overwrites it" in capsys.readouterr().err
+    assert "--force overwrites what an earlier run wrote there" in capsys.readouterr().err
     assert run("grid", models / "a", "--measure", "rsa", "--permutations", 0, "--out", out, "--force") == 0
     assert json.loads((out / "grid.json").read_text())["itself"]
 
@@ -217,7 +217,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(models, arguments, message, cap
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", [("--density", "1.5"), ("--landmarks", "0"), ("--tile-size", "few")])
+@pytest.mark.parametrize("option", [("--density", "1.5"), ("--landmarks", "0"), ("--seed", "99999999999999999999")])
 def test_options_out_of_range(option, capsys):
     with pytest.raises(SystemExit) as stopped:
         run("align", "x", "--out", "y", *option)
@@ -276,3 +276,89 @@ def test_help_has_examples(capsys):
             cli.main([command, "--help"])
         assert stopped.value.code == 0
         assert f"jaxalign {command} " in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_names_that_become_one_file_stay_two(tmp_path):
+    x = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", **{"a": x, "a.": x[:, :3], " A": x[:, 1:], "b" * 300: x[:, 2:]})
+    assert run("align", tmp_path / "x.npz", "--landmarks", 20, "--out", tmp_path / "out") == 0
+    told = json.loads((tmp_path / "out" / "alignment.json").read_text())
+    assert len({name.lower() for name in told["files"].values()}) == 4
+    assert len(list((tmp_path / "out").glob("*.npy"))) == 4
+
+
+def test_the_input_is_never_written_over(models, capsys):
+    before = {path: path.read_bytes() for path in (models / "a").iterdir()}
+    assert run("align", models / "a", "--landmarks", 30, "--out", models / "a", "--force") == 2
+    assert "is where the input" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (models / "a").iterdir()} == before
+
+
+def test_resume_goes_on_with_nothing_but_the_same_job(models, capsys):
+    out = models / "report"
+    grid = ("grid", models / "a", "--permutations", 0, "--density", 0.2, "--out", out)
+    assert run(*grid) == 0
+    assert run(*grid, "--resume") == 0  # finished: the report is made again
+    assert run(*grid, "--measure", "rsa", "--resume") == 2
+    assert "of other options or inputs" in capsys.readouterr().err
+    (models / "thesis").mkdir()
+    (models / "thesis" / "report.html").write_text("mine")
+    assert run("grid", models / "a", "--permutations", 0, "--out", models / "thesis", "--resume") == 2
+    assert (models / "thesis" / "report.html").read_text() == "mine"
+
+
+def test_what_is_computed_outlives_a_failing_report(models, monkeypatch):
+    out = models / "report"
+    grid = ("grid", models / "a", "--permutations", 9, "--density", 0.2, "--out", out)
+    with monkeypatch.context() as patched:
+        patched.setattr(commands, "permutation_test", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*grid)
+        patched.undo()
+        patched.setattr(commands, "compare_grid", lambda *args, **kwargs: 1 / 0)
+        assert run(*grid, "--resume") == 0
+    assert not (out / "values.json").exists()
+
+
+def test_a_model_with_itself_and_devices(models, capsys):
+    assert run("grid", models / "a", models / "a", "--permutations", 19, "--density", 0.2, "--out", models / "r") == 0
+    told = json.loads((models / "r" / "grid.json").read_text())
+    np.testing.assert_allclose(np.diag(told["values"]), 1, atol=1e-5)
+    assert told["statistics"]["p_value"][0][0] == 1 / 20  # exactly, so that 0.05 is not beyond 0.05
+    assert run(
+        "grid", models / "a", "--permutations", 0, "--density", 0.2, "--devices", 8, "--out", models / "d"
+    ) == 0  # fmt: skip
+    spread = json.loads((models / "d" / "grid.json").read_text())
+    np.testing.assert_allclose(spread["values"], told["values"], atol=1e-5)
+
+
+def test_measures_without_a_sigma_tell_none(models, capsys):
+    x = np.load(models / "a" / "layer2.npy")[:15]  # too few for a density of 0.05
+    np.save(models / "few.npy", x)
+    assert run("compare", models / "few.npy", models / "few.npy", "--measure", "rsa", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["sigma"] == [None, None]
+
+
+def test_byte_order_and_width(models, capsys):
+    x = np.load(models / "a" / "layer2.npy").astype(np.float64) * 1.1
+    np.save(models / "little.npy", x)
+    np.save(models / "big.npy", x.astype(">f8"))
+    found = []
+    for name in ("little", "big"):
+        pair = models / f"{name}.npy", models / "b" / "layer2.npy"
+        assert run("compare", *pair, "--permutations", 0, "--x64", "--json") == 0
+        found.append(json.loads(capsys.readouterr().out)["value"])
+    assert found[0] == found[1]
+    np.save(models / "wide.npy", x * 1e200)
+    assert run("compare", models / "wide.npy", models / "wide.npy") == 2
+    assert "beyond float32: --x64 computes in float64" in capsys.readouterr().err
+
+
+def test_pictures_that_do_not_belong_are_refused_before_the_work(models, monkeypatch, capsys):
+    np.save(models / "photos.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(commands, "compare_grid", lambda *args, **kwargs: 1 / 0)
+    images = ("--images", models / "photos.npy")
+    assert run("grid", models / "a", *images, "--out", models / "out") == 2
+    assert "3 pictures go with maps" in capsys.readouterr().err
+    assert run("ncut", models / "a" / "layer2.npy", *images, "--out", models / "out") == 2
+    assert not (models / "out").exists()

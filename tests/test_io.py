@@ -153,3 +153,43 @@ def test_what_holds_no_features(tmp_path):
 def test_names_for_files_and_terminals():
     assert io.file_name("a/b:c d") == "a%2fb%3ac d"
     assert io.printable("layer\x1b[2J\n") == "layer\\x1b[2J\\x0a"
+
+
+def test_what_is_no_array_is_passed_over(tmp_path):
+    import zipfile
+
+    np.savez(tmp_path / "x.npz", x=X)
+    with zipfile.ZipFile(tmp_path / "x.npz", "a") as file:
+        file.writestr("readme.txt", "hello")
+    assert list(read_features(tmp_path / "x.npz")) == ["x"]
+    (tmp_path / "x.npz").rename(tmp_path / "y.npy")
+    with pytest.raises(ValueError, match="does not begin as a .npy"):
+        read_features(tmp_path / "y.npy")
+    (tmp_path / "y.npy").unlink()
+    (tmp_path / "._x.npy").write_bytes(b"")  # as some systems leave beside every file
+    np.save(tmp_path / "x.npy", X)
+    assert list(read_features(tmp_path)) == ["x"]
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "e.h5", "w") as file:
+        file["x"] = X
+        file.create_dataset("empty", data=h5py.Empty("f4"))
+    assert list(read_features(tmp_path / "e.h5")) == ["e"]
+
+
+def test_columns_and_tensors_of_one_name_are_not_lost(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"emb": list(X), "u": X[:, 0], "v": X[:, 1]}), tmp_path / "emb.parquet")
+    assert {name: one.values.shape for name, one in read_features(tmp_path / "emb.parquet").items()} == {
+        "emb": (20, 6),
+        "emb columns": (20, 2),
+    }
+    torch = pytest.importorskip("torch")
+    torch.save({"a.b": torch.ones(3, 2), "a": {"b": torch.ones(4, 2)}}, tmp_path / "t.pt")
+    with pytest.raises(ValueError, match="two tensors are named"):
+        read_features(tmp_path / "t.pt")
+
+
+def test_names_of_files_differ_and_are_short():
+    names = io.file_names(["a", "a.", "A", "x" * 400, "x" * 399 + "y", "\udcff", ".."])
+    assert len({name.lower() for name in names.values()}) == 7
+    assert max(len(name.encode()) for name in names.values()) < 200

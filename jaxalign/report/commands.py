@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from jaxalign._version import __version__
 from jaxalign.alignment import align
 from jaxalign.bandwidth import mean_density, solve_sigma
 from jaxalign.colors import rgb
-from jaxalign.grid import ComparisonGrid, compare, compare_grid
+from jaxalign.grid import ComparisonGrid, compare_grid
 from jaxalign.inference import permutation_test
 from jaxalign.report.coloring import joint_colors, own_colors
 from jaxalign.report.tables import format_table
@@ -52,11 +53,7 @@ class Input:
     rows: dict[str, Any]  # name: (samples, d)
     sets: dict[str, io.FeatureSet]
     notes: tuple[str, ...]
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 by file."""
-        return {str(path): io.hash_of(path) for path in sorted({one.path for one in self.sets.values()})}
+    hashes: dict[str, str]  # SHA-256 by file, taken when they were read
 
 
 def read(paths: list[Path], positions: io.Positions) -> Input:
@@ -73,7 +70,13 @@ def read(paths: list[Path], positions: io.Positions) -> Input:
     wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
     for name, one in sets.items():
         values = one.rows(positions)
+        _refuse_missing(name, one, values)
         if values.dtype == np.float64 and not wide:
+            top = max(float(np.abs(values[k : k + 65536]).max()) for k in range(0, len(values), 65536))
+            if top > float(np.finfo(np.float32).max):
+                raise ValueError(
+                    f"{io.printable(name)} in {one.path} reaches {top:.3g}, beyond float32: --x64 computes in float64."
+                )
             notes.append(f"{io.printable(name)} is float64 and was taken as float32; --x64 computes in float64")
             values = np.asarray(values, np.float32)
         elif values.dtype not in (np.float32, np.float64):
@@ -82,8 +85,8 @@ def read(paths: list[Path], positions: io.Positions) -> Input:
         if one.values.ndim > 2 and positions == "rows":
             shape = " x ".join(map(str, one.values.shape[:-1]))
             notes.append(f"each of {shape} positions is a sample (--positions mean: their mean)")
-        _refuse_missing(name, one, values)
-    return Input(rows, sets, tuple(dict.fromkeys(notes)))
+    hashes = {str(path): io.hash_of(path) for path in sorted({one.path for one in sets.values()})}
+    return Input(rows, sets, tuple(dict.fromkeys(notes)), hashes)
 
 
 def _refuse_missing(name: str, one: io.FeatureSet, values: Any) -> None:
@@ -124,15 +127,16 @@ def same_samples(rows: Mapping[str, Any]) -> int:
     return usual
 
 
-def provenance(options: Mapping[str, Any], given: Input) -> dict[str, Any]:
+def provenance(options: Mapping[str, Any], *given: Input) -> dict[str, Any]:
     """What it takes to get the same numbers again."""
     return {
         "versions": {"jaxalign": __version__, "jax": jax.__version__, "numpy": np.__version__},
         "python": platform.python_version(),
         "devices": [str(device.device_kind) for device in jax.devices()],
         "options": _plain(options),
-        "command": " ".join(sys.argv[1:]),
-        "sha256": given.hashes,
+        "command": shlex.join(sys.argv[1:]),
+        "sha256": {path: found for one in given for path, found in one.hashes.items()},
+        "notes": list(dict.fromkeys(note for one in given for note in one.notes)),
     }
 
 
@@ -150,19 +154,44 @@ def _densities(sets: list[Any], compared: ComparisonGrid, options: Mapping[str, 
 # --- folders that are written to -------------------------------------------------------------------------------------
 
 
-def prepare(out: Path, *, force: bool, resume: bool) -> Path:
-    """A folder to write to; one that holds something is only used if that was said."""
+# What a command wrote stands in one of these, so that --force can take it away.
+_MANIFESTS = ("alignment.json", "cut.json", "grid.json")
+
+
+def prepare(out: Path, given: tuple[Input, ...], *, force: bool, resumable: bool = False) -> Path:
+    """A folder to write to; one that holds something is only used if that was said, never one that holds the input."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out} is a file: name a folder.")
-    if out.is_dir() and any(out.iterdir()) and not (force or resume):
-        raise FileExistsError(f"--out {out} exists and is not empty: --resume goes on with it, --force overwrites it.")
+    for one in given:
+        for path in one.hashes:
+            if Path(path).resolve().parent == out.resolve():
+                raise FileExistsError(f"--out {out} is where the input {path} lies: name another folder.")
+    if out.is_dir() and any(out.iterdir()) and not force and not resumable:
+        raise FileExistsError(
+            f"--out {out} exists and is not empty: --force overwrites what an earlier run wrote there, and of a grid "
+            "--resume goes on with it."
+        )
     out.mkdir(parents=True, exist_ok=True)
+    if force:
+        for manifest in _MANIFESTS:
+            for name in _written_by(out / manifest):
+                (out / name).unlink(missing_ok=True)
     return out
+
+
+def _written_by(manifest: Path) -> list[str]:
+    """Files of an earlier run, by name, the manifest among them."""
+    try:
+        found = json.loads(manifest.read_text())["files"]
+        names = found.values() if isinstance(found, dict) else found
+        return [*(str(name) for name in names if Path(str(name)).name == name), manifest.name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def write_json(path: Path, content: Any) -> Path:
     """Plain data as a file, in one step; nan as null."""
-    replace_file(path, json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False).encode())
+    replace_file(path, json.dumps(_plain(content), indent=1, allow_nan=False).encode())
     return path
 
 
@@ -217,7 +246,7 @@ def info(options: dict[str, Any]) -> Found:
             sigma = status = None
             if not count:
                 some = values[: options["rows"]]
-                x = jnp.asarray(np.asarray(some, np.float32 if not options["x64"] else None))
+                x = jnp.asarray(np.asarray(some, None if options["x64"] and some.dtype.itemsize > 2 else np.float32))
                 try:
                     sigma = float(solve_sigma(x, density=options["density"], tile_size=options["tile_size"]).sigma)
                 except ValueError as error:
@@ -238,7 +267,8 @@ def info(options: dict[str, Any]) -> Found:
     for one in data:
         if one["why no sigma"]:
             text += f"\n{io.printable(one['name'])}: {one['why no sigma']}"
-    return Found({"sets": data}, text)
+    read_here = Input({}, {}, (), {one["file"]: one["sha256"] for one in data})
+    return Found({"sets": data, "provenance": provenance(options, read_here)}, text)
 
 
 def compare_files(options: dict[str, Any]) -> Found:
@@ -252,11 +282,11 @@ def compare_files(options: dict[str, Any]) -> Found:
     names = [io.printable(name) for one in given for name in one.rows]
     same_samples({"x": x, "y": y})
     measure_options = _measure_options(options)
-    value = float(compare(jnp.asarray(x), jnp.asarray(y), options["measure"], **measure_options))
+    pair = {"x": jnp.asarray(np.asarray(x))}, {"y": jnp.asarray(np.asarray(y))}
+    compared = compare_grid(*pair, options["measure"], tile_size=options["tile_size"], **measure_options)
+    value = float(np.asarray(compared.values)[0, 0])
     data: dict[str, Any] = {"x": names[0], "y": names[1], "measure": options["measure"], "value": value, "n": len(x)}
-    if "density" in measure_options:
-        found = [solve_sigma(jnp.asarray(one), density=options["density"]) for one in (x, y)]
-        data |= {"sigma": [float(one.sigma) for one in found], "density reached": [float(one.density) for one in found]}
+    data |= {"sigma": compared.sigma, "density reached": _densities([x, y], compared, options)}
     text = f"{options['measure']} of {names[0]} with {names[1]}, {len(x)} samples: {value:.6g}"
     if options["permutations"]:
         few = _some_rows(len(x))
@@ -264,21 +294,18 @@ def compare_files(options: dict[str, Any]) -> Found:
             jnp.asarray(np.asarray(x)[few]), jnp.asarray(np.asarray(y)[few]), options["measure"],
             key=jax.random.key(options["seed"]), permutations=options["permutations"], **measure_options,
         )  # fmt: skip
-        data |= {"p_value": float(test.p_value), "null_mean": float(test.null_mean), "tested_on": len(few)}
+        data |= {"p_value": _exact(test.p_value, options), "null_mean": float(test.null_mean), "tested_on": len(few)}
         text += f"\np = {float(test.p_value):.4g} by {options['permutations']} permutations"
         text += f" of {len(few)} samples" if len(few) < len(x) else ""
-    both = Input(
-        {}, {f"{k}": s for k, one in enumerate(given) for s in one.sets.values()}, given[0].notes + given[1].notes
-    )
-    data["provenance"] = provenance(options, both)
-    return Found(data, _with_notes(text, both.notes))
+    data["provenance"] = provenance(options, *given)
+    return Found(data, _with_notes(text, tuple(data["provenance"]["notes"])))
 
 
 def align_files(options: dict[str, Any]) -> Found:
     """Relative features of several sets over shared landmarks, and how well they correspond."""
     given = read(options["inputs"], options["positions"])
     n = same_samples(given.rows)
-    out = prepare(options["out"], force=options["force"], resume=False)
+    out = prepare(options["out"], (given,), force=options["force"])
     alignment = align(
         {name: jnp.asarray(np.asarray(x)) for name, x in given.rows.items()},
         landmarks=min(options["landmarks"], n), key=jax.random.key(options["seed"]), density=options["align_density"],
@@ -286,7 +313,8 @@ def align_files(options: dict[str, Any]) -> Found:
         standardize=options["standardize"],
     )  # fmt: skip
     names = list(given.rows)
-    files = [write_array(out / f"{io.file_name(name)}.npy", alignment.features[name]) for name in names]
+    places = io.file_names(names)
+    files = [write_array(out / f"{places[name]}.npy", alignment.features[name]) for name in names]
     landmarks = np.asarray(alignment.landmarks)
     held_out = n - len(landmarks)
     pairs = {}
@@ -295,14 +323,17 @@ def align_files(options: dict[str, Any]) -> Found:
             for b in names[i + 1 :]:
                 one = alignment.correspondence(a, b)
                 pairs[f"{a} | {b}"] = {"top1": float(one.top1), "top5": float(one.top5), "mrr": float(one.mrr)}
-    sigma = {name: float(alignment.sigma[name]) for name in names if np.ndim(alignment.sigma[name]) == 0}
+    sigma = {
+        name: float(found) if np.ndim(found) == 0 else {"median": np.nanmedian(found), "one a row": np.shape(found)}
+        for name, found in alignment.sigma.items()
+    }
     data = {
         "samples": n, "landmarks": landmarks, "sigma": sigma,
         "files": {name: path.name for name, path in zip(names, files, strict=True)},
         "correspondence of samples that are not landmarks": pairs, "provenance": provenance(options, given),
     }  # fmt: skip
     files.append(write_json(out / "alignment.json", data))
-    text = f"{len(names)} sets, {n} samples, {len(landmarks)} landmarks: relative features (n, m) in {out}/\n"
+    text = f"{len(names)} sets, {n} samples, {len(landmarks)} landmarks: relative features (n, m) in {_place(out)}\n"
     if pairs:
         rows = [(io.printable(name), *(f"{v:.3f}" for v in one.values())) for name, one in pairs.items()]
         text += "\n" + format_table((f"{held_out} held-out samples", "top-1", "top-5", "MRR"), rows)
@@ -311,15 +342,20 @@ def align_files(options: dict[str, Any]) -> Found:
 
 def cut_files(options: dict[str, Any]) -> Found:
     """Colours and segments of one set, or of several sets of the same samples cut together."""
-    given = read(options["inputs"], "rows")
-    out = prepare(options["out"], force=options["force"], resume=False)
+    given = read(options["inputs"], options["positions"])
     names = list(given.rows)
+    mean = options["positions"] == "mean"
+    shapes = {name: (len(given.rows[name]),) if mean else given.sets[name].values.shape[:-1] for name in names}
+    pictures = _pictures(options["images"])
+    if pictures is not None:
+        _check_pictures(pictures, {} if mean else given.sets)
+    out = prepare(options["out"], (given,), force=options["force"])
     k = options["components"]
     if len(names) == 1:
         x = jnp.asarray(np.asarray(next(iter(given.rows.values()))))
         n = len(x)
         many: dict[str, Any] = {"method": "nystroem"} if n > 200_000 else {"bandwidth": options["bandwidth"]}
-        cut = normalized_cut(x, k, kind="features", density=options["density"], **many)
+        cut = normalized_cut(x, k, kind="features", density=options["density"], tile_size=options["tile_size"], **many)
     else:
         n = same_samples(given.rows)
         chosen = min(options["landmarks"], n // 2)
@@ -327,19 +363,20 @@ def cut_files(options: dict[str, Any]) -> Found:
             {name: jnp.asarray(np.asarray(x)) for name, x in given.rows.items()}, landmarks=chosen,
             key=jax.random.key(options["seed"]), channels="standardize", decorrelate=0.1, density=0.7, standardize=True,
         )  # fmt: skip
-        cut = normalized_cut(alignment, k, density=options["density"], bandwidth=options["bandwidth"])
+        cut = normalized_cut(
+            alignment, k, density=options["density"], bandwidth=options["bandwidth"], tile_size=options["tile_size"]
+        )
     colours = np.asarray(rgb(cut, options["colors"], components=min(k, 8), seed=options["seed"]))
     labels = np.asarray(kway(cut, min(options["segments"], k)))
     files = []
-    shapes = {name: given.sets[name].values.shape[:-1] for name in names}
+    places = io.file_names(names)
     parts = zip(names, np.split(colours, len(names)), np.split(labels, len(names)), strict=True)
     maps = {}
     for name, colour, label in parts:
-        files.append(write_array(out / f"{io.file_name(name)}.colors.npy", colour.reshape(*shapes[name], 3)))
-        files.append(write_array(out / f"{io.file_name(name)}.segments.npy", label.reshape(shapes[name])))
+        files.append(write_array(out / f"{places[name]}.colors.npy", colour.reshape(*shapes[name], 3)))
+        files.append(write_array(out / f"{places[name]}.segments.npy", label.reshape(shapes[name])))
         if len(shapes[name]) == 3:
             maps[name] = colour.reshape(*shapes[name], 3)
-    pictures = _pictures(options["images"])
     if len(maps) == len(names) and len({one.shape for one in maps.values()}) == 1:
         from jaxalign import plots
 
@@ -355,7 +392,8 @@ def cut_files(options: dict[str, Any]) -> Found:
     }  # fmt: skip
     files.append(write_json(out / "cut.json", data))
     values = " ".join(f"{v:.3f}" for v in np.asarray(cut.eigenvalues)[:10])
-    text = f"{len(names)} set(s) of {n} samples, {k} eigenvectors; eigenvalues {values}\n{len(files)} files in {out}/"
+    text = f"{len(names)} set(s) of {n} samples, {k} eigenvectors; eigenvalues {values}\n"
+    text += f"{len(files)} files in {_place(out)}"
     return Found(data, _with_notes(text, given.notes), tuple(files))
 
 
@@ -363,73 +401,122 @@ def grid_files(options: dict[str, Any], progress: Any) -> Found:
     """All layers of a model, or of two, compared: numbers, p-values, pictures and a report in one page."""
     ours = read([options["x"]], options["positions"])
     theirs = None if options["y"] is None else read([options["y"]], options["positions"])
-    every = {f"{options['x']}: {name}": x for name, x in ours.rows.items()}
-    if theirs is not None:
-        every |= {f"{options['y']}: {name}": x for name, x in theirs.rows.items()}
-    n = same_samples(every)
+    given = (ours,) if theirs is None else (ours, theirs)
+    sides = list(zip("xy", (options["x"], options["y"]), given, strict=False))
+    n = same_samples({f"{side} {path}: {name}": x for side, path, one in sides for name, x in one.rows.items()})
     pictures = _pictures(options["images"])
+    if pictures is not None:
+        _check_pictures(pictures, {f"{side} {name}": s for side, _, one in sides for name, s in one.sets.items()})
     measure_options = _measure_options(options)
-    out = prepare(options["out"], force=options["force"], resume=options["resume"])
-    how: dict[str, Any] = {"checkpoint": out / "checkpoint.npz"}
-    if options["force"] and not options["resume"]:
-        how["checkpoint"].unlink(missing_ok=True)
-    if options["devices"] > 1:
-        how = {"mesh": sharding.data_mesh(options["devices"])}
-    compared = compare_grid(
-        ours.rows, None if theirs is None else theirs.rows, options["measure"],
-        tile_size=options["tile_size"], progress=progress, **how, **measure_options,
-    )  # fmt: skip
-    test = None
-    few = _some_rows(n)
+    job = provenance(options, *given)
+    out = prepare(options["out"], given, force=options["force"], resumable=options["resume"])
+    compared = _compared(ours, theirs, job, out, options, measure_options, progress)
+    test, few = None, _some_rows(n)
     if options["permutations"]:
-        x = {name: np.asarray(rows[few]) for name, rows in ours.rows.items()}
-        y = x if theirs is None else {name: np.asarray(rows[few]) for name, rows in theirs.rows.items()}
+        x, y = ({name: np.asarray(rows[few]) for name, rows in one.rows.items()} for one in (ours, theirs or ours))
         test = permutation_test(
             x, y, options["measure"], key=jax.random.key(options["seed"]), permutations=options["permutations"],
             **measure_options,
         )  # fmt: skip
-    everything = Input(
-        {}, {**ours.sets, **({} if theirs is None else {f"y/{k}": s for k, s in theirs.sets.items()})}, ()
-    )
+    rows = [x for one in given for x in one.rows.values()]
     data = {
         **json.loads(compared.to_json()),
         "samples": n,
-        "density reached": _densities(list(every.values()), compared, options),
+        "density reached": _densities(rows, compared, options),
         "best match": {row: {"column": c, "value": v} for row, (c, v) in compared.best_match().items()},
         "statistics": None if test is None else {
-            "permutations": options["permutations"], "samples": len(few), "p_value": test.p_value,
-            "corrected": test.corrected, "null_mean": test.null_mean, "score": test.score,
+            "permutations": options["permutations"], "samples": len(few), "p_value": _exact(test.p_value, options),
+            "corrected": _exact(test.corrected, options), "null_mean": test.null_mean, "score": test.score,
         },
         "names": [str(options["x"]), str(options["y"] or options["x"])],
-        "provenance": provenance(options, everything),
+        "provenance": job,
     }  # fmt: skip
-    notes = tuple(dict.fromkeys(ours.notes + (() if theirs is None else theirs.notes)))
     from jaxalign import plots
     from jaxalign.report.html import page
 
-    files = [write_json(out / "grid.json", data)]
     figures = {"grid": png_of(plots.grid(_printable(compared), test=_printable(test)).figure, 130)}
     figures["layers"] = png_of(plots.layers(_printable(compared)).figure, 130)
     if pictures is not None:
         figures |= _colors_of_best(compared, ours, theirs, pictures, options)
-    for name, content in figures.items():
-        replace_file(out / f"{name}.png", content)
-        files.append(out / f"{name}.png")
     shown = {name: content for name, content in figures.items() if name != "grid"}
-    replace_file(out / "report.html", page(_plain(data), shown, notes).encode())
-    files.append(out / "report.html")
-    rows = [
-        (io.printable(row), io.printable(c), f"{v:.4f}", *_p_cells(test, compared, row, c))
-        for row, (c, v) in compared.best_match().items()
+    contents = {f"{name}.png": content for name, content in figures.items()}
+    contents["report.html"] = page(_plain(data), shown, tuple(job["notes"])).encode(errors="backslashreplace")
+    for name, content in contents.items():
+        replace_file(out / name, content)
+    write_json(out / "grid.json", {**data, "files": list(contents)})
+    (out / _VALUES).unlink(missing_ok=True)
+    told = [
+        (io.printable(row), io.printable(column), f"{value:.4f}", *_p_cells(test, compared, row, column))
+        for row, (column, value) in compared.best_match().items()
     ]
     header = ("best match of", "is", options["measure"], *(("p, corrected",) if test is not None else ()))
-    text = (
-        format_table(header, rows)
-        + f"\n\n{n} samples, {compared.values.size} comparisons. Report: {out / 'report.html'}"
-    )
+    text = format_table(header, told)
+    text += f"\n\n{n} samples, {compared.values.size} comparisons. Report: {_place(out)}report.html"
     if test is not None and len(few) < n:
         text += f"\np-values by {options['permutations']} permutations of {len(few)} of the samples"
-    return Found(data, _with_notes(text, notes), tuple(files))
+    files = tuple(out / name for name in (*contents, "grid.json"))
+    return Found(data, _with_notes(text, tuple(job["notes"])), files)
+
+
+# Where a grid stands between its comparisons and its report.
+_VALUES = "values.json"
+
+
+def _compared(
+    ours: Input,
+    theirs: Input | None,
+    job: Mapping[str, Any],
+    out: Path,
+    options: Mapping[str, Any],
+    measure_options: Mapping[str, Any],
+    progress: Any,
+) -> ComparisonGrid:
+    """The grid itself, which is not computed again where a run of the same job got so far."""
+    values, checkpoint = out / _VALUES, out / "checkpoint.npz"
+    if options["resume"]:
+        for path in (values, out / "grid.json"):
+            if path.exists():
+                found = json.loads(path.read_text())
+                if _identity(found["provenance"]) != _identity(job):
+                    raise ValueError(
+                        f"--resume: {path} is of other options or inputs. Name another folder, or give --force."
+                    )
+                return ComparisonGrid.from_json(path)
+        others = [path.name for path in out.iterdir() if path != checkpoint]
+        if others and not checkpoint.exists():
+            raise FileExistsError(
+                f"--resume: --out {out} holds {others[0]!r} and nothing to go on with: name another folder, or --force."
+            )
+    else:
+        for path in (values, checkpoint):
+            path.unlink(missing_ok=True)
+    sets = [dict(one.rows) for one in ((ours,) if theirs is None else (ours, theirs))]
+    how: dict[str, Any] = {"checkpoint": checkpoint}
+    if options["devices"] > 1:
+        how = {"mesh": sharding.data_mesh(options["devices"])}
+        sets = [{name: jnp.asarray(np.array(rows)) for name, rows in one.items()} for one in sets]
+    compared = compare_grid(
+        sets[0], sets[1] if theirs is not None else None, options["measure"],
+        tile_size=options["tile_size"], progress=progress, **how, **measure_options,
+    )  # fmt: skip
+    write_json(values, {**json.loads(compared.to_json()), "provenance": job})
+    return compared
+
+
+# Options that do not change the values of a grid.
+_HOW = ("quiet", "json", "resume", "force", "out", "devices", "tile_size", "permutations", "seed", "images")
+
+
+def _identity(job: Mapping[str, Any]) -> Any:
+    """What makes two runs the same job."""
+    kept = {name: value for name, value in job["options"].items() if name not in _HOW}
+    return [kept, sorted(job["sha256"].values()), job["versions"]["jaxalign"]]
+
+
+def _exact(p: Any, options: Mapping[str, Any]) -> Any:
+    """A p-value is a whole number of (permutations + 1)-ths, which float32 rounds."""
+    whole = options["permutations"] + 1
+    return (np.round(np.asarray(p, np.float64) * whole) / whole).tolist()
 
 
 def _p_cells(test: Any, compared: ComparisonGrid, row: str, column: str) -> tuple[str, ...]:
@@ -463,6 +550,10 @@ def _some_rows(n: int) -> np.ndarray:
     return np.arange(n) if n <= TESTED else np.sort(np.random.default_rng(0).choice(n, TESTED, replace=False))
 
 
+def _place(out: Path) -> str:
+    return f"{io.printable(str(out))}/"
+
+
 def _with_notes(text: str, notes: tuple[str, ...]) -> str:
     few = [*notes[:3], *([f"{len(notes) - 3} more like these"] if len(notes) > 3 else [])]
     return text + "".join(f"\nnote: {note}" for note in few)
@@ -479,14 +570,32 @@ def _pictures(path: Path | None) -> np.ndarray | None:
             from PIL import Image
         except ImportError as error:
             raise ImportError('--images needs pillow: python -m pip install "jaxalign[viz]"') from error
-        files = sorted(one for one in path.iterdir() if one.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        kinds = (".png", ".jpg", ".jpeg", ".webp")
+        files = sorted((one for one in path.iterdir() if one.suffix.lower() in kinds), key=io.natural)
         if not files:
             raise ValueError(f"--images {path}: the folder holds no .png, .jpg or .webp.")
-        opened = [Image.open(one).convert("RGB") for one in files]
+        try:
+            opened = [Image.open(one).convert("RGB") for one in files]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--images {path}: a picture cannot be read ({error}).") from None
         images = np.stack([np.asarray(one.resize(opened[0].size)) for one in opened])
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"--images {path}: expected shape (pictures, h, w, 3); got {images.shape}.")
+    if images.dtype.kind == "f" and images.max() > 1:  # 0 to 255, as floating point
+        images = np.clip(images, 0, 255).astype(np.uint8)
     return images
+
+
+def _check_pictures(pictures: np.ndarray, sets: Mapping[str, io.FeatureSet]) -> None:
+    """Raise unless every set is a map of these pictures, all on one grid."""
+    odd = [
+        f"{io.printable(one.name)} is {one.values.shape}"
+        for one in sets.values()
+        if one.grid is None or len(one.values) != len(pictures)
+    ]
+    if odd or not sets or len({one.grid for one in sets.values()}) != 1:
+        told = ", ".join(odd[:3]) or "these are of several grids, or --positions mean was asked for"
+        raise ValueError(f"--images: {len(pictures)} pictures go with maps (pictures, h, w, d) of one h x w; {told}.")
 
 
 def _colors_of_best(
@@ -504,11 +613,6 @@ def _colors_of_best(
     i, j = np.unravel_index(np.nanargmax(signed), signed.shape)
     pair = [(compared.rows[i], ours), (compared.columns[j], ours if theirs is None else theirs)]
     sets = [given.sets[name] for name, given in pair]
-    if any(one.grid is None for one in sets) or sets[0].grid != sets[1].grid or len(sets[0].values) != len(pictures):
-        raise ValueError(
-            f"--images: {len(pictures)} pictures go with maps (pictures, h, w, d) of one h x w; "
-            f"{' and '.join(f'{io.printable(one.name)} {one.values.shape}' for one in sets)} are not."
-        )
     number = min(SHOWN, len(pictures))
     features = {
         f"{k} {io.printable(one.name)}": np.asarray(one.values[:number], np.float32).reshape(-1, one.values.shape[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,12 +30,14 @@ def page(data: Mapping[str, Any], pictures: Mapping[str, bytes], notes: tuple[st
     )
     told = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     names = " and ".join(html.escape(name) for name in dict.fromkeys(data["names"]))
-    return (
-        _PAGE.replace("@@TITLE@@", f"{html.escape(str(data['measure']))} of {names}")
-        .replace("@@NOTES@@", f"<ul>{told}</ul>" if told else "")
-        .replace("@@PICTURES@@", shown)
-        .replace("@@DATA@@", payload)
-    )
+    parts = {
+        "TITLE": f"{html.escape(str(data['measure']))} of {names}",
+        "NOTES": f"<ul>{told}</ul>" if told else "",
+        "PICTURES": shown,
+        "DATA": payload,
+    }
+    # In one go: what is filled in may itself look like a place to fill.
+    return re.sub("@@([A-Z]+)@@", lambda place: parts[place[1]], _PAGE)
 
 
 _PAGE = """<!doctype html>
@@ -113,7 +116,7 @@ function draw() {
   byRow.forEach((i, line) => {
     svg.append(element("text", {x: left - 6, y: (line + 0.5) * size + 4, "text-anchor": "end"}, cut(rows[i])));
     byColumn.forEach((j, place) => {
-      const v = values[i][j], chance = stats && stats.corrected[i][j] > 0.05;
+      const v = values[i][j], chance = stats && stats.corrected[i][j] > 0.05 + 1e-9;
       const cell = element("rect", {class: "cell", x: left + place * size, y: line * size, width: size - 1, height: size - 1,
         fill: colour(v), opacity: fade && chance ? 0.15 : 1, tabindex: 0, "aria-label": told(i, j)});
       const show = (x, y) => { tip.textContent = told(i, j); tip.hidden = false; const box = tip.getBoundingClientRect();
