@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -176,8 +177,6 @@ def test_names_with_html_shell_and_terminal_characters(tmp_path, capsys):
 @pytest.fixture(autouse=True)
 def width_as_it_was():
     """--x64 is for the process, which here is that of the other tests too."""
-    import jax
-
     before = jax.config.jax_enable_x64
     yield
     jax.config.update("jax_enable_x64", before)
@@ -349,6 +348,7 @@ def test_byte_order_and_width(models, capsys):
         assert run("compare", *pair, "--permutations", 0, "--x64", "--json") == 0
         found.append(json.loads(capsys.readouterr().out)["value"])
     assert found[0] == found[1]
+    jax.config.update("jax_enable_x64", False)
     np.save(models / "wide.npy", x * 1e200)
     assert run("compare", models / "wide.npy", models / "wide.npy") == 2
     assert "beyond float32: --x64 computes in float64" in capsys.readouterr().err
