@@ -23,6 +23,12 @@ def pyplot() -> Any:
     return plt
 
 
+def text(name: Any) -> str:
+    """A name as it is: a dollar would begin mathematics, and a legend leaves out what begins with a line."""
+    plain = str(name).replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
+
+
 def axes(ax: Any, size: tuple[float, float]) -> Any:
     """The axes given, or new ones of a size in inches."""
     return pyplot().subplots(figsize=size, layout="constrained")[1] if ax is None else ax
@@ -44,6 +50,7 @@ def heat_map(
     where there is no room.
     """
     # Inches: cells wide enough for their numbers, and room for the longest names.
+    rows, columns = list(map(text, rows)), list(map(text, columns))
     cell = max(0.42, 2.0 / max(values.shape))
     beside, below = (0.085 * max(map(len, names)) for names in (rows, columns))
     size = (len(columns) * cell + beside + 1.6, max(len(rows) * cell, 1.8) + below + 0.8)
@@ -57,9 +64,9 @@ def heat_map(
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (i, j), value in np.ndenumerate(values):
         chance = significant is not None and not significant[i, j]
-        text = f"{value:.2f}" if values.size <= _WRITTEN else "\N{MIDDLE DOT}" if chance else ""
-        if text:
+        told = f"{value:.2f}" if values.size <= _WRITTEN else "\N{MIDDLE DOT}" if chance else ""
+        if told:
             bright = (value > middle) == brighter_is_more
-            text = f"({text})" if chance and values.size <= _WRITTEN else text
-            ax.text(j, i, text, ha="center", va="center", size=7, color="black" if bright else "white")
+            told = f"({told})" if chance and values.size <= _WRITTEN else told
+            ax.text(j, i, told, ha="center", va="center", size=7, color="black" if bright else "white")
     return ax

@@ -73,15 +73,13 @@ def rgb(
     reference = rows if like is None else _rows("like", like, components)
     if reference.shape[1] != rows.shape[1]:
         raise ValueError(f"like has {reference.shape[1]} columns, embedding has {rows.shape[1]}.")
+    if method == "tsne" and like is not None:
+        raise ValueError('like= needs a map for new rows, which "tsne" does not have: take "rotate" or "umap".')
+    present, counted = jnp.any(rows != 0, 1), jnp.any(reference != 0, 1)
+    rows, reference = _unit(rows), _unit(reference)
     if method != "rotate":
-        if method == "tsne" and like is not None:
-            raise ValueError('like= needs a map for new rows, which "tsne" does not have: take "rotate" or "umap".')
-        rows, reference = _laid_out(method, _unit(rows), _unit(reference), like is not None, seed)
-        present = jnp.ones(len(rows), bool)
-    else:
-        present = jnp.any(rows != 0, 1)
-        rows, reference = _unit(rows), _unit(reference)
-    return _painted(rows, reference, present, float(quantile))
+        rows, reference = _laid_out(method, rows, reference, present, counted, like is not None, seed)
+    return _painted(rows, reference, present, counted, float(quantile))
 
 
 def _rows(name: str, value: Any, components: int) -> Array:
@@ -93,14 +91,20 @@ def _rows(name: str, value: Any, components: int) -> Array:
 
 
 def _unit(rows: Array) -> Array:
+    top = jnp.max(jnp.abs(rows), 1, keepdims=True)  # so that squares neither overflow nor vanish
+    rows = rows / jnp.where(top > 0, top, 1)
     lengths = jnp.sum(rows * rows, 1, keepdims=True)
     return rows * jnp.where(lengths > 0, jax.lax.rsqrt(jnp.where(lengths > 0, lengths, 1)), 0)
 
 
-@partial(jax.jit, static_argnums=3)
-def _painted(rows: Array, reference: Array, present: Array, quantile: float) -> Array:
-    centre = jnp.mean(reference, 0, keepdims=True)
-    _, spread, axes = jnp.linalg.svd(reference - centre, full_matrices=False)
+@partial(jax.jit, static_argnums=4)
+def _painted(rows: Array, reference: Array, present: Array, counted: Array, quantile: float) -> Array:
+    real = counted[:, None]
+    centre = jnp.sum(jnp.where(real, reference, 0), 0, keepdims=True) / jnp.maximum(
+        jnp.sum(counted.astype(rows.dtype)), 1
+    )
+    centred = jnp.where(real, reference - centre, 0)
+    _, spread, axes = jnp.linalg.svd(centred, full_matrices=False)
     axes, spread = axes[:3], spread[:3]
     largest = jnp.take_along_axis(axes, jnp.argmax(jnp.abs(axes), 1)[:, None], 1)
     axes = axes * jnp.where(largest < 0, -1, 1).astype(axes.dtype)
@@ -110,28 +114,38 @@ def _painted(rows: Array, reference: Array, present: Array, quantile: float) -> 
     def place(some: Array) -> Array:
         return jnp.matmul(some - centre, turn, precision=jax.lax.Precision.HIGHEST)
 
-    low, high = jnp.quantile(place(reference), jnp.asarray([quantile, 1 - quantile], rows.dtype), axis=0)[:, None]
+    ends = jnp.asarray([quantile, 1 - quantile], rows.dtype)
+    low, high = jnp.nanquantile(jnp.where(real, place(reference), jnp.nan), ends, axis=0)[:, None]
     width = jnp.where(high > low, high - low, 1)
     return jnp.where(present[:, None], jnp.clip((place(rows) - low) / width, 0, 1), 0)
 
 
-def _laid_out(method: str, rows: Array, reference: Array, apart: bool, seed: int) -> tuple[Array, Array]:
-    """Rows in three dimensions by the usual libraries."""
-    known = np.asarray(reference)
+def _laid_out(
+    method: str, rows: Array, reference: Array, present: Array, counted: Array, apart: bool, seed: int
+) -> tuple[Array, Array]:
+    """Rows in three dimensions by the usual libraries, those of zeros left out."""
+    which = np.asarray(counted)
+    known = np.asarray(reference)[which]
+    if len(known) < 4:
+        raise ValueError(f'method="{method}" needs at least 4 rows that are not all zeros; there are {len(known)}.')
     try:
         if method == "umap":
             import umap
 
             neighbours = min(15, len(known) - 1)
             layout = umap.UMAP(n_components=3, n_neighbors=neighbours, random_state=seed, n_jobs=1).fit(known)
-            places = layout.embedding_
-            others = layout.transform(np.asarray(rows)) if apart else places
+            found = np.asarray(layout.embedding_)
+            others = layout.transform(np.asarray(rows)[np.asarray(present)]) if apart else found
         else:
             from sklearn.manifold import TSNE
 
             perplexity = min(30.0, (len(known) - 1) / 3)
-            places = TSNE(3, perplexity=perplexity, init="pca", random_state=seed).fit_transform(known)
-            others = places
+            found = TSNE(3, perplexity=perplexity, init="pca", random_state=seed).fit_transform(known)
+            others = found
     except ImportError as error:
         raise ImportError(f'method="{method}" needs an extra: python -m pip install "jaxalign[{method}]"') from error
-    return jnp.asarray(others, rows.dtype), jnp.asarray(places, rows.dtype)
+
+    def everywhere(some: np.ndarray, where: Array) -> Array:
+        return jnp.zeros((len(where), 3), rows.dtype).at[np.flatnonzero(np.asarray(where))].set(some)
+
+    return everywhere(others, present), everywhere(found, counted)

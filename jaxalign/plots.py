@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from jaxalign import _checks, _draw
 from jaxalign._typing import AnyArray
@@ -311,16 +311,27 @@ def layers(
     lengths = {values.shape for values in lines.values()}
     if len(lengths) != 1 or len(next(iter(lengths))) != 1:
         raise ValueError(f"every line must have one value a layer; got shapes {sorted(lengths)}.")
-    ax = _draw.axes(ax, (5.2, 2.8 + 0.075 * max(map(len, names or ("",)))))
+    count = next(iter(lengths))[0]
+    told = [str(k + 1) for k in range(count)] if names is None else list(map(_draw.text, names))
+    if len(told) != count:
+        raise ValueError(f"names are {len(told)}, the layers {count}.")
+    ax = _draw.axes(ax, (5.2, 2.8 + (0 if names is None else 0.075 * max(map(len, told)))))
     plt = _draw.pyplot()
     many = len(lines) > len(_draw.CYCLE)
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(lines))) if many else _draw.CYCLE
     for colour, marker, (name, values) in zip(colours, "osD^vP" * len(lines), lines.items(), strict=False):
-        ax.plot(range(len(values)), values, color=colour, marker="" if many else marker, ms=4, lw=1.6, label=name)
+        ax.plot(
+            range(len(values)),
+            values,
+            color=colour,
+            marker="" if many else marker,
+            ms=4,
+            lw=1.6,
+            label=_draw.text(name),
+        )
         if intervals and name in intervals:
             ax.fill_between(range(len(values)), *map(np.asarray, intervals[name]), color=colour, alpha=0.2, lw=0)
-    count = next(iter(lengths))[0]
-    ax.set_xticks(range(count), names if names is not None else range(1, count + 1), rotation=90 if names else 0)
+    ax.set_xticks(range(count), told, rotation=0 if names is None else 90)
     ax.set_ylabel(label or "")
     ax.set_xlabel("layer" if names is None else "")
     ax.legend(frameon=False, fontsize=7, ncols=1 + len(lines) // 9, loc="best" if not many else "center left",
@@ -455,6 +466,11 @@ def models(
     m = len(distances)
     if distances.shape != (m, m):
         raise ValueError(f"distances must be square; got shape {distances.shape}.")
+    if m < 2:
+        raise ValueError("models() needs at least two models.")
+    for what, given in (("names", names), ("groups", groups)):
+        if given is not None and len(given) != m:
+            raise ValueError(f"{what} are {len(given)}, the models {m}.")
     _checks.finite_rows("compared", distances.astype(np.float32), way_out="Leave such models out.")
     distances = (distances + distances.T) / 2
     np.fill_diagonal(distances, 0)
@@ -467,11 +483,13 @@ def models(
     for colour, group in zip(_draw.CYCLE * m, dict.fromkeys(of), strict=False):
         here = np.array([one == group for one in of])
         ax.plot(*places[here].T, "-" if groups is not None else "", color=colour, lw=0.8, alpha=0.5)
-        ax.plot(*places[here].T, "o", color=colour, ms=7, mec="white", label=group)
+        ax.plot(*places[here].T, "o", color=colour, ms=7, mec="white", label=_draw.text(group))
     for place, below, name in zip(places, _crowded(places), names if names is not None else range(m), strict=True):
         left = place[0] > np.median(places[:, 0])  # names go outwards from the middle, and below one another
         at = (-6 if left else 6, -3 - 8 * below)
-        ax.annotate(str(name), place, xytext=at, textcoords="offset points", fontsize=7, ha="right" if left else "left")
+        ax.annotate(
+            _draw.text(name), place, xytext=at, textcoords="offset points", fontsize=7, ha="right" if left else "left"
+        )
     if groups is not None:
         ax.legend(frameon=False, fontsize=8)
     ax.set_aspect("equal", "datalim")
@@ -497,7 +515,7 @@ def segments(
     labels: Int[AnyArray, "h w"],
     picture: AnyArray | None = None,
     *,
-    keep: Bool[AnyArray, "h w"] | None = None,
+    keep: AnyArray | None = None,
     ax: Any = None,
 ) -> Any:
     """Segments of a picture, as `kway` finds them, over the picture.
@@ -505,7 +523,7 @@ def segments(
     Args:
         labels: shape (h, w); negative: none.
         picture: the image, (H, W, 3).
-        keep: shape (h, w): only these are drawn.
+        keep: shape (h, w), true or nonzero: only these are drawn.
         ax: axes to draw into.
 
     Returns:
@@ -521,15 +539,19 @@ def segments(
     of = np.asarray(labels)
     if of.ndim != 2:
         raise ValueError(f"labels must have shape (h, w); got {of.shape}.")
-    drawn = np.ma.masked_where((of < 0) | (False if keep is None else ~np.asarray(keep)), of)
+    kept = np.ones(of.shape, bool) if keep is None else np.asarray(keep).astype(bool)
+    if kept.shape != of.shape:
+        raise ValueError(f"keep has shape {kept.shape}, labels {of.shape}.")
+    drawn = np.ma.masked_where((of < 0) | ~kept, of)
     ax = _draw.axes(ax, (3.2, 3.2))
     extent = None
     if picture is not None:
         image = np.asarray(picture)
         ax.imshow(image)
         extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
-    cmap = "tab20" if of.max() >= 10 else "tab10"
-    ax.imshow(drawn, cmap=cmap, vmin=0, vmax=19 if cmap == "tab20" else 9, alpha=1 if picture is None else 0.55,
+    number = int(of.max()) + 1
+    cmap, last = ("tab10", 9) if number <= 10 else ("tab20", 19) if number <= 20 else ("gist_ncar", number - 1)
+    ax.imshow(drawn, cmap=cmap, vmin=0, vmax=last, alpha=1 if picture is None else 0.55,
               extent=extent, interpolation="nearest")  # fmt: skip
     ax.set_axis_off()
     return ax

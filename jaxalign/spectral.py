@@ -59,7 +59,8 @@ class NormalizedCut:
 
     Attributes:
         eigenvectors: shape (n, k), orthonormal columns; the first is D^1/2 1 up to its length where A is connected. Of
-            each the entry of largest size is positive. Rows of masked and of isolated samples are 0.
+            each the entry of largest size is positive. Rows of masked and of isolated samples are 0, and so are
+            columns beyond the number of the others.
         eigenvalues: shape (k,), largest first, at most 1.
         degrees: row sums of A, shape (n,).
         residual: |D^-1/2 A D^-1/2 v - lambda v| of each pair, shape (k,): how exact it is. nan for "nystroem".
@@ -90,7 +91,9 @@ class NormalizedCut:
             x_new: features in the space of those that were cut, shape (q, d).
 
         Returns:
-            Shape (q, k). 0 for a sample too far from all others to have any affinity.
+            Shape (q, k). 0 for a sample too far from all others to have any affinity. Rounding is divided by the
+            eigenvalue: columns whose eigenvalue is below 1000 eps (1e-4 in float32) would hold little else, so they
+            are nan.
 
         Raises:
             ValueError: a cut of a given affinity, which has no features; another number of features.
@@ -184,7 +187,10 @@ def normalized_cut(
     if isinstance(x, AffinityOperator):
         n = x.shape[-1]
         if x.shape != (n, n) or x.y is not None or x.left is not None or x.right is not None:
-            raise ValueError(f"the operator must be an affinity of n samples with themselves; got shape {x.shape}.")
+            raise ValueError(
+                f"the operator must be an affinity of n samples with themselves, made without y and not scaled; this "
+                f"one of shape {x.shape} is not."
+            )
         is_features = False
     else:
         x = _checks.features("x", x, min_rows=2)
@@ -241,8 +247,9 @@ def kway(
         steps: rotations at most; it ends once labels no longer change.
 
     Returns:
-        Labels 0 .. segments - 1, shape (n,), in the order in which segments first appear. -1 for rows of zeros (masked
-        or isolated samples).
+        Labels 0 .. segments - 1, shape (n,), in the order in which segments first appear. -1 for masked and isolated
+        samples, of eigenvectors alone for rows of zeros. Where the eigenvalues number `segments` and the next are equal
+        (a graph of more separate parts than that), which parts share a segment is arbitrary.
 
     Raises:
         ValueError: segments out of range.
@@ -259,7 +266,8 @@ def kway(
     number = vectors.shape[1] if segments is None else _checks.whole("segments", segments)
     if number > vectors.shape[1]:
         raise ValueError(f"segments = {number}, but there are only {vectors.shape[1]} eigenvectors.")
-    return _kway(vectors[:, :number], _checks.whole("steps", steps))
+    present = cut.degrees > 0 if isinstance(cut, NormalizedCut) else jnp.any(vectors[:, :number] != 0, 1)
+    return _kway(vectors[:, :number], present, _checks.whole("steps", steps))
 
 
 # --- what is cut -----------------------------------------------------------------------------------------------------
@@ -348,8 +356,8 @@ def _cut(source: Source, key: Array, k: int, method: str, rtol: float | None) ->
 
 def _with_features(cut: NormalizedCut, x: Array, mask: Array | None, sigma: Array) -> NormalizedCut:
     """A cut that knows where new samples lie: v(x) = d(x)^-1/2 sum_j A(x, x_j) d_j^-1/2 v_j / lambda."""
-    positive = jnp.abs(cut.eigenvalues) > 10 * jnp.finfo(x.dtype).eps
-    inverse = jnp.where(positive, 1 / jnp.where(positive, cut.eigenvalues, 1), 0)
+    known = jnp.abs(cut.eigenvalues) > 1000 * float(jnp.finfo(x.dtype).eps)
+    inverse = jnp.where(known, 1 / jnp.where(known, cut.eigenvalues, 1), jnp.nan)
     projection = cut.eigenvectors * _inverse_root(cut.degrees)[:, None] * inverse[None]
     ones = jnp.ones((x.shape[0], 1), x.dtype)
     return replace(cut, basis=x, basis_mask=mask, sigma=sigma, projection=projection, weights=ones)
@@ -454,14 +462,18 @@ def _from_landmarks(
     real = _checks.row_mask("mask", mask, (n,))
     if bandwidth != "global":
         raise ValueError('method="nystroem" has one sigma: bandwidth="global".')
+    if real is not None and not _checks.is_concrete(real):
+        raise ValueError('method="nystroem" draws landmarks among the real samples, so mask= must not be traced.')
+    rows = np.arange(n) if real is None else np.flatnonzero(np.asarray(real))
     if landmarks is None or isinstance(landmarks, (int, np.integer)):
-        number = min(512, n) if landmarks is None else _checks.whole("landmarks", landmarks)
-        if number > n:
-            raise ValueError(f"landmarks = {number}, but there are only n = {n} samples.")
-        weight = None if real is None else real / jnp.sum(real)
-        chosen = jax.random.choice(key, n, (number,), replace=False, p=weight)
+        number = min(512, len(rows)) if landmarks is None else _checks.whole("landmarks", landmarks)
+        if number > len(rows):
+            raise ValueError(f"landmarks = {number}, but there are only {len(rows)} real samples.")
+        chosen = jax.random.choice(key, jnp.asarray(rows), (number,), replace=False)
     else:
         chosen = _checks.row_numbers("landmarks", landmarks, n)
+        if not np.isin(chosen, rows).all():
+            raise ValueError(f"landmarks: sample {chosen[~np.isin(chosen, rows)][0]} is masked.")
     if k > chosen.shape[0]:
         raise ValueError(f"num_components = {k}, but there are only {chosen.shape[0]} landmarks.")
     few = jnp.take(x, chosen, 0)
@@ -502,11 +514,10 @@ def _cut_by_landmarks(a: AffinityOperator, inner: Array, k: int) -> tuple[Array,
 # --- segments --------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnums=1)
-def _kway(vectors: Array, steps: int) -> Array:
+@partial(jax.jit, static_argnums=2)
+def _kway(vectors: Array, present: Array, steps: int) -> Array:
     n, k = vectors.shape
     lengths = jnp.linalg.norm(vectors, axis=1, keepdims=True)
-    present = lengths[:, 0] > 0
     rows = vectors / jnp.where(lengths > 0, lengths, 1)
 
     # Rows as orthogonal to each other as there are, the first the one with the largest length.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 
 import numpy as np
@@ -284,3 +285,56 @@ def test_options_are_checked(network, options, unchecked_types):
     name = next(iter(options))
     with pytest.raises(ValueError, match=name):
         capture_features(network, some(4, 5, 6), layers="blocks.0", **options)
+
+
+def test_compiled_shared_and_scripted_models():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+            self.alias = self.linear
+
+        def forward(self, x):
+            return torch.relu(self.alias(x))
+
+    model, x = seeded(Shared), some(5, 3)
+    expected = capture_features(model, x, layers=["linear", ""])
+    np.testing.assert_array_equal(capture_features(model, x, layers="alias")["alias"], expected["linear"])
+    compiled = torch.compile(model, backend="eager")
+    np.testing.assert_allclose(capture_features(compiled, x, layers="")[""], expected[""], rtol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.trace(model, x)
+    with pytest.raises(TypeError, match=r"TorchScript .* give the torch\.nn\.Module"):
+        capture_features(scripted, x, layers="")
+
+
+def test_models_that_change_with_their_mode_are_not_changed():
+    class Merging(nn.Linear):  # as adapters that are merged for evaluation
+        def train(self, mode=True):
+            super().train(mode)
+            self.weight.data += 1
+            return self
+
+    model = nn.Sequential(Merging(3, 4))
+    before = model[0].weight.data.clone()
+    capture_features(model, some(5, 3), layers="0")
+    assert torch.equal(model[0].weight, before)
+    assert model[0].training
+
+
+def test_what_a_batch_is_made_of_is_told(network):
+    x = some(6, 5, 6)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.arange(6)), batch_size=3)
+    with pytest.raises(TypeError, match=r"forward=lambda model, batch: model\(batch\[0\]\)"):
+        capture_features(nn.Linear(6, 2), loader, layers="")
+    inputs = {"tokens": x, "attention_mask": torch.zeros(6, 5)}
+    with pytest.raises(ValueError, match="attention_mask must be 1 or True"):
+        capture_features(network, inputs, layers="blocks.0", tokens="mean")
+
+
+def test_double_stays_double_on_another_grid():
+    maps = some(4, 3, 8, 8).double()
+    assert capture_features(nn.Identity(), maps, layers="", grid=(4, 4))[""].dtype == np.float64
+    with pytest.raises(TypeError, match="is float64, but jax is set to 32 bits"):
+        capture_features(nn.Identity(), maps, layers="", to="jax")

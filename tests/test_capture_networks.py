@@ -215,9 +215,54 @@ def test_equinox():
     convolution = equinox.nn.Sequential(
         [equinox.nn.Conv2d(3, 4, 3, padding=1, key=keys[1]), equinox.nn.Lambda(jax.nn.relu), equinox.nn.Dropout(0.5)]
     )
-    maps = capture_features(convolution, IMAGES, layers="**", channel_axis="first", tokens="mean")
+    maps = capture_features(convolution, IMAGES, layers="**", tokens="mean")  # channels first, as there
+    assert maps["layers.0"].shape == (5, 4)
     np.testing.assert_array_equal(maps["layers.1"], maps["layers.2"])  # no dropout in evaluation mode
     assert (maps["layers.1"] > maps["layers.0"]).all()
+
+
+def test_layers_inside_a_transformation_are_refused_in_words():
+    equinox = pytest.importorskip("equinox")
+
+    class Tokens(equinox.Module):
+        linear: equinox.nn.Linear
+
+        def __call__(self, x, scale=1.0):
+            return jax.vmap(self.linear)(x) * scale
+
+    model = Tokens(equinox.nn.Linear(8, 4, key=jax.random.key(0)))
+    x = np.ones((3, 5, 8), np.float32)
+    with pytest.raises(ValueError, match="'linear' is called inside a transformation"):
+        capture_features(model, x, layers="linear")
+    whole = capture_features(model, x, layers="")[""]
+    assert whole.shape == (3, 5, 4)
+    twice = capture_features(model, {"x": x, "scale": np.float32(2)}, layers="")[""]  # of all samples
+    np.testing.assert_allclose(twice, 2 * whole, rtol=1e-6)
+
+
+def test_classes_that_inherit_their_call_are_heard_once():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Inherits(nnx.Linear):
+        pass
+
+    class Calls(nnx.Linear):
+        def __call__(self, x):
+            return super().__call__(x) + 1
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b, self.c = (kind(8, 8, rngs=rngs) for kind in (nnx.Linear, Inherits, Calls))
+
+        def __call__(self, x, train):
+            assert not train  # a flag of Python, not traced
+            return self.c(self.b(self.a(x)))
+
+    model = Network(nnx.Rngs(0))
+    torch = pytest.importorskip("torch") if "torch" in sys.modules else None
+    rows = ROWS if torch is None else torch.from_numpy(ROWS)
+    found = capture_features(model, {"x": rows, "train": False}, layers=["a", "b", "c"])
+    np.testing.assert_allclose(found["c"], model.c(found["b"]), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_of_two_networks_go_into_a_grid():

@@ -236,3 +236,33 @@ def test_ncut_pytorch_finds_the_same_vectors():
     np.testing.assert_allclose(values.numpy(), cut.eigenvalues, atol=2e-3)
     unit = vectors.numpy() / np.linalg.norm(vectors.numpy(), axis=0)
     assert np.abs(np.sum(unit[:, :3] * np.asarray(cut.eigenvectors)[:, :3], 0)).min() > 0.99
+
+
+def test_masked_rows_are_no_landmarks():
+    x = features(n=120, d=3).astype(np.float32)
+    mask = np.arange(120) < 100
+    other = np.where(mask[:, None], x, np.float32(50))
+    found = [normalized_cut(one, 3, method="nystroem", mask=mask, sigma=2.0).eigenvalues for one in (x, other)]
+    np.testing.assert_array_equal(found[0], found[1])
+    with pytest.raises(ValueError, match="sample 110 is masked"):
+        normalized_cut(x, 2, method="nystroem", mask=mask, landmarks=np.array([1, 2, 110]))
+    with pytest.raises(ValueError, match="only 100 real samples"):
+        normalized_cut(x, 2, method="nystroem", mask=mask, landmarks=110)
+
+
+def test_columns_of_rounding_are_not_given_to_new_samples():
+    x = np.random.default_rng(0).normal(size=(100, 2)).astype(np.float32)
+    cut = normalized_cut(x, 40, density=0.5)
+    error = np.abs(np.asarray(cut.transform(x)) - np.asarray(cut.eigenvectors))
+    assert np.nanmax(error) < 2e-3
+    assert np.isnan(error[:, -1]).all()
+    assert not np.isnan(error[:, :15]).any()
+
+
+def test_separate_groups_are_never_isolated_samples():
+    groups = np.repeat(np.arange(5), 20)
+    rng = np.random.default_rng(0)
+    x = (100 * rng.normal(size=(5, 4))[groups] + rng.normal(size=(100, 4))).astype(np.float32)
+    labels = np.asarray(kway(normalized_cut(x, 5, density=0.15), 3))
+    assert labels.min() == 0
+    assert all(len(np.unique(labels[groups == k])) == 1 for k in range(5))

@@ -153,6 +153,10 @@ def test_classical_scaling_shows_a_plane_as_it_is():
         (lambda: plots.layers({"a": np.ones(3), "b": np.ones(4)}), "one value a layer"),
         (lambda: plots.models(np.ones((3, 2))), "must be square"),
         (lambda: plots.models(np.full((3, 3), np.nan)), "nan or inf"),
+        (lambda: plots.models(np.zeros((1, 1))), "at least two models"),
+        (lambda: plots.models(np.ones((3, 3)), names=["a"]), "names are 1, the models 3"),
+        (lambda: plots.layers({"a": np.ones(3)}, names=np.array(["p"])), "names are 1, the layers 3"),
+        (lambda: plots.segments(np.ones((3, 3), int), keep=np.ones((2, 3), bool)), "keep has shape"),
         (lambda: plots.segments(np.ones(3, int)), r"shape \(h, w\)"),
         (lambda: plots.dissimilarities(np.eye(5, dtype=np.float32), np.eye(4, dtype=np.float32)), "same samples"),
     ],
@@ -160,6 +164,21 @@ def test_classical_scaling_shows_a_plane_as_it_is():
 def test_bad_input(draw, message, unchecked_types):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    ax = plots.layers({"_orig_mod.0": np.ones(3), "$\\frac{$": np.zeros(3)}, names=["$a", "_b", "c"])
+    assert [text.get_text().strip() for text in ax.get_legend().get_texts()] == ["_orig_mod.0", "\\$\\frac{\\$"]
+    ax.figure.savefig(tmp_path / "names.png")
+    matplotlib.pyplot.close(ax.figure)
+
+
+def test_every_segment_has_a_colour_and_keep_may_be_of_numbers():
+    picture = plots.segments(np.arange(25).reshape(5, 5)).images[-1]
+    assert len(np.unique(picture.to_rgba(picture.get_array()).reshape(-1, 4), axis=0)) == 25
+    kept = plots.segments(np.zeros((3, 3), int), keep=np.array([[1, 0, 0]] * 3)).images[-1].get_array()
+    np.testing.assert_array_equal(kept.mask, [[False, True, True]] * 3)
+    matplotlib.pyplot.close("all")
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -93,10 +94,22 @@ def _told(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _call(model: Callable[..., Any], batch: Any) -> Any:
+def _forward(forward: Callable[[Any, Any], Any] | None, model: Callable[..., Any], batch: Any) -> Any:
+    if forward is not None:
+        return forward(model, batch)
     if isinstance(batch, Mapping):
         return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+    if not isinstance(batch, tuple):
+        return model(batch)
+    try:
+        return model(*batch)
+    except TypeError as error:
+        if "positional argument" not in str(error):
+            raise
+        raise TypeError(
+            f"the model gets all {len(batch)} parts of a batch ({error}). Where the second is a label, write "
+            "forward=lambda model, batch: model(batch[0])."
+        ) from error
 
 
 class _Heard:
@@ -132,9 +145,15 @@ class _Heard:
 
 
 def _of_torch(torch: Any, model: Any, output: Any, forward: Callable[[Any, Any], Any] | None) -> Network:
-    # Those that can be called: not the lists and dicts of modules.
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a TorchScript model cannot be listened to: give the torch.nn.Module that it was made from.")
+    # Those that can be called: not the lists and dicts of modules. Of a compiled one `forward` is the instance's own.
     unimplemented = torch.nn.Module.forward
-    modules = {name: module for name, module in model.named_modules() if type(module).forward is not unimplemented}
+    modules = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if "forward" in vars(module) or type(module).forward is not unimplemented
+    }
 
     def is_tensor(value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -169,11 +188,13 @@ def _of_torch(torch: Any, model: Any, output: Any, forward: Callable[[Any, Any],
             here = _Heard(layers, lambda layer, value: on_host(_chosen(layer, value, output, is_tensor)).copy())
             heard[:] = [here]
             with torch.no_grad():
-                (forward or _call)(model, send(batch))
+                _forward(forward, model, send(batch))
             return here.once()
 
         try:
-            model.eval()
+            # Not model.eval(), which some models take as a sign to change their weights.
+            for module, _ in training:
+                module.training = False
             for layer in layers:
                 listen(layer)
             yield run
@@ -193,7 +214,9 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)
 
 
-def _of_jax(names: Sequence[str], weights: Any, listen: Callable[..., None], output: Any) -> Network:
+def _of_jax(
+    names: Sequence[str], weights: Any, listen: Callable[..., None], output: Any, channel_axis: str = "last"
+) -> Network:
     """A network of a framework of jax, whose forward pass is compiled with what is heard in it as its result.
 
     `listen(weights, layers, heard, batch)` runs the network; weights are arguments, as constants take long to compile.
@@ -201,42 +224,66 @@ def _of_jax(names: Sequence[str], weights: Any, listen: Callable[..., None], out
 
     @contextmanager
     def listening(layers: tuple[str, ...]) -> Iterator[Run]:
-        @jax.jit
-        def compiled(weights: Any, batch: Any) -> dict[str, jax.Array]:
+        @partial(jax.jit, static_argnums=(2, 3))
+        def compiled(weights: Any, arrays: list[Any], structure: Any, rest: tuple[Any, ...]) -> dict[str, jax.Array]:
             heard = _Heard(layers, lambda layer, value: _chosen(layer, value, output, _is_array))
+            given = iter(arrays)
+            batch = jax.tree.unflatten(structure, [next(given) if one is None else one[0] for one in rest])
             listen(weights, layers, heard, batch)
             return heard.once()
 
-        yield lambda batch: {layer: on_host(value) for layer, value in compiled(weights, batch).items()}
+        def run(batch: Any) -> dict[str, np.ndarray]:
+            leaves, structure = jax.tree.flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+            leaves = [on_host(leaf) if hasattr(leaf, "detach") else leaf for leaf in leaves]
+            arrays = [leaf for leaf in leaves if hasattr(leaf, "shape")]
+            rest = tuple(None if hasattr(leaf, "shape") else (leaf,) for leaf in leaves)  # flags and the like
+            try:
+                found = compiled(weights, arrays, structure, rest)
+            except jax.errors.UnexpectedTracerError:
+                raise ValueError(
+                    f"one of the layers {', '.join(map(repr, layers))} is called inside a transformation (vmap, remat, "
+                    "scan, jit), where its output cannot be taken out: name the layers around it."
+                ) from None
+            return {layer: on_host(value) for layer, value in found.items()}
 
-    return Network(names, "last", listening)
+        yield run
+
+    return Network(names, channel_axis, listening)
 
 
 @contextmanager
 def _heard_by_class(modules: Mapping[str, Any], heard: _Heard) -> Iterator[None]:
     """While inside, calls of these very objects are heard: `__call__` belongs to a class, so the class is wrapped."""
-    layers = {}
+    layers: dict[int, list[str]] = {}
     for layer, module in modules.items():
         layers.setdefault(id(module), []).append(layer)
-    wrapped = {}
+    kinds = {type(module) for module in modules.values()}
+    # All before any is wrapped: one may be a parent of another.
+    calls = {kind: call for kind in kinds if callable(call := getattr(kind, "__call__", None))}  # noqa: B004
+    own = {kind: kind.__dict__.get("__call__") for kind in calls}
+    running: set[int] = set()
 
-    def wrap(kind: type, call: Callable[..., Any]) -> None:
+    def wrapped(call: Callable[..., Any]) -> Callable[..., Any]:
         def hearing(self: Any, *args: Any, **kwargs: Any) -> Any:
-            value = call(self, *args, **kwargs)
+            if id(self) in running:  # its parent's, which it calls itself
+                return call(self, *args, **kwargs)
+            running.add(id(self))
+            try:
+                value = call(self, *args, **kwargs)
+            finally:
+                running.discard(id(self))
             for layer in layers.get(id(self), ()):
                 heard.hear(layer, value)
             return value
 
-        wrapped[kind] = kind.__dict__.get("__call__")
-        kind.__call__ = hearing
+        return hearing
 
     try:
-        for kind in {type(module) for module in modules.values()}:
-            if callable(call := getattr(kind, "__call__", None)):  # noqa: B004
-                wrap(kind, call)
+        for kind, call in calls.items():
+            kind.__call__ = wrapped(call)
         yield
     finally:
-        for kind, call in wrapped.items():
+        for kind, call in own.items():
             if call is None:
                 del kind.__call__  # type: ignore[attr-defined]  # it was a parent's
             else:
@@ -257,7 +304,7 @@ def _of_nnx(nnx: Any, model: Any, output: Any, forward: Callable[[Any, Any], Any
         own.eval()
         modules = modules_of(own)
         with _heard_by_class({layer: modules[layer] for layer in layers}, heard):
-            (forward or _call)(own, batch)
+            _forward(forward, own, batch)
 
     return _of_jax(names, state, listen, output)
 
@@ -269,16 +316,23 @@ def _of_equinox(equinox: Any, model: Any, output: Any, forward: Callable[[Any, A
         own = equinox.combine(arrays, rest)
         modules = dict(_equinox_modules(equinox, own, ""))
 
-        def of_one(sample: Any) -> dict[str, Any]:
+        leaves, structure = jax.tree.flatten(batch)
+        mapped = [jnp.ndim(leaf) > 0 for leaf in leaves]  # the others are of all samples
+
+        def of_one(sample: list[Any]) -> dict[str, Any]:
             here = _Heard(layers, heard.choose)
+            given = iter(sample)
+            whole = [next(given) if one else leaf for one, leaf in zip(mapped, leaves, strict=True)]
             with _heard_by_class({layer: modules[layer] for layer in layers}, here):
-                (forward or _call)(own, sample)
+                _forward(forward, own, jax.tree.unflatten(structure, whole))
             return here.once()
 
-        for layer, value in jax.vmap(of_one)(batch).items():
+        some = [leaf for one, leaf in zip(mapped, leaves, strict=True) if one]
+        for layer, value in jax.vmap(of_one)(some).items():
             heard.hear(layer, value)
 
-    return _of_jax([name for name, _ in _equinox_modules(equinox, model, "")], arrays, listen, output)
+    names = [name for name, _ in _equinox_modules(equinox, model, "")]
+    return _of_jax(names, arrays, listen, output, "first")  # as its convolutions have them
 
 
 def _equinox_modules(equinox: Any, node: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -310,9 +364,9 @@ def _of_linen(linen: Any, model: Any, output: Any, forward: Callable[[Any, Any],
         # Mutable, so that running means may change: in a copy that is dropped.
         own = module.bind(variables, mutable=True)
         with linen.intercept_methods(listener):
-            (forward or _call)(own, batch)
+            _forward(forward, own, batch)
 
-    # Which layers there are shows in the parameters; those without any are found when the model is called.
+    # Which layers there are shows in the parameters: those without any have no name here.
     names = {""}
     for path, _ in jax.tree_util.tree_flatten_with_path(dict(variables))[0]:
         parts = [str(getattr(key, "key", key)) for key in path[1:-1]]

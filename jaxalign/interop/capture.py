@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxalign import _checks
 from jaxalign.interop import _networks
-from jaxalign.io import file_name
+from jaxalign.io import file_names
 from jaxalign.streaming import Progress, reporter
 
 _TOKENS = ("all", "mean", "max", "first", "last")
@@ -62,7 +62,7 @@ def capture_features(
         grid: (rows, columns) to which maps, and sequences of square many patches, are resampled (bilinear, smoothed
             where they shrink), so that patch k is the same place in every network. Positions run row by row.
         channel_axis: where outputs of four dimensions have their channels: "first" is (b, c, h, w), as convolutions
-            have it in torch, "last" is (b, h, w, c). Default: "first" for torch, "last" for jax.
+            have it in torch and Equinox, "last" is (b, h, w, c). Default: "first" for these, "last" for Flax.
         output: which part of a layer's output, where it is several: a position, a key, or a function of the output.
             Default: the first tensor of a tuple, and of a mapping its "last_hidden_state" or only tensor.
         forward: how to call the model, `forward(model, batch)`. Default: `model(batch)`, `model(*batch)` for a tuple,
@@ -79,9 +79,10 @@ def capture_features(
         `features.reshape(-1, d)`.
 
     Raises:
-        ValueError: a layer that does not exist (with those that do); one that the model does not call, or calls several
-            times; an output whose first axis is not the batch, of other shape from batch to batch, or of another than
-            2 to 4 dimensions; positions that are not square where a `grid` is wanted; samples of different number.
+        ValueError: a layer that does not exist (with those that do; of a Linen module those with parameters); one that
+            the model does not call, or calls several times, or inside a transformation of jax; an output whose first
+            axis is not the batch, of other shape from batch to batch, or of another than 2 to 4 dimensions; positions
+            that are not square where a `grid` is wanted; samples of different number.
         TypeError: a model of no known framework; an output that is no floating-point tensor.
         FileExistsError: `out` holds a file of that layer already.
 
@@ -111,13 +112,14 @@ def capture_features(
     report = reporter(progress, "features", total, unit="sample")
     done = 0
     with ExitStack() as stack:
-        kept = {name: stack.enter_context(_Kept(name, out)) for name in wanted}
+        places = file_names(wanted)
+        kept = {name: stack.enter_context(_Kept(name, out, places[name])) for name in wanted}
         run = stack.enter_context(network.listening(tuple(dict.fromkeys(wanted.values()))))
         for batch in batches:
             count = _count(batch)
             outputs = run(batch)
             real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            real = None if real is None else np.asarray(_networks.on_host(real), bool)
+            real = None if real is None or tokens == "all" else _real_tokens(_networks.on_host(real))
             for name, layer in wanted.items():
                 features = _checked(layer, outputs[layer], count)
                 kept[name].append(_positions(layer, features, tokens, prefix_tokens, grid, channels, real))
@@ -125,10 +127,13 @@ def capture_features(
             report(done)
         report(-1)
         if not done:
-            raise ValueError("inputs has no sample: an iterable can be gone through once only if it is a generator.")
+            raise ValueError("inputs has no sample. (A generator that was gone through before has none left.)")
         for one in kept.values():
             one.complete()
     found = {name: one.result() for name, one in kept.items()}
+    if to == "jax":
+        for name, features in found.items():
+            _checks.features(f"layer {name!r}", features[:1].reshape(1, -1))  # float64 is not narrowed without a word
     return {name: jnp.asarray(features) for name, features in found.items()} if to == "jax" else found
 
 
@@ -244,6 +249,15 @@ def _only_batches(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
+def _real_tokens(mask: np.ndarray) -> np.ndarray:
+    if mask.dtype.kind not in "biu":
+        raise ValueError(
+            f"attention_mask must be 1 or True where a token is real, to say which count; got {mask.dtype}. Keep all "
+            'tokens with tokens="all", or pool them yourself.'
+        )
+    return mask.astype(bool)
+
+
 # --- outputs ---------------------------------------------------------------------------------------------------------
 
 
@@ -311,19 +325,20 @@ def _resampled(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Maps (samples, h, w, d) on another grid, its cells row by row."""
     shape = (len(maps), *grid, maps.shape[-1])
     if maps.shape != shape:
-        maps = np.asarray(jax.image.resize(maps, shape, "bilinear", antialias=True))
+        with jax.enable_x64(maps.dtype == np.float64):
+            maps = np.asarray(jax.image.resize(maps, shape, "bilinear", antialias=True))
     return maps.reshape(len(maps), grid[0] * grid[1], -1)
 
 
 class _Kept:
     """Rows that come batch by batch: in memory, or in a .npy file that has its name only once it is complete."""
 
-    def __init__(self, name: str, folder: str | Path | None) -> None:
+    def __init__(self, name: str, folder: str | Path | None, place: str) -> None:
         self.name = name
         self.parts: list[np.ndarray] = []
         self.count = 0
         self.like: tuple[tuple[int, ...], Any] | None = None
-        self.path = None if folder is None else Path(folder) / f"{file_name(name)}.npy"
+        self.path = None if folder is None else Path(folder) / f"{place}.npy"
 
     def __enter__(self) -> _Kept:
         if self.path is not None:

@@ -534,7 +534,7 @@ def _printable(named: Any) -> Any:
 
 
 def _short(name: str, most: int = 40) -> str:
-    plain = io.printable(name).replace("$", r"\$")  # matplotlib would set it as mathematics
+    plain = io.printable(name)
     return plain if len(plain) <= most else plain[: most // 2 - 1] + "\N{HORIZONTAL ELLIPSIS}" + plain[-most // 2 :]
 
 
