@@ -110,8 +110,8 @@ def usable(x, mask):
 
 def reference_sigma(x, choice):
     """In float64; a ValueError where there is none."""
-    if not usable(x, choice.mask):
-        raise ValueError("nan")
+    if not usable(x, choice.mask) or (choice.mask is not None and choice.mask.sum() < 2):
+        raise ValueError("nan, or too few real samples")
     rows = np.where(np.isfinite(exactly(x)), exactly(x), 0)
     return reference.solve_sigma(rows, **choice._asdict())
 
