@@ -25,6 +25,7 @@ from jaxalign.report.coloring import (
     Colors,
     agreement,
     joint_colors,
+    joint_cut,
     own_colors,
     pairs_of_networks,
     variance_scaled_colors,
@@ -128,13 +129,10 @@ def layer_agreement(
     return names, values
 
 
-def segmented(data: Any, features: dict[str, np.ndarray], landmarks: np.ndarray, number: int = 8) -> Any:
+def segmented(data: Any, features: dict[str, np.ndarray], landmarks: np.ndarray) -> Any:
     """The joint cut as segments: one number of a segment for all networks and pictures."""
-    from jaxalign.report.demo import RECOMMENDED
-
-    alignment = jaxalign.align(features, landmarks=landmarks, standardize=True, **RECOMMENDED)
-    cut = jaxalign.normalized_cut(alignment, number, bandwidth="per_row")
-    labels = np.asarray(jaxalign.kway(cut)).reshape(len(features), len(data.picture_names), *data.grid)
+    labels = np.asarray(jaxalign.kway(joint_cut(features, landmarks)))
+    labels = labels.reshape(len(features), len(data.picture_names), *data.grid)
     figure, axes = plt.subplots(*labels.shape[:2], figsize=(5.4, 5.4), layout="constrained")
     for line, (name, of_network) in enumerate(zip(features, labels, strict=True)):
         for column, one in enumerate(of_network):

@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -76,8 +77,6 @@ def square(image: np.ndarray, pixels: int = 224) -> np.ndarray:
     side = min(image.shape[:2])
     top, left = ((size - side) // 2 for size in image.shape[:2])
     cut = np.asarray(image[top : top + side, left : left + side], np.float32)
-    import jax
-
     resized = jax.image.resize(cut, (pixels, pixels, 3), "bilinear", antialias=True)
     return np.clip(np.asarray(resized).round(), 0, 255).astype(np.uint8)
 

@@ -7,10 +7,12 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -93,3 +95,18 @@ def told(value: Any) -> Any:
         named = value if hasattr(value, "__qualname__") else type(value)  # not repr: it tells an address
         return f"{named.__module__}.{named.__qualname__}"
     return np.asarray(value).tolist()
+
+
+def plain(value: Any) -> Any:
+    """Results as JSON holds them; nan and inf as None."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if isinstance(value, (np.ndarray, jax.Array, np.generic)):
+        return plain(np.asarray(value).tolist())
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    return value

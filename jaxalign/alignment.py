@@ -480,7 +480,7 @@ def _similarity(a: Array, b: Array, metric: Metric) -> Array:
         return -squared_distances(a, b)
     if metric == "correlation":
         a, b = _centred(a), _centred(b)
-    return products(_unit(a), _unit(b))
+    return products(unit(a), unit(b))
 
 
 def _centred(rows: Array) -> Array:
@@ -489,6 +489,7 @@ def _centred(rows: Array) -> Array:
     return jnp.where(constant, 0, rows - jnp.mean(rows, -1, keepdims=True))
 
 
-def _unit(rows: Array) -> Array:
+def unit(rows: Array) -> Array:
+    """Rows of length 1; those of zeros stay."""
     square = jnp.sum(rows * rows, -1, keepdims=True)
     return jnp.where(square > 0, rows / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

@@ -240,35 +240,16 @@ def _command(name: str) -> Callable[[dict[str, Any]], int]:
         options["tile_size"] = options.get("tile_size") or "auto"
         if options["x64"]:
             jax.config.update("jax_enable_x64", True)
+        from jaxalign._saved import plain
         from jaxalign.report import commands
 
-        if name == "align_files":
-            published = options["published"]
-            options["channels"] = None if published else "standardize"
-            options["decorrelate"] = None if published else 0.1
-            options["align_density"] = options["density"] or (0.05 if published else 0.7)
-            options["standardize"] = True
-            if options["bandwidth"] == "per_row":
-                options["decorrelate"] = None
-        more = () if name != "grid_files" else (_progress(options["quiet"]),)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of libraries that draw and lay out
-            found = getattr(commands, name)(options, *more)
-        print(json.dumps(commands._plain(found.data), indent=1) if options["json"] else found.text)
+            found = getattr(commands, name)(options)
+        print(json.dumps(plain(found.data), indent=1) if options["json"] else found.text)
         return 0
 
     return run
-
-
-def _progress(quiet: bool) -> Any:
-    """A bar on the terminal's error stream, or none."""
-    if quiet:
-        return False
-    try:
-        import tqdm  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def _demo(out: Path, *, quiet: bool) -> int:

@@ -12,7 +12,9 @@ from jaxtyping import Array, Float
 
 from jaxalign import _checks
 from jaxalign._typing import AnyArray
-from jaxalign.spectral import NormalizedCut
+from jaxalign.alignment import unit
+from jaxalign.measures._spectra import matmul
+from jaxalign.spectral import NormalizedCut, signs
 
 ColorMethod = Literal["rotate", "umap", "tsne"]
 
@@ -92,9 +94,7 @@ def _rows(name: str, value: Any, components: int) -> Array:
 
 def _unit(rows: Array) -> Array:
     top = jnp.max(jnp.abs(rows), 1, keepdims=True)  # so that squares neither overflow nor vanish
-    rows = rows / jnp.where(top > 0, top, 1)
-    lengths = jnp.sum(rows * rows, 1, keepdims=True)
-    return rows * jnp.where(lengths > 0, jax.lax.rsqrt(jnp.where(lengths > 0, lengths, 1)), 0)
+    return unit(rows / jnp.where(top > 0, top, 1))
 
 
 @partial(jax.jit, static_argnums=4)
@@ -106,13 +106,12 @@ def _painted(rows: Array, reference: Array, present: Array, counted: Array, quan
     centred = jnp.where(real, reference - centre, 0)
     _, spread, axes = jnp.linalg.svd(centred, full_matrices=False)
     axes, spread = axes[:3], spread[:3]
-    largest = jnp.take_along_axis(axes, jnp.argmax(jnp.abs(axes), 1)[:, None], 1)
-    axes = axes * jnp.where(largest < 0, -1, 1).astype(axes.dtype)
+    axes = axes.T * signs(axes.T)
     scale = jnp.where(spread > 1e-6 * spread[0], 1 / jnp.where(spread > 0, spread, 1), 0)
-    turn = jnp.matmul(axes.T * scale[None], jnp.asarray(_CUBE, rows.dtype), precision=jax.lax.Precision.HIGHEST)
+    turn = matmul(axes * scale[None], jnp.asarray(_CUBE, rows.dtype))
 
     def place(some: Array) -> Array:
-        return jnp.matmul(some - centre, turn, precision=jax.lax.Precision.HIGHEST)
+        return matmul(some - centre, turn)
 
     ends = jnp.asarray([quantile, 1 - quantile], rows.dtype)
     low, high = jnp.nanquantile(jnp.where(real, place(reference), jnp.nan), ends, axis=0)[:, None]

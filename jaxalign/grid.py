@@ -24,7 +24,7 @@ from jaxalign import _checks, _draw
 from jaxalign._grid_files import from_blocks, set_by_set
 from jaxalign._grid_memory import Job, in_one_visit
 from jaxalign._plan import TileSize
-from jaxalign._saved import replace_file, told
+from jaxalign._saved import plain, replace_file, told
 from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
 from jaxalign.measures._evaluate import Missing, PairMeasure
@@ -135,8 +135,8 @@ class ComparisonGrid:
             "rows": self.rows,
             "columns": self.columns,
             "itself": self.itself,
-            "values": _without_nan(np.asarray(self.values).tolist()),
-            "sigma": _without_nan(np.asarray(self.sigma).tolist()),
+            "values": plain(np.asarray(self.values)),
+            "sigma": plain(np.asarray(self.sigma)),
             "options": {name: told(value) for name, value in self.settings},
             "samples": self.samples,
             "versions": dict(self.versions),
@@ -180,18 +180,25 @@ class ComparisonGrid:
 
     def plot(self, ax: Any = None) -> Any:
         """A heat map of the values (needs matplotlib); returns its axes. More alike is brighter, in both directions."""
-        label = f"{self.measure} ({self.direction})"
-        ax = _draw.heat_map(
-            np.asarray(self.values),
-            self.rows,
-            self.columns,
-            label,
-            brighter_is_more=self.direction == "similarity",
-            ax=ax,
-        )
+        ax = heat_map(self, ax=ax)
         if not self.itself:
             ax.set(xlabel="other", ylabel="features")
         return ax
+
+
+def heat_map(grid: ComparisonGrid, *, note: str = "", significant: np.ndarray | None = None, ax: Any = None) -> Any:
+    """A grid's values in colours; more alike is brighter, for distances too."""
+    label = f"{grid.measure} ({grid.direction}){note}"
+    brighter = grid.direction == "similarity"
+    return _draw.heat_map(
+        np.asarray(grid.values),
+        grid.rows,
+        grid.columns,
+        label,
+        brighter_is_more=brighter,
+        significant=significant,
+        ax=ax,
+    )
 
 
 def compare_grid(
@@ -347,9 +354,3 @@ def _same_samples(names: list[str], sets: list[tuple[str, Any]]) -> None:
 def _hashable(value: Any) -> Any:
     plain = told(value)
     return tuple(map(_hashable, plain)) if isinstance(plain, list) else plain
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return value if np.isfinite(value) else None

@@ -270,8 +270,8 @@ class AffinityOperator:
         """
         if self.left is not None or self.right is not None:
             raise ValueError("the operator is scaled already.")
-        left = _inverse_root(self.sum(-1))
-        right = left if self._symmetric else _inverse_root(self.sum(-2))
+        left = inverse_root(self.sum(-1))[..., None]
+        right = left if self._symmetric else inverse_root(self.sum(-2))[..., None]
         return replace(self, left=left, right=right)
 
     @property
@@ -279,9 +279,10 @@ class AffinityOperator:
         return self.y is None and not self.by_row
 
 
-def _inverse_root(degrees: Array) -> Array:
+def inverse_root(degrees: Array) -> Array:
+    """degrees^-1/2, 0 where there is no degree."""
     positive = degrees > 0
-    return jnp.where(positive, lax.rsqrt(jnp.where(positive, degrees, 1)), 0)[..., None]
+    return jnp.where(positive, lax.rsqrt(jnp.where(positive, degrees, 1)), 0)
 
 
 def _times_column_values(terms: Array, tile: Tile) -> tuple[tuple[()], Array]:

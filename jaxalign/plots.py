@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from jaxalign import _checks, _draw
 from jaxalign._typing import AnyArray
 from jaxalign.bandwidth import Diagonal, mean_density, solve_sigma
-from jaxalign.grid import ComparisonGrid
+from jaxalign.grid import ComparisonGrid, heat_map
 from jaxalign.inference import PermutationTest
 from jaxalign.measures import rdm
 
@@ -260,18 +260,8 @@ def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level
         if (test.rows, test.columns) != (compared.rows, compared.columns):
             raise ValueError(f"the test is of {test.rows} with {test.columns}, the grid of others.")
         significant = np.asarray(test.corrected) <= level
-    label = f"{compared.measure} ({compared.direction})"
-    if significant is not None:
-        label += f"\n(in brackets: p > {level:g})"
-    return _draw.heat_map(
-        np.asarray(compared.values),
-        compared.rows,
-        compared.columns,
-        label,
-        brighter_is_more=compared.direction == "similarity",
-        significant=significant,
-        ax=ax,
-    )
+    note = "" if test is None else f"\n(in brackets: p > {level:g})"
+    return heat_map(compared, note=note, significant=significant, ax=ax)
 
 
 def layers(

@@ -23,13 +23,14 @@ from jaxalign import _checks
 from jaxalign._plan import TileSize
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
-from jaxalign.alignment import Alignment
+from jaxalign.alignment import Alignment, unit
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
-from jaxalign.operators import AffinityOperator, affinity_operator
+from jaxalign.measures._spectra import matmul
+from jaxalign.operators import AffinityOperator, affinity_operator, inverse_root
 
 Method = Literal["auto", "dense", "lobpcg", "nystroem"]
 Kind = Literal["auto", "features", "affinity"]
-# A stored matrix up to this n is decomposed as a whole: faster than an iteration, and sure of every vector.
+# A stored matrix up to this n is decomposed as a whole, which is sure of every vector.
 _DENSE = 4096
 # Columns of the affinity from which the iteration starts, at least.
 _START = 128
@@ -71,16 +72,16 @@ class NormalizedCut:
     eigenvalues: Float[Array, " k"]
     degrees: Float[Array, " n"]
     residual: Float[Array, " k"]
-    basis: Float[Array, "m d"] | None
-    basis_mask: Bool[Array, " m"] | None
-    sigma: Float[Array, "..."] | None
-    projection: Float[Array, "m k"] | None
-    weights: Float[Array, "m 1"] | None
+    basis: Float[Array, "m d"] | None = None
+    basis_mask: Bool[Array, " m"] | None = None
+    sigma: Float[Array, "..."] | None = None
+    projection: Float[Array, "m k"] | None = None
+    weights: Float[Array, "m 1"] | None = None
 
     @property
     def embedding(self) -> Float[Array, "n k"]:
         """D^-1/2 v: eigenvectors of the random walk D^-1 A, constant where the graph falls apart into parts."""
-        root = _inverse_root(self.degrees)
+        root = inverse_root(self.degrees)
         length = jnp.sqrt(jnp.sum(self.degrees))
         return self.eigenvectors * (root * length)[:, None]
 
@@ -109,7 +110,7 @@ class NormalizedCut:
         dtype = np.promote_types(rows.dtype, self.basis.dtype)
         a = affinity_operator(rows.astype(dtype), self.basis.astype(dtype), self.sigma, mask_y=self.basis_mask)
         both = a @ jnp.concatenate((self.projection, self.weights), 1).astype(dtype)
-        return both[:, :-1] * _inverse_root(both[:, -1])[:, None]
+        return both[:, :-1] * inverse_root(both[:, -1])[:, None]
 
 
 def normalized_cut(
@@ -302,11 +303,6 @@ def _is_features(x: Array, kind: Kind) -> bool:
     )
 
 
-def _inverse_root(degrees: Array) -> Array:
-    positive = degrees > 0
-    return jnp.where(positive, lax.rsqrt(jnp.where(positive, degrees, 1)), 0)
-
-
 Source = Array | AffinityOperator
 
 
@@ -315,7 +311,7 @@ def _product(source: Source, v: Array) -> Array:
     if isinstance(source, AffinityOperator):
         product = source @ v
         return (product + source.T @ v) / 2 if source.by_row else product
-    return jnp.matmul(source, v, precision=lax.Precision.HIGHEST)
+    return matmul(source, v)
 
 
 def _degrees(source: Source) -> Array:
@@ -329,7 +325,7 @@ def _apply(source: Source, v: Array, root: Array) -> Array:
 
 def _normalized_product(source: Source, v: Array) -> Array:
     """The same with the degrees as they follow from A: what is differentiated."""
-    return _apply(source, v, _inverse_root(_degrees(source)))
+    return _apply(source, v, inverse_root(_degrees(source)))
 
 
 # --- eigenpairs, and their derivatives -------------------------------------------------------------------------------
@@ -342,7 +338,7 @@ def _cut(source: Source, key: Array, k: int, method: str, rtol: float | None) ->
     accuracy = rtol if rtol is not None else 1e-10 if source.dtype == jnp.float64 else 1e-5
     vectors, values = _vectors(source, key, k, method, float(accuracy))
     degrees = _degrees(source)
-    left = _apply(source, vectors, _inverse_root(degrees)) - vectors * values[None]
+    left = _apply(source, vectors, inverse_root(degrees)) - vectors * values[None]
     residual = jnp.linalg.norm(left, axis=0)
     if method == "lobpcg" and _checks.is_concrete(residual) and not float(jnp.max(residual)) <= 20 * accuracy:
         warnings.warn(
@@ -351,14 +347,14 @@ def _cut(source: Source, key: Array, k: int, method: str, rtol: float | None) ->
             'long), or for method="dense" where n x n fits.',
             stacklevel=3,
         )
-    return NormalizedCut(vectors, values, degrees, residual, None, None, None, None, None)
+    return NormalizedCut(vectors, values, degrees, residual)
 
 
 def _with_features(cut: NormalizedCut, x: Array, mask: Array | None, sigma: Array) -> NormalizedCut:
     """A cut that knows where new samples lie: v(x) = d(x)^-1/2 sum_j A(x, x_j) d_j^-1/2 v_j / lambda."""
     known = jnp.abs(cut.eigenvalues) > 1000 * float(jnp.finfo(x.dtype).eps)
     inverse = jnp.where(known, 1 / jnp.where(known, cut.eigenvalues, 1), jnp.nan)
-    projection = cut.eigenvectors * _inverse_root(cut.degrees)[:, None] * inverse[None]
+    projection = cut.eigenvectors * inverse_root(cut.degrees)[:, None] * inverse[None]
     ones = jnp.ones((x.shape[0], 1), x.dtype)
     return replace(cut, basis=x, basis_mask=mask, sigma=sigma, projection=projection, weights=ones)
 
@@ -366,7 +362,7 @@ def _with_features(cut: NormalizedCut, x: Array, mask: Array | None, sigma: Arra
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 @partial(jax.jit, static_argnums=(2, 3, 4))
 def _vectors(source: Source, key: Array, k: int, method: str, rtol: float) -> tuple[Array, Array]:
-    root = _inverse_root(_degrees(source))
+    root = inverse_root(_degrees(source))
     if isinstance(source, Array) and method == "dense":
         values, vectors = jnp.linalg.eigh(root[:, None] * source * root[None])
         values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
@@ -374,8 +370,13 @@ def _vectors(source: Source, key: Array, k: int, method: str, rtol: float) -> tu
         vectors = vectors * (root > 0).astype(vectors.dtype)[:, None]
     else:
         vectors, values = _iterated(source, root, key, k, rtol)
+    return vectors * signs(vectors), values
+
+
+def signs(vectors: Array) -> Array:
+    """Of each column the sign of its largest entry, shape (1, k)."""
     largest = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), 0)[None], 0)
-    return vectors * jnp.where(largest < 0, -1, 1).astype(vectors.dtype), values
+    return jnp.where(largest < 0, -1, 1).astype(vectors.dtype)
 
 
 def _iterated(source: Source, root: Array, key: Array, k: int, rtol: float) -> tuple[Array, Array]:
@@ -387,10 +388,10 @@ def _iterated(source: Source, root: Array, key: Array, k: int, rtol: float) -> t
     some = jax.random.choice(columns_key, n, (min(max(_START, 2 * k), n),), replace=False)
     units = jnp.zeros((n, some.shape[0]), root.dtype).at[some, jnp.arange(some.shape[0])].set(1)
     columns = _product(source, units)
-    half = _pseudo_inverse_root(jnp.take(columns, some, 0))
-    spread = root[:, None] * jnp.matmul(columns, half, precision=lax.Precision.HIGHEST)
-    _, mix = jnp.linalg.eigh(jnp.matmul(spread.T, spread, precision=lax.Precision.HIGHEST))
-    begin = jnp.matmul(spread, mix[:, ::-1][:, :k], precision=lax.Precision.HIGHEST)
+    half = _pseudoinverse_root(jnp.take(columns, some, 0))
+    spread = root[:, None] * matmul(columns, half)
+    _, mix = jnp.linalg.eigh(matmul(spread.T, spread))
+    begin = matmul(spread, mix[:, ::-1][:, :k])
     # Noise, as columns must be independent also where landmarks see fewer than k groups.
     noise = jax.random.normal(noise_key, begin.shape, begin.dtype) / np.sqrt(n).astype(begin.dtype)
     begin = begin / jnp.maximum(jnp.linalg.norm(begin, axis=0, keepdims=True), 1e-6) + 1e-3 * noise
@@ -412,14 +413,14 @@ def _vectors_jvp(
     (source, key), (change, _) = primals, tangents
     vectors, values = _vectors(source, key, k, method, rtol)
     _, moved = jax.jvp(lambda source: _normalized_product(source, vectors), (source,), (change,))
-    within = jnp.matmul(vectors.T, moved, precision=lax.Precision.HIGHEST)
+    within = matmul(vectors.T, moved)
     gaps = values[None, :] - values[:, None]
     apart = jnp.abs(gaps) > 100 * float(jnp.finfo(values.dtype).eps)
     turn = jnp.where(apart, within / jnp.where(apart, gaps, 1), 0)
-    root = _inverse_root(_degrees(source))
+    root = inverse_root(_degrees(source))
 
     def outside(u: Array) -> Array:
-        return u - jnp.matmul(vectors, jnp.matmul(vectors.T, u, precision=lax.Precision.HIGHEST))
+        return u - matmul(vectors, jnp.matmul(vectors.T, u))
 
     def resolvent(u: Array) -> Array:
         u_out = outside(u)
@@ -431,19 +432,18 @@ def _vectors_jvp(
         )[0]
 
     rest = lax.custom_linear_solve(resolvent, outside(moved), solve, symmetric=True)
-    change_of_vectors = jnp.matmul(vectors, turn, precision=lax.Precision.HIGHEST) + outside(rest)
+    change_of_vectors = matmul(vectors, turn) + outside(rest)
     return (vectors, values), (change_of_vectors, jnp.diagonal(within))
 
 
 # --- from landmarks --------------------------------------------------------------------------------------------------
 
 
-def _pseudo_inverse_root(a: Array) -> Array:
+def _pseudoinverse_root(a: Array) -> Array:
     """A^-1/2 on the directions of a positive semidefinite matrix that are not rounding."""
     values, vectors = jnp.linalg.eigh((a + a.T) / 2)
     floor = a.shape[0] * float(jnp.finfo(a.dtype).eps) * jnp.max(values)
-    scale = jnp.where(values > floor, lax.rsqrt(jnp.where(values > floor, values, 1)), 0)
-    return jnp.matmul(vectors * scale[None], vectors.T, precision=lax.Precision.HIGHEST)
+    return matmul(vectors * inverse_root(jnp.where(values > floor, values, 0))[None], vectors.T)
 
 
 def _from_landmarks(
@@ -481,33 +481,32 @@ def _from_landmarks(
         sigma = solve_sigma(few, density=density, diagonal="exclude").sigma
     a = affinity_operator(x, few, sigma, mask=mask, tile_size=tile_size, mesh=mesh)
     vectors, values, degrees, projection, weights = _cut_by_landmarks(a, rbf_affinity(few, None, sigma), k)
-    return NormalizedCut(
-        vectors, values, degrees, jnp.full((k,), jnp.nan, x.dtype), few, None, jnp.asarray(sigma), projection, weights
-    )
+    unknown = jnp.full((k,), jnp.nan, x.dtype)
+    cut = NormalizedCut(vectors, values, degrees, unknown, basis=few, sigma=jnp.asarray(sigma))
+    return replace(cut, projection=projection, weights=weights)
 
 
 @partial(jax.jit, static_argnums=2)
 def _cut_by_landmarks(a: AffinityOperator, inner: Array, k: int) -> tuple[Array, ...]:
     """With C = A(x, landmarks) and W = A(landmarks, landmarks): A = C W^+ C', and no n x m array."""
-    half = _pseudo_inverse_root(inner)
-    weights = half @ (half @ (a.T @ jnp.ones((a.shape[0], 1), inner.dtype)))
+    half = _pseudoinverse_root(inner)
+    weights = matmul(half, matmul(half, a.T @ jnp.ones((a.shape[0], 1), inner.dtype)))
     degrees = (a @ weights)[:, 0]
-    root = _inverse_root(degrees)
+    root = inverse_root(degrees)
     m = inner.shape[0]
     pieces = -(-m // _COLUMNS)
     columns = jnp.pad(half, ((0, 0), (0, pieces * _COLUMNS - m))).reshape(m, pieces, _COLUMNS)
 
     def gram(piece: Array) -> Array:
-        return half @ (a.T @ ((root * root)[:, None] * (a @ piece)))
+        return matmul(half, a.T @ ((root * root)[:, None] * (a @ piece)))
 
     squares = lax.map(gram, jnp.moveaxis(columns, 1, 0))
     squares = jnp.moveaxis(squares, 0, 1).reshape(m, -1)[:, :m]
     values, mix = jnp.linalg.eigh((squares + squares.T) / 2)
     values, mix = values[::-1][:k], mix[:, ::-1][:, :k]
-    projection = half @ (mix * _inverse_root(values)[None])
+    projection = matmul(half, mix * inverse_root(values)[None])
     vectors = root[:, None] * (a @ projection)
-    largest = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), 0)[None], 0)
-    sign = jnp.where(largest < 0, -1, 1).astype(vectors.dtype)
+    sign = signs(vectors)
     return vectors * sign, values, degrees, projection * sign, weights
 
 
@@ -517,8 +516,7 @@ def _cut_by_landmarks(a: AffinityOperator, inner: Array, k: int) -> tuple[Array,
 @partial(jax.jit, static_argnums=2)
 def _kway(vectors: Array, present: Array, steps: int) -> Array:
     n, k = vectors.shape
-    lengths = jnp.linalg.norm(vectors, axis=1, keepdims=True)
-    rows = vectors / jnp.where(lengths > 0, lengths, 1)
+    rows = unit(vectors)
 
     # Rows as orthogonal to each other as there are, the first the one with the largest length.
     def choose(state: tuple[Array, Array, Array], _: Any) -> tuple[tuple[Array, Array, Array], Array]:
@@ -528,7 +526,7 @@ def _kway(vectors: Array, present: Array, steps: int) -> Array:
         index = jnp.argmin(jnp.where(present, seen, jnp.inf))
         return (index, seen, row), row
 
-    first = (jnp.argmax(lengths[:, 0]), jnp.zeros(n, rows.dtype), rows[0])
+    first = (jnp.argmax(jnp.linalg.norm(vectors, axis=1)), jnp.zeros(n, rows.dtype), rows[0])
     _, chosen = lax.scan(choose, first, None, length=k)
     turn = chosen.T
 
@@ -542,7 +540,7 @@ def _kway(vectors: Array, present: Array, steps: int) -> Array:
     def update(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         step, labels, _ = state
         hot = (labels[:, None] == jnp.arange(k)[None]) & present[:, None]
-        u, _, vt = jnp.linalg.svd(jnp.matmul(hot.astype(rows.dtype).T, rows, precision=lax.Precision.HIGHEST))
+        u, _, vt = jnp.linalg.svd(matmul(hot.astype(rows.dtype).T, rows))
         after = assign(vt.T @ u.T)
         return step + 1, after, jnp.any(after != labels)
 

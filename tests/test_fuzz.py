@@ -119,17 +119,8 @@ def reference_sigma(x, choice):
 def near_the_floor(x, choice):
     """Whether rounding decides if there is a sigma: the density is all but the share of coincident pairs."""
     rows = np.where(np.isfinite(exactly(x)), exactly(x), 0)
-    distances = reference.squared_distances(rows)
-    real = np.ones(len(rows), bool) if choice.mask is None else choice.mask
-    counted = np.outer(real, real)
-    if choice.diagonal == "exclude":
-        np.fill_diagonal(counted, False)
-    per_row = (
-        [counted]
-        if choice.bandwidth == "global"
-        else [counted & (np.arange(len(rows)) == i)[:, None] for i in np.flatnonzero(real)]
-    )
-    floors = [np.mean(distances[some] == 0) for some in per_row if some.any()]
+    per_row = choice.bandwidth == "per_row"
+    floors = np.atleast_1d(reference.floor(rows, diagonal=choice.diagonal, mask=choice.mask, per_row=per_row))
     return any(abs(floor - choice.density) < 1e-4 * max(choice.density, 1e-9) for floor in floors)
 
 

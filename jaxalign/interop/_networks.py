@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.io import natural
+
 Run = Callable[[Any], dict[str, np.ndarray]]  # from a batch to the output of each layer listened to
 
 
@@ -296,7 +298,7 @@ def _of_nnx(nnx: Any, model: Any, output: Any, forward: Callable[[Any, Any], Any
         return {".".join(map(str, path)): module for path, module in found if callable(module)}
 
     graph, state = nnx.split(model)
-    names = sorted(modules_of(model), key=_natural)
+    names = sorted(modules_of(model), key=natural)
 
     def listen(state: Any, layers: tuple[str, ...], heard: _Heard, batch: Any) -> None:
         # A copy of this trace's own: what a layer changes in itself (running means) is dropped with it.
@@ -371,9 +373,4 @@ def _of_linen(linen: Any, model: Any, output: Any, forward: Callable[[Any, Any],
     for path, _ in jax.tree_util.tree_flatten_with_path(dict(variables))[0]:
         parts = [str(getattr(key, "key", key)) for key in path[1:-1]]
         names |= {".".join(parts[:k]) for k in range(1, len(parts) + 1)}
-    return _of_jax(sorted(names, key=_natural), variables, listen, output)
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Layer 10 after layer 9."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+    return _of_jax(sorted(names, key=natural), variables, listen, output)

@@ -122,6 +122,8 @@ def capture_features(
             real = None if real is None or tokens == "all" else _real_tokens(_networks.on_host(real))
             for name, layer in wanted.items():
                 features = _checked(layer, outputs[layer], count)
+                if to == "jax" and not done:  # float64 is not narrowed without a word
+                    _checks.features(f"layer {layer!r}", features[:1].reshape(1, -1))
                 kept[name].append(_positions(layer, features, tokens, prefix_tokens, grid, channels, real))
             done += count
             report(done)
@@ -131,9 +133,6 @@ def capture_features(
         for one in kept.values():
             one.complete()
     found = {name: one.result() for name, one in kept.items()}
-    if to == "jax":
-        for name, features in found.items():
-            _checks.features(f"layer {name!r}", features[:1].reshape(1, -1))  # float64 is not narrowed without a word
     return {name: jnp.asarray(features) for name, features in found.items()} if to == "jax" else found
 
 

@@ -14,7 +14,7 @@ from jaxalign.alignment import align
 from jaxalign.colors import ColorMethod, rgb
 from jaxalign.report.baselines import standardized, variance_scaled_rows
 from jaxalign.report.demo import RECOMMENDED
-from jaxalign.spectral import normalized_cut
+from jaxalign.spectral import NormalizedCut, normalized_cut
 
 Colors = dict[str, Float[np.ndarray, "n 3"]]
 Features = Mapping[str, Float[np.ndarray, "n _"]]
@@ -30,29 +30,32 @@ def own_colors(features: Features, method: ColorMethod = "rotate") -> Colors:
     return found
 
 
-def joint_colors(
+def joint_cut(
     features: Features,
     landmarks: Int[np.ndarray, " m"],
-    method: ColorMethod = "rotate",
     *,
     bandwidth: Any = "per_row",
     density: float = 0.05,
     **options: Any,
-) -> Colors:
-    """After alignment: one cut of the relative features of all networks, so one map of colours.
+) -> NormalizedCut:
+    """One cut of the relative features of all networks.
 
     Args:
         features: of each network, for the same samples.
         landmarks: which samples all are described by.
-        method: of `jaxalign.rgb`.
         bandwidth: of the joint affinity.
         density: of the joint affinity.
         options: of `jaxalign.align`; the recommended ones where none are given.
     """
-    options = options or RECOMMENDED
-    alignment = align(features, landmarks=landmarks, standardize=True, **options)
-    cut = normalized_cut(alignment, COMPONENTS, bandwidth=bandwidth, density=density)
-    return _split(np.asarray(rgb(cut, method)), features)
+    alignment = align(features, landmarks=landmarks, standardize=True, **(options or RECOMMENDED))
+    return normalized_cut(alignment, COMPONENTS, bandwidth=bandwidth, density=density)
+
+
+def joint_colors(
+    features: Features, landmarks: Int[np.ndarray, " m"], method: ColorMethod = "rotate", **options: Any
+) -> Colors:
+    """After alignment: the colours of the joint cut, one map for all networks; options are those of `joint_cut`."""
+    return _split(np.asarray(rgb(joint_cut(features, landmarks, **options), method)), features)
 
 
 def variance_scaled_colors(features: Features, landmarks: Int[np.ndarray, " m"]) -> Colors:

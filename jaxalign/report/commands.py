@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import io, sharding
-from jaxalign._saved import replace_file
+from jaxalign._grid_files import finite_rows
+from jaxalign._saved import plain, replace_file
 from jaxalign._version import __version__
 from jaxalign.alignment import align
 from jaxalign.bandwidth import mean_density, solve_sigma
@@ -28,6 +30,7 @@ from jaxalign.colors import rgb
 from jaxalign.grid import ComparisonGrid, compare_grid
 from jaxalign.inference import permutation_test
 from jaxalign.report.coloring import joint_colors, own_colors
+from jaxalign.report.demo import RECOMMENDED
 from jaxalign.report.tables import format_table
 from jaxalign.spectral import kway, normalized_cut
 
@@ -35,15 +38,15 @@ from jaxalign.spectral import kway, normalized_cut
 TESTED = 1000
 # Pictures shown in a report, and landmarks for their colours.
 SHOWN, LANDMARKS = 6, 1024
+PUBLISHED: dict[str, Any] = {"channels": None, "decorrelate": None, "density": 0.05}
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a command found: as data, as text, and the files it wrote."""
+    """What a command found: as data, and as text."""
 
     data: dict[str, Any]
     text: str
-    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,17 +101,12 @@ def _refuse_missing(name: str, one: io.FeatureSet, values: Any) -> None:
         )
 
 
-def missing(values: Any, block: int = 65536) -> tuple[int, tuple[int, int]]:
+def missing(values: Any) -> tuple[int, tuple[int, int]]:
     """How many rows hold nan or inf, and the first place."""
-    count, first = 0, (-1, -1)
-    for start in range(0, len(values), block):
-        bad = ~np.isfinite(np.asarray(values[start : start + block], np.float32 if values.dtype.itemsize < 4 else None))
-        here = bad.any(1)
-        if here.any() and not count:
-            row = int(np.argmax(here))
-            first = (start + row, int(np.argmax(bad[row])))
-        count += int(here.sum())
-    return count, first
+    finite = finite_rows(values, 65536)
+    row = int(np.argmin(finite))
+    bad = ~np.isfinite(np.asarray(values[row]))
+    return int((~finite).sum()), (row, int(np.argmax(bad)))
 
 
 def same_samples(rows: Mapping[str, Any]) -> int:
@@ -133,7 +131,7 @@ def provenance(options: Mapping[str, Any], *given: Input) -> dict[str, Any]:
         "versions": {"jaxalign": __version__, "jax": jax.__version__, "numpy": np.__version__},
         "python": platform.python_version(),
         "devices": [str(device.device_kind) for device in jax.devices()],
-        "options": _plain(options),
+        "options": plain(options),
         "command": shlex.join(sys.argv[1:]),
         "sha256": {path: found for one in given for path, found in one.hashes.items()},
         "notes": list(dict.fromkeys(note for one in given for note in one.notes)),
@@ -191,22 +189,8 @@ def _written_by(manifest: Path) -> list[str]:
 
 def write_json(path: Path, content: Any) -> Path:
     """Plain data as a file, in one step; nan as null."""
-    replace_file(path, json.dumps(_plain(content), indent=1, allow_nan=False).encode())
+    replace_file(path, json.dumps(plain(content), indent=1, allow_nan=False).encode())
     return path
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if isinstance(value, (np.ndarray, jax.Array, np.generic)):
-        return _plain(np.asarray(value).tolist())
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    return value
 
 
 def write_array(path: Path, array: Any) -> Path:
@@ -239,8 +223,11 @@ def png_of(figure: Any, dpi: int) -> bytes:
 def info(options: dict[str, Any]) -> Found:
     """What files hold: shapes, what is missing, and the sigma of each set."""
     rows, data = [], []
+    hashes: dict[str, str] = {}
     for path in options["inputs"]:
         for name, one in io.read_features(path).items():
+            if str(one.path) not in hashes:
+                hashes[str(one.path)] = io.hash_of(one.path)
             values = one.rows(options["positions"])
             count, first = missing(values)
             sigma = status = None
@@ -255,7 +242,7 @@ def info(options: dict[str, Any]) -> Found:
                 "name": name, "file": str(one.path), "shape": list(one.values.shape), "dtype": str(one.values.dtype),
                 "rows with nan or inf": count, "first": list(first) if count else None,
                 "sigma": sigma, "of rows": min(len(values), options["rows"]), "why no sigma": status,
-                "sha256": io.hash_of(one.path),
+                "sha256": hashes[str(one.path)],
             })  # fmt: skip
             shape = " x ".join(map(str, one.values.shape))
             told = f"{sigma:.5g}" if sigma is not None else "nan in it" if count else "none"
@@ -267,8 +254,7 @@ def info(options: dict[str, Any]) -> Found:
     for one in data:
         if one["why no sigma"]:
             text += f"\n{io.printable(one['name'])}: {one['why no sigma']}"
-    read_here = Input({}, {}, (), {one["file"]: one["sha256"] for one in data})
-    return Found({"sets": data, "provenance": provenance(options, read_here)}, text)
+    return Found({"sets": data, "provenance": provenance(options, Input({}, {}, (), hashes))}, text)
 
 
 def compare_files(options: dict[str, Any]) -> Found:
@@ -306,11 +292,14 @@ def align_files(options: dict[str, Any]) -> Found:
     given = read(options["inputs"], options["positions"])
     n = same_samples(given.rows)
     out = prepare(options["out"], (given,), force=options["force"])
+    how = {**(PUBLISHED if options["published"] else RECOMMENDED), "standardize": True}
+    how["density"] = options["density"] or how["density"]
+    if options["bandwidth"] == "per_row":
+        how["decorrelate"] = None  # which needs one sigma
     alignment = align(
         {name: jnp.asarray(np.asarray(x)) for name, x in given.rows.items()},
-        landmarks=min(options["landmarks"], n), key=jax.random.key(options["seed"]), density=options["align_density"],
-        bandwidth=options["bandwidth"], channels=options["channels"], decorrelate=options["decorrelate"],
-        standardize=options["standardize"],
+        landmarks=min(options["landmarks"], n), key=jax.random.key(options["seed"]), bandwidth=options["bandwidth"],
+        **how,
     )  # fmt: skip
     names = list(given.rows)
     places = io.file_names(names)
@@ -330,14 +319,14 @@ def align_files(options: dict[str, Any]) -> Found:
     data = {
         "samples": n, "landmarks": landmarks, "sigma": sigma,
         "files": {name: path.name for name, path in zip(names, files, strict=True)},
-        "correspondence of samples that are not landmarks": pairs, "provenance": provenance(options, given),
+        "correspondence of samples that are not landmarks": pairs, "provenance": provenance({**options, **how}, given),
     }  # fmt: skip
-    files.append(write_json(out / "alignment.json", data))
+    write_json(out / "alignment.json", data)
     text = f"{len(names)} sets, {n} samples, {len(landmarks)} landmarks: relative features (n, m) in {_place(out)}\n"
     if pairs:
         rows = [(io.printable(name), *(f"{v:.3f}" for v in one.values())) for name, one in pairs.items()]
         text += "\n" + format_table((f"{held_out} held-out samples", "top-1", "top-5", "MRR"), rows)
-    return Found(data, _with_notes(text, given.notes), tuple(files))
+    return Found(data, _with_notes(text, given.notes))
 
 
 def cut_files(options: dict[str, Any]) -> Found:
@@ -361,7 +350,7 @@ def cut_files(options: dict[str, Any]) -> Found:
         chosen = min(options["landmarks"], n // 2)
         alignment = align(
             {name: jnp.asarray(np.asarray(x)) for name, x in given.rows.items()}, landmarks=chosen,
-            key=jax.random.key(options["seed"]), channels="standardize", decorrelate=0.1, density=0.7, standardize=True,
+            key=jax.random.key(options["seed"]), standardize=True, **RECOMMENDED,
         )  # fmt: skip
         cut = normalized_cut(
             alignment, k, density=options["density"], bandwidth=options["bandwidth"], tile_size=options["tile_size"]
@@ -394,10 +383,10 @@ def cut_files(options: dict[str, Any]) -> Found:
     values = " ".join(f"{v:.3f}" for v in np.asarray(cut.eigenvalues)[:10])
     text = f"{len(names)} set(s) of {n} samples, {k} eigenvectors; eigenvalues {values}\n"
     text += f"{len(files)} files in {_place(out)}"
-    return Found(data, _with_notes(text, given.notes), tuple(files))
+    return Found(data, _with_notes(text, given.notes))
 
 
-def grid_files(options: dict[str, Any], progress: Any) -> Found:
+def grid_files(options: dict[str, Any]) -> Found:
     """All layers of a model, or of two, compared: numbers, p-values, pictures and a report in one page."""
     ours = read([options["x"]], options["positions"])
     theirs = None if options["y"] is None else read([options["y"]], options["positions"])
@@ -410,7 +399,7 @@ def grid_files(options: dict[str, Any], progress: Any) -> Found:
     measure_options = _measure_options(options)
     job = provenance(options, *given)
     out = prepare(options["out"], given, force=options["force"], resumable=options["resume"])
-    compared = _compared(ours, theirs, job, out, options, measure_options, progress)
+    compared = _compared(ours, theirs, job, out, options, measure_options)
     test, few = None, _some_rows(n)
     if options["permutations"]:
         x, y = ({name: np.asarray(rows[few]) for name, rows in one.rows.items()} for one in (ours, theirs or ours))
@@ -440,7 +429,7 @@ def grid_files(options: dict[str, Any], progress: Any) -> Found:
         figures |= _colors_of_best(compared, ours, theirs, pictures, options)
     shown = {name: content for name, content in figures.items() if name != "grid"}
     contents = {f"{name}.png": content for name, content in figures.items()}
-    contents["report.html"] = page(_plain(data), shown, tuple(job["notes"])).encode(errors="backslashreplace")
+    contents["report.html"] = page(plain(data), shown, tuple(job["notes"])).encode(errors="backslashreplace")
     for name, content in contents.items():
         replace_file(out / name, content)
     write_json(out / "grid.json", {**data, "files": list(contents)})
@@ -454,8 +443,7 @@ def grid_files(options: dict[str, Any], progress: Any) -> Found:
     text += f"\n\n{n} samples, {compared.values.size} comparisons. Report: {_place(out)}report.html"
     if test is not None and len(few) < n:
         text += f"\np-values by {options['permutations']} permutations of {len(few)} of the samples"
-    files = tuple(out / name for name in (*contents, "grid.json"))
-    return Found(data, _with_notes(text, tuple(job["notes"])), files)
+    return Found(data, _with_notes(text, tuple(job["notes"])))
 
 
 # Where a grid stands between its comparisons and its report.
@@ -469,7 +457,6 @@ def _compared(
     out: Path,
     options: Mapping[str, Any],
     measure_options: Mapping[str, Any],
-    progress: Any,
 ) -> ComparisonGrid:
     """The grid itself, which is not computed again where a run of the same job got so far."""
     values, checkpoint = out / _VALUES, out / "checkpoint.npz"
@@ -497,10 +484,15 @@ def _compared(
         sets = [{name: jnp.asarray(np.array(rows)) for name, rows in one.items()} for one in sets]
     compared = compare_grid(
         sets[0], sets[1] if theirs is not None else None, options["measure"],
-        tile_size=options["tile_size"], progress=progress, **how, **measure_options,
+        tile_size=options["tile_size"], progress=_progress(options["quiet"]), **how, **measure_options,
     )  # fmt: skip
     write_json(values, {**json.loads(compared.to_json()), "provenance": job})
     return compared
+
+
+def _progress(quiet: bool) -> bool:
+    """Whether a bar is shown, on the terminal's error stream."""
+    return not quiet and find_spec("tqdm") is not None
 
 
 # Options that do not change the values of a grid.
