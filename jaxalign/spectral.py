@@ -30,8 +30,10 @@ from jaxalign.operators import AffinityOperator, affinity_operator, inverse_root
 
 Method = Literal["auto", "dense", "lobpcg", "nystroem"]
 Kind = Literal["auto", "features", "affinity"]
-# A stored matrix up to this n is decomposed as a whole, which is sure of every vector.
-_DENSE = 4096
+# Up to this n a matrix is decomposed as a whole, which is sure of every vector; iterating is no faster there.
+_DENSE = 1024
+# Up to this n the iteration multiplies with the stored matrix (64 MB in float32): faster than computing it each time.
+_STORED = 4096
 # Columns of the affinity from which the iteration starts, at least.
 _START = 128
 # Columns of landmarks at a time, where n x m does not stay.
@@ -140,8 +142,9 @@ def normalized_cut(
         kind: whether a matrix is "features" or an "affinity". "auto": an affinity if it is square, symmetric and not
             negative; features if it is not square; anything else must be said.
         method: "dense" decomposes the stored matrix. "lobpcg" iterates to the leading ones, exact to `rtol`, from a
-            start by landmarks; memory is n x 4 k and a few tiles. "nystroem" approximates from landmarks (Fowlkes
-            et al. 2004), for very large n. "auto" is "dense" up to n = 4096, and "lobpcg" beyond.
+            start by landmarks; the affinity of features is stored up to n = 4096, beyond that memory is n x 4 k and a
+            few tiles. "nystroem" approximates from landmarks (Fowlkes et al. 2004), for very large n. "auto" is
+            "dense" up to n = 1024, and "lobpcg" beyond.
         sigma: of the affinity of features; None finds it from the density (with "nystroem", on the landmarks, their
             diagonal left out, which estimates the density of all pairs).
         density: see `rbf_affinity`.
@@ -151,7 +154,7 @@ def normalized_cut(
         landmarks: of "nystroem": their number (default 512, or n), drawn at random, or their rows.
         key: of the random choices of "lobpcg" and "nystroem"; default `jax.random.key(0)`.
         rtol: of "lobpcg": residual |M v - lambda v| relative to 1 + lambda. Default 1e-5, in float64 1e-10.
-        tile_size: see `solve_sigma`.
+        tile_size: see `solve_sigma`; a number keeps "lobpcg" from storing the affinity of few samples.
         mesh: spreads rows over devices, see `solve_sigma`; for "lobpcg" and "nystroem".
 
     Returns:
@@ -222,7 +225,7 @@ def normalized_cut(
     source: Source = x
     if isinstance(x, AffinityOperator):
         source = x.todense() if method == "dense" else x
-    elif is_features and method == "dense":
+    elif is_features and (method == "dense" or (n <= _STORED and tile_size == "auto" and mesh is None)):
         sigma = solve_sigma(x, tile_size=tile_size, **options).sigma if sigma is None else sigma
         if mask is not None and jnp.ndim(sigma):
             sigma = jnp.where(jnp.asarray(mask), sigma, 1)  # of masked rows it is nan
@@ -289,9 +292,7 @@ def _is_features(x: Array, kind: Kind) -> bool:
             )
         return False
     _checks.finite_rows("x", x, way_out="An affinity has finite entries.")
-    top = float(jnp.max(jnp.abs(x)))
-    symmetric = float(jnp.max(jnp.abs(x - x.T))) <= 1e-4 * top
-    negative = float(jnp.min(x)) < 0
+    symmetric, negative = (bool(fact) for fact in _facts(x))
     if symmetric and not negative:
         return False
     what = "has negative entries" if negative else "is not symmetric"
@@ -301,6 +302,12 @@ def _is_features(x: Array, kind: Kind) -> bool:
         f'x of shape {x.shape} is square, but {what}, as an affinity would not be: say kind="features", or mend the '
         "affinity ((a + a.T) / 2 of a directed one)."
     )
+
+
+@jax.jit
+def _facts(x: Array) -> tuple[Array, Array]:
+    """Whether a matrix is symmetric, up to rounding, and whether it has negative entries."""
+    return jnp.max(jnp.abs(x - x.T)) <= 1e-4 * jnp.max(jnp.abs(x)), jnp.min(x) < 0
 
 
 Source = Array | AffinityOperator
@@ -333,13 +340,8 @@ def _normalized_product(source: Source, v: Array) -> Array:
 
 def _cut(source: Source, key: Array, k: int, method: str, rtol: float | None) -> NormalizedCut:
     """Of an affinity or an operator."""
-    if not isinstance(source, AffinityOperator):
-        source = (source + source.T) / 2
     accuracy = rtol if rtol is not None else 1e-10 if source.dtype == jnp.float64 else 1e-5
-    vectors, values = _vectors(source, key, k, method, float(accuracy))
-    degrees = _degrees(source)
-    left = _apply(source, vectors, inverse_root(degrees)) - vectors * values[None]
-    residual = jnp.linalg.norm(left, axis=0)
+    vectors, values, degrees, residual = _eigenpairs(source, key, k, method, float(accuracy))
     if method == "lobpcg" and _checks.is_concrete(residual) and not float(jnp.max(residual)) <= 20 * accuracy:
         warnings.warn(
             f"the eigenvectors did not reach rtol = {accuracy:g} in {_STEPS} steps; their largest residual is "
@@ -359,8 +361,18 @@ def _with_features(cut: NormalizedCut, x: Array, mask: Array | None, sigma: Arra
     return replace(cut, basis=x, basis_mask=mask, sigma=sigma, projection=projection, weights=ones)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 @partial(jax.jit, static_argnums=(2, 3, 4))
+def _eigenpairs(source: Source, key: Array, k: int, method: str, rtol: float) -> tuple[Array, Array, Array, Array]:
+    """Vectors, values, degrees and residuals, of the symmetric part."""
+    if isinstance(source, Array):
+        source = (source + source.T) / 2
+    vectors, values = _vectors(source, key, k, method, rtol)
+    degrees = _degrees(source)
+    left = _apply(source, vectors, inverse_root(degrees)) - vectors * values[None]
+    return vectors, values, degrees, jnp.linalg.norm(left, axis=0)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _vectors(source: Source, key: Array, k: int, method: str, rtol: float) -> tuple[Array, Array]:
     root = inverse_root(_degrees(source))
     if isinstance(source, Array) and method == "dense":

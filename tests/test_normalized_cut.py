@@ -55,6 +55,7 @@ def test_every_input_and_method_is_one_cut():
         (operator, {}),
         (operator, {"method": "dense"}),
         (x, {"method": "lobpcg", "density": 0.3, "tile_size": 32}),
+        (x, {"method": "lobpcg", "density": 0.3}),  # of the stored matrix
         (x, {"density": 0.3, "sigma": expected.sigma}),
     ):
         cut = normalized_cut(source, 4, **options)
@@ -110,7 +111,7 @@ def test_a_sigma_a_row_is_cut_in_its_symmetric_part(x64):
     a = np.asarray(rbf_affinity(x, density=0.2, bandwidth="per_row"))
     expected = np.linalg.eigvalsh(matrix_of((a + a.T) / 2))[::-1][:4]
     for method in ("dense", "lobpcg"):
-        cut = normalized_cut(x, 4, density=0.2, bandwidth="per_row", method=method)
+        cut = normalized_cut(x, 4, density=0.2, bandwidth="per_row", method=method, tile_size=32)
         np.testing.assert_allclose(cut.eigenvalues, expected, atol=1e-9)
     with pytest.raises(ValueError, match="does not know where a new sample"):
         cut.transform(x)
@@ -132,7 +133,8 @@ def test_derivatives(method, x64):
     x, weights = rng.normal(size=(40, 3)), rng.normal(size=(40, 3))
 
     def of(x):  # the other method with a given sigma, which takes less compiling
-        cut = normalized_cut(x, 3, method=method, **({"density": 0.3} if method == "lobpcg" else {"sigma": 1.5}))
+        options = {"density": 0.3, "tile_size": 32} if method == "lobpcg" else {"sigma": 1.5}
+        cut = normalized_cut(x, 3, method=method, **options)
         return jnp.sum(weights * cut.eigenvectors**3) + jnp.sum(weights[0] * cut.eigenvalues)
 
     check_grads(of, (x,), 1, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
