@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxalign
 
-from . import cuts, rivals, similarity, tiled, training
+from . import accuracy, curves, cuts, floor, peers, rivals, similarity, tiled, training
 from .timing import Result, compare, import_seconds, milliseconds
 
 DENSITY = 0.05
@@ -37,6 +37,12 @@ class Sizes:
     training: tuple[int, int] = (1024, 768)  # batch, d
     grid: tuple[int, int, int] = (12, 4096, 768)  # layers of either model, n, d
     permutations: tuple[int, int] = (10_000, 512)  # how many, n
+    conditions: int = 1024  # of an RSA against rsatoolbox
+    accuracy: tuple[int, int] = (1024, 256)  # n, d
+    curve_n: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
+    curve_d: tuple[int, ...] = (64, 16, 256, 1024)  # the first is that of the curve in n
+    curve_layers: tuple[int, ...] = (2, 4, 8, 16)
+    processes: int = 16384  # n of one process against two, 0: not measured
     # what, (n, d) or (n, d, layers), and the MB by which memory may grow at its peak
     memory: tuple[tuple[str, tuple[int, ...], float | None], ...] = (
         ("solve", (16384, 64), 100.0),
@@ -45,6 +51,9 @@ class Sizes:
         ("gradient", (16384, 64), 400.0),
         ("loss", (16384, 64), 400.0),
         ("cut", (20_000, 64), 500.0),
+        ("torch-affinity", (8192, 256), None),
+        ("ncut-affinity", (8192, 256), None),
+        ("affinity", (8192, 256), 560.0),  # twice the result, 268 MB
         ("torch-grid", (4096, 768, 12), None),
         ("grid", (4096, 768, 12), 160.0),  # a tenth of that
         ("grid-alone", (50_000, 256, 4), 500.0),
@@ -64,6 +73,12 @@ QUICK = Sizes(
     training=(128, 64),
     grid=(3, 512, 64),
     permutations=(500, 128),
+    conditions=128,
+    accuracy=(128, 16),
+    curve_n=(256, 512, 1024),
+    curve_d=(16, 32),
+    curve_layers=(2,),
+    processes=0,
     memory=(),
 )
 
@@ -93,14 +108,30 @@ def density_reached(x: np.ndarray, sigma: float) -> float:
     return float(total / len(x) ** 2)
 
 
-def run(sizes: Sizes) -> Iterator[Result | str]:
-    """Results as they are measured; a string is a remark to print."""
+def sections(sizes: Sizes) -> dict[str, Iterator[Result | str]]:
+    """What there is to measure, by name: results as they are measured; a string is a remark to print."""
+    return {
+        "affinity": affinities(sizes),
+        "tiles": tiled.run(sizes.tiled_n, sizes.tiled_widths, sizes.slow_rounds),
+        "grids": similarity.run(*sizes.grid, sizes.slow_rounds, *sizes.permutations),
+        "training": training.run(*sizes.training, sizes.rounds),
+        "cut": cuts.run(sizes.n, sizes.set_d, sizes.slow_rounds),
+        "peers": peers.run(sizes.n, sizes.d, sizes.conditions, sizes.slow_rounds),
+        "accuracy": accuracy.run(*sizes.accuracy),
+        "growth": curves.run(sizes.curve_n, sizes.curve_d, sizes.curve_layers, sizes.processes, sizes.slow_rounds),
+        "memory": tiled.memory(sizes.memory),
+    }
+
+
+def affinities(sizes: Sizes) -> Iterator[Result | str]:
+    """The auto-scaled affinity, stored, of one set and of a batch of sets."""
     x = make_features(sizes.n, sizes.d)
     jx = jnp.asarray(x)
     sigma = float(jaxalign.solve_sigma(jx, density=DENSITY).sigma)
     own_auto = ("auto", lambda: jaxalign.rbf_affinity(jx, density=DENSITY))
     own_fixed = ("fixed", lambda: jaxalign.rbf_affinity(jx, sigma=sigma))
-    yield compare("auto-scaled / fixed sigma", own_auto, own_fixed, sizes.rounds, bound="<=", target=1.3)
+    work = floor.affinity(sizes.n, sizes.d)
+    yield compare("auto-scaled / fixed sigma", own_auto, own_fixed, sizes.rounds, bound="<=", target=1.3, work=work)
 
     torch_here = find_spec("torch") is not None
     if not torch_here:
@@ -114,12 +145,13 @@ def run(sizes: Sizes) -> Iterator[Result | str]:
             for name, affinity in (("torch", rivals.careful), ("torch", rivals.simple))
         )
         case = "fixed sigma / careful torch"
-        yield compare(case, own_fixed, careful, sizes.rounds, bound="<=", target=1.05)
-        yield compare("fixed sigma / simple torch (cdist)", own_fixed, simple, sizes.rounds)
+        yield compare(case, own_fixed, careful, sizes.rounds, bound="<=", target=1.05, work=work)
+        yield compare("fixed sigma / simple torch (cdist)", own_fixed, simple, sizes.rounds, work=work)
         yield from against_ncut(sizes, x, tx, own_auto)
 
         sets = make_features(sizes.sets, sizes.set_n, sizes.set_d)
         jsets, tsets = jnp.asarray(sets), torch.from_numpy(sets)
+        batch = floor.affinity(sizes.set_n, sizes.set_d, sizes.sets)
         yield compare(
             f"batch of {sizes.sets} sets: times faster than a torch loop that bisects",
             ("jaxalign", lambda: jaxalign.rbf_affinity(jsets, density=DENSITY)),
@@ -128,6 +160,7 @@ def run(sizes: Sizes) -> Iterator[Result | str]:
             bound=">=",
             target=4.0,
             inverse=True,
+            work=batch,
         )
 
         yield compare(
@@ -138,18 +171,16 @@ def run(sizes: Sizes) -> Iterator[Result | str]:
             bound=">=",
             target=4.0,
             inverse=True,
+            work=batch,
         )
 
     small = jnp.asarray(make_features(sizes.set_n, sizes.set_d))
     case = f"one set, n = {sizes.set_n}, d = {sizes.set_d}, compiled"
-    yield milliseconds(case, lambda: jaxalign.rbf_affinity(small, density=DENSITY), sizes.calls, target=2.0)
+    work = floor.affinity(sizes.set_n, sizes.set_d)
+    call = lambda: jaxalign.rbf_affinity(small, density=DENSITY)  # noqa: E731
+    yield milliseconds(case, call, sizes.calls, target=2.0, work=work)
     yield import_seconds(sizes.imports, target=0.3)
     yield from for_information(sizes, jx, sigma, own_auto)
-    yield from tiled.run(sizes.tiled_n, sizes.tiled_widths, sizes.slow_rounds)
-    yield from cuts.run(sizes.n, sizes.set_d, sizes.slow_rounds)
-    yield from training.run(*sizes.training, sizes.rounds)
-    yield from similarity.run(*sizes.grid, sizes.slow_rounds, *sizes.permutations)
-    yield from tiled.memory(sizes.memory)
 
 
 def against_ncut(sizes: Sizes, x: np.ndarray, tx: Any, own_auto: Any) -> Iterator[Result | str]:

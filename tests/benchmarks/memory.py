@@ -1,7 +1,7 @@
-"""Peak memory of one call: python -m tests.benchmarks.memory solve|gradient|loss|cut n d. Linux only.
+"""Peak memory of one call: python -m tests.benchmarks.memory solve|gradient|loss|cut|affinity n d. Linux only.
 
-Also grid|grid-alone|torch-grid n d layers. Prints the growth of the resident set to its peak, in MB, in the first call
-and in the second, and the time of that.
+Also torch-affinity|ncut-affinity n d and grid|grid-alone|torch-grid n d layers. Prints the growth of the resident set
+to its peak, in MB, in the first call and in the second, and the seconds of that.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -54,16 +55,26 @@ def main(what: str, n: int, d: int, layers: int = 0) -> None:
         compiling, _ = grown(call)
         print(compiling, *grown(call))
         return
+    x = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
+    if what in ("torch-affinity", "ncut-affinity"):
+        import torch
+
+        tx = torch.from_numpy(x)
+        stored = {"torch-affinity": rivals.careful_auto, "ncut-affinity": partial(rivals.ncut, samples=n)}[what]
+        first, _ = grown(lambda: stored(tx, 0.05))
+        print(first, *grown(lambda: stored(tx, 0.05)))
+        return
     loss = {
+        "affinity": jaxalign.rbf_affinity,
         "cut": lambda x: jaxalign.normalized_cut(x, 20, method="lobpcg").eigenvectors,
         "solve": lambda x: jaxalign.solve_sigma(x).sigma,
         "gradient": jax.value_and_grad(lambda x: jaxalign.solve_sigma(x).sigma),
         "loss": jax.value_and_grad(lambda x: jnp.mean((jaxalign.affinity_operator(x) @ x[:, :8]) ** 2)),
     }[what]
     call = loss if what == "cut" else jax.jit(loss)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(n, d)).astype(np.float32))
-    compiling, _ = grown(lambda: call(x))
-    again, took = grown(lambda: call(x))
+    jx = jnp.asarray(x)
+    compiling, _ = grown(lambda: call(jx))
+    again, took = grown(lambda: call(jx))
     print(compiling, again, took)
 
 

@@ -29,22 +29,28 @@ def simple(x: Any, sigma: float) -> Any:
     return torch.exp(-(torch.cdist(x, x) ** 2) / (2 * sigma * sigma))
 
 
-def loop_of_bisections(sets: Any, density: float, tolerance: float = 1e-5) -> Any:
-    """For each set: distances once, then bisect log sigma until the mean is within the tolerance, then the affinity."""
+def careful_auto(x: Any, density: float, tolerance: float = 1e-5) -> Any:
+    """Distances once, then bisect log sigma until the mean is within the tolerance, then the affinity."""
+    import torch
+
+    d2 = distances(x)
+    low, high = math.log(float(d2[d2 > 0].min())) / 2 - 1, math.log(float(d2.max())) / 2 + 1
+    while True:
+        middle = (low + high) / 2
+        affinity = torch.exp(d2 * (-0.5 * math.exp(-2 * middle)))
+        mean = float(affinity.mean())
+        if abs(mean - density) < tolerance or high - low < 1e-7:
+            return affinity
+        low, high = (low, middle) if mean > density else (middle, high)
+
+
+def loop_of_bisections(sets: Any, density: float) -> Any:
+    """The same for each set."""
     import torch
 
     result = torch.empty(sets.shape[0], sets.shape[1], sets.shape[1])
     for k, x in enumerate(sets):
-        d2 = distances(x)
-        low, high = math.log(float(d2[d2 > 0].min())) / 2 - 1, math.log(float(d2.max())) / 2 + 1
-        while True:
-            middle = (low + high) / 2
-            affinity = torch.exp(d2 * (-0.5 * math.exp(-2 * middle)))
-            mean = float(affinity.mean())
-            if abs(mean - density) < tolerance or high - low < 1e-7:
-                break
-            low, high = (low, middle) if mean > density else (middle, high)
-        result[k] = affinity
+        result[k] = careful_auto(x, density)
     return result
 
 

@@ -15,7 +15,7 @@ from jax import lax
 
 import jaxalign
 
-from . import rivals
+from . import floor, rivals
 from .timing import Result, compare
 
 DENSITY = 0.05
@@ -56,8 +56,11 @@ def run(n: int, widths: tuple[int, ...], rounds: int) -> Iterator[Result | str]:
         rate = jnp.float32(0.5 / sigma**2)
         label = f"n = {n}, d = {d}"
         own = ("solve_sigma", lambda jx=jx: jaxalign.solve_sigma(jx, density=DENSITY).sigma)
+        work = floor.solve(n, d)
         bare = ("bare pass", lambda jx=jx, rate=rate: bare_pass(jx, rate))
-        yield compare(f"{label}: solve_sigma / one bare pass", own, bare, rounds, bound="<=", target=1.25)
+        yield compare(
+            f"{label}: solve_sigma / one bare pass", own, bare, rounds, bound="<=", target=1.25, work=floor.solve(n, d)
+        )
         yield f"{label}: passes over all pairs: {int(solution.passes)}"
         if find_spec("torch") is None:
             yield "torch is missing, comparisons with it are left out"
@@ -76,7 +79,8 @@ def run(n: int, widths: tuple[int, ...], rounds: int) -> Iterator[Result | str]:
             yield compare(case, own, keops, 2, bound=">=", target=15.0, inverse=True)
         gradient = jax.jit(jax.value_and_grad(lambda x: jaxalign.solve_sigma(x, density=DENSITY).sigma))
         names = ("value and gradient", lambda jx=jx, f=gradient: f(jx)), own
-        yield compare(f"{label}: sigma, value and gradient / value", *names, rounds, bound="<=", target=4.0)
+        case, work = f"{label}: sigma, value and gradient / value", floor.solve_and_gradient(n, d)
+        yield compare(case, *names, rounds, bound="<=", target=4.0, work=work)
         loss = lambda x: jnp.mean((jaxalign.affinity_operator(x, density=DENSITY) @ x[:, :8]) ** 2)  # noqa: E731
         value, both = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
         names = ("both", lambda jx=jx, f=both: f(jx)), ("value", lambda jx=jx, f=value: f(jx))

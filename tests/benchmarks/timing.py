@@ -12,6 +12,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from .floor import Work
+
 
 @dataclass(frozen=True)
 class Result:
@@ -26,6 +28,8 @@ class Result:
         bound: whether the target is an upper or a lower bound; None: for information only.
         target: the target, in the same unit.
         detail: the times behind a ratio, and remarks.
+        own: milliseconds of what is measured, the first side of a ratio; None where it is not a time.
+        work: the least that it needs, to be set against the machine's rates.
     """
 
     case: str
@@ -36,6 +40,8 @@ class Result:
     bound: Literal["<=", ">="] | None = None
     target: float | None = None
     detail: str = ""
+    own: float | None = None
+    work: Work | None = None
 
     @property
     def met(self) -> bool | None:
@@ -61,6 +67,7 @@ def compare(
     bound: Literal["<=", ">="] | None = None,
     target: float | None = None,
     inverse: bool = False,
+    work: Work | None = None,
 ) -> Result:
     """Time two calls in turns, and the ratio of each pair.
 
@@ -73,6 +80,7 @@ def compare(
         target: of the ratio.
         inverse: False: time of ours over that of the other (lower is better). True: the other way round, how many
             times faster ours is.
+        work: the least that ours needs.
     """
     for _, call in (ours, other):
         seconds(call)
@@ -88,15 +96,19 @@ def compare(
     medians = np.median(times, 0) * 1e3
     low, high = np.quantile(ratios, [0.25, 0.75])
     detail = f"{ours[0]} {medians[0]:.4g} ms, {other[0]} {medians[1]:.4g} ms"
-    return Result(case, float(np.median(ratios)), "x", float(low), float(high), bound, target, detail)
+    value, own = float(np.median(ratios)), float(medians[0])
+    return Result(case, value, "x", float(low), float(high), bound, target, detail, own, work)
 
 
-def milliseconds(case: str, call: Callable[[], Any], rounds: int, *, target: float) -> Result:
+def milliseconds(
+    case: str, call: Callable[[], Any], rounds: int, *, target: float | None = None, work: Work | None = None
+) -> Result:
     """Median time of a call that is compiled already."""
     seconds(call)
     times = 1e3 * np.array([seconds(call) for _ in range(rounds)])
     low, high = np.quantile(times, [0.25, 0.75])
-    return Result(case, float(np.median(times)), "ms", float(low), float(high), "<=", target)
+    median, bound = float(np.median(times)), None if target is None else "<="
+    return Result(case, median, "ms", float(low), float(high), bound, target, own=median, work=work)
 
 
 def import_seconds(rounds: int, *, target: float) -> Result:
