@@ -229,6 +229,51 @@ def test_folds_go_by_the_number_of_the_real_sample(x64):
         helpers.assert_close(measures.linear_predictivity(x, y, **options), expected, 1e-10)
 
 
+def test_the_penalty_is_the_one_of_least_leave_one_out_error(x64):
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(N, 5)) * np.array([3.0, 1.0, 1.0, 0.3, 0.1])
+    y = x @ rng.normal(size=(5, 3))
+    noise = rng.normal(size=y.shape)
+    options = {"folds": 4, "strengths": (1e-3, 1e-1, 1e1)}
+    for level in (0.01, 1.0, 10.0):  # the weakest, now this and now that, the strongest
+        expected = reference.linear_predictivity(x, y + level * noise, **options)
+        helpers.assert_close(measures.linear_predictivity(x, y + level * noise, **options), expected, 1e-9)
+
+
+def test_linear_predictivity_has_no_unit():
+    x, y = (a.astype(np.float32) for a in sets())
+    options = {"folds": 4, "strengths": (1e-3, 1e-1, 1e1)}
+    expected = measures.linear_predictivity(x, y, **options)
+    for scale in np.float32([1e-25, 1e25]):  # float32 does not hold their squares
+        helpers.assert_close(measures.linear_predictivity(scale * x, y / scale, **options), expected, 1e-5)
+
+
+def test_every_set_of_a_batch_has_its_own_sigma(x64):
+    x, y = sets()
+    xs, ys = np.stack([x, 2 * x, x + x**2]), np.stack([y, 3 * y, y])
+    a, b = np.array([1.0, 2.0, 3.0]), np.array([4.0, 2.5, 1.5])
+    expected = [reference.cka(*both, sigma=sigma) for *both, sigma in zip(xs, ys, zip(a, b, strict=True), strict=True)]
+    helpers.assert_close(measures.cka(xs, ys, sigma=(a, b)), expected, 1e-9)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "correlation"])
+def test_a_row_without_a_direction_is_named(metric):
+    x, y = (a.astype(np.float32) for a in sets(widths=(5, 5)))
+    x[3] = y[7] = y[9] = 0.0 if metric == "cosine" else 1.5
+    what = rf"{'is 0' if metric == 'cosine' else 'has the same value'} everywhere, so its {metric} with others"
+    for call, message in (
+        (lambda: measures.rsa(x, y, rdm=metric), rf"^x: row 3 {what} .*\(1 such rows\)"),
+        (lambda: measures.rsa(x, y, rdm=metric, mask=np.arange(N) != 3), rf"^y: row 7 {what} .*\(2 such rows\)"),
+        (lambda: measures.nearest_neighbors(np.stack([x, y]), 3, metric), rf"^x: row 3 {what} .*\(3 such rows\)"),
+        (lambda: measures.rsa(x[:, :1], y, rdm="correlation"), "^x has one feature"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    at = np.ones(N, bool)
+    at[[3, 7, 9]] = False
+    assert np.isfinite(measures.rsa(x, y, rdm=metric, mask=at))
+
+
 @pytest.mark.usefixtures("unchecked_types")
 def test_options_are_refused_by_name():
     x, y = (a.astype(np.float32) for a in sets())

@@ -144,9 +144,19 @@ def test_a_set_that_does_not_vary_is_like_nothing(name, options, expected):
     x = sets()[0].astype(np.float32)
     constant = np.full_like(x, 3.3)
     fn = lambda a, b: getattr(measures, name)(a, b, **options)  # noqa: E731
-    assert abs(float(fn(x, constant)) - expected) < 1e-6
-    if name != "pwcca":  # all correlations are 0, and equal ones have no variates
-        assert np.isfinite(jax.grad(fn)(x, jnp.asarray(constant))).all()
+    for a, b in ((x, constant), (constant, x)):
+        assert abs(float(fn(a, b)) - expected) < 1e-6
+        if name != "pwcca":  # all correlations are 0, and equal ones have no variates
+            assert all(np.isfinite(slope).all() for slope in jax.grad(fn, (0, 1))(a, b))
+
+
+def test_minibatch_cka_with_a_set_that_does_not_vary_is_0():
+    x = sets()[0].astype(np.float32)
+    constant = np.full_like(x, 3.3)
+    for a, b in ((x, constant), (constant, x)):
+        value, slopes = jax.value_and_grad(lambda a, b: measures.minibatch_cka([(a, b)]), (0, 1))(a, b)
+        assert value == 0
+        assert all(np.isfinite(slope).all() for slope in slopes)
 
 
 @every_measure

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxalign
+from jaxalign import _rate
 from jaxalign import bandwidth as bw
 
 ROWS, OTHER_ROWS, WIDTH, MASK = helpers.ROWS, helpers.OTHER_ROWS, helpers.WIDTH, helpers.MASK
@@ -199,6 +200,33 @@ def test_more_rows_than_a_block_in_other_settings(kind, rng):
     found = jaxalign.solve_sigma(x, **options, density=0.03, bandwidth=bandwidth)
     reached = helpers.density_reached(x, options, found.sigma, bandwidth)
     assert helpers.relative_error(reached, np.full(np.shape(reached), 0.03)) < helpers.tolerance(np.float32).density
+
+
+def test_ordinary_features_need_few_passes(dtype, rng):
+    x, _ = helpers.problem("include", helpers.gaussian(rng), dtype)
+    for bandwidth in helpers.BANDWIDTHS:
+        assert max(int(jaxalign.solve_sigma(x, density=c, bandwidth=bandwidth).passes) for c in (0.1, 0.3, 0.9)) <= 2
+    x, _ = helpers.problem("include", helpers.cauchy(rng), dtype)  # steps in log rate lead there, halving would not
+    assert max(int(jaxalign.solve_sigma(x, density=c).passes) for c in (0.05, 0.3, 0.9)) <= 8
+    many = rng.normal(size=(LARGE, WIDTH)).astype(dtype)
+    passes = [int(jaxalign.solve_sigma(many, density=c).passes) for c in (0.01, 0.05, 0.3)]
+    assert max(passes) <= (1 if dtype == np.float32 else 2)  # what a subsample leaves, one series takes away
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_series_in_the_rate_bounds_its_own_error(rng):
+    z = rng.gamma(3.0, size=200)  # rate times distance
+    level = np.array([0.5, 0.8, 0.95, 1.05, 1.2, 2.0])  # wanted densities, in units of the one at this rate
+    density = level * np.exp(-z).mean()
+    moments = [np.mean(np.exp(-z) * z**k) / density for k in range(7)]
+    s, value, slope, bound = (np.asarray(a) for a in _rate._series_root(jnp.asarray(moments)))
+    there = np.outer(1 + s, z)
+    error = np.abs(np.exp(-there).mean(-1) / density - value)
+    np.testing.assert_array_equal(s > 0, level < 1)
+    helpers.assert_close(value, np.ones(level.shape), 1e-14)
+    assert (error <= bound).all()
+    assert (bound < 1e3 * error).all()
+    assert (np.abs(slope - (np.exp(-there) * there).mean(-1) / density) < 20 * bound).all()
 
 
 # --- identities -----------------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ def test_sigma_of_tiles_is_that_of_all_pairs_at_once(case, rng):
     ("masked rectangular", "global", ROWS, 6, F64),  # 4 x 2 tiles: even numbers where no ring is closed
     ("masked exclude", "per_row", ROWS, 7, F64),
     ("rectangular", "per_row", ODD, 4, F64, 2),
+    ("rectangular", "global", ROWS, 8, F64),  # tiles of 8 rows, and of 5 columns with one of padding
 )
 def test_density_of_tiles_is_that_of_all_pairs_at_once(case, rng):
     with x64_for(case.dtype):
@@ -482,6 +483,28 @@ def test_rates_by_row_are_those_of_the_row_or_if_told_so_of_the_column(tile_size
     by_row, by_column = sums(x, rate)
     helpers.assert_close(by_row, affinity.sum(1), 1e-12)
     helpers.assert_close(by_column, affinity.sum(0), 1e-12)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.usefixtures("x64")
+def test_a_subset_is_of_every_so_manieth_row_and_column_and_never_of_a_row_with_itself(stored, rng):
+    x, y, mask = rng.normal(size=(ROWS, WIDTH)), rng.normal(size=(OTHER_ROWS, WIDTH)), helpers.MASK
+    reduction = Reduction(pairs_module.kernel_terms, over_rows, symmetric=False)
+    for size, all_rows, other in ((6, False, False), (6, True, False), (100, False, False), (4, False, True)):
+
+        def sums(x, y, mask, size=size, all_rows=all_rows):
+            frame = make_frame(x, y, mask, None)
+            pairs = Pairs((frame,)).stored() if stored else Pairs((frame,))
+            few = pairs.subset(size, all_rows=all_rows)
+            return reduce_pairs(reduction, few, rates=(RATES[0] * frame.scale**2,))[1][:, 0]
+
+        rows = np.arange(ROWS)[:: 1 if all_rows else max(1, ROWS // size)]
+        others = y if other else x
+        columns = np.arange(len(others))[:: max(1, len(others) // size)]
+        counted = mask[rows, None] & (other | mask[columns % ROWS] & (rows[:, None] != columns))
+        affinity = np.exp(-RATES[0] * reference.squared_distances(x[rows], others[columns]))
+        found = jax.jit(sums)(x, y if other else None, mask)
+        helpers.assert_close(found, (counted * affinity).sum(1), 1e-12)
 
 
 @pytest.mark.parametrize("rows", [10**5, 10**8])
