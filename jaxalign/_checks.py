@@ -80,7 +80,7 @@ def feature_pair(x: Any, y: Any | None, *, min_rows: int = 1) -> tuple[jax.Array
 
 def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: str) -> jax.Array:
     """A real number or array that broadcasts to `shape` (which `meaning` puts into words)."""
-    _refuse_foreign(name, value)
+    refuse_foreign(name, value)
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     if array.dtype == bool or not (
         jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
@@ -98,7 +98,7 @@ def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: 
 
 def parameter_array(name: str, value: Any, dtype: Any) -> jax.Array:
     """A real array of at least one dimension, as a vector or matrix to multiply with."""
-    _refuse_foreign(name, value)
+    refuse_foreign(name, value)
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     if array.ndim == 0 or jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be a real vector or matrix; got shape {array.shape}, dtype {array.dtype}.")
@@ -109,7 +109,7 @@ def row_mask(name: str, value: Any | None, shape: tuple[int, ...]) -> jax.Array 
     """A boolean mask over rows, True = a real sample, broadcast to `shape` = (..., n)."""
     if value is None:
         return None
-    _refuse_foreign(name, value)
+    refuse_foreign(name, value)
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     if array.dtype != bool:
         raise TypeError(
@@ -232,7 +232,8 @@ def _show(values: np.ndarray) -> str:
     return np.array2string(values, threshold=6, edgeitems=2)
 
 
-def _refuse_foreign(name: str, value: Any) -> None:
+def refuse_foreign(name: str, value: Any) -> None:
+    """Raise for a torch tensor."""
     if any(cls.__module__.split(".")[0] == "torch" for cls in type(value).__mro__):
         raise TypeError(
             f"{name} is a torch tensor. Convert it with jaxalign.interop.from_torch({name}), "
@@ -241,7 +242,7 @@ def _refuse_foreign(name: str, value: Any) -> None:
 
 
 def _floating(name: str, value: Any) -> jax.Array:
-    _refuse_foreign(name, value)
+    refuse_foreign(name, value)
     if not isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(
             f"{name} must be a jax or numpy array; got {type(value).__name__}. Write np.asarray({name}, np.float32)."

@@ -325,11 +325,11 @@ def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = S
         "density", density, problem.x.dtype, problem.batch, "the batch dimensions of the features"
     )
     _checks.density_value(density)
-    told = problem.mask is None or not plan.shared  # else others have masks too
-    if problem.y is None and problem.diagonal == "include" and told and _checks.is_concrete(density, problem.mask):
-        counts = (
-            plan.rows_of_all(problem.x.shape[-2]) if problem.mask is None else _checks.on_host(problem.mask).sum(-1)
-        )
+    if problem.y is None and problem.diagonal == "include" and _checks.is_concrete(density):
+        if problem.mask is None or plan.shared or not _checks.is_concrete(problem.mask):
+            counts = plan.rows_of_all(problem.x.shape[-2])  # at most: what a mask leaves of them is not known here
+        else:
+            counts = _checks.on_host(problem.mask).sum(-1)
         floor = 1 / np.asarray(counts, np.float64)
         infeasible = np.broadcast_arrays(_checks.on_host(density) <= floor)[0]
         if infeasible.any():

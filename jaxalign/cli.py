@@ -7,6 +7,7 @@ write, 2 wrong input, 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import ast
 import errno
 import json
 import os
@@ -187,6 +188,10 @@ def _common(parser: argparse.ArgumentParser, density: float | None = 0.05, *, ti
 def _measured(parser: argparse.ArgumentParser, permutations: int) -> None:
     parser.add_argument("--measure", default="cka", help="cka, rsa, mutual_knn, procrustes, ... (default: cka)")
     parser.add_argument(
+        "--option", type=_option, action="append", default=[], metavar="NAME=VALUE",
+        help="an option of the measure, as kernel=linear, estimator=biased, k=20; any number of these",
+    )  # fmt: skip
+    parser.add_argument(
         "--permutations", type=_many, default=permutations, help=f"for p-values, 0: none (default: {permutations})"
     )
 
@@ -204,6 +209,17 @@ def _number(text: str, kind: type, valid: Callable[[Any], bool], meaning: str) -
     if value is None or not valid(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}")
     return value
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """An option of a measure: a number, a truth value or None where it reads as one, else words."""
+    name, equal, value = text.partition("=")
+    if not equal or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def _seed(text: str) -> int:

@@ -27,6 +27,7 @@ from jaxalign._plan import TileSize
 from jaxalign._saved import plain, replace_file, told
 from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
+from jaxalign.io import named_sets
 from jaxalign.measures._evaluate import Missing, PairMeasure
 from jaxalign.measures._registry import specified
 from jaxalign.streaming import Progress, check_block_rows
@@ -220,7 +221,8 @@ def compare_grid(
 
     Args:
         features: named sets of the same n samples: a mapping of name to an array (n, d), a memory map, or a path to a
-            .npy file; pairs of name and array; or a folder, whose .npy files are the sets.
+            .npy file; pairs of name and array; or a folder, whose .npy files are the sets, numbers in their names in
+            the order of numbers.
         other: the sets to compare them with; None compares all with each other.
         measure: a name in `jaxalign.measures.REGISTRY`.
         mask: shape (n,), True = a real sample.
@@ -252,8 +254,8 @@ def compare_grid(
         'second'
     """
     entry, filled, specification = specified(measure, options)
-    ours = _named("features", features)
-    theirs = {} if other is None else _named("other", other)
+    ours = named_sets("features", features)
+    theirs = {} if other is None else named_sets("other", other)
     sets = [*ours.items(), *theirs.items()]
     sides = (("features", ours), ("other", theirs))
     names = [name if other is None else f"{side}[{name!r}]" for side, named in sides for name in named]
@@ -287,45 +289,6 @@ def compare_grid(
 
 
 # --- what was handed in -----------------------------------------------------------------------------------------------
-
-
-def _named(argument: str, features: Any) -> dict[str, Any]:
-    if isinstance(features, (str, os.PathLike)):
-        folder = Path(features)
-        if not folder.is_dir():
-            raise ValueError(f"{argument}: {folder} is not a folder. A single file has to be named: {{'name': path}}.")
-        pairs: list[tuple[Any, Any]] = [(path.stem, path) for path in sorted(folder.glob("*.npy"))]
-        if not pairs:
-            raise ValueError(f"{argument}: the folder {folder} holds no .npy files.")
-    elif isinstance(features, Mapping):
-        pairs = list(features.items())
-    elif isinstance(features, (np.ndarray, jax.Array)):
-        raise TypeError(f"{argument} must be named sets, as {{'name': array}}; got an array of shape {features.shape}.")
-    else:
-        given: list[Any] = list(features) if isinstance(features, Iterable) else [None]
-        if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in given):
-            raise TypeError(f"{argument} must be a mapping, pairs of (name, array), or a folder; got {features!r}.")
-        pairs = [(name, value) for name, value in given]
-    if not pairs:
-        raise ValueError(f"{argument} is empty: at least one named set of features is needed.")
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if not isinstance(name, str):
-            raise TypeError(f"{argument}: names must be strings; got {name!r}.")
-        if name in found:
-            raise ValueError(f"{argument}: the name {name!r} stands for two sets; names must differ.")
-        if isinstance(value, (str, os.PathLike)):
-            try:
-                value = np.load(value, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError) as error:
-                raise ValueError(f"{argument}[{name!r}]: {value} is not a complete .npy file ({error}).") from None
-        if not isinstance(value, (np.ndarray, jax.Array)):
-            kind = type(value).__name__
-            raise TypeError(f"{argument}[{name!r}] must be an array or a path to a .npy file; got {kind}.")
-        if value.ndim != 2:
-            raise ValueError(f"{argument}[{name!r}] must have shape (n, d); got {value.shape}.")
-        found[name] = value
-    return found
 
 
 def _one_a_set(sigma: Any, sets: int) -> tuple[Any, ...] | Any:

@@ -8,6 +8,7 @@ weights its pairs.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from jaxtyping import Array
 from jaxalign import _checks
 from jaxalign._plan import STORED
 from jaxalign.bandwidth import check_rtol
+from jaxalign.io import named_sets
 from jaxalign.measures._evaluate import (
     Missing,
     PairMeasure,
@@ -362,11 +364,8 @@ def noise_ceiling(
 
 
 def _named(argument: str, features: Any) -> dict[str, Any]:
-    if not isinstance(features, Mapping):
-        return {"": features}
-    if not features:
-        raise ValueError(f"{argument} is empty: at least one named set of features is needed.")
-    return dict(features)
+    named = isinstance(features, (Mapping, str, os.PathLike))
+    return named_sets(argument, features) if named else {"": features}
 
 
 def _real_samples(

@@ -5,7 +5,9 @@ Each format's package is imported when a file of that format is read; they are t
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 import zipfile
 import zlib
@@ -14,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
+
+from jaxalign import _checks
 
 Positions = Literal["rows", "mean"]
 # Characters of a name that become a file's.
@@ -96,6 +101,61 @@ def read_features(path: str | Path) -> dict[str, FeatureSet]:
     return found
 
 
+def named_sets(argument: str, features: Any) -> dict[str, Any]:
+    """Sets of features (n, d) by name: of a mapping, of pairs, or of a folder's .npy files, which are not loaded."""
+    if isinstance(features, (str, os.PathLike)):
+        folder = Path(features)
+        if not folder.is_dir():
+            raise ValueError(f"{argument}: {folder} is not a folder. A single file has to be named: {{'name': path}}.")
+        pairs: list[tuple[Any, Any]] = [(path.stem, path) for path in sorted(folder.glob("*.npy"), key=natural)]
+        if not pairs:
+            raise ValueError(f"{argument}: the folder {folder} holds no .npy files.")
+    elif isinstance(features, Mapping):
+        pairs = list(features.items())
+    elif isinstance(features, (np.ndarray, jax.Array)):
+        raise TypeError(f"{argument} must be named sets, as {{'name': array}}; got an array of shape {features.shape}.")
+    else:
+        given: list[Any] = list(features) if isinstance(features, Iterable) else [None]
+        if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in given):
+            raise TypeError(f"{argument} must be a mapping, pairs of (name, array), or a folder; got {features!r}.")
+        pairs = [(name, value) for name, value in given]
+    if not pairs:
+        raise ValueError(f"{argument} is empty: at least one named set of features is needed.")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if not isinstance(name, str):
+            raise TypeError(f"{argument}: names must be strings; got {name!r}.")
+        if name in found:
+            raise ValueError(f"{argument}: the name {name!r} stands for two sets; names must differ.")
+        if isinstance(value, (str, os.PathLike)):
+            try:
+                path, value = value, np.load(value, mmap_mode="r", allow_pickle=False)
+            except (ValueError, EOFError) as error:
+                raise ValueError(f"{argument}[{name!r}]: {value} is not a complete .npy file ({error}).") from None
+            if value.dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+                raise TypeError(
+                    f"{argument}[{name!r}]: {path} is float64, but jax is set to 32 bits and would narrow it without a "
+                    'word. Either jax.config.update("jax_enable_x64", True) at the start of the program, or once for '
+                    "all: np.save(path, np.load(path).astype(np.float32))."
+                )
+        _checks.refuse_foreign(f"{argument}[{name!r}]", value)
+        if not isinstance(value, (np.ndarray, jax.Array)):
+            kind = type(value).__name__
+            raise TypeError(f"{argument}[{name!r}] must be an array or a path to a .npy file; got {kind}.")
+        if value.ndim != 2:
+            way_out = (
+                ""
+                if value.ndim < 3
+                else (
+                    f" With every position a sample: x.reshape(-1, {value.shape[-1]}); with their mean: "
+                    f"x.mean({tuple(range(1, value.ndim - 1))})."
+                )
+            )
+            raise ValueError(f"{argument}[{name!r}] must have shape (n, d); got {value.shape}.{way_out}")
+        found[name] = value
+    return found
+
+
 def hash_of(path: Path) -> str:
     """The SHA-256 of a file."""
     with path.open("rb") as file:
@@ -162,7 +222,8 @@ def _read(path: Path) -> Mapping[str, Any]:
             f'{path}: {error}. Its format needs the extra: python -m pip install "jaxalign[cli]"'
         ) from error
     except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        # A damaged archive asks for a place before its beginning: EINVAL. All else is the file system's word.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise ValueError(f"{path} cannot be read as {path.suffix}: {_first_line(error)}") from error
     except Exception as error:  # whatever a format's package raises on a damaged file
@@ -212,6 +273,8 @@ def _h5(path: Path) -> Mapping[str, Any]:
 
     def visit(name: str, node: Any) -> None:
         if isinstance(node, h5py.Dataset) and node.shape is not None and node.dtype.kind == "f":
+            if node.external:
+                raise ValueError(f"{name!r} lies in another file, {node.external[0][0]!r}, which is not followed.")
             found[name] = node[()]
 
     with h5py.File(path, "r") as file:

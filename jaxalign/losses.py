@@ -149,8 +149,8 @@ def remember(
 def alignment_loss(
     x: Float[AnyArray, "*#batch n d1"],
     y: Float[AnyArray, "*#batch n d2"],
-    *,
     measure: Measure = "cka",
+    *,
     density: ArrayLike = 0.05,
     diagonal: Diagonal = "include",
     sigma: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
@@ -201,7 +201,8 @@ def alignment_loss(
             values of "none" are those of this device's samples.)
 
     Returns:
-        The loss, shape (...), or (..., n) for "none".
+        The loss, shape (...), or (..., n) for "none". Where no sigma can be found (samples that coincide, or a mask
+            that leaves 1 / density or fewer under a trace) all samples count as alike and the gradient is 0.
 
     Raises:
         TypeError, ValueError: see `jaxalign.measures.hsic`; a reduction that the measure does not have; a batch too
@@ -277,6 +278,9 @@ def multi_layer_loss(
         >>> bool(each["early"] < 1e-5), bool(each["late"] > 0.5), bool(total == each["late"] / 2)
         (True, True, True)
     """
+    for name, layers in (("x", x), ("y", y)):
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"{name} must be features by name, {{'layer': array}}; got {type(layers).__name__}.")
     missing = sorted(set(x) ^ set(y))
     if missing or not x:
         raise ValueError(f"x and y must name the same layers, at least one; not in both: {missing}.")

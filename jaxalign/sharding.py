@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
@@ -59,11 +60,19 @@ def shard_rows(
         axis_name: the axis of the mesh; None: its first.
 
     Raises:
-        TypeError: x is not an array. ValueError: the mesh has no such axis; rows that do not divide.
+        TypeError: x is not an array. ValueError: the mesh has no such axis; rows that do not divide, or another number
+            of them in another process.
     """
     if not isinstance(x, (np.ndarray, jax.Array)) or x.ndim < 2:
         what = f"shape {x.shape}" if isinstance(x, (np.ndarray, jax.Array)) else type(x).__name__
         raise TypeError(f"x must be an array of shape (..., n, d); got {what}.")
+    if jax.process_count() > 1:
+        rows = np.asarray(multihost_utils.process_allgather(np.int32(x.shape[-2]))).ravel()
+        if (rows != rows[0]).any():
+            raise ValueError(
+                f"x must have the same number of rows in every process; it has {rows.tolist()}. Add rows and mask them "
+                "out with mask=."
+            )
     axis = mesh.axis_names[0] if axis_name is None else axis_name
     if axis not in mesh.axis_names:
         raise ValueError(f"mesh has no axis {axis!r}, its axes are {mesh.axis_names}.")

@@ -88,6 +88,7 @@ def test_align(models, capsys):
         standardize=True,
     )
     np.testing.assert_allclose(rows, expected.features["layer2"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(list(told["density reached"].values()), 0.7, rtol=1e-4)
     # Sets of one name are told apart by their folders.
     assert run("align", models / "a", models / "b", "--landmarks", 40, "--published", "--out", models / "both") == 0
     assert (models / "both" / "b%2flayer10.npy").exists()
@@ -99,9 +100,9 @@ def test_grid(models, capsys):
     assert {path.name for path in out.iterdir()} == {"grid.json", "grid.png", "layers.png", "report.html"}
     told = json.loads((out / "grid.json").read_text())
     expected = jaxalign.compare_grid(models / "a", models / "b", density=0.2)
-    order = [expected.rows.index(name) for name in told["rows"]]
     assert told["rows"] == ["layer2", "layer9", "layer10"]
-    np.testing.assert_allclose(told["values"], np.asarray(expected.values)[np.ix_(order, order)], rtol=1e-4)
+    np.testing.assert_allclose(told["values"], expected.values, rtol=1e-4)
+    assert list(expected.rows) == told["rows"]  # numbers in names are numbers in both
     np.testing.assert_allclose(told["density reached"], 0.2, rtol=1e-4)
     assert told["statistics"]["corrected"][0][0] == pytest.approx(0.01)
     assert len(told["provenance"]["sha256"]) == 6
@@ -111,6 +112,24 @@ def test_grid(models, capsys):
     assert "--force overwrites what an earlier run wrote there" in capsys.readouterr().err
     assert run("grid", models / "a", "--measure", "rsa", "--permutations", 0, "--out", out, "--force") == 0
     assert json.loads((out / "grid.json").read_text())["itself"]
+
+
+def test_options_of_the_measure(models, capsys):
+    sets = models / "a" / "layer2.npy", models / "b" / "layer9.npy"
+    chosen = "--option", "kernel=linear", "--option", "estimator=biased"
+    assert run("compare", *sets, *chosen, "--permutations", 0, "--json") == 0
+    x, y = (np.load(path).astype(np.float64) for path in sets)
+    x, y = x - x.mean(0), y - y.mean(0)
+    expected = np.sum((x.T @ y) ** 2) / np.sqrt(
+        np.sum((x.T @ x) ** 2) * np.sum((y.T @ y) ** 2)
+    )  # Kornblith et al. 2019
+    assert json.loads(capsys.readouterr().out)["value"] == pytest.approx(expected, rel=1e-4)
+    assert run("compare", *sets, "--measure", "mutual_knn", "--option", "k=5", "--permutations", 0) == 0
+    assert run("compare", *sets, "--option", "kernels=linear") == 2
+    assert "kernels" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("compare", *sets, "--option", "kernel")
+    assert "'kernel' is not NAME=VALUE" in capsys.readouterr().err
 
 
 def test_maps_are_coloured_over_their_pictures(tmp_path, capsys):

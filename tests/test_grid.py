@@ -379,3 +379,16 @@ def test_features_of_the_wrong_kind():
     for features in (5, ["ab", "cd"]):
         with pytest.raises(TypeError, match="must be a mapping, pairs of"):
             compare_grid(features)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_what_is_no_set_of_samples_says_the_way_out(tmp_path):
+    tokens = np.ones((6, 5, 3), np.float32)
+    with pytest.raises(ValueError, match=r"x\.reshape\(-1, 3\).*x\.mean\(\(1,\)\)"):
+        compare_grid({"a": tokens})
+    np.save(tmp_path / "a.npy", np.ones((6, 3)))
+    with pytest.raises(TypeError, match=r"np\.save\(path, np\.load\(path\)\.astype\(np\.float32\)\)"):
+        compare_grid(tmp_path)
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"from_torch\(features\['a'\]\)"):
+        compare_grid({"a": torch.ones(6, 3)})

@@ -316,3 +316,15 @@ def test_more_bad_input(x64):
     for call, message in bad:
         with pytest.raises((ValueError, TypeError), match=message):
             call()
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_sets_in_files(tmp_path):
+    sets = {f"layer{k}": np.random.default_rng(k).normal(size=(30, 4)).astype(np.float32) for k in (10, 9)}
+    for name, x in sets.items():
+        np.save(tmp_path / f"{name}.npy", x)
+    expected = jaxalign.permutation_test(sets, sets, key=jax.random.key(0), permutations=19)
+    found = jaxalign.permutation_test(tmp_path, str(tmp_path), key=jax.random.key(0), permutations=19)
+    assert found.rows == ("layer9", "layer10")  # numbers in names are in the order of numbers
+    assert expected.rows == ("layer10", "layer9")
+    np.testing.assert_allclose(found.value, np.asarray(expected.value)[::-1, ::-1], rtol=1e-6)

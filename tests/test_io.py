@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io as stdio
+import json
+import os
 import pickle
+import re
+import struct
+import zipfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +140,82 @@ def test_damaged_files_are_named(suffix, tmp_path):
         read_features(path)
 
 
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_damage_anywhere_is_an_error_or_other_numbers(suffix, tmp_path):
+    """No crash, no exception of a format's package, no array that cannot be used. JAXALIGN_FUZZ sets how often."""
+    path = tmp_path / f"x{suffix}"
+    WRITERS[suffix](path, {"a": X} if suffix == ".npy" else {"a": X, "b": X[:, :2]})
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+
+    def somewhere(length):  # half of the time near an end, where the headers are
+        near = int(rng.integers(min(length, 256)))
+        return int(rng.choice([rng.integers(length), rng.integers(length), near, length - 1 - near]))
+
+    for _ in range(int(os.environ.get("JAXALIGN_FUZZ", "1000")) // len(WRITERS)):
+        damaged = bytearray(whole)
+        for _ in range(rng.integers(1, 6)):
+            at, length = somewhere(len(damaged)), int(rng.integers(1, 9))
+            content = [rng.bytes(length), b"\xff" * length, b"", rng.bytes(8)[:7] + b"\x00"][rng.integers(4)]
+            damaged[at : at + length] = content
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            assert all(np.asarray(one.rows()).ndim == 2 for one in read_features(path).values())
+
+
+def npy(shape, body=b"", claimed=None):
+    header = str({"descr": "<f4", "fortran_order": False, "shape": shape}).encode()
+    return b"\x93NUMPY\x02\x00" + struct.pack("<I", claimed or len(header)) + header + body
+
+
+def zipped(content):
+    archive = stdio.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x.npy", content)
+    return archive.getvalue()
+
+
+HEADER = json.dumps({"x": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.npy", npy((10**12, 10**6))),
+        ("x.npy", npy((2**63, 4))),
+        ("x.npy", npy((-1, 4), bytes(64))),
+        ("x.npy", npy((4, 4), claimed=2**32 - 1)),
+        ("x.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", 200_000) + b"(" * 200_000),
+        ("x.npz", zipped(npy((10**9, 10**6)))),
+        ("x.safetensors", struct.pack("<Q", len(HEADER)) + HEADER),
+        ("x.safetensors", struct.pack("<Q", 2**63) + b"{}"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_headers_that_claim_too_much(name, content, tmp_path):
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(name)):
+        read_features(tmp_path / name)
+
+
+def test_hdf5_does_not_read_what_lies_elsewhere(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(48))
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["elsewhere"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "/")
+        file["around"] = h5py.SoftLink("/around")
+        file["x"] = X
+        file["group/itself"] = file.create_group("group")
+    assert list(read_features(tmp_path / "x.h5")) == ["x"]
+    with h5py.File(tmp_path / "y.h5", "w") as file:
+        file.create_dataset("x", (4, 3), "f4", external=[(str(secret), 0, 48)])
+    with pytest.raises(ValueError, match=r"'x' lies in another file, .*secret', which is not followed"):
+        read_features(tmp_path / "y.h5")
+
+
 def test_what_holds_no_features(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         read_features(tmp_path / "none.npy")
@@ -156,8 +239,6 @@ def test_names_for_files_and_terminals():
 
 
 def test_what_is_no_array_is_passed_over(tmp_path):
-    import zipfile
-
     np.savez(tmp_path / "x.npz", x=X)
     with zipfile.ZipFile(tmp_path / "x.npz", "a") as file:
         file.writestr("readme.txt", "hello")

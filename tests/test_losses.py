@@ -343,3 +343,16 @@ def test_the_memory_is_a_pytree():
     memory = empty_memory(8, 4, 6)
     assert isinstance(jax.tree.map(lambda a: a, memory), Memory)
     assert losses.empty_memory is empty_memory
+
+
+def test_a_batch_too_small_for_the_density_is_an_error_under_jit_and_with_a_mask():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
+    loss = jax.jit(lambda x, mask: alignment_loss(x, x[:, ::-1], mask=mask))
+    with pytest.raises(ValueError, match="cannot be reached with n = 16 samples"):
+        loss(x, jnp.ones(16, bool))
+
+
+def test_layers_need_names():
+    x = jnp.ones((8, 3))
+    with pytest.raises(TypeError, match="x must be features by name"):
+        multi_layer_loss([x], [x])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -57,6 +58,28 @@ def test_a_nan_in_the_rows_of_one_process_is_an_error_in_each(example):
     said = str(caught.value).splitlines()[1:]
     what = "failed: ValueError: x has nan or inf in 1 row(s), the first is row 19."
     assert [line.partition(what)[0].strip() for line in said] == ["process 0", "process 1"]
+
+
+UNEQUAL = """
+import sys
+import jax
+process = int(sys.argv[2])
+jax.distributed.initialize(sys.argv[1], 2, process, cluster_detection_method="deactivate")
+import numpy as np
+import jaxalign
+try:
+    jaxalign.sharding.shard_rows(np.ones((40 + process, 3), np.float32), jaxalign.sharding.data_mesh())
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_another_number_of_rows_in_another_process_is_an_error_in_each(example):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{one.getsockname()[1]}"
+    said = example.run_together([[sys.executable, "-c", UNEQUAL, address, str(k)] for k in range(2)], timeout=TIMEOUT)
+    assert all("the same number of rows in every process; it has [40, 41]" in one for one in said)
 
 
 def test_a_process_that_takes_too_long_ends_all(example):

@@ -21,7 +21,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 LAYERS = [
     {"_typing", "_version"},
     {"_checks", "_draw", "_saved"},
-    {"_plan", "sharding"},
+    {"_plan", "io", "sharding"},
     {"distances"},
     {"pairs"},
     {"_rate"},
@@ -35,7 +35,7 @@ LAYERS = [
     {"colors"},
 ]
 # On top, for whoever does not only compute: the order among these is theirs.
-OUTER = {"cli", "io", "plots", "report", "interop", "datasets"}
+OUTER = {"cli", "plots", "report", "interop", "datasets"}
 HEAVY = (
     "torch",
     "flax",

@@ -24,11 +24,12 @@ from jaxalign import io, sharding
 from jaxalign._grid_files import finite_rows
 from jaxalign._saved import plain, replace_file
 from jaxalign._version import __version__
-from jaxalign.alignment import align
+from jaxalign.alignment import Alignment, align
 from jaxalign.bandwidth import mean_density, solve_sigma
 from jaxalign.colors import rgb
 from jaxalign.grid import ComparisonGrid, compare_grid
 from jaxalign.inference import permutation_test
+from jaxalign.report.baselines import standardized
 from jaxalign.report.coloring import joint_colors, own_colors
 from jaxalign.report.demo import RECOMMENDED
 from jaxalign.report.tables import format_table
@@ -136,6 +137,16 @@ def provenance(options: Mapping[str, Any], *given: Input) -> dict[str, Any]:
         "sha256": {path: found for one in given for path, found in one.hashes.items()},
         "notes": list(dict.fromkeys(note for one in given for note in one.notes)),
     }
+
+
+def _landmark_densities(alignment: Alignment, rows: Mapping[str, Any], channels: str | None) -> dict[str, Any]:
+    """Mean affinity of the landmarks of every set, of which sigma was found; None with a sigma per row."""
+    chosen, found = np.asarray(alignment.landmarks), {}
+    for name, sigma in alignment.sigma.items():
+        x = np.asarray(rows[name])
+        block = jnp.asarray(x if channels is None else standardized(x).astype(np.float32))[chosen]
+        found[name] = float(mean_density(block, sigma=float(sigma))) if np.ndim(sigma) == 0 else None
+    return found
 
 
 def _densities(sets: list[Any], compared: ComparisonGrid, options: Mapping[str, Any]) -> list[float | None]:
@@ -318,6 +329,7 @@ def align_files(options: dict[str, Any]) -> Found:
     }
     data = {
         "samples": n, "landmarks": landmarks, "sigma": sigma,
+        "density reached": _landmark_densities(alignment, given.rows, how["channels"]),
         "files": {name: path.name for name, path in zip(names, files, strict=True)},
         "correspondence of samples that are not landmarks": pairs, "provenance": provenance({**options, **how}, given),
     }  # fmt: skip
@@ -531,11 +543,11 @@ def _short(name: str, most: int = 40) -> str:
 
 
 def _measure_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the measure: the density where it has one."""
+    """Options of the measure: the density where it has one, and those of --option."""
     from jaxalign.measures._registry import find
 
     known = find(options["measure"]).options
-    return {name: options[name] for name in ("density",) if name in known}
+    return {**({"density": options["density"]} if "density" in known else {}), **dict(options["option"])}
 
 
 def _some_rows(n: int) -> np.ndarray:
