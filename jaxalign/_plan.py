@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -27,6 +29,10 @@ _TILE_PAIRS = {"cpu": 2**20, "other": 2**24}
 # Of several sets each has a tile; smaller ones than this make products slow, as long as all of them are not too many.
 _TILE_PAIRS_OF_A_SET = 2**18
 _TILE_PAIRS_OF_ALL = 2**24
+# Bytes that are not asked for before they are taken.
+_SURELY_THERE = 2**28
+# What a stored array takes while it is made, in its own size (1.6 times were measured for the affinity).
+_ON_THE_WAY = 1.5
 # A tile needs about this many arrays of its size, and may take this share of the free memory.
 _TILE_ARRAYS = 12
 _TILE_SHARE = 0.25
@@ -207,6 +213,41 @@ def usual_block_rows(row_bytes: int) -> int:
     Not by the free memory: a job that goes on from a checkpoint has to have the same blocks.
     """
     return max(_LEAST_TILE, min(2**16, 2**28 // row_bytes))
+
+
+def check_room(what: str, shape: Sequence[int], x: Array, way_out: str) -> None:
+    """Raise a MemoryError where an array that is to be stored, with what it is made of, is larger than the memory.
+
+    Only of a CPU, where jax would wait for ever or the system would end the process; other devices raise by themselves.
+    """
+    needed = _ON_THE_WAY * math.prod(shape) * x.dtype.itemsize
+    if needed < _SURELY_THERE or not _checks.is_concrete(x) or any(one.platform != "cpu" for one in x.devices()):
+        return
+    left = _room()
+    if needed > left:
+        raise MemoryError(
+            f"{what} of shape {tuple(shape)} would take {needed / 1e9:.3g} GB while made, and there are "
+            f"{max(left, 0) / 1e9:.3g} GB. {way_out}"
+        )
+
+
+def _room() -> float:
+    """Bytes that this process may still have: free, or in caches and swap, within its limits; infinite if unknown."""
+    room = math.inf
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        room = 1024.0 * sum(int(words[1]) for words in lines if words[0] in ("MemAvailable:", "SwapFree:"))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        room = min(room, float(limit) - float(used)) if limit.strip() != "max" else room
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        room = min(room, limit - pages * resource.getpagesize()) if limit != resource.RLIM_INFINITY else room
+    return room
 
 
 def _free_memory(device: Any) -> float:

@@ -27,7 +27,7 @@ from jaxalign.bandwidth import (
     rate_of,
     solve_pairs,
 )
-from jaxalign.distances import accurate_distances, make_frame, same_row
+from jaxalign.distances import accurate_distances, check_stored, make_frame, same_row
 from jaxalign.pairs import kernel
 
 
@@ -69,6 +69,7 @@ def rbf_affinity(
     Raises:
         TypeError, ValueError: see `solve_sigma`; also sigma not above 0. Under a trace a sigma that does not exist
             gives nan.
+        MemoryError: n x m does not fit into the memory of the CPU.
 
     Example:
         >>> import jax, jaxalign
@@ -85,6 +86,7 @@ def rbf_affinity(
     given, by_row = (None, bandwidth == "per_row") if sigma is None else check_sigma(sigma, problem)
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
     target = None if sigma is not None else check_density(density, problem, bandwidth)
+    check_stored("the affinity", problem.x, problem.y)
     affinity, status = _rbf_affinity(
         problem.x,
         problem.y,

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxalign import _checks
-from jaxalign._plan import ROWS_SECOND_LAST, in_auto_mode
+from jaxalign._plan import ROWS_SECOND_LAST, check_room, in_auto_mode
 from jaxalign._typing import AnyArray
 
 # Features a step of the explicit sum, so that the n x m result is read and written rarely; more than this gains
@@ -53,6 +53,7 @@ def squared_distances(
     Raises:
         TypeError: not an array, integer or complex features, float64 without x64.
         ValueError: wrong rank, an empty array, x and y of different widths.
+        MemoryError: n x m does not fit into the memory of the CPU.
 
     Example:
         >>> import jax.numpy as jnp, jaxalign
@@ -61,7 +62,15 @@ def squared_distances(
                [25.,  0.]], dtype=float32)
     """
     x, y = _checks.feature_pair(x, y)
+    check_stored("the distances", x, y)
     return _squared_distances(x, y, precision)
+
+
+def check_stored(what: str, x: Array, y: Array | None) -> None:
+    """Raise a MemoryError where values of all pairs cannot be stored."""
+    shape = (*x.shape[:-1], (x if y is None else y).shape[-2])
+    way_out = "Nothing of that size is stored by solve_sigma, affinity_operator, compare, compare_grid and streaming."
+    check_room(what, shape, x, way_out)
 
 
 @partial(jax.jit, static_argnames="precision")

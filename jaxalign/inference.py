@@ -22,7 +22,7 @@ from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array
 
 from jaxalign import _checks
-from jaxalign._plan import STORED
+from jaxalign._plan import STORED, check_room
 from jaxalign.bandwidth import check_rtol
 from jaxalign.io import named_sets
 from jaxalign.measures._evaluate import (
@@ -404,6 +404,8 @@ def pair_matrices(
     sigma = options.get("sigma")
     sigmas, target = check_function(names, sets, None, sigma, options.get("density"), measure.function, STORED)
     found = []
+    shape = (len(sets), sets[0].shape[0], sets[0].shape[0])
+    check_room("the pair matrices", shape, sets[0], "Test fewer samples, drawn at random: x[rows], y[rows].")
     for k, (name, x) in enumerate(zip(names, sets, strict=True)):
         own = None if sigmas is None else sigmas[..., k]
         matrix, unit, status = _pair_matrix(

@@ -104,3 +104,45 @@ def test_jobs_that_are_killed_lose_nothing_finished(tmp_path):
                 assert content.files
     subprocess.run([sys.executable, "-c", JOB, *arguments], env=environment, check=True)
     np.testing.assert_allclose(np.load(tmp_path / "values.npy"), expected, rtol=1e-4, atol=1e-6)
+
+
+LIMITED = """
+import resource
+import jax, numpy as np
+import jaxalign
+x = np.random.default_rng(0).normal(size=(40_000, 2)).astype(np.float32)
+jax.block_until_ready(jaxalign.rbf_affinity(x[:100]))  # all threads are there
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**31,) * 2)
+key = jax.random.key(0)
+for call in (
+    lambda: jaxalign.squared_distances(x),
+    lambda: jaxalign.rbf_affinity(x),
+    lambda: jaxalign.rbf_affinity(x, sigma=1.0),
+    lambda: jaxalign.affinity_operator(x, sigma=1.0).todense(),
+    lambda: jaxalign.measures.rdm(x, "sqeuclidean"),
+    lambda: jaxalign.compare(x, x, "rsa", compare="spearman"),
+    lambda: jaxalign.normalized_cut(x, 3, sigma=1.0, method="dense"),
+    lambda: jaxalign.permutation_test(x, x, key=key),
+    lambda: jaxalign.bootstrap(x, x, kernel="linear", key=key),
+):
+    try:
+        jax.block_until_ready(call())
+        print("stored")
+    except MemoryError as error:
+        print(error)
+print(float(jaxalign.mean_density(x[:20_000], sigma=1.0)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the memory of a process on Linux")
+def test_what_does_not_fit_into_memory_is_an_error_and_no_endless_wait():
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED], env=environment, check=True, capture_output=True, text=True, timeout=300
+    )
+    *refused, density = done.stdout.splitlines()
+    assert len(refused) == 9
+    assert all("40000" in one and "GB while made, and there are" in one for one in refused), refused
+    assert all("solve_sigma, affinity_operator" in one for one in refused[:7])
+    assert 0.1 < float(density) < 1

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from jaxalign import _checks
 from jaxalign._plan import Plan, TileSize, is_shared, make_plan
 from jaxalign.bandwidth import CONVERGED, NON_FINITE, check_density, check_problem, check_rtol, raise_if_failed
+from jaxalign.distances import check_stored
 from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, pair_products_jit
 
 Missing = Literal["raise", "omit", "propagate"]
@@ -68,6 +69,7 @@ class SetMeasure:
         least: samples that it needs.
         function: what it takes of a pair of samples, if it does: tells what rows and sigma have to be.
         label: the name with the option that `least` depends on.
+        stores_pairs: whether it sorts values of all pairs, which are stored for that.
     """
 
     name: str
@@ -76,6 +78,7 @@ class SetMeasure:
     least: int
     function: PairFunction = _ANY
     label: str = ""
+    stores_pairs: bool = False
 
     @property
     def needs(self) -> str:
@@ -141,6 +144,8 @@ def evaluate(
     if isinstance(measure, PairMeasure):
         return values_of(products_of((x, y), 1, mask, sigma, density, measure, plan), measure)[..., 0, 0]
     problem = check_function(("x", "y"), (x, y), mask, sigma, density, measure.function, plan)
+    if measure.stores_pairs:
+        check_stored("dissimilarities to be sorted", x, None)
     value, *status = _evaluate_sets(x, y, mask, *problem, measure, plan)
     for name, one in zip(("x", "y"), status, strict=True):
         explain_status(name, one)

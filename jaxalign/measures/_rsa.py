@@ -25,6 +25,7 @@ from jaxalign import _checks
 from jaxalign._plan import STORED, TileSize
 from jaxalign._typing import AnyArray
 from jaxalign.bandwidth import Diagonal, check_density, check_problem, check_rtol, explain_failure
+from jaxalign.distances import check_stored
 from jaxalign.measures._evaluate import (
     Missing,
     PairMeasure,
@@ -97,6 +98,7 @@ def rdm(
     problem = check_problem(x, None, mask, None, diagonal)
     target = check_density(density, problem, "global") if function.solves else None
     given = None if sigma is None else sigma_of_each(sigma, 1, x)[..., 0]
+    check_stored("the dissimilarities", x, None)
     matrix, status = _rdm(x, mask, given, target, function, check_rtol(None, x.dtype))
     explain_failure(status, problem)
     return matrix
@@ -174,7 +176,7 @@ def rsa_measure(rdm: Any, compare: Any, solves: bool, diagonal: Any) -> PairMeas
     combine = {"spearman": _spearman, "kendall": _kendall}[compare]
     if rdm == "affinity":  # in the order of the distances, at any sigma; far pairs would tie at 1 by rounding
         function = _function("sqeuclidean", False, diagonal)
-    return SetMeasure("rsa", partial(_ordered, function=function), combine, 3, function)
+    return SetMeasure("rsa", partial(_ordered, function=function), combine, 3, function, stores_pairs=True)
 
 
 def _function(kind: str, solves: bool, diagonal: Any) -> PairFunction:
