@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add a page for every example, and one for the changelog and the data's licences."""
+    """Add a page for every example and notebook, and one for the changelog and the data's licences."""
     for path in sorted((ROOT / "examples").glob("*.py")):
         source = path.read_text()
         title = (ast.get_docstring(ast.parse(source)) or path.stem).splitlines()[0].rstrip(".")
         content = f"# {path.stem}\n\n{title}.\n\n````python\n{source}````\n"
         files.append(File.generated(config, f"examples/{path.stem}.md", content=content))
+    for path in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")):
+        cells = ((cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text())["cells"])
+        parts = [text if kind == "markdown" else f"````python\n{text}\n````" for kind, text in cells]
+        files.append(File.generated(config, f"examples/notebooks/{path.stem}.md", content="\n\n".join(parts) + "\n"))
     for name, path in (("changelog", ROOT / "CHANGELOG.md"), ("data", ROOT / "jaxalign" / "data" / "README.md")):
         files.append(File.generated(config, f"{name}.md", content=path.read_text()))
     return files
@@ -28,5 +33,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Links to scripts of the repository as links to their pages."""
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(r"\]\((?:\.\./)+examples/(\w+)\.py\)", rf"]({up}examples/\1.md)", markdown)
+    markdown = re.sub(
+        r"\]\((?:(?:\.\./)+examples/notebooks/)?(\w+)\.ipynb\)", rf"]({up}examples/notebooks/\1.md)", markdown
+    )
     markdown = re.sub(r"\]\((?:\.\./)+CHANGELOG\.md\)", rf"]({up}changelog.md)", markdown)
     return re.sub(r"\]\((?:\.\./)+jaxalign/data/README\.md\)", rf"]({up}data.md)", markdown)

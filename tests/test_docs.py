@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from benchmarks import page
 
 import jaxalign
 
@@ -32,6 +33,10 @@ def test_code_in_the_documentation_runs(path, tmp_path, monkeypatch):
     exec(BEFORE.get(path.name, ""), namespace)
     for block in BLOCK.findall(path.read_text()):
         exec(compile(block, path.name, "exec"), namespace)
+
+
+def test_the_page_on_performance_is_what_was_measured():
+    assert page.PAGE.read_text() == page.page(), "python -m tests.benchmarks.page"
 
 
 def test_links_between_pages_lead_somewhere():

@@ -223,7 +223,7 @@ def png_of(figure: Any, dpi: int) -> bytes:
     import matplotlib.pyplot as plt
 
     content = BytesIO()
-    figure.savefig(content, dpi=dpi, format="png")
+    figure.savefig(content, dpi=dpi, format="png", bbox_inches="tight")  # names may be wider than their place
     plt.close(figure)
     return content.getvalue()
 
@@ -435,7 +435,9 @@ def grid_files(options: dict[str, Any]) -> Found:
     from jaxalign import plots
     from jaxalign.report.html import page
 
-    figures = {"grid": png_of(plots.grid(_printable(compared), test=_printable(test)).figure, 130)}
+    ax = plots.grid(_printable(compared), test=_printable(test))
+    ax.set(ylabel=_short(options["x"].name), xlabel=_short((options["y"] or options["x"]).name))
+    figures = {"grid": png_of(ax.figure, 130)}
     figures["layers"] = png_of(plots.layers(_printable(compared)).figure, 130)
     if pictures is not None:
         figures |= _colors_of_best(compared, ours, theirs, pictures, options)
