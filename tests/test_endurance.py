@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import jaxalign
+from jaxalign import _plan
 
 NIGHTLY = int(os.environ.get("JAXALIGN_FUZZ", "1000")) > 1000
 
@@ -104,6 +105,18 @@ def test_jobs_that_are_killed_lose_nothing_finished(tmp_path):
                 assert content.files
     subprocess.run([sys.executable, "-c", JOB, *arguments], env=environment, check=True)
     np.testing.assert_allclose(np.load(tmp_path / "values.npy"), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_only_what_is_surely_too_large_is_refused(monkeypatch):
+    x = jnp.ones((20_000, 2))
+    assert _plan._room() > 0
+    monkeypatch.setattr(_plan, "_room", lambda: 1.5 * 4 * 20_000**2)
+    _plan.check_room("A", (20_000, 20_000), x, "")
+    monkeypatch.setattr(_plan, "_room", lambda: 1.5 * 4 * 20_000**2 - 1)
+    with pytest.raises(MemoryError, match=r"A of shape \(20000, 20000\) would take 2.4 GB"):
+        _plan.check_room("A", (20_000, 20_000), x, "")
+    _plan.check_room("A", (2000, 2000), x, "")  # not looked at
+    jax.jit(lambda x: _plan.check_room("A", (20_000, 20_000), x, ""))(x)  # nor under a trace
 
 
 LIMITED = """

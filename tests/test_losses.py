@@ -352,6 +352,7 @@ def test_a_batch_too_small_for_the_density_is_an_error_under_jit_and_with_a_mask
         loss(x, jnp.ones(16, bool))
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_layers_need_names():
     x = jnp.ones((8, 3))
     with pytest.raises(TypeError, match="x must be features by name"):
