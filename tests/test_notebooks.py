@@ -31,7 +31,8 @@ def test_there_are_some():
 def test_notebook_runs(path, tmp_path):
     pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path)}
+    places = dict.fromkeys(("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"), str(tmp_path))
+    environment = {**os.environ, **places, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", EXECUTE, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
