@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,10 +252,7 @@ def _room() -> float:
 def _free_memory(device: Any) -> float:
     """Bytes that the device has left; infinite where it does not tell."""
     if device.platform == "cpu":
-        try:
-            return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        except (ValueError, OSError, AttributeError):
-            return math.inf
+        return _room()
     stats = device.memory_stats() or {}
     return float(stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0))
 

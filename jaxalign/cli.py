@@ -270,7 +270,7 @@ def _command(name: str) -> Callable[[dict[str, Any]], int]:
 
 def _demo(out: Path, *, quiet: bool) -> int:
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
         from tqdm import tqdm
     except ImportError as error:
         print(f'{error}. The demo needs the extra: python -m pip install "jaxalign[demo]"', file=sys.stderr)

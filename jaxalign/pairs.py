@@ -205,7 +205,7 @@ class Pairs:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns, those of all devices."""
-        frame, devices = self.frames[0], self._devices()
+        frame, devices = self.frames[0], self.device_count()
         return frame.raw_x.shape[-2] * devices, frame.raw_other.shape[-2] * devices
 
     def weights(self) -> tuple[Array, Array]:
@@ -276,7 +276,8 @@ class Pairs:
         weights = _weights(first, frame.mask_y if second else frame.mask)
         return Side(features, weights[..., None], index[:, None], rates, as_row, as_column)
 
-    def _devices(self) -> int:
+    def device_count(self) -> int:
+        """How many devices share the rows."""
         return 1 if self.axis_name is None else lax.axis_size(self.axis_name)
 
     def _index(self, rows: Array) -> Array:
@@ -292,12 +293,11 @@ class Pairs:
                 return a
             number = a.astype(jnp.int32) if a.dtype == bool else a
             parts = lax.expand_dims(number, (0,))
-            place = jnp.arange(self._devices(), dtype=jnp.int32).reshape((-1,) + (1,) * number.ndim) == lax.axis_index(
-                self.axis_name
-            )
+            devices = jnp.arange(self.device_count(), dtype=jnp.int32)
+            place = devices.reshape((-1,) + (1,) * number.ndim) == lax.axis_index(self.axis_name)
             every = jnp.moveaxis(lax.psum(jnp.where(place, parts, 0), self.axis_name), 0, axis - 1)
             shape = list(a.shape)
-            shape[axis] *= self._devices()
+            shape[axis] *= self.device_count()
             return every.reshape(shape).astype(a.dtype)
 
         return (
@@ -437,7 +437,7 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides: 
     Three loops: over the devices whose rows come by, over the offsets k between the tiles that meet, over the tiles i
     here. Reverse mode keeps nothing of a tile; what it keeps of a device that came by is its features.
     """
-    itself, devices, axis = pairs.itself, pairs._devices(), pairs.axis_name
+    itself, devices, axis = pairs.itself, pairs.device_count(), pairs.axis_name
     row, column = blank.row, blank.column
     n, m = row.sample.shape[0], column.sample.shape[0]
     here, size = split_rows(n, pairs.tile_size, odd=devices == 1)  # alike for all visits, which then share the copy

@@ -17,7 +17,11 @@ from jaxtyping import Array, Shaped
 from jaxalign._typing import AnyArray
 
 
-def data_mesh(devices: Sequence[jax.Device] | int | None = None, *, axis_name: str = "data") -> Mesh:
+def data_mesh(
+    devices: Sequence[jax.Device] | int | None = None,  # pyright: ignore[reportUnknownParameterType]
+    *,
+    axis_name: str = "data",
+) -> Mesh:
     """A mesh with one axis, of devices that share the rows.
 
     Args:

@@ -30,8 +30,8 @@ from jaxalign.operators import AffinityOperator, affinity_operator, inverse_root
 
 Method = Literal["auto", "dense", "lobpcg", "nystroem"]
 Kind = Literal["auto", "features", "affinity"]
-# Up to this n a matrix is decomposed as a whole, in a tenth of a second, which is sure of every vector.
-_DENSE = 1024
+# Up to this n a matrix is decomposed as a whole, in 15 ms on two cores, which is sure of every vector.
+_DENSE = 512
 # Up to this n the iteration multiplies with the stored matrix (64 MB in float32): faster than computing it each time.
 _STORED = 4096
 # Columns of the affinity from which the iteration starts, at least.
@@ -144,7 +144,7 @@ def normalized_cut(
         method: "dense" decomposes the stored matrix. "lobpcg" iterates to the leading ones, exact to `rtol`, from a
             start by landmarks; the affinity of features is stored up to n = 4096, beyond that memory is n x 4 k and a
             few tiles. "nystroem" approximates from landmarks (Fowlkes et al. 2004), for very large n. "auto" is
-            "dense" up to n = 1024, and "lobpcg" beyond.
+            "dense" up to n = 512, and "lobpcg" beyond.
         sigma: of the affinity of features; None finds it from the density (with "nystroem", on the landmarks, their
             diagonal left out, which estimates the density of all pairs).
         density: see `rbf_affinity`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -173,7 +173,7 @@ def _of_torch(torch: Any, model: Any, output: Any, forward: Callable[[Any, Any],
         return tuple(map(one, batch)) if isinstance(batch, tuple) else one(batch)
 
     @contextmanager
-    def listening(layers: tuple[str, ...]) -> Iterator[Run]:
+    def listening(layers: tuple[str, ...]) -> Generator[Run, None, None]:
         heard: list[_Heard] = []
         hooks = []
         training = [(module, module.training) for module in model.modules()]
@@ -225,7 +225,7 @@ def _of_jax(
     """
 
     @contextmanager
-    def listening(layers: tuple[str, ...]) -> Iterator[Run]:
+    def listening(layers: tuple[str, ...]) -> Generator[Run, None, None]:
         @partial(jax.jit, static_argnums=(2, 3))
         def compiled(weights: Any, arrays: list[Any], structure: Any, rest: tuple[Any, ...]) -> dict[str, jax.Array]:
             heard = _Heard(layers, lambda layer, value: _chosen(layer, value, output, _is_array))
@@ -254,7 +254,7 @@ def _of_jax(
 
 
 @contextmanager
-def _heard_by_class(modules: Mapping[str, Any], heard: _Heard) -> Iterator[None]:
+def _heard_by_class(modules: Mapping[str, Any], heard: _Heard) -> Generator[None, None, None]:
     """While inside, calls of these very objects are heard: `__call__` belongs to a class, so the class is wrapped."""
     layers: dict[int, list[str]] = {}
     for layer, module in modules.items():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.interop.torch import _torch, from_torch, to_torch
+from jaxalign.interop.torch import from_torch, require_torch, to_torch
 
 # Compiled forms that are kept of one function: of as many sets of options.
 _KEPT = 64
@@ -53,7 +53,7 @@ def torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
     compiled = lru_cache(maxsize=_KEPT)(partial(_compiled, fn))
 
     def of_tensors(*args: Any, **kwargs: Any) -> Any:
-        torch = _torch()
+        torch = require_torch()
         leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, torch.Tensor))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         for leaf in leaves:
@@ -87,7 +87,7 @@ def torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(fn)
     def outside_graphs(*args: Any, **kwargs: Any) -> Any:
         if not eager:
-            eager.append(_torch().compiler.disable(of_tensors))
+            eager.append(require_torch().compiler.disable(of_tensors))
         return eager[0](*args, **kwargs)
 
     eager: list[Any] = []

@@ -36,7 +36,7 @@ def from_torch(tree: Any, *, copy: bool = False) -> Any:
         >>> jaxalign.interop.from_torch({"features": torch.ones(2, 3)})["features"].shape
         (2, 3)
     """
-    torch = _torch()
+    torch = require_torch()
 
     def convert(leaf: Any) -> Any:
         return _array(torch, leaf, copy) if isinstance(leaf, torch.Tensor) else leaf
@@ -66,7 +66,7 @@ def to_torch(tree: Any, *, copy: bool = False) -> Any:
         >>> jaxalign.interop.to_torch(jnp.ones((2, 3))).dtype
         torch.float32
     """
-    torch = _torch()
+    torch = require_torch()
 
     def convert(leaf: Any) -> Any:
         return _tensor(torch, leaf, copy) if isinstance(leaf, jax.Array) else leaf
@@ -74,7 +74,8 @@ def to_torch(tree: Any, *, copy: bool = False) -> Any:
     return jax.tree.map(convert, tree)
 
 
-def _torch() -> Any:
+def require_torch() -> Any:
+    """The module torch, or an error that says how to get it."""
     try:
         import torch
     except ImportError as error:

@@ -76,7 +76,7 @@ def read(paths: list[Path], positions: io.Positions) -> Input:
         values = one.rows(positions)
         _refuse_missing(name, one, values)
         if values.dtype == np.float64 and not wide:
-            top = max(float(np.abs(values[k : k + 65536]).max()) for k in range(0, len(values), 65536))
+            top = max(float(np.abs(part).max()) for part in np.split(values, range(65536, len(values), 65536)))
             if top > float(np.finfo(np.float32).max):
                 raise ValueError(
                     f"{io.printable(name)} in {one.path} reaches {top:.3g}, beyond float32: --x64 computes in float64."
@@ -143,9 +143,11 @@ def _landmark_densities(alignment: Alignment, rows: Mapping[str, Any], channels:
     """Mean affinity of the landmarks of every set, of which sigma was found; None with a sigma per row."""
     chosen, found = np.asarray(alignment.landmarks), {}
     for name, sigma in alignment.sigma.items():
-        x = np.asarray(rows[name])
-        block = jnp.asarray(x if channels is None else standardized(x).astype(np.float32))[chosen]
-        found[name] = float(mean_density(block, sigma=float(sigma))) if np.ndim(sigma) == 0 else None
+        found[name] = None
+        if np.ndim(sigma) == 0:
+            x = np.asarray(rows[name])
+            block = jnp.asarray((x if channels is None else standardized(x))[chosen])
+            found[name] = float(mean_density(block, sigma=float(sigma)))
     return found
 
 
@@ -303,7 +305,7 @@ def align_files(options: dict[str, Any]) -> Found:
     given = read(options["inputs"], options["positions"])
     n = same_samples(given.rows)
     out = prepare(options["out"], (given,), force=options["force"])
-    how = {**(PUBLISHED if options["published"] else RECOMMENDED), "standardize": True}
+    how: dict[str, Any] = {**(PUBLISHED if options["published"] else RECOMMENDED), "standardize": True}
     how["density"] = options["density"] or how["density"]
     if options["bandwidth"] == "per_row":
         how["decorrelate"] = None  # which needs one sigma
