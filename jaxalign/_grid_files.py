@@ -276,7 +276,7 @@ def _sums(
         weights=jnp.asarray(weights),
         scales=jnp.stack([job.scale[0, 0] for job in jobs]),
         sizes=jnp.asarray(sizes),
-        finite=jnp.ones(number, bool),
+        usable=jnp.ones(number, bool),
         status=jnp.zeros(number, jnp.int32),
         sigma=jnp.asarray(sigma, dtype),
     )
@@ -291,10 +291,8 @@ def _on_device(block: tuple[tuple[np.ndarray, ...], np.ndarray | None]) -> Any:
 @partial(jax.jit, static_argnames="function")
 def _rates(frames: tuple[Frame, ...], sigma: Array, function: PairFunction) -> tuple[Array | None, ...]:
     if function.needs_sigma:
-        return tuple(
-            frame.scale / sigma[k] if function.rooted else rate_of(sigma[k][None, None], frame)
-            for k, frame in enumerate(frames)
-        )
+        each = enumerate(frames)
+        return tuple(rate_of(sigma[k][None, None], frame, rooted=function.rooted) for k, frame in each)
     return tuple(typical_rate(frame, None) if function.rooted else None for frame in frames)
 
 

@@ -381,14 +381,24 @@ def explain_failure(status: Array, problem: Problem) -> None:
 # --- the solver ----------------------------------------------------------------------------------------------------
 
 
-def rate_of(sigma: Array, frame: Frame) -> Array:
-    """1 / (2 sigma^2) in the units of a frame; sigma broadcasts against (..., n, 1)."""
+def rate_of(sigma: Array, frame: Frame, *, rooted: bool = False) -> Array:
+    """1 / (2 sigma^2) in the units of a frame; sigma broadcasts against (..., n, 1). `rooted`: 1 / sigma."""
     # Far below any distance the kernel is 0 or 1; smaller yet, and sigma^2 underflows to a rate of inf: inf * 0 = nan.
     relative = jnp.maximum(sigma / frame.scale, math.sqrt(0.5 / LARGEST_RATE[sigma.dtype.name]))
-    relative = jnp.where((sigma > 0) & jnp.isfinite(sigma), relative, jnp.nan)  # what a trace kept from being refused
+    relative = jnp.where(is_bandwidth(sigma), relative, jnp.nan)  # what a trace kept from being refused
     # The derivative of 1 / relative^2, its cube, would overflow: in two factors reverse mode visits it in steps.
     inverse = 1 / relative
-    return 0.5 * inverse * inverse
+    return inverse if rooted else 0.5 * inverse * inverse
+
+
+def sigma_of(rate: Array, scale: Array, *, rooted: bool = False) -> Array:
+    """The sigma of a rate in the units of a frame of this scale: undoes `rate_of`."""
+    return scale / rate if rooted else scale * jnp.sqrt(0.5 / rate)
+
+
+def is_bandwidth(sigma: Array) -> Array:
+    """Where sigma is finite and above 0."""
+    return (sigma > 0) & jnp.isfinite(sigma)
 
 
 def pairs_of(
@@ -459,7 +469,7 @@ def solve_pairs(
     slope = found.slope * wanted * total / rate  # sum of A D
     rate = _attach_rate(by_row, pairs, density, total, rate, slope)
     scale = frame.scale[..., 0] if by_row else frame.scale[..., 0, 0]
-    sigma = in_real_rows(scale / rate if rooted else scale * jnp.sqrt(0.5 / rate), jnp.nan)
+    sigma = in_real_rows(sigma_of(rate, scale, rooted=rooted), jnp.nan)
     reached = in_real_rows(found.density, jnp.nan)
     passes = jnp.broadcast_to(found.passes, frame.finite.shape)
     return SigmaSolution(sigma, reached, passes, status), pairs, _against_pairs(rate, by_row)

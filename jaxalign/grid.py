@@ -28,8 +28,8 @@ from jaxalign._saved import plain, replace_file, told
 from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
 from jaxalign.io import named_sets
-from jaxalign.measures._evaluate import Missing, PairMeasure
-from jaxalign.measures._registry import specified
+from jaxalign.measures._evaluate import Missing, PairMeasure, refuse_spread
+from jaxalign.measures._registry import check_how, specified
 from jaxalign.streaming import Progress, check_block_rows
 
 Features = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | os.PathLike[str]
@@ -69,6 +69,7 @@ def compare(
     """
     how = {name: options.pop(name) for name in ("tile_size", "mesh", "axis_name") if name in options}
     entry = specified(measure, options)[0]
+    check_how(entry, how)
     return entry.function(x, y, mask=mask, missing=missing, **how, **options)
 
 
@@ -254,6 +255,8 @@ def compare_grid(
         'second'
     """
     entry, filled, specification = specified(measure, options)
+    check_how(entry, {name: value for name, value in (("mesh", mesh), ("axis_name", axis_name)) if value is not None})
+    refuse_spread(specification, mesh, axis_name)
     ours = named_sets("features", features)
     theirs = {} if other is None else named_sets("other", other)
     sets = [*ours.items(), *theirs.items()]

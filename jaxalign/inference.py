@@ -35,7 +35,7 @@ from jaxalign.measures._evaluate import (
     explain_status,
     prepare_set,
 )
-from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, prepare
+from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, centred_matrix, prepare
 from jaxalign.measures._registry import specified
 
 # Fewer samples are resampled to mostly copies of each other.
@@ -426,27 +426,7 @@ def _pair_matrix(
     frame = one.pairs.frames[0]
     f = function.of(one.pairs.distances[0], one.rate, frame.scale)
     # In its own unit, so that neither squares nor products overflow.
-    return _centred(f, centring), function.unit(frame.scale)[0, 0], one.status
-
-
-def _centred(f: Array, centring: Centring) -> Array:
-    n = f.shape[-1]
-    off = ~jnp.eye(n, dtype=bool)
-    if centring == "none":
-        return jnp.where(off, f, 0)
-    if centring in ("pearson", "whitened_pearson"):
-        f = jnp.where(off, f - jnp.sum(jnp.where(off, f, 0)) / (n * (n - 1)), 0)
-        if centring == "pearson":
-            return f
-    if centring == "debiased":  # Székely & Rizzo 2014, eq. 2.2
-        f = f - jnp.mean(f)  # only for the digits
-        f = jnp.where(off, f, 0)
-        rows = jnp.sum(f, -1, keepdims=True) / (n - 2)
-        f = f - rows - rows.T + jnp.sum(rows) / (n - 1)
-        return jnp.where(off, f, 0)
-    rows = jnp.mean(f, -1, keepdims=True)
-    f = f - rows - rows.T + jnp.mean(rows)
-    return jnp.where(off, f, 0) if centring == "lange" else f
+    return centred_matrix(f, centring), function.unit(frame.scale)[0, 0], one.status
 
 
 def _norms(matrices: Array) -> Array:
@@ -458,19 +438,9 @@ def _finished(table: Array, own: Array, units: Array, measure: PairMeasure, spli
     """Values (m, L, M) from inner products (m, L, M) and those of each set with itself (L + M,)."""
     shape, number = table.shape[:-2], own.shape[0]
     units = jnp.broadcast_to(units, (*shape, number))
-    nothing = jnp.zeros_like(table)
-    inner = Inner(
-        table,
-        nothing,
-        jnp.broadcast_to(own[:split], (*shape, split)),
-        jnp.broadcast_to(own[split:], (*shape, number - split)),
-        units[..., :split],
-        units[..., split:],
-        samples=jnp.full(shape, n, table.dtype),
-        status=jnp.zeros((), jnp.int32),
-        sigma=units,
-        finite=jnp.ones(table.shape, bool),
-    )
+    own = jnp.broadcast_to(own, (*shape, number))
+    each, unit = ((a[..., :split], a[..., split:]) for a in (own, units))
+    inner = Inner.of(table, each, unit, jnp.full(shape, n, table.dtype))
     return measure.finish(inner)
 
 
@@ -573,20 +543,8 @@ def _differences(matrices: Array, split: int, p: Array, measure: PairMeasure) ->
     n = matrices.shape[-1]
     moved = [g[p][:, p] for g in matrices[split:]]
     rows = jnp.stack([jnp.stack([jnp.sum((f - g) ** 2, -1) for g in moved], 0) for f in matrices[:split]], 0)
-    shape = rows.shape[:2]
-    nothing = jnp.zeros(len(matrices), rows.dtype)
-    inner = Inner(
-        jnp.sum(rows, -1),
-        jnp.sum(jnp.sqrt(rows), -1),
-        nothing[:split],
-        nothing[split:],
-        nothing[:split],
-        nothing[split:],
-        samples=jnp.asarray(n, rows.dtype),
-        status=jnp.zeros((), jnp.int32),
-        sigma=nothing,
-        finite=jnp.ones(shape, bool),
-    )
+    nothing = (jnp.zeros(split, rows.dtype), jnp.zeros(len(moved), rows.dtype))
+    inner = Inner.of(jnp.sum(rows, -1), nothing, nothing, jnp.asarray(n, rows.dtype), jnp.sum(jnp.sqrt(rows), -1))
     return measure.finish(inner)
 
 
@@ -686,19 +644,10 @@ def _resampled(
 def _weighted_values(f: Array, g: Array, units: Array, weights: Array, measure: PairMeasure) -> Array:
     """The measure with samples weighted by w, (b, n): sums over different samples only."""
     cross, own_f, own_g = (_weighted_product(a, b, weights, measure.centring) for a, b in ((f, g), (f, f), (g, g)))
-    inner = Inner(
-        cross[:, None, None],
-        jnp.zeros_like(cross)[:, None, None],
-        own_f[:, None],
-        own_g[:, None],
-        jnp.broadcast_to(units[0], own_f.shape)[:, None],
-        jnp.broadcast_to(units[1], own_g.shape)[:, None],
-        # `finish` of hsic divides by n (n - 3): the weighted product is already that many times the mean.
-        samples=jnp.full(cross.shape, f.shape[0], cross.dtype),
-        status=jnp.zeros((), jnp.int32),
-        sigma=jnp.zeros((), f.dtype),
-        finite=jnp.ones((*cross.shape, 1, 1), bool),
-    )
+    own = (own_f[:, None], own_g[:, None])
+    each = (jnp.full_like(own[0], units[0]), jnp.full_like(own[1], units[1]))
+    # `finish` of hsic divides by n (n - 3): the weighted product is already that many times the mean.
+    inner = Inner.of(cross[:, None, None], own, each, jnp.full(cross.shape, f.shape[0], cross.dtype))
     return measure.finish(inner)[:, 0, 0]
 
 
@@ -758,10 +707,7 @@ def _root_of_squares(measure: PairMeasure) -> Any:
 
     def finish(ratio: Array) -> Array:
         one = jnp.ones((*ratio.shape, 1), ratio.dtype)
-        inner = Inner(
-            ratio[..., None, None], jnp.zeros_like(ratio)[..., None, None], one, one, one, one,
-            samples=one[..., 0], status=jnp.zeros((), jnp.int32), sigma=one, finite=one[..., None] > 0,
-        )  # fmt: skip
+        inner = Inner.of(ratio[..., None, None], (one, one), (one, one), one[..., 0])
         return measure.finish(inner)[..., 0, 0]
 
     return finish

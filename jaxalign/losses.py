@@ -5,7 +5,7 @@ their features: bandwidths are scaled automatically, and gradients pass through 
 for any finite features:
 
 - where coincident samples alone exceed the density there is no sigma: all samples of that set then count as alike,
-  A = 1 everywhere, which says nothing. The loss is large (1 of "cka") and its gradient 0;
+  A = 1 everywhere, which says nothing. "cka" is 1 then; the gradient is 0;
 - with fewer real samples than a measure needs the loss is 0: there is nothing to compare.
 
 Small batches: the ones on the diagonal count in the density, which is 1/n of them. At n = 32 and density 0.05 the
@@ -31,7 +31,7 @@ from jaxalign import _checks
 from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, STORED, Plan, TileSize, make_plan, on_mesh
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
-from jaxalign.bandwidth import Diagonal, check_rtol
+from jaxalign.bandwidth import CONVERGED, Diagonal, check_rtol, is_bandwidth
 from jaxalign.distances import over_devices
 from jaxalign.measures._evaluate import check_function, check_sets
 from jaxalign.measures._pair_sums import (
@@ -41,6 +41,7 @@ from jaxalign.measures._pair_sums import (
     pair_products,
     prepare_sets,
     squared_differences,
+    usable,
     visit_pairs,
 )
 from jaxalign.pairs import Reduction, Tile, log_kernel
@@ -238,12 +239,13 @@ def alignment_loss(
             raise ValueError('mesh= is not for measure="infonce"; use axis_name= inside jax.shard_map.')
         m = _landmarks(landmarks, n, memory)
         return _contrast(x, y, mask, sigma, density, diagonal, n, m, temperature, reduction, axis_name,
-                         stop_gradient_sigma)  # fmt: skip
+                         stop_gradient_sigma, memory is not None)  # fmt: skip
     plan = make_plan(x, None, tile_size, mesh, axis_name, sets=2)
     function = PairFunction(
         "rbf", solves=sigma is None, diagonal=diagonal, tolerant=True, fixed_sigma=stop_gradient_sigma
     )
-    sigmas, target = check_function(("x", "y"), (x, y), mask, sigma, density, function, plan)
+    known = mask if memory is None else None  # how much of a memory is filled may be refused under no trace either
+    sigmas, target = check_function(("x", "y"), (x, y), known, sigma, density, function, plan)
     counts = jnp.arange(x.shape[-2]) < n  # the batch, not what is remembered
     real = jnp.broadcast_to(counts, x.shape[:-1])
     real = real if mask is None else real & mask
@@ -251,12 +253,12 @@ def alignment_loss(
 
 
 def multi_layer_loss(
-    x: Mapping[str, AnyArray],
-    y: Mapping[str, AnyArray],
+    x: Mapping[str, Any],  # arrays of jax or, with a loss of theirs, tensors of torch
+    y: Mapping[str, Any],
     *,
-    loss: Callable[[Any, Any], Array] = alignment_loss,
+    loss: Callable[[Any, Any], Any] = alignment_loss,
     weights: Mapping[str, float] | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Any, dict[str, Any]]:
     """The weighted mean of the losses of several layers, and each of them.
 
     Args:
@@ -291,7 +293,7 @@ def multi_layer_loss(
     if any(w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
         raise ValueError(f"weights must be at least 0 and not all 0; got {dict(weights)}.")
     each = {name: loss(x[name], y[name]) for name in x if weights.get(name, 0.0) > 0}
-    total = sum((weights[name] * value for name, value in each.items()), start=jnp.zeros(()))
+    total = sum(weights[name] * value for name, value in each.items())
     return total / sum(weights.values()), each
 
 
@@ -329,7 +331,7 @@ def _pair_loss(
     rtol = check_rtol(None, x.dtype)
     if measure == "cka":
         inner = pair_products((x, y), 1, mask, sigmas, density, function, "debiased", rtol, plan)
-        loss = jnp.where(inner.finite, 1 - inner.ratio(), jnp.nan)[..., 0, 0]
+        loss = jnp.where(inner.usable, 1 - inner.ratio(), jnp.nan)[..., 0, 0]
         return jnp.where(inner.samples >= _LEAST["cka"], loss, 0)
     of_rows = _affinity_rows if measure == "affinity" else _divergence_rows
 
@@ -341,8 +343,8 @@ def _pair_loss(
         real = real if mask is None else real & mask  # rows that were added to make them divide are masked
         weights = real.astype(rows.dtype)
         each = jnp.where(real, rows, 0)
-        finite = prepared[0].pairs.frames[0].finite & prepared[1].pairs.frames[0].finite
-        each = jnp.where(finite[..., None], each, jnp.nan)
+        both = usable(prepared[0], function) & usable(prepared[1], function)
+        each = jnp.where(both[..., None], each, jnp.nan)
         total, count = (over_devices(lax.psum, jnp.sum(a, -1), plan.axis_name) for a in (each, weights))
         return each, total if reduction == "sum" else total / jnp.maximum(count, 1)
 
@@ -455,6 +457,7 @@ def _contrast(
     reduction: str,
     axis_name: str | None,
     fixed_sigma: bool,
+    remembers: bool,
 ) -> Array:
     _checks.positive("temperature", temperature)
     rows = x.shape[-2]
@@ -468,16 +471,19 @@ def _contrast(
 
     of_landmarks = tuple(every(a[..., last, :], -2) for a in (x, y))
     landmark_mask = None if mask is None else every(mask[..., last], -1)
-    sigmas, target = check_function(("x", "y"), of_landmarks, landmark_mask, sigma, density, function, STORED)
+    known = None if remembers else landmark_mask
+    sigmas, target = check_function(("x", "y"), of_landmarks, known, sigma, density, function, STORED)
     of_samples = jnp.ones(x.shape[:-1], bool) if mask is None else mask
     real = of_samples[..., queries]
-    relative = []
+    relative, found = [], jnp.ones(x.shape[:-2], bool)
     for k, (rows_of, at) in enumerate(zip((x, y), of_landmarks, strict=True)):
         if sigmas is not None:
             width = sigmas[..., k]
         else:
-            width, _ = bandwidth_of_jit(at, landmark_mask, target, function, check_rtol(None, x.dtype), STORED)
-        a = rbf_affinity(rows_of[..., queries, :], at, width, mask=real, mask_y=landmark_mask)
+            width, status = bandwidth_of_jit(at, landmark_mask, target, function, check_rtol(None, x.dtype), STORED)
+            found &= status == CONVERGED
+        found &= is_bandwidth(width)
+        a = _affinity(rows_of[..., queries, :], at, width, real, landmark_mask)
         relative.append(_unit_rows(a, landmark_mask))
     of_x, of_y = relative
     place = 0 if axis_name is None else lax.axis_index(axis_name) * real.shape[-1]
@@ -488,11 +494,18 @@ def _contrast(
     finite = jnp.isfinite(x).all(-1) & jnp.isfinite(y).all(-1)
     holes = jnp.sum(of_samples & ~finite, -1)
     each = jnp.where(real, each, 0)
-    each = jnp.where(over_devices(lax.psum, holes, axis_name)[..., None] > 0, jnp.nan, each)
+    whole = found & (over_devices(lax.psum, holes, axis_name) == 0)
+    each = jnp.where(whole[..., None], each, jnp.nan)
     if reduction == "none":
         return each
     total, count = (over_devices(lax.psum, jnp.sum(a, -1), axis_name) for a in (each, real.astype(each.dtype)))
     return total if reduction == "sum" else total / jnp.maximum(count, 1)
+
+
+@jax.jit
+def _affinity(x: Array, y: Array, sigma: Array, mask: Array, mask_y: Array | None) -> Array:
+    # Compiled, so that what a mask leaves is no error here either: a memory may be empty.
+    return rbf_affinity(x, y, sigma, mask=mask, mask_y=mask_y)
 
 
 def _unit_rows(a: Array, mask: Array | None) -> Array:

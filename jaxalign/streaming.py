@@ -46,6 +46,7 @@ from jaxalign.bandwidth import (
     check_rtol,
     raise_if_failed,
     rate_of,
+    sigma_of,
 )
 from jaxalign.distances import Frame, power_of_two
 from jaxalign.pairs import Pairs, Tile, half_ring, kernel_terms
@@ -141,7 +142,7 @@ def solve_rows(
     status = CONVERGED if bool(root.converged) else INFEASIBLE if bool(root.infeasible) else NOT_CONVERGED
     saved.remove()
     raise_if_failed(jnp.asarray(status))
-    sigma = job.scale[0, 0] * (1 / root.rate if rooted else jnp.sqrt(0.5 / root.rate))
+    sigma = sigma_of(root.rate, job.scale[0, 0], rooted=rooted)
     return SigmaSolution(sigma, root.density * jnp.asarray(density, job.dtype), root.passes, jnp.asarray(status))
 
 

@@ -396,3 +396,78 @@ def test_checkify_raises_no_false_alarm(setting):
             error, affinity = solve(x, np.float32(floor + level * (1 - floor)))
             assert error.get() is None, (name, level)
             assert np.all(np.isfinite(affinity))
+
+
+# --- under a trace, where values cannot raise: nan, never a number that looks like one --------------------------------
+
+
+COINCIDENT = np.concatenate([np.repeat(X[:1], 18, 0), X[:6]])  # 18 of 24 alike: no sigma brings the mean to 0.05
+OTHER = np.random.default_rng(2).normal(size=X.shape).astype(np.float32)
+WITH_SIGMA = {
+    "hsic": jaxalign.measures.hsic,
+    "cka": jaxalign.measures.cka,
+    "cka laplacian": lambda x, y, **kw: jaxalign.measures.cka(x, y, kernel="laplacian", **kw),
+    "rsa": lambda x, y, **kw: jaxalign.measures.rsa(x, y, rdm="affinity", **kw),
+    "affinity_distance": jaxalign.measures.affinity_distance,
+    "affinity_distance rows": lambda x, y, **kw: jaxalign.measures.affinity_distance(x, y, result="rows", **kw),
+    "loss cka": lambda x, y, **kw: jaxalign.losses.alignment_loss(x, y, "cka", **kw),
+    "loss affinity": lambda x, y, **kw: jaxalign.losses.alignment_loss(x, y, "affinity", **kw),
+    "loss kl": lambda x, y, **kw: jaxalign.losses.alignment_loss(x, y, "kl", **kw),
+    "loss infonce": lambda x, y, **kw: jaxalign.losses.alignment_loss(x, y, "infonce", **kw),
+}
+every_function_with_sigma = pytest.mark.parametrize("name", WITH_SIGMA)
+
+
+@every_function_with_sigma
+@pytest.mark.parametrize("sigma", [-1.0, 0.0, np.nan, np.inf])
+def test_a_traced_sigma_that_is_none_gives_nan(name, sigma):
+    call = jax.jit(lambda sigma: WITH_SIGMA[name](X, OTHER, sigma=sigma))
+    assert np.isnan(call(sigma))
+    assert np.isfinite(call(2.0))
+
+
+@every_function_with_sigma
+def test_where_a_trace_finds_no_sigma_the_value_is_nan(name):
+    def call(x, density):
+        return WITH_SIGMA[name](x, OTHER, density=density)
+
+    assert np.isfinite(jax.jit(call)(X, 0.2))
+    if name.startswith("loss"):  # there all samples count as alike, so that a training goes on
+        assert np.isfinite(jax.jit(call)(COINCIDENT, 0.2))
+    else:
+        assert np.isnan(jax.jit(call)(COINCIDENT, 0.2))
+        assert np.isnan(jax.jit(call)(X, 0.001))  # below the 1 / n of the diagonal
+        with refused(ValueError, "x", "coincide"):
+            call(jnp.asarray(COINCIDENT), 0.2)
+    assert np.isnan(jax.jit(call)(X, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: jaxalign.measures.rsa(X, OTHER, sigma=2.0), ("sigma = 2.0 has no meaning", "Leave it out")),
+        (lambda: jaxalign.measures.rdm(X, sigma=7.0), ("sigma = 7.0 has no meaning for kind='sqeuclidean'",)),
+        (
+            lambda: jaxalign.compare_grid({"a": X, "b": OTHER}, measure="rsa", sigma=2.0),
+            ("sigma", "has no meaning"),
+        ),
+    ],
+)
+def test_a_sigma_without_effect(call, words):
+    with refused(ValueError, *words):
+        call()
+
+
+def test_ways_to_compute_that_a_measure_does_not_have():
+    mesh = jaxalign.sharding.data_mesh(2)
+    with refused(TypeError, "measure 'cca' is computed on one device", "leave out mesh="):
+        jaxalign.compare(X, OTHER, "cca", mesh=mesh)
+    with refused(TypeError, "measure 'cca' is computed on one device", "leave out mesh="):
+        jaxalign.compare_grid({"a": X, "b": OTHER}, measure="cca", mesh=mesh)
+    for comparison in ("spearman", "kendall"):
+        with refused(ValueError, "rsa sorts the values of all pairs, on one device", "pearson"):
+            jaxalign.compare_grid({"a": X, "b": OTHER}, measure="rsa", compare=comparison, mesh=mesh)
+        with refused(ValueError, "rsa sorts the values of all pairs, on one device", "pearson"):
+            jax.vmap(lambda x, y: jaxalign.measures.rsa(x, y, compare=comparison, axis_name="data"), axis_name="data")(
+                X.reshape(2, 12, -1), OTHER.reshape(2, 12, -1)
+            )

@@ -124,6 +124,10 @@ def test_options_of_the_measure(models, capsys):
         np.sum((x.T @ x) ** 2) * np.sum((y.T @ y) ** 2)
     )  # Kornblith et al. 2019
     assert json.loads(capsys.readouterr().out)["value"] == pytest.approx(expected, rel=1e-4)
+    for chosen, reached in ((("--option", "diagonal=exclude"), 0.05), (("--option", "kernel=laplacian"), None)):
+        assert run("compare", *sets, *chosen, "--permutations", 0, "--json") == 0
+        found = json.loads(capsys.readouterr().out)["density reached"]
+        assert found == [reached and pytest.approx(reached, rel=1e-4)] * 2
     assert run("compare", *sets, "--measure", "mutual_knn", "--option", "k=5", "--permutations", 0) == 0
     assert run("compare", *sets, "--option", "kernels=linear") == 2
     assert "kernels" in capsys.readouterr().err

@@ -268,6 +268,10 @@ def test_a_batch_too_small_for_the_density_needs_a_memory():
     value, gradient = jax.jit(jax.value_and_grad(alignment_loss))(x, y, memory=empty_memory(64, 4, 6))
     assert value == 1
     assert (np.asarray(gradient) == 0).all()
+    for measure in MEASURES:  # the first step of a loop, compiled or not
+        step = partial(alignment_loss, measure=measure, memory=empty_memory(64, 4, 6))
+        assert np.isfinite(step(x, y))
+        np.testing.assert_allclose(step(x, y), jax.jit(step)(x, y), rtol=1e-5, atol=1e-6)
 
 
 # --- layers, training -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dcor
 import helpers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import procrustes as qc_procrustes
@@ -294,3 +295,12 @@ def test_options_are_refused_by_name():
             call()
     assert measures.shape_distance(x, y, alpha=np.float32(0.5)) == measures.shape_distance(x, y, alpha=0.5)
     assert measures.cka(x.astype(">f4"), y) == measures.cka(x, y)
+
+
+def test_rows_that_do_not_count_share_no_neighbours():
+    """Checked operation by operation: what is wrong there may be hidden once it is compiled."""
+    x, y = np.random.default_rng(0).normal(size=(2, 12, 3)).astype(np.float32)
+    mask = np.arange(12) < 9
+    with jax.disable_jit():
+        found = measures.jaccard(x, y, k=2, mask=mask)
+    helpers.assert_close(found, measures.jaccard(x[:9], y[:9], k=2), 1e-6)

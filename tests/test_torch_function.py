@@ -60,6 +60,8 @@ def test_losses_of_first_and_second_order(x64, measure):
 def test_gradients_are_those_of_jax():
     x, y = tensors(24, 5, count=2, dtype=torch.float32)
     torch_losses.alignment_loss(x, y, density=0.2).backward()
+    total, each = torch_losses.multi_layer_loss({"a": x, "b": x[:, :2]}, {"a": y, "b": y}, weights={"a": 1.0, "b": 3.0})
+    assert torch.isclose(total, each["a"] / 4 + 3 * each["b"] / 4)
     expected = jax.grad(lambda x, y: jaxalign.losses.alignment_loss(x, y, density=0.2))(
         x.detach().numpy(), y.detach().numpy()
     )

@@ -8,8 +8,11 @@ With a memory: `to_torch(jaxalign.losses.empty_memory(...))`, and `remember` her
 
 from __future__ import annotations
 
+from functools import partial
+
 from jaxalign import losses
 from jaxalign.interop.autograd import torch_function
 
 alignment_loss = torch_function(losses.alignment_loss)
+multi_layer_loss = partial(losses.multi_layer_loss, loss=alignment_loss)
 remember = torch_function(losses.remember)

@@ -14,7 +14,15 @@ from jaxtyping import Array
 
 from jaxalign import _checks
 from jaxalign._plan import Plan, TileSize, is_shared, make_plan
-from jaxalign.bandwidth import CONVERGED, NON_FINITE, check_density, check_problem, check_rtol, raise_if_failed
+from jaxalign.bandwidth import (
+    CONVERGED,
+    NON_FINITE,
+    check_density,
+    check_problem,
+    check_rtol,
+    is_bandwidth,
+    raise_if_failed,
+)
 from jaxalign.distances import check_stored
 from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, pair_products_jit
 
@@ -145,11 +153,21 @@ def evaluate(
         return values_of(products_of((x, y), 1, mask, sigma, density, measure, plan), measure)[..., 0, 0]
     problem = check_function(("x", "y"), (x, y), mask, sigma, density, measure.function, plan)
     if measure.stores_pairs:
+        refuse_spread(measure, mesh, axis_name)
         check_stored("dissimilarities to be sorted", x, None)
     value, *status = _evaluate_sets(x, y, mask, *problem, measure, plan)
     for name, one in zip(("x", "y"), status, strict=True):
         explain_status(name, one)
     return value
+
+
+def refuse_spread(measure: PairMeasure | SetMeasure, mesh: Any, axis_name: Any) -> None:
+    """Raise where a measure that sorts all pairs is to be computed from rows on several devices."""
+    if isinstance(measure, SetMeasure) and measure.stores_pairs and (mesh is not None or axis_name is not None):
+        raise ValueError(
+            f"{measure.needs} sorts the values of all pairs, on one device: leave out mesh= and axis_name=, or take a "
+            'comparison that is an inner product, such as "pearson".'
+        )
 
 
 def check_function(
@@ -164,6 +182,8 @@ def check_function(
     """What a function of pairs needs: a sigma for each set (..., sets), or a density (...)."""
     for name, features in zip(names, sets, strict=True):
         check_directions(name, features, function.rows, mask)
+    if sigma is not None and not function.needs_sigma:
+        raise ValueError(f"sigma = {sigma!r} has no meaning here, where no affinity is taken. Leave it out.")
     sigmas = None if sigma is None else sigma_of_each(sigma, len(sets), sets[0])
     if not function.solves:
         return sigmas, None
@@ -202,9 +222,9 @@ def explain_status(name: str, status: Array | None) -> None:
 
 @partial(jax.jit, static_argnames="measure")
 def values_of(inner: Inner, measure: PairMeasure) -> Array:
-    """The values (..., L, M) of a measure; nan where a set holds nan, or too few samples are left."""
+    """The values (..., L, M) of a measure; nan where a set holds nan or has no bandwidth, or is too small."""
     value = measure.finish(inner)
-    usable = inner.finite & (inner.samples >= measure.least)[..., None, None]
+    usable = inner.usable & (inner.samples >= measure.least)[..., None, None]
     return jnp.where(usable, value, jnp.nan)
 
 
@@ -247,6 +267,8 @@ def prepare_set(
         usable &= jnp.sum(mask, -1) >= measure.least
     if status is not None:
         usable &= status == CONVERGED
+    if sigma is not None:
+        usable &= is_bandwidth(sigma)
     return Part(content, status, usable)
 
 

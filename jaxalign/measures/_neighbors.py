@@ -296,11 +296,12 @@ def _mean_over_samples(values: Array, mask: Array | None) -> Array:
     if mask is None:
         return jnp.mean(values, -1)
     weight = mask.astype(values.dtype)
-    return jnp.sum(values * weight, -1) / jnp.maximum(jnp.sum(weight, -1), 1)
+    return jnp.sum(jnp.where(mask, values, 0), -1) / jnp.maximum(jnp.sum(weight, -1), 1)
 
 
 def _overlap(x: Array, y: Array, mask: Array | None, shared_of: Any) -> Array:
-    shared = jnp.sum(x[..., :, None] == y[..., None, :], (-2, -1)).astype(jnp.result_type(float))
+    same = (x[..., :, None] == y[..., None, :]) & (x != _NOBODY)[..., :, None]
+    shared = jnp.sum(same, (-2, -1)).astype(jnp.result_type(float))
     return _mean_over_samples(shared_of(shared), mask)
 
 

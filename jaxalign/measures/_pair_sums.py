@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxalign._plan import NO_ROWS, ROWS_SECOND_LAST, Plan, on_mesh
-from jaxalign.bandwidth import CONVERGED, Diagonal, rate_of, solve_pairs
+from jaxalign.bandwidth import CONVERGED, Diagonal, is_bandwidth, rate_of, solve_pairs
 from jaxalign.distances import (
     Frame,
     accurate_distances,
@@ -109,7 +109,21 @@ class Inner(NamedTuple):
     samples: Array  # (...,): how many
     status: Array  # (..., L + M): of the sigmas
     sigma: Array  # (..., L + M), nan where there is none
-    finite: Array  # (..., L, M): of both sets
+    usable: Array  # (..., L, M): both sets are finite and have a bandwidth, if they need one
+
+    @classmethod
+    def of(
+        cls,
+        cross: Array,
+        own: tuple[Array, Array],
+        units: tuple[Array, Array],
+        samples: Array,
+        roots: Array | None = None,
+    ) -> Inner:
+        """Inner products that were found in another way, of sets that are known to be usable."""
+        roots = jnp.zeros_like(cross) if roots is None else roots
+        converged = jnp.full((), CONVERGED, jnp.int32)
+        return cls(cross, roots, *own, *units, samples, converged, jnp.zeros(()), jnp.ones(cross.shape, bool))
 
     def ratio(self) -> Array:
         """Cross / sqrt(own_x own_y), (..., L, M): 0 where one of the sets does not vary."""
@@ -243,11 +257,12 @@ def prepare(
         )
         if function.fixed_sigma:
             solution, rate = replace(solution, sigma=lax.stop_gradient(solution.sigma)), lax.stop_gradient(rate)
-        return Prepared(_unskipped(pairs, plan), rate, solution.sigma, solution.status)
+        # Pairs of a sample with itself are left out: those are known.
+        return Prepared(replace(pairs, skip_self=True), rate, solution.sigma, solution.status)
     if function.needs_sigma:
         assert sigma is not None
         sigmas = sigma[..., None, None]
-        rate = frame.scale / sigmas if function.rooted else rate_of(sigmas, frame)
+        rate = rate_of(sigmas, frame, rooted=function.rooted)
         accuracy = rate
     else:
         rate, sigma = None, jnp.full(batch, jnp.nan, dtype)
@@ -284,9 +299,10 @@ def prepare_sets(
     ]
 
 
-def _unskipped(pairs: Pairs, plan: Plan) -> Pairs:
-    """The same pairs, without those of a sample with itself: those are known."""
-    return Pairs(pairs.frames, pairs.distances, True, plan.tile_size, plan.axis_name, rooted=pairs.rooted)
+def usable(one: Prepared, function: PairFunction) -> Array:
+    """Whether a set is finite and has a bandwidth, if it needs one, (...): else what it gives is nan."""
+    found = one.pairs.frames[0].finite & (one.status == CONVERGED)
+    return found & is_bandwidth(one.sigma) if function.needs_sigma else found
 
 
 def _squares(frame: Frame) -> Array:
@@ -399,7 +415,7 @@ class Facts(NamedTuple):
     weights: Array  # (..., n): 1 a real row
     scales: Array  # (..., L + M), of the frames
     sizes: Array  # (..., L + M): largest squared length of a row, in units of the frame
-    finite: Array  # (..., L + M)
+    usable: Array  # (..., L + M): see `usable`
     status: Array  # (..., L + M)
     sigma: Array  # (..., L + M)
 
@@ -410,7 +426,7 @@ def _facts(prepared: list[Prepared], function: PairFunction, axis_name: str | No
         weights=frame_weights(frames[0]),
         scales=jnp.stack([frame.scale[..., 0, 0] for frame in frames], -1),
         sizes=jnp.stack([over_devices(lax.pmax, largest_square(frame), axis_name) for frame in frames], -1),
-        finite=jnp.stack([frame.finite for frame in frames], -1),
+        usable=jnp.stack([usable(one, function) for one in prepared], -1),
         status=jnp.stack([one.status for one in prepared], -1),
         sigma=jnp.stack([one.sigma for one in prepared], -1),
     )
@@ -480,10 +496,10 @@ def _inner_of(
     cross: Array, roots: Array, own: Array, units: Array, count: Array, facts: Facts, sides: tuple[slice, slice]
 ) -> Inner:
     x, y = sides
-    finite = facts.finite[..., x, None] & facts.finite[..., None, y]
+    both = facts.usable[..., x, None] & facts.usable[..., None, y]
     return Inner(
         cross, roots, own[..., x], own[..., y], units[..., x], units[..., y],
-        samples=count, status=facts.status, sigma=facts.sigma, finite=finite,
+        samples=count, status=facts.status, sigma=facts.sigma, usable=both,
     )  # fmt: skip
 
 
@@ -530,3 +546,25 @@ def _inner(
         mean_y = (total(rows[1]) + 2 * (n[..., 0] - 1) * total(b)) / pairs
         full = full - (n - 1) * outer(mean, mean_y)
     return full
+
+
+def centred_matrix(f: Array, centring: Centring) -> Array:
+    """F (n, n) so centred that its inner products with others are those of `_inner`; not of "difference"."""
+    assert centring != "difference"
+    n = f.shape[-1]
+    off = ~jnp.eye(n, dtype=bool)
+    if centring == "none":
+        return jnp.where(off, f, 0)
+    if centring in ("pearson", "whitened_pearson"):
+        f = jnp.where(off, f - jnp.sum(jnp.where(off, f, 0)) / (n * (n - 1)), 0)
+        if centring == "pearson":
+            return f
+    if centring == "debiased":  # Székely & Rizzo 2014, eq. 2.2
+        f = f - jnp.mean(f)  # only for the digits
+        f = jnp.where(off, f, 0)
+        rows = jnp.sum(f, -1, keepdims=True) / (n - 2)
+        f = f - rows - rows.T + jnp.sum(rows) / (n - 1)
+        return jnp.where(off, f, 0)
+    rows = jnp.mean(f, -1, keepdims=True)
+    f = f - rows - rows.T + jnp.mean(rows)
+    return jnp.where(off, f, 0) if centring == "lange" else f

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -187,6 +187,14 @@ def specified(measure: Any, options: dict[str, Any]) -> tuple[Entry, dict[str, A
             )
     filled = {**known, **options}
     return entry, filled, entry.specify(**filled)
+
+
+def check_how(entry: Entry, how: Iterable[str]) -> None:
+    """Raise where a measure does not take one of these ways to compute it, as it would be without effect."""
+    taken = inspect.signature(entry.function).parameters
+    for name in how:
+        if name not in taken:
+            raise TypeError(f"measure {entry.name!r} is computed on one device, from whole sets; leave out {name}=.")
 
 
 def closest(name: Any, valid: Any) -> str:

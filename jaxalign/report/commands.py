@@ -152,13 +152,13 @@ def _landmark_densities(alignment: Alignment, rows: Mapping[str, Any], channels:
 
 
 def _densities(sets: list[Any], compared: ComparisonGrid, options: Mapping[str, Any]) -> list[float | None]:
-    """Mean affinity of every set at the sigma that was solved for; None where the measure has no sigma."""
-    sigmas = np.asarray(compared.sigma, np.float64)
-    if not np.isfinite(sigmas).all():
+    """Mean affinity of every set at its sigma; None where the measure has none, or another kernel."""
+    sigmas, settings = np.asarray(compared.sigma, np.float64), dict(compared.settings)
+    if not np.isfinite(sigmas).all() or settings.get("kernel", "rbf") != "rbf":
         return [None for _ in sets]
+    how = {"diagonal": settings.get("diagonal", "include"), "tile_size": options["tile_size"]}
     return [
-        float(mean_density(jnp.asarray(x), sigma=float(sigma), tile_size=options["tile_size"]))
-        for x, sigma in zip(sets, sigmas, strict=True)
+        float(mean_density(jnp.asarray(x), sigma=float(sigma), **how)) for x, sigma in zip(sets, sigmas, strict=True)
     ]
 
 
