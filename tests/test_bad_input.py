@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import helpers
 import jax
@@ -468,6 +469,5 @@ def test_ways_to_compute_that_a_measure_does_not_have():
         with refused(ValueError, "rsa sorts the values of all pairs, on one device", "pearson"):
             jaxalign.compare_grid({"a": X, "b": OTHER}, measure="rsa", compare=comparison, mesh=mesh)
         with refused(ValueError, "rsa sorts the values of all pairs, on one device", "pearson"):
-            jax.vmap(lambda x, y: jaxalign.measures.rsa(x, y, compare=comparison, axis_name="data"), axis_name="data")(
-                X.reshape(2, 12, -1), OTHER.reshape(2, 12, -1)
-            )
+            of_parts = partial(jaxalign.measures.rsa, compare=comparison, axis_name="data")
+            jax.vmap(of_parts, axis_name="data")(X.reshape(2, 12, -1), OTHER.reshape(2, 12, -1))
