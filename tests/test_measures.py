@@ -11,9 +11,11 @@ import procrustes as qc_procrustes
 import pytest
 import reference_measures as reference
 import rsatoolbox
+import scipy.stats
 
 import jaxalign
 from jaxalign import measures
+from jaxalign.measures import _rsa
 
 N = 24
 
@@ -304,3 +306,19 @@ def test_rows_that_do_not_count_share_no_neighbours():
     with jax.disable_jit():
         found = measures.jaccard(x, y, k=2, mask=mask)
     helpers.assert_close(found, measures.jaccard(x[:9], y[:9], k=2), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("values", [2, 7, 1000])
+def test_correlations_of_ranks_with_ties(x64, dtype, values):
+    """Signs, both zeros, values that are left out (inf), and numbers of values of which only the latter has no ties."""
+    rng = np.random.default_rng(values)
+    x, y = (rng.integers(-(values // 2), values, size=300).astype(dtype) for _ in range(2))
+    x[x == 0] *= rng.choice([-1, 1], size=int((x == 0).sum()))
+    y = (y + x).astype(dtype)
+    left_out = rng.random(300) < 0.2
+    in_x, in_y = (np.where(left_out, np.inf, a).astype(dtype) for a in (x, y))
+    x, y = x[~left_out], y[~left_out]
+    tolerance = 1e-6 if dtype == np.float32 else 1e-14
+    assert abs(float(_rsa.spearman(jnp.asarray(in_x), jnp.asarray(in_y))) - scipy.stats.spearmanr(x, y)[0]) < tolerance
+    assert abs(float(_rsa.kendall(jnp.asarray(in_x), jnp.asarray(in_y))) - scipy.stats.kendalltau(x, y)[0]) < tolerance

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.scipy.stats import rankdata
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
@@ -254,12 +253,35 @@ def spearman(x: Array, y: Array) -> Array:
 
     def centred(a: Array) -> Array:
         # What does not count is inf, and ranks behind the rest. Ranks from -1/2 to 1/2, so that sums keep digits.
-        rank = rankdata(a).astype(x.dtype) / count
+        rank = _average_ranks(a) / count
         return jnp.where(real, rank - jnp.sum(jnp.where(real, rank, 0)) / count, 0)
 
     a, b = centred(x), centred(y)
     size = jnp.sqrt(jnp.sum(a * a)) * jnp.sqrt(jnp.sum(b * b))
     return jnp.where(size > 0, jnp.sum(a * b) / jnp.where(size > 0, size, 1), 0)
+
+
+def _average_ranks(a: Array) -> Array:
+    """From 1; equal values (N,) share the mean of their ranks."""
+    key = _ordered_integers(a)
+    ordered, index = jnp.sort(key), jnp.arange(a.size, dtype=jnp.int32)
+    new = _starts(ordered)
+    first = lax.cummax(jnp.where(new, index, 0))
+    last = lax.cummin(jnp.where(jnp.roll(new, -1), index, a.size - 1), reverse=True)
+    mean = 0.5 * first.astype(a.dtype) + 0.5 * last.astype(a.dtype) + 1
+    return mean[jnp.searchsorted(ordered, key)]
+
+
+def _ordered_integers(a: Array) -> Array:
+    """Integers in the order of the numbers, and as equal: on a CPU XLA sorts them six times as fast."""
+    bits = lax.bitcast_convert_type(jnp.where(a == 0, 0, a), f"int{8 * a.dtype.itemsize}")  # of -0 as of 0
+    largest = jnp.iinfo(bits.dtype).max
+    return jnp.where(bits < 0, bits ^ largest, bits)
+
+
+def _starts(a: Array) -> Array:
+    """Where a value differs from the one before it."""
+    return jnp.concatenate((jnp.ones(1, bool), a[1:] != a[:-1]))
 
 
 def kendall(x: Array, y: Array) -> Array:
@@ -283,24 +305,27 @@ def kendall(x: Array, y: Array) -> Array:
         """Of each value, how many before it are equal."""
         return index - lax.cummax(jnp.where(new, index, 0))
 
-    def starts(a: Array) -> Array:
-        return jnp.concatenate((jnp.ones(1, bool), a[1:] != a[:-1]))
-
+    x, y = _ordered_integers(x), _ordered_integers(y)
     x_sorted, y_by_x = lax.sort((x, y), num_keys=2)
     y_sorted = jnp.sort(y)
-    new_x, new_y = starts(x_sorted), starts(y_sorted)
-    new_both = new_x | starts(y_by_x)
+    new_x, new_y = _starts(x_sorted), _starts(y_sorted)
+    new_both = new_x | _starts(y_by_x)
     rank = jnp.searchsorted(y_sorted, y_by_x).astype(jnp.int32)
+    rank_sorted = index - ties(new_y)
     bits = max(1, math.ceil(math.log2(n)))
 
     def level(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         rank, inversions = carry
         bit = (bits - 1 - k).astype(jnp.int32)
         group, one = rank >> (bit + 1), (rank >> bit) & 1
+        new = _starts(group)
         ones = jnp.cumsum(one, dtype=jnp.int32) - one
-        here = ones - lax.cummax(jnp.where(starts(group), ones, 0))  # ones before it in its group
+        here = ones - lax.cummax(jnp.where(new, ones, 0))  # ones before it in its group
         found = share(jnp.where(one == 0, here, 0))
-        _, rank = lax.sort((rank >> bit, rank), num_keys=1, is_stable=True)
+        # In the order of one bit more: behind all of smaller ranks, and those of its own that came before.
+        alike = jnp.where(one == 1, here, ties(new) - here)
+        place = jnp.searchsorted(rank_sorted, (rank >> bit) << bit).astype(jnp.int32) + alike
+        rank = jnp.zeros_like(rank).at[place].set(rank, unique_indices=True)
         return rank, inversions + found
 
     _, discordant = lax.fori_loop(0, bits, level, (rank, jnp.zeros((), dtype)))
