@@ -1,0 +1,213 @@
+"""What measures, grids, losses, cuts, pictures and files refuse, with the words that say what to do.
+
+Features, masks, sigma and density, which all functions share: test_bad_input. Run-time type checks are off, as for
+users.
+"""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxalign
+from jaxalign import inference, io, losses, measures, plots
+from jaxalign.interop import capture_features
+from jaxalign.interop._networks import _told
+
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(2, 12, 3)).astype(np.float32)
+MASK = np.arange(12) < 9
+AFFINITY = np.asarray(np.exp(-np.abs(np.subtract.outer(np.arange(12), np.arange(12)))), np.float32)
+
+
+def grid(**more):
+    return jaxalign.compare_grid({"a": X, "b": Y}, kernel="linear", **more)
+
+
+def two_grids():
+    return jaxalign.compare_grid({"a": X}, {"b": Y}, kernel="linear")
+
+
+REFUSED = {
+    "batches": (
+        lambda: measures.cka(np.stack([X] * 2), np.stack([Y] * 3)),
+        ValueError, "batch dimensions do not broadcast: x (2, 12, 3), y (3, 12, 3)",
+    ),
+    "sigmas": (lambda: measures.cka(X, Y, sigma=(1.0, 2.0, 3.0)), ValueError, "one for each of the 2 sets; got 3"),
+    "no batches": (lambda: measures.minibatch_cka([]), ValueError, "batches is empty"),
+    "k": (lambda: measures.mutual_knn(X, Y, k=0), ValueError, "k must be"),
+    "folds": (
+        lambda: measures.linear_predictivity(X, Y, folds=1), ValueError, "folds must be a whole number, at least 2",
+    ),
+    "components": (lambda: measures.svcca(X, Y, components=1.5), ValueError, "components must be a whole number"),
+    "rows of a memory": (
+        lambda: losses.remember(losses.empty_memory(8, 3, 3), X, Y[:5]), ValueError, "12 and 5 rows",
+    ),
+    "layers": (lambda: losses.multi_layer_loss([X], [Y]), TypeError, "x must be features by name"),
+    "no devices": (lambda: jaxalign.sharding.data_mesh([]), ValueError, "devices is empty"),
+    "devices": (lambda: jaxalign.sharding.data_mesh("2"), TypeError, "devices must be"),
+    "rows to be spread": (
+        lambda: jaxalign.sharding.shard_rows([X], jaxalign.sharding.data_mesh(2)), TypeError, "got list",
+    ),
+    "a vector to be spread": (
+        lambda: jaxalign.sharding.shard_rows(X[0], jaxalign.sharding.data_mesh(2)), TypeError, "got shape (3,)",
+    ),
+    "a directed affinity": (
+        lambda: jaxalign.normalized_cut(np.triu(AFFINITY), 2, kind="affinity"), ValueError, "is not symmetric",
+    ),
+    "a signed affinity": (
+        lambda: jaxalign.normalized_cut(-AFFINITY, 2, kind="affinity"), ValueError, "has negative entries",
+    ),
+    "nystroem by row": (
+        lambda: jaxalign.normalized_cut(X, 2, method="nystroem", bandwidth="per_row", density=0.2),
+        ValueError, 'bandwidth="global"',
+    ),
+    "nystroem under a trace": (
+        lambda: jax.jit(lambda mask: jaxalign.normalized_cut(X, 2, method="nystroem", density=0.2, mask=mask))(MASK),
+        ValueError, "mask= must not be traced",
+    ),
+    "dense on a mesh": (
+        lambda: jaxalign.normalized_cut(X, 2, method="dense", mesh=jaxalign.sharding.data_mesh(2)),
+        ValueError, 'mesh= goes with "lobpcg" or "nystroem"',
+    ),
+    "segments of a vector": (lambda: jaxalign.kway(X[None]), ValueError, "eigenvectors must have shape (n, k)"),
+    "rows to colour": (lambda: jaxalign.rgb(X[:3], method="tsne"), ValueError, "at least 4 rows"),
+    "a test of another grid": (
+        lambda: plots.grid(
+            grid(),
+            test=jaxalign.permutation_test({"c": X}, {"d": Y}, key=jax.random.key(0), permutations=9, density=0.2),
+        ),
+        ValueError, "the test is of ('c',) with ('d',)",
+    ),
+    "models of two grids": (lambda: plots.models(two_grids()), ValueError, "needs all models in one grid"),
+    "a constant subject": (
+        lambda: inference.noise_ceiling([X, np.ones_like(X), Y]), ValueError, "subjects[1] does not vary",
+    ),
+    "a patch grid": (
+        lambda: capture_features(torch_model(), [], layers=["0"], grid=(4, 4, 4)), ValueError, "grid must be (rows",
+    ),
+}  # fmt: skip
+
+
+def torch_model():
+    torch = pytest.importorskip("torch")
+    return torch.nn.Sequential(torch.nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    call, error, words = REFUSED[case]
+    if case in ("a test of another grid", "models of two grids"):
+        pytest.importorskip("matplotlib").use("agg")
+    if case == "rows to colour":
+        pytest.importorskip("sklearn")
+    with pytest.raises(error, match=re.escape(words)):
+        call()
+
+
+def test_a_device_with_one_row_needs_others():
+    with pytest.raises(ValueError, match=r"1 sample.*only device"):
+        jax.vmap(lambda x: jaxalign.solve_sigma(x, axis_name="data").sigma, axis_name="data")(X[None, :1])
+
+
+def test_sets_in_files_of_different_dtype_or_too_few_samples(x64, tmp_path):
+    np.save(tmp_path / "single.npy", X)
+    np.save(tmp_path / "double.npy", Y.astype(np.float64))
+    with pytest.raises(ValueError, match="same dtype"):
+        jaxalign.compare_grid({name: tmp_path / f"{name}.npy" for name in ("single", "double")}, kernel="linear")
+    with pytest.raises(ValueError, match="needs at least 4 samples; 3 are left"):
+        jaxalign.compare_grid({"a": tmp_path / "single.npy"}, kernel="linear", mask=np.arange(12) < 3)
+    np.save(tmp_path / "alike.npy", np.ones_like(X))
+    with pytest.raises(ValueError, match=r"b.*coincide"):
+        jaxalign.compare_grid({"a": tmp_path / "single.npy", "b": tmp_path / "alike.npy"}, density=0.5)
+
+
+def test_sets_in_files_that_all_hold_nan_are_nan(tmp_path):
+    np.save(tmp_path / "a.npy", np.where(X > 1, np.nan, X))
+    found = jaxalign.compare_grid({"a": tmp_path / "a.npy"}, kernel="linear", missing="propagate")
+    assert np.isnan(found.values).all()
+
+
+def test_lists_of_different_length_in_a_table(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"x": pa.array([[1.0, 2.0], [3.0]])}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"column 'x' holds lists of different length: \[1, 2\]"):
+        io.read_features(tmp_path / "x.parquet")
+
+
+def test_tensors_in_nested_lists(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"layers": [torch.ones(4, 2), (torch.zeros(4, 3),)], "epoch": 3}, tmp_path / "x.pt")
+    assert {name: one.values.shape for name, one in io.read_features(tmp_path / "x.pt").items()} == {
+        "layers.0": (4, 2),
+        "layers.1.0": (4, 3),
+    }
+
+
+def test_an_error_that_is_not_about_arguments_is_the_models_own():
+    torch = pytest.importorskip("torch")
+
+    class Wrong(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = torch.nn.Linear(3, 3)
+
+        def forward(self, x, y):
+            raise TypeError("of its own")
+
+    with pytest.raises(TypeError, match=r"^of its own$"):
+        capture_features(Wrong(), [(torch.ones(4, 3), torch.ones(4, 3))], layers=["part"])
+
+
+def test_what_a_layer_gave_is_told():
+    told = _told({"hidden": (X, None), "more": SimpleNamespace()})
+    assert told == ("a dict of 'hidden': a tuple of (float32 of shape (12, 3), a NoneType), 'more': a SimpleNamespace")
+
+
+# --- masks: as if the others were not there ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("comparison", ["spearman", "kendall"])
+@pytest.mark.parametrize("dissimilarity", ["sqeuclidean", "correlation", "affinity"])
+def test_comparisons_of_order_with_a_mask(comparison, dissimilarity):
+    options = {"rdm": dissimilarity, "compare": comparison}
+    found = measures.rsa(np.where(MASK[:, None], X, np.nan), Y, mask=MASK, **options)
+    helpers.assert_close(found, measures.rsa(X[MASK], Y[MASK], **options), 1e-6)
+
+
+@pytest.mark.parametrize("dissimilarity", ["euclidean", "cosine", "affinity"])
+def test_dissimilarities_with_a_mask(dissimilarity):
+    options = {"density": 0.2} if dissimilarity == "affinity" else {}
+    found = np.asarray(measures.rdm(X, dissimilarity, mask=MASK, **options))
+    helpers.assert_close(found[:9, :9], measures.rdm(X[MASK], dissimilarity, **options), 1e-6)
+    assert (found[9:] == 0).all()
+    assert (found[:, 9:] == 0).all()
+
+
+def test_a_cut_by_row_with_a_mask():
+    options = {"density": 0.3, "bandwidth": "per_row", "method": "dense"}
+    found = jaxalign.normalized_cut(X, 3, mask=MASK, **options)
+    expected = jaxalign.normalized_cut(X[MASK], 3, **options)
+    helpers.assert_close(found.eigenvalues, expected.eigenvalues, 1e-5)
+    assert (np.asarray(found.eigenvectors)[9:] == 0).all()
+
+
+def test_bootstrap_and_ceiling_leave_out_what_is_masked():
+    found = inference.noise_ceiling([X, Y, X + Y], mask=MASK)
+    expected = inference.noise_ceiling([X[MASK], Y[MASK], (X + Y)[MASK]])
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        helpers.assert_close(one, other, 1e-5)
+
+
+def test_an_operator_of_several_sets_has_a_transpose():
+    operator = jaxalign.affinity_operator(X, Y, density=0.2)
+    v = jnp.arange(12.0)
+    helpers.assert_close(operator.T @ v, operator.todense().T @ v, 1e-5)
