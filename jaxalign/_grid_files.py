@@ -181,7 +181,8 @@ def _sigmas(
         if np.isnan(sigma[k]):
             beside = None if saved.path is None else saved.path.with_name(saved.path.name + ".sigma")
             try:
-                solution = streaming.solve_rows(job, options["density"], checkpoint=beside, rooted=function.rooted)
+                density = float(options["density"])  # as JSON holds it
+                solution = streaming.solve_rows(job, density, checkpoint=beside, rooted=function.rooted)
             except ValueError as error:
                 raise ValueError(f"{names[k]}: {error}") from None
             sigma[k] = float(solution.sigma)

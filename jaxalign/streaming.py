@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxalign import _checks
@@ -59,7 +60,7 @@ def solve_sigma(
     x: Rows,
     y: Rows | None = None,
     *,
-    density: float = 0.05,
+    density: ArrayLike = 0.05,
     diagonal: Diagonal = "include",
     mask: np.ndarray | None = None,
     mask_y: np.ndarray | None = None,
@@ -76,7 +77,7 @@ def solve_sigma(
             anything with len() and [i]; each is read once more for its shape. What it gives for a number must not
             change while the function runs.
         y: the same, or None to compare x with itself.
-        density: the wanted mean c of the affinity, 0 < c < 1.
+        density: the wanted mean c of the affinity, 0 < c < 1: one number.
         diagonal: whether the n ones on the diagonal count in it, "include" or "exclude". Only for y = None.
         mask: shape (n,), True = a real sample.
         mask_y: the same for y.
@@ -103,9 +104,10 @@ def solve_sigma(
         >>> float(abs(streamed.sigma / jaxalign.solve_sigma(x).sigma - 1)) < 1e-5
         True
     """
-    _checks.density_value(density)
+    wanted = _number("density", density)
+    _checks.density_value(wanted)
     job = open_rows(x, y, mask, mask_y, diagonal, block_rows, tile_size)
-    return solve_rows(job, density, rtol, checkpoint, progress)
+    return solve_rows(job, wanted, rtol, checkpoint, progress)
 
 
 def solve_rows(
@@ -150,7 +152,7 @@ def mean_density(
     x: Rows,
     y: Rows | None = None,
     *,
-    sigma: float,
+    sigma: ArrayLike,
     diagonal: Diagonal = "include",
     mask: np.ndarray | None = None,
     mask_y: np.ndarray | None = None,
@@ -169,14 +171,21 @@ def mean_density(
         >>> float(jaxalign.streaming.mean_density(x, sigma=1.0, block_rows=2))  # (3 + 4 exp(-1/2) + 2 exp(-2)) / 9
         0.63297...
     """
+    sigma = _number("sigma", sigma)
     _checks.positive("sigma", sigma)
     job = open_rows(x, y, mask, mask_y, diagonal, block_rows, tile_size)
-    saved = _Checkpoint.open(checkpoint, {**job.identity, "task": "mean_density", "sigma": float(sigma)})
+    saved = _Checkpoint.open(checkpoint, {**job.identity, "task": "mean_density", "sigma": sigma})
     frame = job.frame_of((jnp.asarray(job.sample[0]), None), (None, None))
     rate = rate_of(jnp.full((1, 1), sigma, job.dtype), frame)[0, 0]
     sums = _visit(job, _kernel_alone, rate, saved, 1, progress)
     saved.remove()
     return jnp.asarray(sums[0] / job.total, job.dtype)
+
+
+def _number(name: str, value: Any) -> float:
+    """One number as a float of Python, as a checkpoint holds it."""
+    _checks.parameter(name, value, np.float32, (), "one number")
+    return float(value)
 
 
 _advance = jax.jit(advance, static_argnames="rtol")

@@ -312,6 +312,13 @@ def test_a_kernel_of_the_same_name_is_told_by_its_values(x64, tmp_path):
     helpers.assert_close(run(5.0).values, expected, 1e-11)
 
 
+@pytest.mark.parametrize("kind", [np.float32, jax.numpy.float32])
+def test_the_density_of_a_job_may_be_a_number_of_any_library(kind, tmp_path):
+    sets = {name: x.astype(np.float32) for name, x in layers().items()}
+    found = compare_grid(sets, density=kind(0.25), block_rows=20, checkpoint=tmp_path / "state")
+    helpers.assert_close(found.values, compare_grid(sets, density=0.25).values, 1e-4)
+
+
 @pytest.mark.parametrize("measure", ["rsa", "mutual_knn"])
 def test_a_job_goes_on_after_the_free_memory_has_changed(x64, measure, tmp_path, monkeypatch):
     def run(**how):

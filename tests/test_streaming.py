@@ -562,6 +562,23 @@ def test_density_outside_0_and_1(density):
         streaming.solve_sigma(X.astype(np.float32), density=density)
 
 
+@pytest.mark.parametrize("kind", [float, np.float32, np.asarray, lambda value: jax.numpy.asarray(value, np.float32)])
+def test_density_and_sigma_may_be_a_number_of_any_library(kind, tmp_path):
+    x, how = X.astype(np.float32), {"block_rows": BLOCK, "checkpoint": tmp_path / "state"}
+    expected = streaming.solve_sigma(x, density=DENSITY, block_rows=BLOCK).sigma
+    assert helpers.relative_error(streaming.solve_sigma(x, density=kind(DENSITY), **how).sigma, expected) < 1e-6
+    expected = streaming.mean_density(x, sigma=2.0, block_rows=BLOCK)
+    assert helpers.relative_error(streaming.mean_density(x, sigma=kind(2.0), **how), expected) < 1e-6
+
+
+def test_several_densities_or_sigmas_are_refused():
+    x = X.astype(np.float32)
+    with refused(ValueError, "density of shape (2,) does not broadcast to (), one number"):
+        streaming.solve_sigma(x, density=np.array([0.1, 0.2]))
+    with refused(ValueError, "sigma of shape (2,) does not broadcast to (), one number"):
+        streaming.mean_density(x, sigma=np.array([1.0, 2.0]))
+
+
 def test_a_density_below_that_of_the_diagonal():
     x = X.astype(np.float32)
     with refused(ValueError, "density = 0.04 cannot be reached with n = 24", "0.04167", 'diagonal="exclude"'):
