@@ -159,7 +159,7 @@ def _where(x: Array, y: Array | None, mesh: Any, axis_name: Any) -> tuple[Mesh |
             "or call within jax.set_mesh."
         )
     if axis_name is None:
-        axis_name = names[0] if len(names) == 1 else "data"
+        axis_name = default_axis(mesh)
     if axis_name not in names:
         raise ValueError(
             f"mesh has no axis {axis_name!r}, its axes are {names}. Name the one over which rows are spread with "
@@ -171,6 +171,11 @@ def _where(x: Array, y: Array | None, mesh: Any, axis_name: Any) -> tuple[Mesh |
             f"give axis_name={axis_name!r} without mesh=."
         )
     return mesh, axis_name, mesh.shape[axis_name]
+
+
+def default_axis(mesh: Mesh | AbstractMesh) -> str:
+    """The axis over which rows are spread unless another is named: the only one, or "data"."""
+    return mesh.axis_names[0] if len(mesh.axis_names) == 1 else "data"
 
 
 def _is_bound(axis_name: str) -> bool:

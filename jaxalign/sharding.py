@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
+from jaxalign._plan import default_axis
 from jaxalign._typing import AnyArray
 
 
@@ -61,7 +62,7 @@ def shard_rows(
     Args:
         x: this process's rows; their number must divide among its devices (with `mesh=` it need not).
         mesh: the mesh.
-        axis_name: the axis of the mesh; None: its first.
+        axis_name: the axis of the mesh; None: the only one, or "data" where it has several.
 
     Raises:
         TypeError: x is not an array. ValueError: the mesh has no such axis; rows that do not divide, or another number
@@ -77,9 +78,9 @@ def shard_rows(
                 f"x must have the same number of rows in every process; it has {rows.tolist()}. Add rows and mask them "
                 "out with mask=."
             )
-    axis = mesh.axis_names[0] if axis_name is None else axis_name
+    axis = default_axis(mesh) if axis_name is None else axis_name
     if axis not in mesh.axis_names:
-        raise ValueError(f"mesh has no axis {axis!r}, its axes are {mesh.axis_names}.")
+        raise ValueError(f"mesh has no axis {axis!r}, its axes are {mesh.axis_names}. Name one with axis_name=.")
     here = mesh.shape[axis] // jax.process_count()
     if here < 1 or x.shape[-2] % here:
         raise ValueError(

@@ -312,10 +312,23 @@ def test_rows_are_spread_over_the_axis_and_nothing_else_changes(rng):
     assert np.array_equal(placed, x)
     assert is_spread(placed)
     assert placed.sharding == NamedSharding(data_mesh(), P(None, "data", None))
-    two = Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "model"))
-    assert {s.data.shape for s in shard_rows(x, two).addressable_shards} == {(2, ROWS // 2, WIDTH)}
+    two = Mesh(np.array(jax.devices()).reshape(2, 4), ("model", "data"))
+    assert {s.data.shape for s in shard_rows(x, two).addressable_shards} == {(2, ROWS // 4, WIDTH)}
     named = shard_rows(x, two, axis_name="model")
-    assert {s.data.shape for s in named.addressable_shards} == {(2, ROWS // 4, WIDTH)}
+    assert {s.data.shape for s in named.addressable_shards} == {(2, ROWS // 2, WIDTH)}
+
+
+def test_without_a_name_rows_are_spread_over_the_axis_that_mesh_takes(rng):
+    x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+    for names in (("model", "data"), ("data", "model")):
+        mesh = Mesh(np.array(jax.devices()).reshape(2, 4), names)
+        assert shard_rows(x, mesh).sharding.spec == P("data", None)
+        sigma = jaxalign.solve_sigma(x, mesh=mesh, density=0.2).sigma
+        assert helpers.relative_error(sigma, jaxalign.solve_sigma(x, density=0.2).sigma) < SAME[F32]
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "model"))
+    for spread_over in (lambda: shard_rows(x, mesh), lambda: jaxalign.solve_sigma(x, mesh=mesh)):
+        with pytest.raises(ValueError, match=r"mesh has no axis 'data', its axes are \('rows', 'model'\)\. Name"):
+            spread_over()
 
 
 def test_rows_that_do_not_divide_cannot_be_spread(rng):

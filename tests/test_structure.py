@@ -21,8 +21,8 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 LAYERS = [
     {"_typing", "_version"},
     {"_checks", "_draw", "_saved"},
-    {"_plan", "io", "sharding"},
-    {"distances"},
+    {"_plan", "io"},
+    {"distances", "sharding"},
     {"pairs"},
     {"_rate"},
     {"bandwidth"},
