@@ -273,8 +273,11 @@ def _h5(path: Path) -> Mapping[str, Any]:
 
     def visit(name: str, node: Any) -> None:
         if isinstance(node, h5py.Dataset) and node.shape is not None and node.dtype.kind == "f":
-            if node.external:
-                raise ValueError(f"{name!r} lies in another file, {node.external[0][0]!r}, which is not followed.")
+            elsewhere = [place[0] for place in node.external or ()]
+            if node.is_virtual:  # made of others; "." is this file
+                elsewhere += [source.file_name for source in node.virtual_sources() if source.file_name != "."]
+            if elsewhere:
+                raise ValueError(f"{name!r} lies in another file, {elsewhere[0]!r}, which is not followed.")
             found[name] = node[()]
 
     with h5py.File(path, "r") as file:

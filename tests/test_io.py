@@ -216,6 +216,21 @@ def test_hdf5_does_not_read_what_lies_elsewhere(tmp_path):
         read_features(tmp_path / "y.h5")
 
 
+def test_virtual_hdf5_is_read_of_its_own_file_only(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["x"] = X
+    for name, source in (("own", "."), ("foreign", str(tmp_path / "other.h5"))):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["x"] = X
+            layout = h5py.VirtualLayout(shape=X.shape, dtype=X.dtype)
+            layout[:] = h5py.VirtualSource(source, "x", shape=X.shape)
+            file.create_virtual_dataset("virtual", layout)
+    np.testing.assert_array_equal(read_features(tmp_path / "own.h5")["virtual"].values, X)
+    with pytest.raises(ValueError, match=r"'virtual' lies in another file, .*other\.h5', which is not followed"):
+        read_features(tmp_path / "foreign.h5")
+
+
 def test_what_holds_no_features(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         read_features(tmp_path / "none.npy")
