@@ -209,11 +209,12 @@ def matches(
     return axes
 
 
-def match_legend(figure: Any) -> None:
+def match_legend(figure: Any, *, near: float = 2.0) -> None:
     """What the colours of `matches` mean, below a figure.
 
     Args:
         figure: the figure.
+        near: up to so many patches off counts as near, as it was given to `matches`.
 
     Returns:
         Nothing.
@@ -228,7 +229,8 @@ def match_legend(figure: Any) -> None:
     """
     from matplotlib.lines import Line2D
 
-    meaning = {_draw.BLUE: "the same patch", _draw.ORANGE: "at most two patches off", _draw.VERMILION: "elsewhere"}
+    off = f"at most {'two' if near == 2 else f'{near:g}'} patch{'' if near == 1 else 'es'} off"
+    meaning = {_draw.BLUE: "the same patch", _draw.ORANGE: off, _draw.VERMILION: "elsewhere"}
     handles = [Line2D([], [], color=colour, lw=2, label=label) for colour, label in meaning.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
 

@@ -130,6 +130,15 @@ def test_what_is_not_beyond_chance_stands_in_brackets():
     matplotlib.pyplot.close(ax.figure)
 
 
+@pytest.mark.parametrize(
+    ("how", "told"), [({}, "two patches"), ({"near": 1.0}, "1 patch"), ({"near": 1.5}, "1.5 patches")]
+)
+def test_the_legend_of_matches_tells_what_is_near(how, told):
+    figure = matplotlib.figure.Figure()
+    plots.match_legend(figure, **how)
+    assert figure.legends[0].get_texts()[1].get_text() == f"at most {told} off"
+
+
 def test_classical_scaling_shows_a_plane_as_it_is():
     places = np.random.default_rng(0).normal(size=(6, 2))
     distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
