@@ -12,10 +12,8 @@ import errno
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         return one
 
     demo = add(
-        "demo", lambda options: _demo(options["out"], quiet=options["quiet"]),
+        "demo", _command("show_demo"),
         "align real networks on the features that ship with the library",
         "Align four real networks on digits and on photographs (the features ship with the library), print\n"
         "how well held-out samples correspond, and draw it. About a minute on two cores.",
@@ -254,7 +252,7 @@ def _command(name: str) -> Callable[[dict[str, Any]], int]:
         if options.get("devices", 1) > 1:  # of CPUs there is one unless more are asked for
             jax.config.update("jax_num_cpu_devices", options["devices"])
         options["tile_size"] = options.get("tile_size") or "auto"
-        if options["x64"]:
+        if options.get("x64"):
             jax.config.update("jax_enable_x64", True)
         from jaxalign._saved import plain
         from jaxalign.report import commands
@@ -262,65 +260,10 @@ def _command(name: str) -> Callable[[dict[str, Any]], int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of libraries that draw and lay out
             found = getattr(commands, name)(options)
-        print(json.dumps(plain(found.data), indent=1) if options["json"] else found.text)
+        print(json.dumps(plain(found.data), indent=1) if options.get("json") else found.text)
         return 0
 
     return run
-
-
-def _demo(out: Path, *, quiet: bool) -> int:
-    try:
-        import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        from tqdm import tqdm
-    except ImportError as error:
-        print(f'{error}. The demo needs the extra: python -m pip install "jaxalign[demo]"', file=sys.stderr)
-        return 1
-    from jaxalign.report import demo, figures, tables
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"--out {out}: {error.strerror}. Give a folder that can be written to.", file=sys.stderr)
-        return 2
-    start = time.perf_counter()
-    with tqdm(total=demo.steps() + 1, disable=quiet, unit="step", dynamic_ncols=True) as bar:
-
-        def tick(text: str) -> None:
-            bar.set_description(text)
-            bar.update()
-
-        # Side by side: most of the time is compilation, which keeps one core busy.
-        with ThreadPoolExecutor(2) as pool:
-            running = pool.submit(demo.report_digits, tick), pool.submit(demo.report_patches, tick)
-            digits, patches = running[0].result(), running[1].result()
-        tick("pictures")
-        paths = figures.save_all(digits, patches, out)
-        bar.set_description("done")
-    landmarks, queries = len(digits.rows.landmarks), len(digits.rows.queries)
-    print(
-        f"\nFour networks, 1000 handwritten digits: {landmarks} random landmarks, {queries} others looked up, mean "
-        "over the\nsix pairs of networks in both directions. Only the ridge map is fitted between two networks.\n"
-    )
-    print(tables.digit_table(digits))
-    landmarks, queries = len(patches.rows[0].landmarks), len(patches.rows[0].queries)
-    print(
-        f"\nFour networks, three photographs, each by itself: {landmarks} of its patches are landmarks (a "
-        f"checkerboard), {queries}\nlooked up. Position alone matches patches well, so the scores stand beside two "
-        "controls, each looked up against the\nfour networks: row and column instead of a network, and a network that "
-        "was never trained.\n"
-    )
-    print(tables.patch_table(patches))
-    print(
-        "\nEvery set, with the sigma of its landmarks at a mean affinity of 0.05; for patches also the top-1 against "
-        "all layers\nof other networks, decorrelated.\n"
-    )
-    print(tables.digit_sets(digits))
-    print()
-    print(tables.patch_sets(patches))
-    print(f"\n{time.perf_counter() - start:.0f} s. Pictures:")
-    for path in paths:
-        print(f"  {path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -239,6 +239,39 @@ def test_wrong_input_is_one_line_and_exit_code_2(models, arguments, message, cap
     assert said.count("\n") == 1
 
 
+def without_tqdm(monkeypatch, out):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+
+
+def a_file_in_the_way(monkeypatch, out):
+    out.write_text("")
+
+
+def no_permission(monkeypatch, out):
+    def refuse(path, **how):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(out), "mkdir", refuse)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "message"),
+    [
+        (without_tqdm, 2, 'python -m pip install "jaxalign[demo]"'),
+        (a_file_in_the_way, 2, "out: File exists"),
+        (no_permission, 1, "out: Permission denied"),
+    ],
+)
+def test_the_demo_ends_as_the_other_commands_do(spoil, code, message, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    spoil(monkeypatch, out)
+    assert run("demo", "--out", out) == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("jaxalign: ")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("option", [("--density", "1.5"), ("--landmarks", "0"), ("--seed", "99999999999999999999")])
 def test_options_out_of_range(option, capsys):
     with pytest.raises(SystemExit) as stopped:

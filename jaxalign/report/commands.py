@@ -9,7 +9,9 @@ import json
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from io import BytesIO
@@ -231,6 +233,36 @@ def png_of(figure: Any, dpi: int) -> bytes:
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
+
+
+def show_demo(options: dict[str, Any]) -> Found:
+    """Real networks on the features that ship with the library: how well held-out samples correspond, and pictures."""
+    try:
+        import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(f'{error}. The demo needs the extra: python -m pip install "jaxalign[demo]"') from error
+    from jaxalign.report import demo, figures, tables
+
+    out: Path = options["out"]
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with tqdm(total=demo.steps() + 1, disable=options["quiet"], unit="step", dynamic_ncols=True) as bar:
+
+        def tick(text: str) -> None:
+            bar.set_description(text)
+            bar.update()
+
+        # Side by side: most of the time is compilation, which keeps one core busy.
+        with ThreadPoolExecutor(2) as pool:
+            running = pool.submit(demo.report_digits, tick), pool.submit(demo.report_patches, tick)
+            digits, patches = running[0].result(), running[1].result()
+        tick("pictures")
+        paths = figures.save_all(digits, patches, out)
+        bar.set_description("done")
+    scores = {"digits": digits.scores, "patches": patches.scores, "controls": patches.controls}
+    text = f"\n{tables.demo_text(digits, patches)}\n\n{time.perf_counter() - start:.0f} s. Pictures:"
+    return Found({"scores": scores, "files": [path.name for path in paths]}, "\n  ".join([text, *map(str, paths)]))
 
 
 def info(options: dict[str, Any]) -> Found:

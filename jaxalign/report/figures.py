@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxalign import plots
 from jaxalign._draw import BLUE as RIGHT
 from jaxalign._draw import ORANGE as NEAR
 from jaxalign._draw import VERMILION as WRONG
+from jaxalign._saved import replace_file
 from jaxalign.affinity import rbf_affinity
 from jaxalign.alignment import correspondence
 from jaxalign.report.baselines import variance_sigma
@@ -133,6 +135,8 @@ def save_all(digits: DigitReport, patches: PatchReport, out: Path) -> list[Path]
     figures["affinities.png"] = affinities(digits, first, second)
     paths = []
     for name, figure in figures.items():
-        figure.savefig(out / name, dpi=_DPI)
+        content = BytesIO()
+        figure.savefig(content, dpi=_DPI, format="png")
+        replace_file(out / name, content.getvalue())
         paths.append(out / name)
     return paths
