@@ -2,6 +2,7 @@
 
 from jaxalign import datasets as datasets
 from jaxalign import interop as interop
+from jaxalign import io as io
 from jaxalign import losses as losses
 from jaxalign import measures as measures
 from jaxalign import plots as plots

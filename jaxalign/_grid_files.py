@@ -19,6 +19,7 @@ from jaxalign._saved import Saved
 from jaxalign._version import __version__
 from jaxalign.bandwidth import rate_of
 from jaxalign.distances import Frame
+from jaxalign.io import rows_are_finite
 from jaxalign.measures._evaluate import PairMeasure, SetMeasure, check_sets, values_of
 from jaxalign.measures._pair_sums import (
     Centring,
@@ -40,7 +41,7 @@ def set_by_set(job: Job, measure: SetMeasure, block_rows: int | None, checkpoint
     sets, names, _, _, mask, missing, _, _ = job
     rows = block_rows or usual_block_rows(max(value.shape[1] for value in sets) * 8)
     mask = _checks.row_mask("mask", mask, (sets[0].shape[0],))
-    found = [finite_rows(value, rows) for value in sets]
+    found = [rows_are_finite(value, rows) for value in sets]
     if missing == "omit":
         mask = jnp.asarray(np.logical_and.reduce(found) & (True if mask is None else np.asarray(mask)))
     _checks.choice("missing", missing, ("raise", "omit", "propagate"))
@@ -60,12 +61,6 @@ def set_by_set(job: Job, measure: SetMeasure, block_rows: int | None, checkpoint
         return check_sets([(names[k], np.asarray(sets[k]))], mask, "propagate", 1, measure.name)[0][0]
 
     return cells(job, measure, load, mask, saved)
-
-
-def finite_rows(value: Any, rows: int) -> np.ndarray:
-    """Whether each row is finite, so many rows at a time."""
-    parts = [np.isfinite(np.asarray(value[i : i + rows])).all(1) for i in range(0, value.shape[0], rows)]
-    return np.concatenate(parts)
 
 
 def _checksum(value: Any, rows: int) -> int:
@@ -118,7 +113,7 @@ def from_blocks(job: Job, measure: PairMeasure, block_rows: int | None, checkpoi
     size = block_rows or min(n, usual_block_rows(sum(value.shape[1] for value in sets) * 8))
     left = list(range(len(sets)))
     if missing != "raise":
-        found = [finite_rows(value, size) for value in sets]
+        found = [rows_are_finite(value, size) for value in sets]
         if missing == "omit":
             mask = np.logical_and.reduce(found) & (True if mask is None else mask)
         else:

@@ -156,6 +156,12 @@ def named_sets(argument: str, features: Any) -> dict[str, Any]:
     return found
 
 
+def rows_are_finite(values: Any, rows: int) -> np.ndarray:
+    """Whether each row of (n, d) holds neither nan nor inf, shape (n,); so many rows are looked at a time."""
+    parts = [np.isfinite(np.asarray(values[i : i + rows])).all(1) for i in range(0, values.shape[0], rows)]
+    return np.concatenate(parts)
+
+
 def hash_of(path: Path) -> str:
     """The SHA-256 of a file."""
     with path.open("rb") as file:

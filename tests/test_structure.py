@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,17 @@ def test_importing_the_package_imports_nothing_heavy():
     code = f"import sys, jaxalign; print([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_module_that_the_pages_document_is_exported():
+    # One that is there only because another module imports it may be gone tomorrow.
+    pages = PACKAGE.parent / "docs" / "pages" / "api"
+    if not pages.exists():  # an installed package, not the repository
+        pytest.skip("no docs beside the package")
+    told = "".join(page.read_text() for page in pages.glob("*.md"))
+    exported = {alias.name for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+                if isinstance(node, ast.ImportFrom) for alias in node.names}  # fmt: skip
+    assert set(re.findall(r"^::: jaxalign\.(\w+)", told, re.MULTILINE)) <= exported
 
 
 def test_importing_the_package_starts_no_backend():

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import io, sharding
-from jaxalign._grid_files import finite_rows
 from jaxalign._saved import plain, replace_file
 from jaxalign._version import __version__
 from jaxalign.alignment import Alignment, align
@@ -106,7 +105,7 @@ def _refuse_missing(name: str, one: io.FeatureSet, values: Any) -> None:
 
 def missing(values: Any) -> tuple[int, tuple[int, int]]:
     """How many rows hold nan or inf, and the first place."""
-    finite = finite_rows(values, 65536)
+    finite = io.rows_are_finite(values, 65536)
     row = int(np.argmin(finite))
     bad = ~np.isfinite(np.asarray(values[row]))
     return int((~finite).sum()), (row, int(np.argmax(bad)))
