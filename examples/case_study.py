@@ -18,18 +18,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from color_agreement import Agreement, agreement, pairs_of_networks, variance_scaled_colors
 
 import jaxalign
-from jaxalign.report.coloring import (
-    Agreement,
-    Colors,
-    agreement,
-    joint_colors,
-    joint_cut,
-    own_colors,
-    pairs_of_networks,
-    variance_scaled_colors,
-)
+from jaxalign.alignment import PUBLISHED
+from jaxalign.report.coloring import Colors, joint_colors, joint_cut, own_colors
 from jaxalign.report.demo import network_of
 from jaxalign.report.tables import format_table
 
@@ -39,7 +32,6 @@ NETWORKS = {
     "pp-ocrv4 stride 16": "PP-OCRv4\nboundaries",
 }
 POSITION = "position only"
-PUBLISHED: dict[str, Any] = {"channels": None}
 
 
 def main(out: Path) -> dict[str, Agreement]:
@@ -57,9 +49,9 @@ def main(out: Path) -> dict[str, Agreement]:
     colors = {
         "before: each network by itself": own_colors(features),
         "variance-scaled rows, cut together": variance_scaled_colors(features, landmarks),
-        "auto-scaled rows (as published), cut together": joint_colors(features, landmarks, **PUBLISHED),
+        "auto-scaled rows (as published), cut together": joint_colors(features, landmarks, PUBLISHED),
         "after: decorrelated rows, cut together": joint_colors(features, landmarks),
-        "after, colours by t-SNE": joint_colors(features, landmarks, "tsne"),
+        "after, colours by t-SNE": joint_colors(features, landmarks, method="tsne"),
     }
     found = {name: score(one) for name, one in colors.items()}
     controls = {

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from color_agreement import agreement
 
 import jaxalign
-from jaxalign.report.coloring import agreement, joint_colors, own_colors
-from jaxalign.report.demo import RECOMMENDED
+from jaxalign.report.coloring import joint_colors, own_colors
 
 GRID = (16, 16)
 SAM, DINO = "facebook/sam-vit-base", "facebook/dinov2-small"
@@ -90,7 +90,7 @@ def main(patches: Patches, out: Path) -> dict[str, float]:
     queries = np.flatnonzero(positions.sum(1) % 2 == 1)
     a, b = patches.features
 
-    alignment = jaxalign.align(patches.features, landmarks=landmarks, standardize=True, **RECOMMENDED)
+    alignment = jaxalign.align(patches.features, landmarks=landmarks, **jaxalign.alignment.RECOMMENDED)
     rows = {name: np.asarray(x) for name, x in alignment.features.items()}
     found = [
         jaxalign.correspondence(rows[a][here], rows[b][here])

@@ -1,5 +1,6 @@
 """jaxalign: relative features that can be compared across networks."""
 
+from jaxalign import alignment as alignment
 from jaxalign import datasets as datasets
 from jaxalign import interop as interop
 from jaxalign import io as io

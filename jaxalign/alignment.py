@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -28,6 +29,16 @@ from jaxalign.distances import products, same_row, squared_distances
 
 Channels = Literal["standardize", "whiten"]
 Metric = Literal["correlation", "cosine", "euclidean"]
+
+RECOMMENDED: Mapping[str, Any] = MappingProxyType(
+    {"channels": "standardize", "decorrelate": 0.1, "density": 0.7, "standardize": True}
+)
+"""Options of `align` where correspondences matter: `align(features, landmarks=300, **RECOMMENDED)`."""
+
+PUBLISHED: Mapping[str, Any] = MappingProxyType(
+    {"channels": None, "decorrelate": None, "density": 0.05, "standardize": True}
+)
+"""Options of `align` for plain auto-scaled rows, with standardised columns so that their scores can be compared."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("centre", "scale", "factor"), meta_fields=())
@@ -184,7 +195,7 @@ def align(
     """Relative features of several networks over shared landmark samples.
 
     Each network's sigma is solved on its landmark block, mean(A(x_L, x_L)) = density, and the relative features are
-    the rows of A(x, x_L). Recommended where correspondences matter:
+    the rows of A(x, x_L). Recommended where correspondences matter: `**jaxalign.alignment.RECOMMENDED`, which is
     `channels="standardize", decorrelate=0.1, density=0.7, standardize=True` (see docs/pages/alignment.md for what each
     gives).
 

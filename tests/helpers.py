@@ -54,16 +54,18 @@ def tolerance(dtype: Any) -> Tolerance:
 
 @contextlib.contextmanager
 def example(name: str) -> Iterator[ModuleType]:
-    """A script of examples/ as a module, which its dataclasses can find."""
+    """A script of examples/ as a module, which its dataclasses can find, and which finds the scripts beside it."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    sys.path.insert(0, str(EXAMPLES))
     try:
         spec.loader.exec_module(module)
         yield module
     finally:
+        sys.path.remove(str(EXAMPLES))
         del sys.modules[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import helpers
@@ -57,6 +58,20 @@ def assert_same_features(actual, expected, rtol=CLOSE, rows=slice(None), columns
     for name in expected.names:
         wanted = np.asarray(expected.features[name])[rows][:, columns]
         helpers.assert_close(actual.features[name], wanted, rtol)
+
+
+# --- sets of options --------------------------------------------------------------------------------------------------
+
+
+def test_recommended_and_published_options_are_complete_and_cannot_be_changed():
+    recommended = {"channels": "standardize", "decorrelate": 0.1, "density": 0.7, "standardize": True}
+    assert dict(jaxalign.alignment.RECOMMENDED) == recommended
+    assert set(jaxalign.alignment.PUBLISHED) == set(recommended)
+    signature = inspect.signature(jaxalign.align).parameters
+    plain = {name: signature[name].default for name in recommended}
+    assert dict(jaxalign.alignment.PUBLISHED) == {**plain, "standardize": True}
+    with pytest.raises(TypeError):
+        jaxalign.alignment.RECOMMENDED["density"] = 0.05
 
 
 # --- agreement with the reference ------------------------------------------------------------------------------------

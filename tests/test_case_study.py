@@ -7,38 +7,45 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign.report import coloring
 
 pytest.importorskip("matplotlib", reason='the examples draw: python -m pip install "jaxalign[viz]"')
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
 
-def test_agreement_is_one_for_equal_colours_and_zero_for_unrelated_ones():
+@pytest.fixture
+def color_agreement():
+    with helpers.example("color_agreement") as module:
+        yield module
+
+
+def test_agreement_is_one_for_equal_colours_and_zero_for_unrelated_ones(color_agreement):
     rng = np.random.default_rng(0)
     a, pictures = rng.random((200, 3)), np.repeat([0, 1], 100)
-    assert coloring.agreement({"a": a, "b": a}, [("a", "b")], pictures).value == 1
-    unrelated = coloring.agreement({"a": a, "b": rng.random((200, 3))}, [("a", "b")], pictures)
+    assert color_agreement.agreement({"a": a, "b": a}, [("a", "b")], pictures).value == 1
+    unrelated = color_agreement.agreement({"a": a, "b": rng.random((200, 3))}, [("a", "b")], pictures)
     assert abs(unrelated.value) < 0.1
     assert unrelated.p_value > 0.01
     # A colour a picture tells the pictures apart, and no patch of one from another.
     flat = np.repeat(rng.random((2, 3)), 100, 0)
-    noisy = coloring.agreement({"a": flat + 0.01 * a, "b": flat}, [("a", "b")], pictures)
+    noisy = color_agreement.agreement({"a": flat + 0.01 * a, "b": flat}, [("a", "b")], pictures)
     assert abs(noisy.value) < 1e-9
 
 
-def test_shuffled_patches_are_the_null():
+def test_shuffled_patches_are_the_null(color_agreement):
     rng = np.random.default_rng(0)
     found = []
     for seed in range(60):
         a, b = rng.random((2, 40, 3))
-        found.append(coloring.agreement({"a": a, "b": b}, [("a", "b")], np.zeros(40, int), permutations=99, seed=seed))
+        found.append(
+            color_agreement.agreement({"a": a, "b": b}, [("a", "b")], np.zeros(40, int), permutations=99, seed=seed)
+        )
     p_values = np.array([one.p_value for one in found])
     assert 0.35 < p_values.mean() < 0.65  # uniform: 0.5 +- 0.037
     assert p_values.min() >= 0.01
 
 
-def test_pairs_are_of_different_networks():
-    assert coloring.pairs_of_networks(["vit 1", "vit 2", "cnn 1"]) == [("vit 1", "cnn 1"), ("vit 2", "cnn 1")]
+def test_pairs_are_of_different_networks(color_agreement):
+    assert color_agreement.pairs_of_networks(["vit 1", "vit 2", "cnn 1"]) == [("vit 1", "cnn 1"), ("vit 2", "cnn 1")]
 
 
 def test_colours_agree_after_alignment_and_not_before(tmp_path, capsys):

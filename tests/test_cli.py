@@ -82,10 +82,7 @@ def test_align(models, capsys):
     expected = jaxalign.align(
         {path.stem: np.load(path) for path in sets},
         landmarks=np.array(told["landmarks"]),
-        channels="standardize",
-        decorrelate=0.1,
-        density=0.7,
-        standardize=True,
+        **jaxalign.alignment.RECOMMENDED,
     )
     np.testing.assert_allclose(rows, expected.features["layer2"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(list(told["density reached"].values()), 0.7, rtol=1e-4)

@@ -25,14 +25,13 @@ import numpy as np
 from jaxalign import io, sharding
 from jaxalign._saved import plain, replace_file
 from jaxalign._version import __version__
-from jaxalign.alignment import Alignment, align
+from jaxalign.alignment import PUBLISHED, RECOMMENDED, Alignment, align
 from jaxalign.bandwidth import mean_density, solve_sigma
 from jaxalign.colors import rgb
 from jaxalign.grid import ComparisonGrid, compare_grid
 from jaxalign.inference import permutation_test
 from jaxalign.report.baselines import standardized
 from jaxalign.report.coloring import joint_colors, own_colors
-from jaxalign.report.demo import RECOMMENDED
 from jaxalign.report.tables import format_table
 from jaxalign.spectral import kway, normalized_cut
 
@@ -40,7 +39,6 @@ from jaxalign.spectral import kway, normalized_cut
 TESTED = 1000
 # Pictures shown in a report, and landmarks for their colours.
 SHOWN, LANDMARKS = 6, 1024
-PUBLISHED: dict[str, Any] = {"channels": None, "decorrelate": None, "density": 0.05}
 
 
 @dataclass(frozen=True)
@@ -336,7 +334,7 @@ def align_files(options: dict[str, Any]) -> Found:
     given = read(options["inputs"], options["positions"])
     n = same_samples(given.rows)
     out = prepare(options["out"], (given,), force=options["force"])
-    how: dict[str, Any] = {**(PUBLISHED if options["published"] else RECOMMENDED), "standardize": True}
+    how: dict[str, Any] = {**(PUBLISHED if options["published"] else RECOMMENDED)}
     how["density"] = options["density"] or how["density"]
     if options["bandwidth"] == "per_row":
         how["decorrelate"] = None  # which needs one sigma
@@ -395,7 +393,7 @@ def cut_files(options: dict[str, Any]) -> Found:
         chosen = min(options["landmarks"], n // 2)
         alignment = align(
             {name: jnp.asarray(np.asarray(x)) for name, x in given.rows.items()}, landmarks=chosen,
-            key=jax.random.key(options["seed"]), standardize=True, **RECOMMENDED,
+            key=jax.random.key(options["seed"]), **RECOMMENDED,
         )  # fmt: skip
         cut = normalized_cut(
             alignment, k, density=options["density"], bandwidth=options["bandwidth"], tile_size=options["tile_size"]

@@ -13,18 +13,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign.alignment import align, correspondence
+from jaxalign.alignment import PUBLISHED, RECOMMENDED, align, correspondence
 from jaxalign.datasets import DigitFeatures, PatchFeatures, load_digit_features, load_patch_features
 from jaxalign.report.baselines import best_ridge, variance_scaled_rows
 
 Score = tuple[float, float, float]  # top-1, top-5, mean reciprocal rank
-RECOMMENDED: dict[str, Any] = {"channels": "standardize", "decorrelate": 0.1, "density": 0.7}
-PUBLISHED, PER_ROW, DECORRELATED = (
+AUTO_SCALED, PER_ROW, DECORRELATED = (
     "auto-scaled RBF (as published)",
     "auto-scaled, a sigma per row",
     "decorrelated (recommended)",
 )
-METHODS: dict[str, dict[str, Any]] = {PUBLISHED: {}, PER_ROW: {"bandwidth": "per_row"}, DECORRELATED: RECOMMENDED}
+METHODS: dict[str, Mapping[str, Any]] = {
+    AUTO_SCALED: PUBLISHED,
+    PER_ROW: {**PUBLISHED, "bandwidth": "per_row"},
+    DECORRELATED: RECOMMENDED,
+}
 VARIANCE = "variance-scaled RBF"
 CSLS = "decorrelated + CSLS"
 RIDGE = "ridge map fitted on the landmarks"
@@ -58,9 +61,9 @@ def relative_rows(features: Mapping[str, np.ndarray], landmarks: np.ndarray, tic
     by_method[VARIANCE] = {name: variance_scaled_rows(x, landmarks, queries) for name, x in features.items()}
     for method, options in METHODS.items():
         tick(method)
-        alignment = align(features, landmarks=landmarks, standardize=True, **options)
+        alignment = align(features, landmarks=landmarks, **options)
         by_method[method] = {name: np.asarray(rows)[queries] for name, rows in alignment.features.items()}
-        if method == PUBLISHED:
+        if method == AUTO_SCALED:
             sigma = {name: float(value) for name, value in alignment.sigma.items()}
     return Rows(by_method, sigma, landmarks, queries)
 

@@ -19,7 +19,7 @@ from jaxalign._saved import replace_file
 from jaxalign.affinity import rbf_affinity
 from jaxalign.alignment import correspondence
 from jaxalign.report.baselines import variance_sigma
-from jaxalign.report.demo import CSLS, DECORRELATED, PATCH_NETWORKS, PUBLISHED, VARIANCE, DigitReport, PatchReport
+from jaxalign.report.demo import AUTO_SCALED, CSLS, DECORRELATED, PATCH_NETWORKS, VARIANCE, DigitReport, PatchReport
 
 _DPI = 150
 
@@ -54,7 +54,7 @@ def matched_digits(report: DigitReport, a: str, b: str, number: int = 14) -> Fig
     # Round the classes, so that every digit is shown.
     order = np.argsort(np.concatenate([np.arange(np.sum(labels == k)) for k in range(10)]), kind="stable")
     shown = np.argsort(labels, kind="stable")[order][:number]
-    methods = {VARIANCE: (VARIANCE, None), PUBLISHED: (PUBLISHED, None), CSLS: (DECORRELATED, 10)}
+    methods = {VARIANCE: (VARIANCE, None), AUTO_SCALED: (AUTO_SCALED, None), CSLS: (DECORRELATED, 10)}
     figure = Figure(figsize=(0.78 * number + 2.05, 4.7))
     # Placed by hand: a layout engine is slow with this many axes.
     grid = {
