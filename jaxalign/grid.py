@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
-from jaxalign import _checks, _draw
+from jaxalign import _checks
 from jaxalign._grid_files import from_blocks, set_by_set
 from jaxalign._grid_memory import Job, in_one_visit
 from jaxalign._plan import TileSize
@@ -180,28 +180,6 @@ class ComparisonGrid:
             raise ImportError("to_pandas() needs pandas: pip install pandas.") from None
         return pd.DataFrame(np.asarray(self.values), index=list(self.rows), columns=list(self.columns))
 
-    def plot(self, ax: Any = None) -> Any:
-        """A heat map of the values (needs matplotlib); returns its axes. More alike is brighter, in both directions."""
-        ax = heat_map(self, ax=ax)
-        if not self.itself:
-            ax.set(xlabel="other", ylabel="features")
-        return ax
-
-
-def heat_map(grid: ComparisonGrid, *, note: str = "", significant: np.ndarray | None = None, ax: Any = None) -> Any:
-    """A grid's values in colours; more alike is brighter, for distances too."""
-    label = f"{grid.measure} ({grid.direction}){note}"
-    brighter = grid.direction == "similarity"
-    return _draw.heat_map(
-        np.asarray(grid.values),
-        grid.rows,
-        grid.columns,
-        label,
-        brighter_is_more=brighter,
-        significant=significant,
-        ax=ax,
-    )
-
 
 def compare_grid(
     features: Features,
@@ -222,8 +200,8 @@ def compare_grid(
 
     Args:
         features: named sets of the same n samples: a mapping of name to an array (n, d), a memory map, or a path to a
-            .npy file; pairs of name and array; or a folder, whose .npy files are the sets, numbers in their names in
-            the order of numbers.
+            file; pairs of name and array; or a folder or file of sets, as `jaxalign.io.read_features` reads them:
+            numbers in names in the order of numbers, .npy files as memory maps and others as arrays.
         other: the sets to compare them with; None compares all with each other.
         measure: a name in `jaxalign.measures.REGISTRY`.
         mask: shape (n,), True = a real sample.

@@ -102,14 +102,9 @@ def read_features(path: str | Path) -> dict[str, FeatureSet]:
 
 
 def named_sets(argument: str, features: Any) -> dict[str, Any]:
-    """Sets of features (n, d) by name: of a mapping, of pairs, or of a folder's .npy files, which are not loaded."""
+    """Sets of features (n, d) by name: of a mapping, of pairs, or as `read_features` finds them; .npy is not loaded."""
     if isinstance(features, (str, os.PathLike)):
-        folder = Path(features)
-        if not folder.is_dir():
-            raise ValueError(f"{argument}: {folder} is not a folder. A single file has to be named: {{'name': path}}.")
-        pairs: list[tuple[Any, Any]] = [(path.stem, path) for path in sorted(folder.glob("*.npy"), key=natural)]
-        if not pairs:
-            raise ValueError(f"{argument}: the folder {folder} holds no .npy files.")
+        pairs: list[tuple[Any, Any]] = list(_read_named(argument, Path(features)).items())
     elif isinstance(features, Mapping):
         pairs = list(features.items())
     elif isinstance(features, (np.ndarray, jax.Array)):
@@ -128,20 +123,26 @@ def named_sets(argument: str, features: Any) -> dict[str, Any]:
         if name in found:
             raise ValueError(f"{argument}: the name {name!r} stands for two sets; names must differ.")
         if isinstance(value, (str, os.PathLike)):
-            try:
-                path, value = value, np.load(value, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError) as error:
-                raise ValueError(f"{argument}[{name!r}]: {value} is not a complete .npy file ({error}).") from None
+            inside = _read_named(f"{argument}[{name!r}]", Path(value))
+            if len(inside) > 1:
+                raise ValueError(
+                    f"{argument}[{name!r}]: {value} holds {len(inside)} sets, {', '.join(map(repr, inside))}: one is "
+                    f"needed. All of them are {argument} = {str(value)!r}."
+                )
+            value = next(iter(inside.values()))
+        if isinstance(value, FeatureSet):
+            path, value = value.path, value.values
             if value.dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+                again = "once for all: np.save(path, np.load(path).astype(np.float32))"
                 raise TypeError(
                     f"{argument}[{name!r}]: {path} is float64, but jax is set to 32 bits and would narrow it without a "
-                    'word. Either jax.config.update("jax_enable_x64", True) at the start of the program, or once for '
-                    "all: np.save(path, np.load(path).astype(np.float32))."
+                    'word. Either jax.config.update("jax_enable_x64", True) at the start of the program, or '
+                    f"{again if path.suffix.lower() == '.npy' else 'store it as float32'}."
                 )
         _checks.refuse_foreign(f"{argument}[{name!r}]", value)
         if not isinstance(value, (np.ndarray, jax.Array)):
             kind = type(value).__name__
-            raise TypeError(f"{argument}[{name!r}] must be an array or a path to a .npy file; got {kind}.")
+            raise TypeError(f"{argument}[{name!r}] must be an array or a path to a file; got {kind}.")
         if value.ndim != 2:
             way_out = (
                 ""
@@ -154,6 +155,13 @@ def named_sets(argument: str, features: Any) -> dict[str, Any]:
             raise ValueError(f"{argument}[{name!r}] must have shape (n, d); got {value.shape}.{way_out}")
         found[name] = value
     return found
+
+
+def _read_named(argument: str, path: Path) -> dict[str, FeatureSet]:
+    try:
+        return read_features(path)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
 
 
 def rows_are_finite(values: Any, rows: int) -> np.ndarray:
