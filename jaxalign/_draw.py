@@ -44,7 +44,7 @@ def heat_map(
     significant: np.ndarray | None = None,
     ax: Any = None,
 ) -> Any:
-    """Values as colours, with their numbers while there is room; the first row at the bottom.
+    """Values as colours, with their numbers while there is room; the first row on top, as in a table.
 
     Cells that are not significant, where that is known, have their numbers in brackets and a dot instead of a number
     where there is no room.
@@ -55,7 +55,7 @@ def heat_map(
     beside, below = (0.085 * max(map(len, names)) for names in (rows, columns))
     size = (len(columns) * cell + beside + 1.6, max(len(rows) * cell, 1.8) + below + 0.8)
     ax = axes(ax, size)
-    picture = ax.imshow(values, cmap="viridis" if brighter_is_more else "viridis_r", origin="lower")
+    picture = ax.imshow(values, cmap="viridis" if brighter_is_more else "viridis_r")
     ax.set_xticks(range(len(columns)), columns, rotation=90)
     ax.set_yticks(range(len(rows)), rows)
     ax.figure.colorbar(picture, ax=ax).set_label(label)

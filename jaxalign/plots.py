@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from jaxalign import _checks, _draw
 from jaxalign._typing import AnyArray
 from jaxalign.bandwidth import Diagonal, mean_density, solve_sigma
-from jaxalign.grid import ComparisonGrid, heat_map
+from jaxalign.grid import ComparisonGrid
 from jaxalign.inference import PermutationTest
 from jaxalign.measures import rdm
 
@@ -236,7 +236,7 @@ def match_legend(figure: Any, *, near: float = 2.0) -> None:
 
 
 def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level: float = 0.05, ax: Any = None) -> Any:
-    """A comparison grid as a heat map with its values; more alike is brighter, for distances too.
+    """A comparison grid as a heat map with its values, the first row on top; more alike is brighter, for distances too.
 
     Args:
         compared: from `compare_grid`.
@@ -263,7 +263,15 @@ def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level
             raise ValueError(f"the test is of {test.rows} with {test.columns}, the grid of others.")
         significant = np.asarray(test.corrected) <= level
     note = "" if test is None else f"\n(in brackets: p > {level:g})"
-    return heat_map(compared, note=note, significant=significant, ax=ax)
+    return _draw.heat_map(
+        np.asarray(compared.values),
+        compared.rows,
+        compared.columns,
+        f"{compared.measure} ({compared.direction}){note}",
+        brighter_is_more=compared.direction == "similarity",
+        significant=significant,
+        ax=ax,
+    )
 
 
 def layers(

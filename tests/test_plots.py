@@ -119,6 +119,15 @@ def test_axes_given_are_drawn_into():
     matplotlib.pyplot.close(figure)
 
 
+def test_the_first_row_of_a_grid_is_on_top_as_in_the_report():
+    some = sets()
+    other = {name: some[name] for name in ("layer 1", "layer 3")}
+    ax = plots.grid(jaxalign.compare_grid(some, other, density=0.2))
+    assert ax.transData.transform((0, 0))[1] > ax.transData.transform((0, 1))[1]
+    assert [text.get_text() for text in ax.get_xticklabels()] == list(other)
+    assert [text.get_text() for text in ax.get_yticklabels()] == list(some)
+
+
 def test_what_is_not_beyond_chance_stands_in_brackets():
     some = {"signal": sets()["layer 0"], "noise": np.random.default_rng(5).normal(size=(60, 6)).astype(np.float32)}
     other = {"target": sets()["layer 1"]}
