@@ -39,7 +39,7 @@ class PatchFeatures:
         grid: Rows and columns of the grid, (16, 16).
         controls: The sets of a network that was never trained.
         provenance: By the name of the set, its network, package, version, layer and preprocessing.
-        licences: By the name of the set or picture.
+        licenses: By the name of the set or picture.
     """
 
     features: Mapping[str, np.ndarray]
@@ -50,7 +50,7 @@ class PatchFeatures:
     grid: tuple[int, int]
     controls: tuple[str, ...]
     provenance: Mapping[str, str]
-    licences: Mapping[str, str]
+    licenses: Mapping[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +64,14 @@ class DigitFeatures:
         images: uint8, shape (1000, 8, 8), 0 (paper) to 16 (ink).
         labels: Integers, shape (1000,), 0 to 9.
         provenance: By the name of the set, its network, package, version, layer and preprocessing.
-        licences: By the name of the set, and of the images as "digits".
+        licenses: By the name of the set, and of the images as "digits".
     """
 
     features: Mapping[str, np.ndarray]
     images: np.ndarray
     labels: np.ndarray
     provenance: Mapping[str, str]
-    licences: Mapping[str, str]
+    licenses: Mapping[str, str]
 
 
 def load_patch_features() -> PatchFeatures:
@@ -103,7 +103,7 @@ def load_patch_features() -> PatchFeatures:
         grid=_GRID,
         controls=tuple(name for name, one in text["sets"].items() if one["control"]),
         provenance=_provenance(text),
-        licences=_licences(text),
+        licenses=_licenses(text),
     )
 
 
@@ -132,7 +132,7 @@ def load_digit_features() -> DigitFeatures:
         images=arrays["images"],
         labels=arrays["labels"].astype(np.int64),
         provenance=_provenance(text),
-        licences=_licences(text),
+        licenses=_licenses(text),
     )
 
 
@@ -158,5 +158,5 @@ def _provenance(text: Mapping[str, Any]) -> dict[str, str]:
     return {name: one["provenance"] for name, one in text["sets"].items()}
 
 
-def _licences(text: Mapping[str, Any]) -> dict[str, str]:
+def _licenses(text: Mapping[str, Any]) -> dict[str, str]:
     return {name: one["licence"] for name, one in {**text["sets"], **text["data"]}.items()}

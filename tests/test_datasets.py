@@ -92,15 +92,15 @@ def test_every_set_is_finite_varies_and_says_where_it_is_from(load):
         assert (features.std(1) > 0).all(), f"{name}: a row is constant"
         assert len(np.unique(features, axis=0)) == len(features), f"{name}: two rows are the same"
         assert (features.std(0) > 0).mean() > 0.9, f"{name}: dead channels"
-        assert any(licence in data.licences[name] for licence in ("MIT", "Apache-2.0"))
+        assert any(licence in data.licenses[name] for licence in ("MIT", "Apache-2.0"))
         assert "tensor" in data.provenance[name]
 
 
 def test_every_picture_has_a_licence(patches, digits):
-    assert "public domain" in patches.licences["astronaut"]
-    assert "CC0" in patches.licences["chelsea"]
-    assert "CC0" in patches.licences["coffee"]
-    assert "CC BY 4.0" in digits.licences["digits"]
+    assert "public domain" in patches.licenses["astronaut"]
+    assert "CC0" in patches.licenses["chelsea"]
+    assert "CC0" in patches.licenses["coffee"]
+    assert "CC BY 4.0" in digits.licenses["digits"]
 
 
 def test_every_trained_set_lies_on_the_grid_of_the_pictures(patches):
