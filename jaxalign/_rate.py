@@ -7,7 +7,7 @@ pass over the pairs: with m_k = mean(e^{-tD} (tD)^k),
 
 One pass therefore tells rho in a neighbourhood of t and not only its slope. A subsample of the pairs gives the first
 estimate, one exact pass there gives the series, its root is the answer. For s > 0 the partial sums of the series
-enclose the value, so the first term left out bounds the error; where that bound is not below the tolerance, another
+enclose the value, so the last term kept bounds the error; where that bound is not below the tolerance, another
 pass at the new rate follows. A bracket guards every step.
 
 Everything here is elementwise over sets (and rows, for a bandwidth per row): the loop runs until all have converged.
