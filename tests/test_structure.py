@@ -21,7 +21,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 # A module imports from lower layers only. What a layer is for stands in the docstring of its module.
 LAYERS = [
     {"_typing", "_version"},
-    {"_checks", "_draw", "_saved"},
+    {"_checks", "_saved"},
     {"_plan", "io"},
     {"distances", "sharding"},
     {"pairs"},
@@ -36,7 +36,7 @@ LAYERS = [
     {"colors"},
 ]
 # On top, for whoever does not only compute: the order among these is theirs.
-OUTER = {"cli", "plots", "report", "interop", "datasets"}
+OUTER = {"_draw", "cli", "plots", "report", "interop", "datasets"}
 HEAVY = (
     "torch",
     "flax",
