@@ -22,10 +22,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxalign import _checks
+from jaxalign._linalg import matmul, products, unit
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
-from jaxalign.distances import products, same_row, squared_distances
+from jaxalign.distances import same_row, squared_distances
 
 Channels = Literal["standardize", "whiten"]
 Metric = Literal["correlation", "cosine", "euclidean"]
@@ -292,7 +293,7 @@ def _fit_channels(x: Array, channels: Channels | None) -> _Channels:
     if channels == "standardize":
         return _Channels(centre, scale=_spread(x))
     x = x - centre
-    covariance = jnp.matmul(x.T, x, precision=lax.Precision.HIGHEST) / x.shape[0]
+    covariance = matmul(x.T, x) / x.shape[0]
     shrinkage = jnp.trace(covariance) / x.shape[1]
     shrinkage = jnp.where(shrinkage > 0, shrinkage, 1)
     # Any root of the inverse gives the same distances; the Cholesky factor has derivatives also at equal eigenvalues.
@@ -498,9 +499,3 @@ def _centred(rows: Array) -> Array:
     """Rows less their mean; 0 for a constant row, whatever the rounding of its mean."""
     constant = jnp.max(rows, -1, keepdims=True) == jnp.min(rows, -1, keepdims=True)
     return jnp.where(constant, 0, rows - jnp.mean(rows, -1, keepdims=True))
-
-
-def unit(rows: Array) -> Array:
-    """Rows of length 1; those of zeros stay."""
-    square = jnp.sum(rows * rows, -1, keepdims=True)
-    return jnp.where(square > 0, rows / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

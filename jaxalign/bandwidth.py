@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
+from jaxalign._linalg import root
 from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, STORED, Plan, TileSize, is_shared, make_plan, on_mesh
 from jaxalign._rate import LARGEST_RATE, Root, find_rate, no_root, sums_over
 from jaxalign._typing import AnyArray
@@ -32,7 +33,6 @@ from jaxalign.distances import (
     fast_distances,
     inaccurate,
     make_frame,
-    root,
     varying_like,
     when_any,
 )

@@ -11,9 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxalign import _checks
+from jaxalign._linalg import matmul, unit
 from jaxalign._typing import AnyArray
-from jaxalign.alignment import unit
-from jaxalign.measures._spectra import matmul
 from jaxalign.spectral import NormalizedCut, signs
 
 ColorMethod = Literal["rotate", "umap", "tsne"]
@@ -78,7 +77,7 @@ def rgb(
     if method == "tsne" and like is not None:
         raise ValueError('like= needs a map for new rows, which "tsne" does not have: take "rotate" or "umap".')
     present, counted = jnp.any(rows != 0, 1), jnp.any(reference != 0, 1)
-    rows, reference = _unit(rows), _unit(reference)
+    rows, reference = unit(rows), unit(reference)
     if method != "rotate":
         rows, reference = _laid_out(method, rows, reference, present, counted, like is not None, seed)
     return _painted(rows, reference, present, counted, float(quantile))
@@ -90,11 +89,6 @@ def _rows(name: str, value: Any, components: int) -> Array:
         raise ValueError(f"{name} must have at least three samples and three columns; got shape {rows.shape}.")
     _checks.finite_rows(name, rows, way_out="Colours need finite rows.")
     return rows[:, :components]
-
-
-def _unit(rows: Array) -> Array:
-    top = jnp.max(jnp.abs(rows), 1, keepdims=True)  # so that squares neither overflow nor vanish
-    return unit(rows / jnp.where(top > 0, top, 1))
 
 
 @partial(jax.jit, static_argnums=4)

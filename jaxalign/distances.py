@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxalign import _checks
+from jaxalign._linalg import power_of_two, products
 from jaxalign._plan import ROWS_SECOND_LAST, check_room, in_auto_mode
 from jaxalign._typing import AnyArray
 
@@ -193,16 +194,6 @@ def varying_like(like: Any, value: Array) -> Array:
     return lax.pcast(value, tuple(wanted - has), to="varying") if wanted - has else value
 
 
-def power_of_two(size: Array) -> tuple[Array, Array]:
-    """A power of two near a size, and its inverse; 1 where the size is 0 or not finite."""
-    limit = jnp.finfo(size.dtype).maxexp - 3  # so that neither of the two is subnormal
-    usable = jnp.isfinite(size) & (size > 0)
-    exponent = jnp.clip(jnp.frexp(jnp.where(usable, size, 1))[1], -limit, limit)
-    one = jnp.ones_like(size)
-    # Behind a barrier, or XLA computes the powers again for every feature that is multiplied with them.
-    return lax.optimization_barrier((jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)))
-
-
 def fast_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
     """|a|^2 + |b|^2 - 2 a.b in the frame, clamped at 0, with an exactly zero diagonal of self-distances."""
     distances = jnp.maximum(_formula(*lax.stop_gradient((frame.x, frame.other)), precision), 0)
@@ -284,12 +275,6 @@ def explicit_distances(frame: Frame) -> Array:
     return lax.scan(add, start, (in_steps(x), in_steps(y)))[0]
 
 
-def root(d2: Array) -> Array:
-    """Distances from squared ones; the derivative at 0 is 0, as for the diagonal, which does not move."""
-    positive = d2 > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, d2, 1)), 0)
-
-
 def attach_gradient(frame: Frame, distances: Array) -> Array:
     """`distances` as a function of the frame's features: same values, exact derivatives of every order.
 
@@ -341,11 +326,6 @@ def _attach_pair_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array,
     from_x = jnp.sum(x * dx, -1)[..., :, None] - products(dx, y)
     from_y = jnp.sum(y * dy, -1)[..., None, :] - products(x, dy)
     return _attach_pair(x, y, distances), 2 * (from_x + from_y)
-
-
-def products(x: Array, y: Array, precision: lax.PrecisionLike = None) -> Array:
-    """x_i . y_j, shape (..., n, m)."""
-    return jnp.einsum("...id,...jd->...ij", x, y, precision=lax.Precision.HIGHEST if precision is None else precision)
 
 
 def same_row(shape: tuple[int, ...]) -> Array:

@@ -28,6 +28,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
+from jaxalign._linalg import unit
 from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, STORED, Plan, TileSize, make_plan, on_mesh
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
@@ -513,9 +514,8 @@ def _unit_rows(a: Array, mask: Array | None) -> Array:
     weight = jnp.ones_like(a) if mask is None else jnp.broadcast_to(mask[..., None, :], a.shape).astype(a.dtype)
     mean = jnp.sum(a * weight, -1, keepdims=True) / jnp.maximum(jnp.sum(weight, -1, keepdims=True), 1)
     a = (a - mean) * weight
-    square = jnp.sum(a * a, -1, keepdims=True)
-    varies = square > float(jnp.finfo(a.dtype).eps) ** 2
-    return jnp.where(varies, a * lax.rsqrt(jnp.where(varies, square, 1)), 0)
+    varies = jnp.sum(a * a, -1, keepdims=True) > float(jnp.finfo(a.dtype).eps) ** 2
+    return unit(jnp.where(varies, a, 0))
 
 
 def _cross_entropy(own: Array, others: Array, real: Array, temperature: float, place: Array | int) -> Array:

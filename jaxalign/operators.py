@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
+from jaxalign._linalg import matmul
 from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, Plan, TileSize, gathered, is_shared, make_plan, on_mesh
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
@@ -286,7 +287,7 @@ def inverse_root(degrees: Array) -> Array:
 
 
 def _times_column_values(terms: Array, tile: Tile) -> tuple[tuple[()], Array]:
-    return (), jnp.matmul(terms, tile.column.as_column, precision=lax.Precision.HIGHEST)
+    return (), matmul(terms, tile.column.as_column)
 
 
 @jax.jit

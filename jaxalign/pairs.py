@@ -25,13 +25,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxalign._linalg import root
 from jaxalign.distances import (
     Frame,
     accurate_distances,
     attach_formula,
     fast_distances,
     over_devices,
-    root,
     varying_like,
 )
 

@@ -20,12 +20,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
+from jaxalign._linalg import matmul, unit
 from jaxalign._plan import TileSize
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
-from jaxalign.alignment import Alignment, unit
+from jaxalign.alignment import Alignment
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
-from jaxalign.measures._spectra import matmul
 from jaxalign.operators import AffinityOperator, affinity_operator, inverse_root
 
 Method = Literal["auto", "dense", "lobpcg", "nystroem"]

@@ -10,10 +10,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
+from jaxalign._linalg import root
 from jaxalign._plan import TileSize
 from jaxalign._typing import AnyArray
 from jaxalign.bandwidth import Diagonal
-from jaxalign.distances import root
 from jaxalign.measures._evaluate import Missing, PairMeasure, evaluate
 from jaxalign.measures._pair_sums import Inner, PairFunction
 

@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
+from jaxalign._linalg import matmul, transposed
 from jaxalign._typing import AnyArray
 from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
-from jaxalign.measures._spectra import ALL, Keep, centred_columns, leading, matmul, nuclear_norm, rank, transposed
+from jaxalign.measures._spectra import ALL, Keep, centred_columns, leading, nuclear_norm, rank
 
 
 def cca(

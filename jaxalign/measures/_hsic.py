@@ -23,10 +23,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
+from jaxalign._linalg import power_of_two
 from jaxalign._plan import TileSize
 from jaxalign._typing import AnyArray
 from jaxalign.bandwidth import Diagonal
-from jaxalign.distances import power_of_two
 from jaxalign.measures._evaluate import Missing, PairMeasure, evaluate
 from jaxalign.measures._pair_sums import Form, Inner, PairFunction
 

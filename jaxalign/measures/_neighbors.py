@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
+from jaxalign._linalg import matmul
 from jaxalign._plan import ROWS_SECOND_LAST, Plan, TileSize, make_plan, on_mesh
 from jaxalign._typing import AnyArray
 from jaxalign.distances import make_frame
@@ -321,7 +322,7 @@ def _local_kernel(x: Array, setting: Setting, k: int, function: PairFunction) ->
     def one_set(rows: Array, mean: Array, samples: Array) -> Array:
         def one_row(row: Array, near: Array) -> Array:
             others = jnp.take(rows, near, 0, mode="clip") - mean
-            return jnp.where(near == _NOBODY, 0, jnp.matmul(others, row, precision=lax.Precision.HIGHEST))
+            return jnp.where(near == _NOBODY, 0, matmul(others, row))
 
         together = max(1, _GATHERED // (k * rows.shape[-1]))
         return lax.map(lambda pair: jax.checkpoint(one_row)(*pair), (rows, samples), batch_size=together)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxalign._linalg import root, unit
 from jaxalign._plan import NO_ROWS, ROWS_SECOND_LAST, Plan, on_mesh
 from jaxalign.bandwidth import CONVERGED, Diagonal, is_bandwidth, rate_of, solve_pairs
 from jaxalign.distances import (
@@ -32,7 +33,6 @@ from jaxalign.distances import (
     fast_distances,
     make_frame,
     over_devices,
-    root,
 )
 from jaxalign.pairs import Pairs, Reduction, Tile, kernel, kernel_less_one, over_rows, reduce_pairs
 
@@ -216,13 +216,7 @@ def unit_rows(x: Array, mask: Array | None, how: str | None) -> Array:
         return x
     if how == "correlation":
         x = x - jnp.mean(x, -1, keepdims=True)
-    # The largest entry first, so that squares neither overflow nor vanish.
-    top = lax.stop_gradient(jnp.max(jnp.abs(x), -1, keepdims=True))
-    top = jnp.where(top > 0, top, 1)
-    x = x / top
-    squares = jnp.sum(x * x, -1, keepdims=True)
-    positive = squares > 0
-    rows = jnp.where(positive, x * lax.rsqrt(jnp.where(positive, squares, 1)), jnp.nan)
+    rows = unit(x, nothing=jnp.nan)
     return rows if mask is None else jnp.where(mask[..., None], rows, 0)
 
 

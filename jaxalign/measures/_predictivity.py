@@ -11,9 +11,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
+from jaxalign._linalg import matmul, transposed
 from jaxalign._typing import AnyArray
 from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
-from jaxalign.measures._spectra import matmul, transposed
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 

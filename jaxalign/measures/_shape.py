@@ -15,10 +15,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
+from jaxalign._linalg import matmul, root, transposed, unit
 from jaxalign._typing import AnyArray
-from jaxalign.distances import root
 from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
-from jaxalign.measures._spectra import centred_columns, frobenius, leading, matmul, nuclear_norm, transposed
+from jaxalign.measures._spectra import centred_columns, leading, nuclear_norm
 
 Result = Literal["distance", "angular", "similarity"]
 
@@ -110,14 +110,10 @@ def shape_distance_measure(alpha: Any, result: Any) -> SetMeasure:
     return SetMeasure("shape_distance", partial(_shape, alpha=float(alpha)), partial(_compared, result=result), 2)
 
 
-def _unit(x: Array) -> Array:
-    size = frobenius(x)
-    return jnp.where(size > 0, x / jnp.where(size > 0, size, 1), 0)
-
-
 def _shape(x: Array, setting: Setting, alpha: float) -> tuple[Array, None]:
-    x = _unit(centred_columns(x, setting.mask))
-    return (x if alpha == 1 else _unit(alpha * x + (1 - alpha) * leading(x))), None
+    matrix = (-2, -1)
+    x = unit(centred_columns(x, setting.mask), matrix)
+    return (x if alpha == 1 else unit(alpha * x + (1 - alpha) * leading(x), matrix)), None
 
 
 def _compared(x: Array, y: Array, mask: Array | None, result: Result) -> Array:

@@ -10,21 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxalign.distances import root
+from jaxalign._linalg import matmul, transposed
 
 # Which singular directions are kept: all that are not rounding, so many of them, or those of a share of the variance.
 Keep = tuple[Literal["rank", "count", "share"], float | int]
 ALL: Keep = ("rank", 0)
-
-
-def matmul(a: Array, b: Array) -> Array:
-    """A b, to the full precision of the dtype."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-
-
-def transposed(a: Array) -> Array:
-    """The transpose of matrices (..., n, m)."""
-    return jnp.swapaxes(a, -1, -2)
 
 
 def kept(values: Array, rows: int, keep: Keep) -> Array:
@@ -95,11 +85,6 @@ def rank(x: Array, keep: Keep = ALL) -> Array:
 def nuclear_norm(a: Array) -> Array:
     """The sum of the singular values of (..., n, m); its first derivative is U V'."""
     return jnp.sum(jnp.linalg.svd(a, compute_uv=False), -1)
-
-
-def frobenius(a: Array) -> Array:
-    """The root of the sum of squares of (..., n, m), (..., 1, 1); its derivative at 0 is 0."""
-    return root(jnp.sum(a * a, (-2, -1), keepdims=True))
 
 
 def centred_columns(x: Array, mask: Array | None) -> Array:

@@ -1,0 +1,54 @@
+"""Products to the full precision of the dtype, and lengths whose squares neither overflow nor vanish.
+
+Nothing here knows what the arrays mean; the rest of the library takes its matrix products and its unit vectors from
+here.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """A b, to the full precision of the dtype."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def products(x: Array, y: Array, precision: lax.PrecisionLike = None) -> Array:
+    """x_i . y_j, shape (..., n, m)."""
+    return jnp.einsum("...id,...jd->...ij", x, y, precision=lax.Precision.HIGHEST if precision is None else precision)
+
+
+def transposed(a: Array) -> Array:
+    """The transpose of matrices (..., n, m)."""
+    return jnp.swapaxes(a, -1, -2)
+
+
+def root(squares: Array) -> Array:
+    """Lengths from squared ones; the derivative at 0 is 0, as for the diagonal of distances, which does not move."""
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
+
+
+def unit(x: Array, axis: int | tuple[int, ...] = -1, *, nothing: float = 0.0) -> Array:
+    """Vectors along the axes, of length 1; `nothing` everywhere in one of zeros, where the derivative is 0.
+
+    The power of two comes first, so that 2^k x gives what x gives, bit for bit.
+    """
+    _, inverse = power_of_two(lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True)))
+    x = x * inverse
+    squares = jnp.sum(x * x, axis, keepdims=True)
+    empty = squares == 0  # not squares <= 0: nan stays nan
+    return jnp.where(empty, nothing, x / jnp.sqrt(jnp.where(empty, 1, squares)))
+
+
+def power_of_two(size: Array) -> tuple[Array, Array]:
+    """A power of two near a size, and its inverse; 1 where the size is 0 or not finite."""
+    limit = jnp.finfo(size.dtype).maxexp - 3  # so that neither of the two is subnormal
+    usable = jnp.isfinite(size) & (size > 0)
+    exponent = jnp.clip(jnp.frexp(jnp.where(usable, size, 0.5))[1], -limit, limit)
+    one = jnp.ones_like(size)
+    # Behind a barrier, or XLA computes the powers again for every feature that is multiplied with them.
+    return lax.optimization_barrier((jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)))
