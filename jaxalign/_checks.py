@@ -36,6 +36,16 @@ def on_host(value: Any) -> np.ndarray:
         return np.asarray(multihost_utils.process_allgather(value, tiled=True))
 
 
+def looked_at(fn: Callable[..., Any], *values: Any) -> Any:
+    """What `fn` tells of concrete values, on the host.
+
+    Also inside a trace, which would otherwise take an operation on a concrete array for one of its own. Where values
+    are spread over processes, each must call this.
+    """
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(on_host, fn(*values))
+
+
 def features(name: str, value: Any, *, min_rows: int = 1) -> jax.Array:
     """`value` as a floating-point array of shape (..., n, d) in a dtype fit for accumulation."""
     array = _floating(name, value)
@@ -145,10 +155,28 @@ def cached(fn: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def whole(name: str, value: Any, least: int = 1, *, of: str = "") -> int:
-    """`value` as an int; raises unless it is a whole number (`of` what) and at least so large."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be a whole number{of}, at least {least}; got {value!r}.")
+def whole(
+    name: str,
+    value: Any,
+    least: int = 1,
+    most: int | None = None,
+    *,
+    of: str = "",
+    most_is: str = "",
+    otherwise: str = "",
+) -> int:
+    """`value` as an int; raises unless it is a whole number (`of` what) from `least` to `most`.
+
+    `most_is` tells what the most is, "n = "; `otherwise` what else the argument may be.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, np.integer))
+        or value < least
+        or (most is not None and value > most)
+    ):
+        limits = f", at least {least}" if most is None else f" from {least} to {most_is}{most}"
+        raise ValueError(f"{name} must be a whole number{of}{limits}{otherwise}; got {value!r}.")
     return int(value)
 
 
@@ -211,8 +239,7 @@ def finite_rows(
     if not is_concrete(value, mask):
         return
     # On the device, so that only one byte a row travels to the host, or to the other processes: all raise, or none.
-    with jax.ensure_compile_time_eval():
-        bad = on_host(_not_finite(value))
+    bad = looked_at(_not_finite, value)
     if mask is not None:
         bad = bad & on_host(mask)
     if bad.any():

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -105,12 +104,7 @@ def check_tile_size(tile_size: Any) -> None:
     """Raise unless it is a number of rows, "auto" or None."""
     if tile_size is None or (isinstance(tile_size, str) and tile_size == "auto"):
         return
-    if isinstance(tile_size, bool) or not isinstance(tile_size, (int, np.integer)):
-        raise TypeError(
-            f"tile_size must be a whole number of rows, 'auto', or None for all pairs at once; got {tile_size!r}."
-        )
-    if tile_size < 1:
-        raise ValueError(f"tile_size must be at least 1 row; got {tile_size}. 'auto' chooses one.")
+    _checks.whole("tile_size", tile_size, of=" of rows", otherwise=", 'auto', or None for all pairs at once")
 
 
 def choose_tiles(

@@ -173,7 +173,7 @@ class Alignment:
                 "score new samples: correspondence(alignment.transform(a, x), alignment.transform(b, y))."
             )
         rows_a, rows_b = (self.features[self._known(name)][queries] for name in (a, b))
-        return _correspondence(*_check_rows(rows_a, rows_b, metric, csls), metric, csls)
+        return _correspondence(*_check_rows(rows_a, rows_b, metric, csls))
 
     def _known(self, name: str) -> str:
         if name not in self.features:
@@ -318,11 +318,10 @@ def _choose_landmarks(landmarks: Any, key: Array | None, arrays: list[Array], n:
     if landmarks is None:
         return jnp.arange(n)
     if isinstance(landmarks, (int, np.integer)) and not isinstance(landmarks, bool):
-        if not 1 <= landmarks <= n:
-            raise ValueError(f"landmarks = {landmarks} must lie between 1 and n = {n}.")
+        number = _checks.whole("landmarks", landmarks, 1, n, most_is="n = ")
         if key is not None:
-            return jnp.sort(jax.random.choice(key, n, (int(landmarks),), replace=False))
-        return _farthest_points(arrays, int(landmarks))
+            return jnp.sort(jax.random.choice(key, n, (number,), replace=False))
+        return _farthest_points(arrays, number)
     return jnp.asarray(_checks.row_numbers("landmarks", landmarks, n))
 
 
@@ -440,7 +439,7 @@ def correspondence(
         >>> float(jaxalign.correspondence(a, 3 * a + 1).top1)
         1.0
     """
-    a, b = _check_rows(a, b, metric, csls)
+    a, b, metric, csls = _check_rows(a, b, metric, csls)
     if _checks.is_concrete(a, b):
         own = np.argwhere(np.asarray((a == 1) & (b == 1)))
         if len(own) and float(jnp.min(a)) >= 0 and float(jnp.max(a)) == 1:
@@ -453,17 +452,17 @@ def correspondence(
     return _correspondence(a, b, metric, csls)
 
 
-def _check_rows(a: Any, b: Any, metric: Metric, csls: int | None) -> tuple[Array, Array]:
+def _check_rows(a: Any, b: Any, metric: Metric, csls: int | None) -> tuple[Array, Array, Metric, int | None]:
     _checks.choice("metric", metric, ("correlation", "cosine", "euclidean"))
     a, b = _checks.features("a", a, min_rows=2), _checks.features("b", b, min_rows=2)
     if a.shape != b.shape:
         raise ValueError(f"a and b must have the same shape, row i of both is sample i; got {a.shape} and {b.shape}.")
     n = a.shape[-2]
-    if csls is not None and (isinstance(csls, bool) or not isinstance(csls, int) or not 1 <= csls <= n):
-        raise ValueError(f"csls must be a number of neighbours from 1 to n = {n}, or None; got {csls!r}.")
+    if csls is not None:
+        csls = _checks.whole("csls", csls, 1, n, of=" of neighbours", most_is="n = ", otherwise=", or None")
     for name, rows in (("a", a), ("b", b)):
         _checks.finite_rows(name, rows, way_out="Remove these samples from both.")
-    return a, b
+    return a, b, metric, csls
 
 
 @partial(jax.jit, static_argnames=("metric", "csls"))

@@ -433,16 +433,8 @@ def _landmarks(landmarks: int | None, n: int, memory: Memory | None) -> int:
     past = 0 if memory is None else memory.filled.shape[0]
     if landmarks is None:
         return past or n // 2
-    if (
-        isinstance(landmarks, bool)
-        or not isinstance(landmarks, (int, np.integer))
-        or not 2 <= landmarks <= n + past - 2
-    ):
-        raise ValueError(
-            f"landmarks must be a whole number from 2 to n - 2 = {n + past - 2}, the last of the samples; "
-            f"got {landmarks!r}."
-        )
-    return int(landmarks)
+    most = n + past - 2
+    return _checks.whole("landmarks", landmarks, 2, most, most_is="n - 2 = ", otherwise=", the last of the samples")
 
 
 def _contrast(

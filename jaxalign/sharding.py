@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
+from jaxalign import _checks
 from jaxalign._plan import default_axis
 from jaxalign._typing import AnyArray
 
@@ -30,7 +31,7 @@ def data_mesh(
         axis_name: the name of the axis.
 
     Raises:
-        ValueError: more devices than there are.
+        ValueError: neither devices nor a whole number of them, from 1 to as many as there are.
 
     Example:
         >>> import jaxalign
@@ -38,13 +39,10 @@ def data_mesh(
         >>> mesh.axis_names
         ('data',)
     """
-    if isinstance(devices, (bool, float, str)):
-        raise TypeError(f"devices must be a number of devices, or devices; got {devices!r}.")
-    if devices is None or isinstance(devices, int):
+    if devices is None or isinstance(devices, (int, float, str, np.number)):
         every = jax.devices()
-        count = len(every) if devices is None else devices
-        if not 1 <= count <= len(every):
-            raise ValueError(f"devices = {count}: there are {len(every)} devices, {every[0].platform}.")
+        there = f", as many as there are ({every[0].platform}), or devices"
+        count = len(every) if devices is None else _checks.whole("devices", devices, 1, len(every), otherwise=there)
         devices = every[:count]
     if not len(devices):
         raise ValueError("devices is empty: a mesh needs at least one.")

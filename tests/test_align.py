@@ -468,9 +468,9 @@ def test_a_bad_array_is_refused_with_the_name_of_its_network(bad, error, message
 @pytest.mark.parametrize(
     ("landmarks", "error", "message"),
     [
-        (0, ValueError, r"^landmarks = 0 must lie between 1 and n = 20\."),
-        (N + 1, ValueError, r"^landmarks = 21 must lie between 1 and n = 20\."),
-        (-1, ValueError, r"^landmarks = -1 must lie between"),
+        (0, ValueError, r"^landmarks must be a whole number from 1 to n = 20; got 0\.$"),
+        (N + 1, ValueError, r"^landmarks must be a whole number from 1 to n = 20; got 21\.$"),
+        (-1, ValueError, r"^landmarks must be a whole number from 1 to n = 20; got -1\.$"),
         (True, TypeError, r"^landmarks must be None, a number or a vector of indices"),
         (0.5, TypeError, r"^landmarks must be None, a number or a vector of indices"),
         ([0.0, 1.0], TypeError, r"a vector of indices; got shape \(2,\), dtype float64"),

@@ -361,6 +361,35 @@ def test_rtol_of_float64():
         jaxalign.solve_sigma(X.astype(np.float64), density=0.2, rtol=1e-16)
 
 
+# Options that are whole numbers, as functions of them.
+WHOLE = {
+    "csls": lambda k: jaxalign.correspondence(X, X + 1, csls=k).rank,
+    "landmarks of infonce": lambda k: jaxalign.losses.alignment_loss(X, X[::-1], "infonce", landmarks=k, density=0.5),
+    "k of mutual_knn": lambda k: jaxalign.measures.mutual_knn(X, X[::-1], k),
+    "k of jaccard": lambda k: jaxalign.measures.jaccard(X, X[::-1], k),
+    "k of cknna": lambda k: jaxalign.measures.cknna(X, X[::-1], k),
+    "k of nearest_neighbors": lambda k: jaxalign.measures.nearest_neighbors(X, k),
+    "folds": lambda k: jaxalign.measures.linear_predictivity(X, X[::-1], folds=k),
+    "components": lambda k: jaxalign.measures.svcca(X, X[::-1], components=k),
+    "tile_size": lambda k: jaxalign.solve_sigma(X, density=0.2, tile_size=k).sigma,
+    "num_components": lambda k: jaxalign.normalized_cut(X, k, density=0.2).eigenvalues,
+    "landmarks of align": lambda k: jaxalign.align({"a": X}, landmarks=k, density=0.5).landmarks,
+}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_numbers_may_be_numpy_s_and_nothing_else(name):
+    function = WHOLE[name]
+    np.testing.assert_array_equal(function(np.int64(3)), function(3))
+    np.testing.assert_array_equal(function(np.uint8(3)), function(3))
+    for bad in (True, 3.0, np.float32(3), "3", 0, -1):
+        if name == "landmarks of align" and type(bad) is not int:
+            continue  # a vector of indices, badly written
+        with pytest.raises((ValueError, TypeError), match=rf"^{name.split()[0]} must be .*got {re.escape(repr(bad))}"):
+            function(bad)
+
+
 # --- errors out of compiled code ------------------------------------------------------------------------------------
 
 

@@ -213,7 +213,7 @@ def test_ones_in_different_places_or_among_larger_numbers_are_not_landmarks():
 @pytest.mark.parametrize("csls", [0, -1, N + 1, True, 2.0, "10"])
 def test_a_bad_number_of_neighbours_is_refused(csls, rows):
     a, b = (r.astype(np.float32) for r in rows)
-    with pytest.raises(ValueError, match=r"^csls must be a number of neighbours from 1 to n = 20, or None; got "):
+    with pytest.raises(ValueError, match=r"^csls must be a whole number of neighbours from 1 to n = 20, or None; got "):
         jaxalign.correspondence(a, b, csls=csls)
 
 

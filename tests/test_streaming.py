@@ -610,7 +610,7 @@ def test_rtol_out_of_range(rtol):
 
 @pytest.mark.parametrize("tile_size", [0, -3])
 def test_bad_tile_size(tile_size):
-    with refused(ValueError, "tile_size must be at least 1 row"):
+    with refused(ValueError, "tile_size must be a whole number of rows, at least 1"):
         streaming.mean_density(X.astype(np.float32), sigma=2.0, tile_size=tile_size)
 
 

@@ -137,16 +137,11 @@ def pwcca_measure() -> SetMeasure:
 @_checks.cached
 def svcca_measure(components: Any) -> SetMeasure:
     """The measure behind `svcca`."""
-    whole = isinstance(components, (int, np.integer)) and not isinstance(components, bool)
-    if whole and components >= 1:
-        keep: Keep = ("count", int(components))
-    elif isinstance(components, (float, np.floating)) and 0 < components < 1:
-        keep = ("share", float(components))
+    if isinstance(components, (float, np.floating)) and 0 < components < 1:
+        keep: Keep = ("share", float(components))
     else:
-        raise ValueError(
-            "components must be a whole number of singular directions, at least 1, or a share of the variance strictly "
-            f"between 0 and 1; got {components!r}."
-        )
+        share = ", or a share of the variance strictly between 0 and 1"
+        keep = ("count", _checks.whole("components", components, of=" of singular directions", otherwise=share))
     return SetMeasure("svcca", partial(_directions, keep=keep), partial(_correlation, squared=False), 2)
 
 

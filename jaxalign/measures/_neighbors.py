@@ -64,7 +64,7 @@ def nearest_neighbors(
         Array([1, 0, 1], dtype=int32)
     """
     function = _function(metric)
-    _check_k(k)
+    k = _check_k(k)
     (x,), mask = check_sets((("x", x),), mask, "raise", k + 1, f"k = {k} neighbours")
     check_directions("x", x, function.rows, mask)
     found = _neighbors_jit(x, mask, k, function, make_plan(x, None, tile_size, mesh, None))
@@ -194,7 +194,7 @@ def cknna(
 @_checks.cached
 def mutual_knn_measure(k: Any, metric: Any) -> SetMeasure:
     """The measure behind `mutual_knn`."""
-    _check_k(k)
+    k = _check_k(k)
     function = _function(metric)
     combine = partial(_overlap, shared_of=lambda shared: shared / k)
     return SetMeasure(
@@ -205,7 +205,7 @@ def mutual_knn_measure(k: Any, metric: Any) -> SetMeasure:
 @_checks.cached
 def jaccard_measure(k: Any, metric: Any) -> SetMeasure:
     """The measure behind `jaccard`."""
-    _check_k(k)
+    k = _check_k(k)
     function = _function(metric)
     combine = partial(_overlap, shared_of=lambda shared: shared / (2 * k - shared))
     return SetMeasure(
@@ -216,7 +216,7 @@ def jaccard_measure(k: Any, metric: Any) -> SetMeasure:
 @_checks.cached
 def cknna_measure(k: Any) -> SetMeasure:
     """The measure behind `cknna`."""
-    _check_k(k)
+    k = _check_k(k)
     function = _function("cosine")
     return SetMeasure(
         "cknna",
@@ -228,11 +228,8 @@ def cknna_measure(k: Any) -> SetMeasure:
     )
 
 
-def _check_k(k: Any) -> None:
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
-        raise TypeError(f"k must be a whole number of neighbours; got {k!r}.")
-    if k < 1:
-        raise ValueError(f"k must be at least 1 neighbour; got {k}.")
+def _check_k(k: Any) -> int:
+    return _checks.whole("k", k, of=" of neighbours")
 
 
 def _function(metric: Any) -> PairFunction:

@@ -61,14 +61,13 @@ def linear_predictivity(
 @_checks.cached
 def linear_predictivity_measure(folds: Any, strengths: Any) -> SetMeasure:
     """The measure behind `linear_predictivity`."""
-    if isinstance(folds, bool) or not isinstance(folds, (int, np.integer)) or folds < 2:
-        raise ValueError(f"folds must be a whole number, at least 2; got {folds!r}.")
+    folds = _checks.whole("folds", folds, 2)
     several = isinstance(strengths, (tuple, list)) and len(strengths) > 0
     if not several or not all(isinstance(s, (int, float, np.number)) and 0 < s < float("inf") for s in strengths):
         raise ValueError(f"strengths must be a tuple of finite numbers above 0; got {strengths!r}.")
-    combine = partial(_predicted, folds=int(folds), strengths=tuple(map(float, strengths)))
+    combine = partial(_predicted, folds=folds, strengths=tuple(map(float, strengths)))
     name = f"linear_predictivity with folds = {folds}"
-    return SetMeasure("linear_predictivity", _as_it_is, combine, 2 * int(folds), label=name)
+    return SetMeasure("linear_predictivity", _as_it_is, combine, 2 * folds, label=name)
 
 
 def _as_it_is(x: Array, setting: Setting) -> tuple[Array, None]:
