@@ -348,8 +348,10 @@ def noise_ceiling(
     matrices, _ = pair_matrices(sets, filled, specification, names)
     gram = jnp.einsum("aij,bij->ab", matrices, matrices, precision=lax.Precision.HIGHEST)
     sizes = jnp.sqrt(jnp.diagonal(gram))
-    if not bool((jnp.isnan(sizes) | (sizes > 0)).all()):
-        raise ValueError(f"{names[int(jnp.argmin(sizes))]} does not vary.")
+    if _checks.is_concrete(sizes):  # under a trace the result is nan, 0 / 0
+        still = np.flatnonzero(_checks.on_host(sizes) == 0)
+        if still.size:
+            raise ValueError(f"{names[still[0]]} does not vary.")
     cosines = gram / sizes[:, None] / sizes[None, :]
     total = jnp.sum(cosines)
     row = jnp.sum(cosines, 1)

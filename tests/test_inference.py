@@ -213,6 +213,16 @@ def test_noise_ceiling_by_hand(x64, name, options):
     helpers.assert_close(found.lower, np.mean(found.each), 1e-12)
 
 
+@pytest.mark.parametrize("name", ["cka", "rsa", "distance_correlation"])
+def test_noise_ceiling_of_a_traced_subject(x64, name):
+    x, y, z = sets()
+    ceiling = jax.jit(lambda scale: noise_ceiling([x, y, scale * z], name))
+    expected, found = noise_ceiling([x, y, 2 * z], name), ceiling(2.0)
+    helpers.assert_close([found.lower, found.upper], [expected.lower, expected.upper], 1e-11)
+    # What does not vary has no ceiling: a ValueError if that is seen, else nan.
+    assert np.isnan([ceiling(0.0).lower, ceiling(0.0).upper]).all()
+
+
 @pytest.mark.usefixtures("unchecked_types")
 def test_bad_input(x64):
     x, y, _ = sets()
