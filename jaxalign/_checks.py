@@ -297,4 +297,7 @@ def _floating(name: str, value: Any) -> jax.Array:
     # Byte order is how a file was written, not what it says.
     if isinstance(value, np.ndarray) and not value.dtype.isnative:
         value = value.astype(value.dtype.newbyteorder("="))
-    return jnp.asarray(value)
+    if isinstance(value, jax.Array):
+        return value
+    with jax.ensure_compile_time_eval():  # a numpy array is known inside a trace too
+        return jnp.asarray(value)

@@ -35,13 +35,18 @@ def root(squares: Array) -> Array:
 def unit(x: Array, axis: int | tuple[int, ...] = -1, *, nothing: float = 0.0) -> Array:
     """Vectors along the axes, of length 1; `nothing` everywhere in one of zeros, where the derivative is 0.
 
-    The power of two comes first, so that 2^k x gives what x gives, bit for bit.
+    2^k x gives what x gives, bit for bit.
     """
-    _, inverse = power_of_two(lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True)))
-    x = x * inverse
+    x, _ = scaled(x, axis)
     squares = jnp.sum(x * x, axis, keepdims=True)
     empty = squares == 0  # not squares <= 0: nan stays nan
     return jnp.where(empty, nothing, x / jnp.sqrt(jnp.where(empty, 1, squares)))
+
+
+def scaled(x: Array, axis: int | tuple[int, ...] | None = None) -> tuple[Array, Array]:
+    """X in units of a power of two near its largest entry along the axes (None: all), and the unit, as a constant."""
+    size, inverse = power_of_two(lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True)))
+    return x * inverse, size
 
 
 def power_of_two(size: Array) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ together, with no map fitted between the networks. `align` makes them, `Alignmen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +23,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxalign import _checks
-from jaxalign._linalg import matmul, products, unit
+from jaxalign._linalg import matmul, power_of_two, products, scaled, unit
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
@@ -48,7 +49,7 @@ class _Channels:
     """The affine map of one network's channels that was fitted; None for what is not used."""
 
     centre: Array | None = None  # (1, d)
-    scale: Array | None = None  # (1, d) standard deviations
+    scale: Array | None = None  # (1, d) standard deviations; to whiten (1, 1), the unit of the covariance
     factor: Array | None = None  # (d, d) lower Cholesky factor of the shrunk covariance
 
     def __call__(self, x: Array) -> Array:
@@ -63,7 +64,7 @@ class _Channels:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("channels", "landmarks", "sigma", "density", "inverse", "centre", "scale"),
+    data_fields=("channels", "landmarks", "sigma", "density", "cholesky", "centre", "scale"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class _Space:
     landmarks: Array  # (m, d) after the channels' map
     sigma: Array | None  # None with a bandwidth per row: every row has its own
     density: Array
-    inverse: Array | None = None  # (m, m) lower Cholesky factor of A_LL + lambda I
+    cholesky: Array | None = None  # (m, m) lower Cholesky factor of A_LL + lambda I
     centre: Array | None = None  # (1, m) mean and standard deviation of the columns
     scale: Array | None = None
 
@@ -86,7 +87,7 @@ class _Space:
 
     def decorrelate(self, affinity: Array) -> Array:
         """Rows times (A_LL + lambda I)^-1, if that was fitted."""
-        return affinity if self.inverse is None else jax.scipy.linalg.cho_solve((self.inverse, True), affinity.T).T
+        return affinity if self.cholesky is None else jax.scipy.linalg.cho_solve((self.cholesky, True), affinity.T).T
 
     def standardize(self, rows: Array) -> Array:
         """Columns less their mean, over their standard deviation, if these were fitted."""
@@ -107,7 +108,7 @@ class Alignment:
         sigma: bandwidth by name, in units of the features after the channels' transformation: a scalar, or (n,) with
             bandwidth="per_row".
         landmarks: index of the sample that each column stands for, shape (m,).
-        spaces: what `transform` needs, by name.
+        spaces: what `transform` needs, by name: a pytree whose fields are private and may change.
     """
 
     features: dict[str, Float[Array, "n m"]]
@@ -222,7 +223,8 @@ def align(
 
     Raises:
         TypeError, ValueError: no features, different n, bad landmarks (out of range, repeated), decorrelate with
-            bandwidth="per_row", and what `solve_sigma` raises, with the network's name.
+            bandwidth="per_row", a density of at most 1/m with it, and what `solve_sigma` raises, with the network's
+            name.
 
     Example:
         >>> import jax, jaxalign
@@ -266,6 +268,7 @@ def align(
             if bandwidth == "global":
                 sigma[name] = solve_sigma(block, density=density, diagonal=diagonal).sigma
             else:
+                _check_own_share(density, block)
                 sigma[name] = solve_sigma(x, block, density=density, bandwidth="per_row").sigma
             wanted = jnp.asarray(density, x.dtype)
             space = _Space(maps[name], block, sigma[name] if bandwidth == "global" else None, wanted)
@@ -276,7 +279,7 @@ def align(
             raise type(error)(f"features[{name!r}]: {error}") from error
         if decorrelate is not None:
             ridge = decorrelate * jnp.eye(len(chosen), dtype=x.dtype)
-            space = replace(space, inverse=jnp.linalg.cholesky(affinity[chosen] + ridge))
+            space = replace(space, cholesky=jnp.linalg.cholesky(affinity[chosen] + ridge))
         relative = space.decorrelate(affinity)
         if others is not None:
             scored = relative[others] if len(others) else relative
@@ -286,26 +289,49 @@ def align(
     return Alignment(rows, sigma, chosen, spaces)
 
 
+def _check_own_share(density: Any, block: Array) -> None:
+    """Raise where the 1 of a landmark with itself, alone, gives its row the density."""
+    _checks.parameter("density", density, block.dtype, (), "one number")
+    _checks.density_value(density)
+    m = block.shape[0]
+    # In the dtype in which it is solved: 0.05 in float32 is above 1/20, but not above 1/20 in float32.
+    if _checks.is_concrete(density) and _checks.on_host(density).astype(block.dtype) <= np.asarray(1 / m, block.dtype):
+        asked = float(_checks.on_host(density))
+        least = math.floor((1 + float(jnp.finfo(block.dtype).eps)) / asked) + 1
+        raise ValueError(
+            f'density = {asked} cannot be reached with {m} landmarks and bandwidth="per_row": the affinity of a '
+            f"landmark with itself alone gives its row 1/m = {1 / m:.4g}. Ask for a density above that, take at least "
+            f'{least} landmarks, or bandwidth="global" with diagonal="exclude".'
+        )
+
+
 def _fit_channels(x: Array, channels: Channels | None) -> _Channels:
     if channels is None:
         return _Channels()
-    centre = jnp.mean(x, 0, keepdims=True)
+    centre = _mean(x)
     if channels == "standardize":
-        return _Channels(centre, scale=_spread(x))
-    x = x - centre
+        return _Channels(centre, _spread(x))
+    x, size = scaled(x - centre)
     covariance = matmul(x.T, x) / x.shape[0]
     shrinkage = jnp.trace(covariance) / x.shape[1]
     shrinkage = jnp.where(shrinkage > 0, shrinkage, 1)
     # Any root of the inverse gives the same distances; the Cholesky factor has derivatives also at equal eigenvalues.
-    return _Channels(centre, factor=jnp.linalg.cholesky(covariance + shrinkage * jnp.eye(x.shape[1], dtype=x.dtype)))
+    return _Channels(centre, size, jnp.linalg.cholesky(covariance + shrinkage * jnp.eye(x.shape[1], dtype=x.dtype)))
+
+
+def _mean(x: Array) -> Array:
+    """Mean of each column: shape (1, d)."""
+    x, size = scaled(x, 0)
+    return size * jnp.mean(x, 0, keepdims=True)
 
 
 def _spread(x: Array) -> Array:
     """Standard deviation of each column, 1 for a constant one: shape (1, d)."""
+    x, size = scaled(x, 0)
     variance = jnp.mean((x - jnp.mean(x, 0, keepdims=True)) ** 2, 0, keepdims=True)
     rounding = 8 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x), 0, keepdims=True)
     constant = variance <= rounding * rounding
-    return jnp.where(constant, 1, jnp.sqrt(jnp.where(constant, 1, variance)))
+    return jnp.where(constant, 1, size * jnp.sqrt(jnp.where(constant, 1, variance)))
 
 
 def _others(chosen: Array, n: int) -> Array:
@@ -333,6 +359,7 @@ def _farthest_points(arrays: list[Array], number: int) -> Array:
     """
     parts = []
     for x in arrays:
+        x, _ = scaled(x)
         x = x - jnp.mean(x, 0, keepdims=True)
         mean = 2 * jnp.mean(jnp.sum(x * x, -1))
         parts.append(x / jnp.sqrt(jnp.where(mean > 0, mean, 1)))
@@ -398,6 +425,8 @@ class Correspondence:
         top1: share of rows whose rank is 0, shape (...), 0 to 1, chance 1/n.
         top5: share of rows whose rank is below 5, chance 5/n.
         mrr: mean of 1 / (rank + 1).
+
+    Under a trace, where a or b holds nan or inf: shares nan, ranks n, indices -1.
     """
 
     index: Int[Array, "*batch n"]
@@ -441,8 +470,9 @@ def correspondence(
     """
     a, b, metric, csls = _check_rows(a, b, metric, csls)
     if _checks.is_concrete(a, b):
-        own = np.argwhere(np.asarray((a == 1) & (b == 1)))
-        if len(own) and float(jnp.min(a)) >= 0 and float(jnp.max(a)) == 1:
+        ones, least, most = _checks.looked_at(_landmark_facts, a, b)
+        own = np.argwhere(ones)
+        if len(own) and least >= 0 and most == 1:
             row, column = (int(i) for i in own[0][-2:])
             raise ValueError(
                 f"row {row} is 1 in column {column} in both a and b: the affinity of a landmark with itself, "
@@ -450,6 +480,12 @@ def correspondence(
                 "as alignment.correspondence(name_a, name_b) does."
             )
     return _correspondence(a, b, metric, csls)
+
+
+@jax.jit
+def _landmark_facts(a: Array, b: Array) -> tuple[Array, Array, Array]:
+    """Where both are 1, and the least and the largest entry of a."""
+    return (a == 1) & (b == 1), jnp.min(a), jnp.max(a)
 
 
 def _check_rows(a: Any, b: Any, metric: Metric, csls: int | None) -> tuple[Array, Array, Metric, int | None]:
@@ -476,21 +512,29 @@ def _correspondence(a: Array, b: Array, metric: Metric, csls: int | None) -> Cor
         similarity = 2 * similarity - (hub_a[..., :, None] + hub_b[..., None, :])
     true = jnp.diagonal(similarity, axis1=-2, axis2=-1)
     rank = jnp.sum(jnp.where(same_row(similarity.shape), False, similarity >= true[..., None]), -1)
-    share = similarity.dtype
+    # Of nan no comparison holds, so a rank of nan would be the best.
+    finite = (jnp.isfinite(a) & jnp.isfinite(b)).all((-2, -1))
+    rank = jnp.where(finite[..., None], rank, a.shape[-2])
+
+    def share(of: Array) -> Array:
+        return jnp.where(finite, jnp.mean(of, -1, dtype=similarity.dtype), jnp.nan)
+
     return Correspondence(
-        index=jnp.argmax(similarity, -1),
+        index=jnp.where(finite[..., None], jnp.argmax(similarity, -1), -1),
         rank=rank,
-        top1=jnp.mean(rank == 0, -1, dtype=share),
-        top5=jnp.mean(rank < 5, -1, dtype=share),
-        mrr=jnp.mean(1 / (rank + 1).astype(share), -1),
+        top1=share(rank == 0),
+        top5=share(rank < 5),
+        mrr=share(1 / (rank + 1).astype(similarity.dtype)),
     )
 
 
 def _similarity(a: Array, b: Array, metric: Metric) -> Array:
     if metric == "euclidean":
-        return -squared_distances(a, b)
+        top = jnp.maximum(*(jnp.max(jnp.abs(rows), (-2, -1), keepdims=True) for rows in (a, b)))
+        _, inverse = power_of_two(top)  # of both: distances in another unit have the same order
+        return -squared_distances(a * inverse, b * inverse)
     if metric == "correlation":
-        a, b = _centred(a), _centred(b)
+        a, b = (_centred(scaled(rows, -1)[0]) for rows in (a, b))
     return products(unit(a), unit(b))
 
 

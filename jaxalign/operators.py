@@ -229,8 +229,10 @@ class AffinityOperator:
                 "Of a boolean mask write np.flatnonzero(mask)."
             )
         n = self.shape[-2]
-        if _checks.is_concrete(given) and not (-n <= given.min() <= given.max() < n):
-            raise ValueError(f"index reaches from {given.min()} to {given.max()}; there are {n} rows.")
+        if _checks.is_concrete(given):
+            seen = _checks.on_host(given)
+            if not -n <= seen.min() <= seen.max() < n:
+                raise ValueError(f"index reaches from {seen.min()} to {seen.max()}; there are {n} rows.")
         return _rows(self, jnp.asarray(given, jnp.int32) % n)
 
     def diagonal(self) -> Float[Array, "*batch n"]:

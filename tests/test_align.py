@@ -249,6 +249,23 @@ def test_orthogonal_maps_shifts_and_scales_leave_the_features_unchanged(channels
     assert_same_features(jaxalign.align(moved, **options), jaxalign.align(features, **options), 100 * CLOSE)
 
 
+@pytest.mark.parametrize("channels", [None, "standardize", "whiten"])
+@pytest.mark.parametrize("power", [-100, -66, 66, 120])
+def test_features_may_be_of_any_size(channels, power, features, rng):
+    small = {name: x.astype(np.float32) for name, x in features.items()}
+    large = {name: np.ldexp(x, power) for name, x in small.items()}
+    options = {"landmarks": M, "channels": channels, "density": DENSITY, "decorrelate": 0.1, "standardize": True}
+    expected, found = (jaxalign.align(x, **options) for x in (small, large))
+    # A power of two changes no digit.
+    np.testing.assert_array_equal(found.landmarks, expected.landmarks)
+    for name, x in small.items():
+        np.testing.assert_array_equal(found.features[name], expected.features[name])
+        new = x + rng.normal(size=x.shape).astype(np.float32)
+        np.testing.assert_array_equal(found.transform(name, np.ldexp(new, power)), expected.transform(name, new))
+        # In the channels' own unit, if they were given one.
+        assert found.sigma[name] == (expected.sigma[name] if channels else np.ldexp(expected.sigma[name], power))
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("landmarks", [LANDMARKS, M])
 @pytest.mark.parametrize("rest", [{}, {"decorrelate": 0.1, "standardize": True}], ids=describe)
@@ -522,6 +539,27 @@ def test_nan_and_inf_are_refused_with_the_network_and_the_row(value, options, wh
 def test_a_density_that_few_landmarks_cannot_reach_is_refused_with_the_network(small):
     with pytest.raises(ValueError, match=r"features\['clip'\].*density = 0\.05 cannot be reached with n = 8 samples"):
         jaxalign.align(small, landmarks=LANDMARKS)
+
+
+@pytest.mark.parametrize("density", [1 / M, np.float32(1 / M), 0.05])
+@pytest.mark.parametrize("transform", ["eager", "jit"])
+def test_with_a_bandwidth_per_row_a_density_of_one_over_m_is_refused(density, transform, small):
+    def fit(features):
+        return jaxalign.align(features, landmarks=M, density=density, bandwidth="per_row").features
+
+    least = 9 if density > 0.1 else 21
+    message = (
+        rf"^features\['clip'\]: density = 0\.\d+ cannot be reached with {M} landmarks and bandwidth=\"per_row\".*"
+        rf"1/m = 0\.125.*at least {least} landmarks"
+    )
+    with pytest.raises(ValueError, match=message):
+        (jax.jit(fit) if transform == "jit" else fit)(small)
+
+
+def test_with_a_bandwidth_per_row_a_density_above_one_over_m_is_reached(small):
+    found = jaxalign.align(small, landmarks=M, density=0.15, bandwidth="per_row")
+    for rows in found.features.values():
+        np.testing.assert_allclose(rows.mean(1), 0.15, rtol=1e-5)
 
 
 def test_landmarks_that_coincide_are_refused_with_the_network(small):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import chex
 import helpers
 import jax
@@ -154,3 +156,115 @@ def test_jit_traces_once(rng):
     for seed in range(3):
         rows = np.random.default_rng(seed).normal(size=(ROWS + OTHER_ROWS, WIDTH)).astype(np.float32)
         function(rows[:ROWS], rows[ROWS:], np.float32(1 + 0.1 * seed))
+
+
+# --- arrays that a jitted function closes over ------------------------------------------------------------------------
+
+# Their values are known inside the trace, where operations on them are not: checks must look at them all the same.
+X, Y = (np.random.default_rng(k).normal(size=(24, 6)).astype(np.float32) for k in range(2))
+MEASURE_OPTIONS = {"k": 5, "density": 0.3}
+
+
+def measure(name, **more):
+    known = jaxalign.measures.REGISTRY[name].options
+    options = {key: value for key, value in MEASURE_OPTIONS.items() if key in known} | more
+    return lambda x, y: getattr(jaxalign.measures, name)(x, y, **options)
+
+
+KEY = jax.random.key(0)
+TWO_ARRAYS = {
+    "squared_distances": jaxalign.squared_distances,
+    "mean_density": lambda x, y: jaxalign.mean_density(x, y, sigma=2.0),
+    "solve_sigma": lambda x, y: jaxalign.solve_sigma(x, y, density=0.3).sigma,
+    "rbf_affinity": lambda x, y: jaxalign.rbf_affinity(x, y, density=0.3),
+    "affinity_operator": lambda x, y: jaxalign.affinity_operator(x, y, density=0.3).sum(),
+    "align": lambda x, y: jaxalign.align({"x": x, "y": y}, landmarks=9, density=0.5, standardize=True).features,
+    "joint_affinity": lambda x, y: jaxalign.joint_affinity([x, y], density=0.3),
+    "correspondence": jaxalign.correspondence,
+    "Alignment.correspondence": lambda x, y: jaxalign.align({"x": x, "y": y}, landmarks=9, density=0.5).correspondence(
+        "x", "y"
+    ),
+    "rgb": lambda x, y: jaxalign.rgb(x, like=y),
+    "compare": jaxalign.compare,
+    "permutation_test": lambda x, y: jaxalign.permutation_test(x, y, key=KEY, permutations=9).value,
+    "permutation_test of neighbours": lambda x, y: (
+        jaxalign.permutation_test(x, y, "mutual_knn", key=KEY, permutations=9, k=3).value
+    ),
+    "bootstrap": lambda x, y: jaxalign.bootstrap(x, y, key=KEY, resamples=5).resampled,
+    "paired_difference": lambda x, y: jaxalign.paired_difference((x, y), (x, x + y), key=KEY, resamples=5).value,
+    "noise_ceiling": lambda x, y: jaxalign.noise_ceiling([x, y]),
+    "alignment_loss": jaxalign.losses.alignment_loss,
+    "alignment_loss infonce": lambda x, y: jaxalign.losses.alignment_loss(x, y, "infonce", density=0.3),
+    "multi_layer_loss": lambda x, y: jaxalign.losses.multi_layer_loss({"a": x}, {"a": y})[0],
+    "remember": lambda x, y: jaxalign.losses.remember(jaxalign.losses.empty_memory(40, 6, 6), x, y),
+    **{name: measure(name) for name in jaxalign.measures.REGISTRY},
+    "rsa of cosines": measure("rsa", rdm="cosine"),
+    "rsa of correlations": measure("rsa", rdm="correlation"),
+    "minibatch_cka": lambda x, y: jaxalign.measures.minibatch_cka([(x, y)]),
+}
+AFFINITY = np.exp(-((X[:, None] - X[None]) ** 2).sum(-1) / 8)
+ONE_ARRAY = {
+    "rbf_affinity": lambda x: jaxalign.rbf_affinity(x, density=0.3),
+    "solve_sigma": lambda x: jaxalign.solve_sigma(x, density=0.3).sigma,
+    "solve_sigma of some": lambda x: jaxalign.solve_sigma(x, density=0.3, mask=jnp.arange(24) < 20).sigma,
+    "affinity_operator": lambda x: jaxalign.affinity_operator(x, density=0.3).rows(np.arange(3)),
+    "normalized_cut": lambda x: jaxalign.normalized_cut(x, 3, density=0.3).eigenvalues,
+    "kway": lambda x: jaxalign.kway(x[:, :3]),
+    "rgb": jaxalign.rgb,
+    "align": lambda x: jaxalign.align({"x": x}, landmarks=9, density=0.5, channels="whiten").features["x"],
+    "nearest_neighbors": lambda x: jaxalign.measures.nearest_neighbors(x, 3),
+    "rdm": jaxalign.measures.rdm,
+    "rdm of cosines": lambda x: jaxalign.measures.rdm(x, "cosine"),
+}
+ON_HOST = {"compare_grid"}  # its values are numpy's
+
+
+def test_every_public_function_is_in_the_tables():
+    public = {name for name, value in vars(jaxalign).items() if inspect.isfunction(value)}
+    assert public - ON_HOST <= TWO_ARRAYS.keys() | ONE_ARRAY.keys()
+
+
+# The compiled program may add in another order; eigenvalues and shares of float32 are good to 1e-5.
+def assert_same(actual, expected):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("name", TWO_ARRAYS)
+def test_the_second_array_may_be_closed_over(name, kind):
+    x, y = kind(X), kind(Y)
+    assert_same(jax.jit(lambda x: TWO_ARRAYS[name](x, y))(x), TWO_ARRAYS[name](x, y))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("name", ONE_ARRAY)
+def test_the_only_array_may_be_closed_over(name, kind):
+    x = kind(X)
+    assert_same(jax.jit(lambda: ONE_ARRAY[name](x))(), ONE_ARRAY[name](x))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_a_matrix_and_row_numbers_may_be_closed_over(kind):
+    affinity, index, beyond = kind(AFFINITY), kind(np.array([3, -1])), kind(np.array([3, 24]))
+    assert_same(
+        jax.jit(lambda: jaxalign.normalized_cut(affinity, 3).eigenvalues)(),
+        jaxalign.normalized_cut(affinity, 3).eigenvalues,
+    )
+    operator = jaxalign.affinity_operator(X, density=0.3)
+    assert_same(jax.jit(lambda: operator.rows(index))(), operator.rows(index))
+    with pytest.raises(ValueError, match="index reaches from 3 to 24"):
+        jax.jit(lambda: operator.rows(beyond))()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_what_is_closed_over_is_checked(kind):
+    flat = kind(np.where(np.arange(24)[:, None] == 3, 0, Y))
+    with pytest.raises(ValueError, match="row 3 is 0 everywhere"):
+        jax.jit(lambda x: jaxalign.measures.mutual_knn(x, flat))(X)
+    own = kind(np.asarray(jaxalign.rbf_affinity(X, density=0.3)))
+    with pytest.raises(ValueError, match="the affinity of a landmark with itself"):
+        jax.jit(lambda: jaxalign.correspondence(own, own))()
+    hole = kind(np.where(np.arange(24)[:, None] == 3, np.nan, Y))
+    with pytest.raises(ValueError, match=r"y has nan or inf in 1 row"):
+        jax.jit(lambda x: jaxalign.measures.cka(x, hole))(X)

@@ -300,9 +300,8 @@ def check_directions(name: str, x: Array, how: str | None, mask: Array | None) -
         raise ValueError(f"{name} has one feature: a correlation between samples needs at least 2.")
     if not _checks.is_concrete(x, mask):
         return
-    flat = (x == (x[..., :1] if how == "correlation" else 0)).all(-1)
-    flat = flat if mask is None else flat & mask
-    bad = _checks.on_host(flat)
+    bad = _checks.looked_at(lambda x: (x == (x[..., :1] if how == "correlation" else 0)).all(-1), x)
+    bad = bad if mask is None else bad & _checks.on_host(mask)
     if bad.any():
         row = int(np.argwhere(bad)[0][-1])
         what = "has the same value everywhere" if how == "correlation" else "is 0 everywhere"
