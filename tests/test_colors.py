@@ -65,7 +65,8 @@ def test_layouts_of_the_usual_libraries(cut, method, package):
     assert colours.shape == (90, 3)
     np.testing.assert_array_equal(colours, rgb(cut, method))  # a seed
     means = np.stack([np.asarray(colours[k::3]).mean(0) for k in range(3)])
-    assert min(np.linalg.norm(means[a] - means[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > 0.3
+    # t-SNE hangs on the last digit: with rows changed by 1e-7 it gave 0.29 .. 0.50. Groups at random: about 0.1.
+    assert min(np.linalg.norm(means[a] - means[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > 0.2
 
 
 def test_layouts_say_what_is_missing(cut, monkeypatch):
