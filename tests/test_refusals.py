@@ -53,7 +53,7 @@ REFUSED = {
     ),
     "layers": (lambda: losses.multi_layer_loss([X], [Y]), TypeError, "x must be features by name"),
     "no devices": (lambda: jaxalign.sharding.data_mesh([]), ValueError, "devices is empty"),
-    "devices": (lambda: jaxalign.sharding.data_mesh("2"), TypeError, "devices must be"),
+    "devices": (lambda: jaxalign.sharding.data_mesh("2"), ValueError, "devices must be"),
     "rows to be spread": (
         lambda: jaxalign.sharding.shard_rows([X], jaxalign.sharding.data_mesh(2)), TypeError, "got list",
     ),
