@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxalign import _checks
+from jaxalign._linalg import power_of_two
 from jaxalign._plan import TileSize, check_tile_size, choose_tiles, usual_block_rows
 from jaxalign._rate import (
     MAX_PASSES,
@@ -49,7 +50,7 @@ from jaxalign.bandwidth import (
     rate_of,
     sigma_of,
 )
-from jaxalign.distances import Frame, power_of_two
+from jaxalign.distances import Frame
 from jaxalign.pairs import Pairs, Tile, half_ring, kernel_terms
 
 Rows = Any  # a path to a .npy file, an array or memory map (n, d), or a sequence of arrays (n_i, d)
