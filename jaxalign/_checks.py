@@ -7,8 +7,9 @@ exception.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -182,6 +183,11 @@ def whole(
 
 def row_numbers(name: str, value: Any, n: int) -> np.ndarray:
     """Different numbers of rows, from 0 to n - 1."""
+    if not is_concrete(value):
+        raise TypeError(
+            f"{name} must be known before anything is traced, as how many there are is a shape: give a numpy array, or "
+            "one made outside of the function that is compiled."
+        )
     indices = np.asarray(value)
     if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
         raise TypeError(
@@ -271,9 +277,12 @@ def refuse_foreign(name: str, value: Any) -> None:
 def _floating(name: str, value: Any) -> jax.Array:
     refuse_foreign(name, value)
     if not isinstance(value, (jax.Array, np.ndarray)):
-        raise TypeError(
-            f"{name} must be a jax or numpy array; got {type(value).__name__}. Write np.asarray({name}, np.float32)."
-        )
+        way_out = f"Write np.asarray({name}, np.float32)."
+        if isinstance(value, (str, Path)):
+            way_out = f"jaxalign.io.read_features({str(value)!r}) reads a file; compare_grid takes paths."
+        elif isinstance(value, Mapping):
+            way_out = "jaxalign.compare_grid takes several sets by name."
+        raise TypeError(f"{name} must be a jax or numpy array; got {type(value).__name__}. {way_out}")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a masked array, whose mask would be lost. Give {name}.data, and mask=~{name}.mask.any(-1): "

@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "  jaxalign align features/ --published --density 0.05 --out aligned/",
     )  # fmt: skip
     align.add_argument("inputs", nargs="+", type=Path, help="files or folders with sets of the same samples")
-    align.add_argument("--landmarks", type=_count, default=300, help="how many, at random (default: 300)")
+    align.add_argument("--landmarks", type=_count, help="how many, at random (default: 300, at most half)")
     align.add_argument("--bandwidth", choices=("global", "per_row"), default="global")
     align.add_argument("--published", action="store_true", help="plain auto-scaled rows, density 0.05")
     _common(align, density=None, tiles=False)

@@ -86,7 +86,10 @@ def rgb(
 def _rows(name: str, value: Any, components: int) -> Array:
     rows = value.eigenvectors if isinstance(value, NormalizedCut) else _checks.features(name, value)
     if rows.ndim != 2 or rows.shape[1] < 3 or rows.shape[0] < 3:
-        raise ValueError(f"{name} must have at least three samples and three columns; got shape {rows.shape}.")
+        raise ValueError(
+            f"{name} must have at least three samples and three columns, of a cut num_components=3 or more; "
+            f"got shape {rows.shape}."
+        )
     _checks.finite_rows(name, rows, way_out="Colours need finite rows.")
     return rows[:, :components]
 

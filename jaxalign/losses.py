@@ -34,7 +34,7 @@ from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import CONVERGED, Diagonal, check_rtol, is_bandwidth
 from jaxalign.distances import over_devices
-from jaxalign.measures._evaluate import check_function, check_sets
+from jaxalign.measures._evaluate import MASKED, check_function, check_sets
 from jaxalign.measures._pair_sums import (
     PairFunction,
     Prepared,
@@ -189,10 +189,11 @@ def alignment_loss(
         mask: shape (..., n), True = a real sample: a padded last batch costs no recompilation.
         memory: past samples that count as samples of the batch, without gradients. Not with leading batch dimensions.
         landmarks: of "infonce": how many of the last samples are the landmarks; None: those of the memory, or half of
-            the batch. They share their sigma with all: mean(A) of the landmarks is the density.
+            the batch. With a mask, as large a share of the real samples. They share their sigma with all: mean(A) of
+            the landmarks is the density.
         temperature: of "infonce".
-        reduction: "mean" over samples, "sum", or "none": one value a sample, (..., n) - of "infonce" without the
-            landmarks - 0 where masked. "cka" has no value of a single sample: "mean" only.
+        reduction: "mean" over samples, "sum", or "none": one value a sample, (..., n), 0 where masked and, of
+            "infonce", for landmarks. "cka" has no value of a single sample: "mean" only.
         stop_gradient_target: y is given and x follows. False: both move.
         stop_gradient_sigma: the bandwidths count as constants in the gradient. The scale of x then gets a gradient,
             although the loss does not depend on it.
@@ -229,7 +230,8 @@ def alignment_loss(
         )
     if measure != "infonce" and landmarks is not None:
         raise ValueError(f'landmarks={landmarks!r} is for measure="infonce"; {measure!r} compares all with all.')
-    (x, y), mask = check_sets((("x", x), ("y", y)), mask, "raise", _LEAST[measure], f'alignment_loss "{measure}"')
+    named, what = (("x", x), ("y", y)), f'alignment_loss "{measure}"'
+    (x, y), mask = check_sets(named, mask, "raise", _LEAST[measure], what, MASKED)
     if stop_gradient_target:
         y = lax.stop_gradient(y)
     n = x.shape[-2]
@@ -454,20 +456,26 @@ def _contrast(
 ) -> Array:
     _checks.positive("temperature", temperature)
     rows = x.shape[-2]
-    queries = slice(0, min(n, rows - m))
+    last, queries = jnp.arange(rows - m, rows), jnp.arange(min(n, rows - m))
+    of_last = None if mask is None else mask[..., last]
+    if mask is not None and not remembers:
+        last, of_last, queries = _last_real(mask, m)
     function = PairFunction("rbf", solves=sigma is None, diagonal=diagonal, tolerant=True, fixed_sigma=fixed_sigma)
-    last = slice(rows - m, rows)
 
     def every(a: Array, axis: int) -> Array:
         """Of all devices."""
         return a if axis_name is None else lax.all_gather(a, axis_name, axis=axis % a.ndim, tiled=True)
 
-    of_landmarks = tuple(every(a[..., last, :], -2) for a in (x, y))
-    landmark_mask = None if mask is None else every(mask[..., last], -1)
+    def some(a: Array, which: Array) -> Array:
+        which = jnp.broadcast_to(which, (*x.shape[:-2], which.shape[-1]))
+        return jnp.take_along_axis(a, which[..., None], -2) if a.ndim == x.ndim else jnp.take_along_axis(a, which, -1)
+
+    of_landmarks = tuple(every(some(a, last), -2) for a in (x, y))
+    landmark_mask = None if of_last is None else every(of_last, -1)
     known = None if remembers else landmark_mask
     sigmas, target = check_function(("x", "y"), of_landmarks, known, sigma, density, function, STORED)
     of_samples = jnp.ones(x.shape[:-1], bool) if mask is None else mask
-    real = of_samples[..., queries]
+    real = some(of_samples, queries)
     relative, found = [], jnp.ones(x.shape[:-2], bool)
     for k, (rows_of, at) in enumerate(zip((x, y), of_landmarks, strict=True)):
         if sigmas is not None:
@@ -476,7 +484,7 @@ def _contrast(
             width, status = bandwidth_of_jit(at, landmark_mask, target, function, check_rtol(None, x.dtype), STORED)
             found &= status == CONVERGED
         found &= is_bandwidth(width)
-        a = _affinity(rows_of[..., queries, :], at, width, real, landmark_mask)
+        a = _affinity(some(rows_of, queries), at, width, real, landmark_mask)
         relative.append(_unit_rows(a, landmark_mask))
     of_x, of_y = relative
     place = 0 if axis_name is None else lax.axis_index(axis_name) * real.shape[-1]
@@ -490,9 +498,23 @@ def _contrast(
     whole = found & (over_devices(lax.psum, holes, axis_name) == 0)
     each = jnp.where(whole[..., None], each, jnp.nan)
     if reduction == "none":
-        return each
+        nothing = jnp.zeros((*x.shape[:-2], n), each.dtype)
+        return jnp.put_along_axis(nothing, jnp.broadcast_to(queries, each.shape), each, -1, inplace=False)
     total, count = (over_devices(lax.psum, jnp.sum(a, -1), axis_name) for a in (each, real.astype(each.dtype)))
     return total if reduction == "sum" else total / jnp.maximum(count, 1)
+
+
+def _last_real(mask: Array, m: int) -> tuple[Array, Array, Array]:
+    """Which samples are landmarks, (..., m), which of those count, and which are looked up, (..., n - m).
+
+    Of r real samples the last m r / n are landmarks, as many as in a batch of that size without padding.
+    """
+    n = mask.shape[-1]
+    order = jnp.argsort(mask, -1, stable=True).astype(jnp.int32)  # the real ones come last
+    spare = m - m * jnp.sum(mask, -1, keepdims=True, dtype=jnp.int32) // n
+    place = jnp.arange(n, dtype=jnp.int32)
+    queries = jnp.take_along_axis(order, spare + place[: n - m], -1)
+    return order[..., n - m :], place[:m] >= spare, queries
 
 
 @jax.jit

@@ -315,9 +315,12 @@ def layers(
     told = [str(k + 1) for k in range(count)] if names is None else list(map(_draw.text, names))
     if len(told) != count:
         raise ValueError(f"names are {len(told)}, the layers {count}.")
-    ax = _draw.axes(ax, (5.2, 2.8 + (0 if names is None else 0.075 * max(map(len, told)))))
-    plt = _draw.pyplot()
     many = len(lines) > len(_draw.CYCLE)
+    columns = 1 + (len(lines) - 1) // 16 if many else 1 + len(lines) // 9
+    beside = columns * (0.5 + 0.06 * max(map(len, map(_draw.text, lines)))) if many else 0.0  # inches, of the legend
+    width = 4.6 if names is None else max(4.6, 0.2 * count)
+    ax = _draw.axes(ax, (0.6 + width + beside, 2.8 + (0 if names is None else 0.075 * max(map(len, told)))))
+    plt = _draw.pyplot()
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(lines))) if many else _draw.CYCLE
     for colour, marker, (name, values) in zip(colours, "osD^vP" * len(lines), lines.items(), strict=False):
         ax.plot(
@@ -334,7 +337,7 @@ def layers(
     ax.set_xticks(range(count), told, rotation=0 if names is None else 90)
     ax.set_ylabel(label or "")
     ax.set_xlabel("layer" if names is None else "")
-    ax.legend(frameon=False, fontsize=7, ncols=1 + len(lines) // 9, loc="best" if not many else "center left",
+    ax.legend(frameon=False, fontsize=7, ncols=columns, loc="best" if not many else "center left",
               bbox_to_anchor=None if not many else (1.0, 0.5))  # fmt: skip
     ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -51,7 +51,12 @@ BAD_FEATURES = {
     "booleans": (X > 0, TypeError, ("x must be floating point", "bool", "x.astype(np.float32)")),
     "complex": (X.astype(np.complex64), TypeError, ("x is complex (complex64)", "x.real, x.imag")),
     "list": (X.tolist(), TypeError, ("x must be a jax or numpy array; got list", "np.asarray(x, np.float32)")),
-    "string": ("features", TypeError, ("x must be a jax or numpy array; got str",)),
+    "dict": ({"a": X}, TypeError, ("x must be a jax or numpy array; got dict", "compare_grid")),
+    "string": (
+        "features",
+        TypeError,
+        ("x must be a jax or numpy array; got str", "jaxalign.io.read_features('features')"),
+    ),
     "none": (None, TypeError, ("x must be a jax or numpy array; got NoneType",)),
     "strings": (np.array([["a", "b"]]), TypeError, ("x must be floating point", "<U1")),
     "objects": (X.astype(object), TypeError, ("x must be floating point", "object")),

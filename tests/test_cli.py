@@ -86,9 +86,24 @@ def test_align(models, capsys):
     )
     np.testing.assert_allclose(rows, expected.features["layer2"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(list(told["density reached"].values()), 0.7, rtol=1e-4)
+    assert run("align", *sets, "--out", models / "half") == 0  # of 60 samples
+    assert len(json.loads((models / "half" / "alignment.json").read_text())["landmarks"]) == 30
+    assert "30 held-out samples" in capsys.readouterr().out
+    assert run("align", *sets, "--landmarks", 61, "--out", models / "more") == 2
+    assert "landmarks must be a whole number from 1 to n = 60" in capsys.readouterr().err
     # Sets of one name are told apart by their folders.
     assert run("align", models / "a", models / "b", "--landmarks", 40, "--published", "--out", models / "both") == 0
     assert (models / "both" / "b%2flayer10.npy").exists()
+
+
+def test_maps_with_their_channels_first_are_pointed_out(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", rng.normal(size=(6, 8, 4, 4)).astype(np.float32))
+    assert run("compare", tmp_path / "a.npy", tmp_path / "b.npy", "--permutations", 0) == 0
+    printed = capsys.readouterr().out
+    assert "np.moveaxis(x, 1, -1)" in printed
+    assert "independent, which neighbours are not" in printed
 
 
 def test_grid(models, capsys):
@@ -104,7 +119,9 @@ def test_grid(models, capsys):
     assert told["statistics"]["corrected"][0][0] == pytest.approx(0.01)
     assert len(told["provenance"]["sha256"]) == 6
     assert jaxalign.ComparisonGrid.from_json(out / "grid.json").columns == tuple(told["columns"])
-    assert "best match of" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "best match of a" in printed
+    assert "in b" in printed
     assert run("grid", models / "a", models / "b", "--out", out) == 2
     assert "--force overwrites what an earlier run wrote there" in capsys.readouterr().err
     assert run("grid", models / "a", "--measure", "rsa", "--permutations", 0, "--out", out, "--force") == 0

@@ -273,3 +273,26 @@ def test_an_unknown_metric_is_refused(rows):
     a, b = (r.astype(np.float32) for r in rows)
     with pytest.raises(ValueError, match=r"^metric must be one of 'correlation', 'cosine', 'euclidean'; got 'l1'"):
         jaxalign.correspondence(a, b, metric="l1")
+
+
+@pytest.mark.parametrize("options", ["RECOMMENDED", "PUBLISHED"])
+def test_rows_of_landmarks_are_told_by_their_pattern(options):
+    """Of unrelated sets nothing corresponds, but landmarks find themselves."""
+    rng = np.random.default_rng(0)
+    features = {name: rng.normal(size=(300, d)).astype(np.float32) for name, d in (("a", 16), ("b", 20))}
+    found = jaxalign.align(features, landmarks=100, key=jax.random.key(0), **getattr(jaxalign.alignment, options))
+    a, b = found.features.values()
+    with pytest.warns(UserWarning, match="landmarks, whose entries for themselves give their matches away"):
+        assert jaxalign.correspondence(a, b).top1 > 0.25
+    rest = np.asarray(found.queries)
+    assert jaxalign.correspondence(a[rest], b[rest]).top1 < 0.05  # nor is there a warning, which would be an error
+    assert found.correspondence("a", "b").top1 < 0.05
+    assert jaxalign.correspondence(a[rest], 2 * a[rest]).top1 == 1
+    x = rng.normal(size=(10_000, 40)).astype(np.float32)  # every column has a largest row of its own
+    assert jaxalign.correspondence(x[:3000], 3 * x[:3000]).top1 == 1
+
+
+def test_landmarks_must_be_known_before_a_trace():
+    x = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    with pytest.raises(TypeError, match="landmarks must be known before anything is traced"):
+        jax.jit(lambda x: jaxalign.align({"a": x}, landmarks=jnp.arange(5), density=0.5).features["a"])(x)

@@ -150,7 +150,7 @@ def test_a_step_of_torch_lowers_the_loss_and_compiles_once():
 
 def test_memory_goes_from_step_to_step():
     x, y = (a.detach() for a in tensors(8, 5, count=2, dtype=torch.float32))
-    memory = jaxalign.interop.to_torch(jaxalign.losses.empty_memory(32, 5, 5))
+    memory = torch_losses.empty_memory(32, 5, 5)
     for _ in range(4):
         memory = torch_losses.remember(memory, x, y)
     assert memory.filled.all()

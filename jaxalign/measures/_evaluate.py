@@ -27,6 +27,8 @@ from jaxalign.distances import check_stored
 from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, pair_products_jit
 
 Missing = Literal["raise", "omit", "propagate"]
+# What to do about missing samples where there is no option `missing`.
+MASKED = "Leave such samples out with mask=."
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,12 @@ class SetMeasure:
 
 
 def check_sets(
-    named: Sequence[tuple[str, Any]], mask: Any, missing: Any, least: int, measure: str
+    named: Sequence[tuple[str, Any]],
+    mask: Any,
+    missing: Any,
+    least: int,
+    measure: str,
+    way_out: str = 'missing="omit" leaves out samples that are missing in any set.',
 ) -> tuple[tuple[Array, ...], Array | None]:
     """Features of the same samples in one dtype and batch shape, and the mask of those that count in all of them."""
     _checks.choice("missing", missing, ("raise", "omit", "propagate"))
@@ -116,9 +123,7 @@ def check_sets(
     mask = _checks.row_mask("mask", mask, (*batch, n))
     if missing == "raise":
         for (name, _), features in zip(named, sets, strict=True):
-            _checks.finite_rows(
-                name, features, mask, way_out='missing="omit" leaves out samples that are missing in any set.'
-            )
+            _checks.finite_rows(name, features, mask, way_out=way_out)
     if missing == "omit":
         real = [jnp.isfinite(features).all(-1) for features in sets]
         for more in real:

@@ -21,7 +21,7 @@ from jaxalign._linalg import matmul
 from jaxalign._plan import ROWS_SECOND_LAST, Plan, TileSize, make_plan, on_mesh
 from jaxalign._typing import AnyArray
 from jaxalign.distances import make_frame
-from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, check_directions, check_sets, evaluate
+from jaxalign.measures._evaluate import MASKED, Missing, SetMeasure, Setting, check_directions, check_sets, evaluate
 from jaxalign.measures._pair_sums import ORDER, PairFunction, typical_rate, unit_rows
 from jaxalign.pairs import Pairs, Reduction, Tile, reduce_pairs
 
@@ -65,7 +65,7 @@ def nearest_neighbors(
     """
     function = _function(metric)
     k = _check_k(k)
-    (x,), mask = check_sets((("x", x),), mask, "raise", k + 1, f"k = {k} neighbours")
+    (x,), mask = check_sets((("x", x),), mask, "raise", k + 1, f"k = {k} neighbours", MASKED)
     check_directions("x", x, function.rows, mask)
     found = _neighbors_jit(x, mask, k, function, make_plan(x, None, tile_size, mesh, None))
     return jnp.where(found == _NOBODY, -1, found)

@@ -199,5 +199,6 @@ def check_how(entry: Entry, how: Iterable[str]) -> None:
 
 def closest(name: Any, valid: Any) -> str:
     """' Did you mean ...?' or nothing."""
-    found = difflib.get_close_matches(str(name), list(valid), 1, 0.5)
+    names, text = list(valid), str(name).lower()
+    found = [one for one in names if text and text in one.split("_")] or difflib.get_close_matches(text, names, 1, 0.5)
     return f" Did you mean {found[0]!r}?" if found else ""

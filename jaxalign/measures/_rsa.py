@@ -26,6 +26,7 @@ from jaxalign._typing import AnyArray
 from jaxalign.bandwidth import Diagonal, check_density, check_problem, check_rtol, explain_failure
 from jaxalign.distances import check_stored
 from jaxalign.measures._evaluate import (
+    MASKED,
     Missing,
     PairMeasure,
     SetMeasure,
@@ -90,7 +91,7 @@ def rdm(
                [1., 0., 1.],
                [2., 1., 0.]], dtype=float32)
     """
-    (x,), mask = check_sets((("x", x),), mask, "raise", 2, "rdm")
+    (x,), mask = check_sets((("x", x),), mask, "raise", 2, "rdm", MASKED)
     _checks.choice("kind", kind, tuple(_FUNCTIONS))
     function = _function(kind, sigma is None, diagonal)
     check_directions("x", x, function.rows, mask)

@@ -87,7 +87,15 @@ def read(paths: list[Path], positions: io.Positions) -> Input:
         rows[name] = values
         if one.values.ndim > 2 and positions == "rows":
             shape = " x ".join(map(str, one.values.shape[:-1]))
-            notes.append(f"each of {shape} positions is a sample (--positions mean: their mean)")
+            notes.append(
+                f"each of {shape} positions is a sample (--positions mean: their mean); p-values take them for "
+                "independent, which neighbours are not"
+            )
+            if one.values.ndim == 4 and one.values.shape[1] > one.values.shape[2] == one.values.shape[3]:
+                notes.append(
+                    f"{io.printable(name)} of shape {one.values.shape} was read with its channels last; if they are "
+                    "first, as in torch, write np.moveaxis(x, 1, -1)"
+                )
     hashes = {str(path): io.hash_of(path) for path in sorted({one.path for one in sets.values()})}
     return Input(rows, sets, tuple(dict.fromkeys(notes)), hashes)
 
@@ -310,8 +318,8 @@ def compare_files(options: dict[str, Any]) -> Found:
     names = [io.printable(name) for one in given for name in one.rows]
     same_samples({"x": x, "y": y})
     measure_options = _measure_options(options)
-    pair = {"x": jnp.asarray(np.asarray(x))}, {"y": jnp.asarray(np.asarray(y))}
-    compared = compare_grid(*pair, options["measure"], tile_size=options["tile_size"], **measure_options)
+    first, second = ({name: jnp.asarray(np.asarray(rows))} for name, rows in zip(names, (x, y), strict=True))
+    compared = compare_grid(first, second, options["measure"], tile_size=options["tile_size"], **measure_options)
     value = float(np.asarray(compared.values)[0, 0])
     data: dict[str, Any] = {"x": names[0], "y": names[1], "measure": options["measure"], "value": value, "n": len(x)}
     data |= {"sigma": compared.sigma, "density reached": _densities([x, y], compared, options)}
@@ -340,7 +348,8 @@ def align_files(options: dict[str, Any]) -> Found:
         how["decorrelate"] = None  # which needs one sigma
     alignment = align(
         {name: jnp.asarray(np.asarray(x)) for name, x in given.rows.items()},
-        landmarks=min(options["landmarks"], n), key=jax.random.key(options["seed"]), bandwidth=options["bandwidth"],
+        landmarks=max(1, min(300, n // 2)) if options["landmarks"] is None else options["landmarks"],
+        key=jax.random.key(options["seed"]), bandwidth=options["bandwidth"],
         **how,
     )  # fmt: skip
     names = list(given.rows)
@@ -467,9 +476,14 @@ def grid_files(options: dict[str, Any]) -> Found:
     from jaxalign.report.html import page
 
     ax = plots.grid(_printable(compared), test=_printable(test))
-    ax.set(ylabel=_short(options["x"].name), xlabel=_short((options["y"] or options["x"]).name))
+    ours_name, theirs_name = (_short(path.name) for path in (options["x"], options["y"] or options["x"]))
+    ax.set(ylabel=ours_name, xlabel=theirs_name)
     figures = {"grid": png_of(ax.figure, 130)}
-    figures["layers"] = png_of(plots.layers(_printable(compared)).figure, 130)
+    curves = plots.layers(_printable(compared))
+    if theirs is not None:
+        curves.set_xlabel(f"layer of {ours_name}")
+        curves.get_legend().set_title(theirs_name, {"size": 7})
+    figures["layers"] = png_of(curves.figure, 130)
     if pictures is not None:
         figures |= _colors_of_best(compared, ours, theirs, pictures, options)
     shown = {name: content for name, content in figures.items() if name != "grid"}
@@ -483,7 +497,8 @@ def grid_files(options: dict[str, Any]) -> Found:
         (io.printable(row), io.printable(column), f"{value:.4f}", *_p_cells(test, compared, row, column))
         for row, (column, value) in compared.best_match().items()
     ]
-    header = ("best match of", "is", options["measure"], *(("p, corrected",) if test is not None else ()))
+    of, found_in = ("", "is") if theirs is None else (f" {ours_name}", f"in {theirs_name}")
+    header = (f"best match of{of}", found_in, options["measure"], *(("p, corrected",) if test is not None else ()))
     text = format_table(header, told)
     text += f"\n\n{n} samples, {compared.values.size} comparisons. Report: {_place(out)}report.html"
     if test is not None and len(few) < n:

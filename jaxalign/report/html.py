@@ -139,12 +139,13 @@ function draw() {
   });
   document.getElementById("map").replaceChildren(svg);
 }
+function short(k) { return cut(data.names[k].replace(/[\\\\/]+$/, "").split(/[\\\\/]/).pop()); }
 let sorted = {key: 2, down: true};
 function table() {
   const found = rows.map((row, i) => { const j = best(own(i)); return j < 0 ? null : [row, columns[j], values[i][j], ...(stats ? [stats.corrected[i][j]] : [])]; }).filter(Boolean);
   found.sort((a, b) => (typeof a[sorted.key] === "number" ? a[sorted.key] - b[sorted.key] : a[sorted.key].localeCompare(b[sorted.key], undefined, {numeric: true})) * (sorted.down ? -1 : 1));
   const head = document.createElement("tr"), out = document.getElementById("best");
-  ["of", "is", data.measure, ...(stats ? ["p, corrected"] : [])].forEach((name, key) => {
+  [...(data.itself ? ["of", "is"] : [`of ${short(0)}`, `in ${short(1)}`]), data.measure, ...(stats ? ["p, corrected"] : [])].forEach((name, key) => {
     const th = document.createElement("th"), button = document.createElement("button");
     button.textContent = name + (sorted.key === key ? (sorted.down ? " ▾" : " ▴") : "");
     button.addEventListener("click", () => { sorted = {key, down: sorted.key === key ? !sorted.down : key > 1}; table(); });
@@ -158,7 +159,7 @@ function table() {
 }
 document.getElementById("summary").textContent = `${data.samples} samples, ${rows.length} x ${columns.length} sets, ${data.measure} (${data.direction})` +
   (stats ? `; p-values by ${stats.permutations} permutations of ${stats.samples} samples, corrected for ${rows.length * columns.length} comparisons` : "") +
-  ". More alike is brighter; hover or tab for values.";
+  (data.itself ? "" : `. Rows are of ${short(0)}, columns of ${short(1)}`) + ". More alike is brighter; hover or tab for values.";
 document.getElementById("chance").hidden = !stats;
 document.getElementById("made").textContent = JSON.stringify({options: data.options, sigma: data.sigma, ...data.provenance}, null, 1);
 for (const id of ["order", "fade"]) document.getElementById(id).addEventListener("change", draw);
