@@ -22,6 +22,9 @@ import pytest
 worker = f"{getpass.getuser()}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxalign-numba-{worker}"))
 
+# Test processes run side by side: threads of OpenMP (torch, scikit-learn) in each would wait for each other's turn.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Before anything starts the backend: the number of devices cannot change afterwards.
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of the suite's time, and slower programs are no matter here.
