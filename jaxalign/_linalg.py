@@ -44,7 +44,7 @@ def unit(x: Array, axis: int | tuple[int, ...] = -1, *, nothing: float = 0.0) ->
 
 
 def scaled(x: Array, axis: int | tuple[int, ...] | None = None) -> tuple[Array, Array]:
-    """X in units of a power of two near its largest entry along the axes (None: all), and the unit, as a constant."""
+    """An array in units of a power of two near its largest entry along the axes (None: all); that unit, a constant."""
     size, inverse = power_of_two(lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True)))
     return x * inverse, size
 

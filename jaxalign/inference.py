@@ -22,6 +22,7 @@ from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array
 
 from jaxalign import _checks
+from jaxalign._linalg import matmul
 from jaxalign._plan import STORED, check_room
 from jaxalign.bandwidth import check_rtol
 from jaxalign.io import named_sets
@@ -482,7 +483,7 @@ def _permuted_products(x: Array, y: Array, key: Array, side: int) -> Array:
         index = piece * rows + jnp.arange(rows, dtype=jnp.int32)
         real = (index < n).astype(x.dtype)
         a, b = gathered(x, of_x, index, real), gathered(y, of_y, index, jnp.ones_like(real))
-        return total + jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST), None
+        return total + matmul(a, b.T), None
 
     start = jnp.zeros((x.shape[0] * side, y.shape[0] * side), x.dtype)
     total, _ = lax.scan(add, start, jnp.arange(pieces, dtype=jnp.int32))
@@ -662,7 +663,7 @@ def _weighted_product(f: Array, g: Array, w: Array, centring: Centring) -> Array
     n = f.shape[0]
 
     def through(matrix: Array, left: Array, right: Array) -> Array:
-        return jnp.sum(left * jnp.matmul(right, matrix, precision=lax.Precision.HIGHEST), -1)
+        return jnp.sum(left * matmul(right, matrix), -1)
 
     s1, s2, s3, s4 = (jnp.sum(w**k, -1) for k in (1, 2, 3, 4))
     product = f * g
@@ -673,7 +674,7 @@ def _weighted_product(f: Array, g: Array, w: Array, centring: Centring) -> Array
         return n * (n - 1) * (same / pairs - (mean_f * mean_g if centring == "pearson" else 0))
 
     def rows(matrix: Array, right: Array) -> Array:
-        return jnp.matmul(right, matrix, precision=lax.Precision.HIGHEST)
+        return matmul(right, matrix)
 
     w2, w3 = w**2, w**3
     f1, g1, f2, g2 = rows(f, w), rows(g, w), rows(f, w2), rows(g, w2)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxalign._linalg import root
+from jaxalign._linalg import root, transposed
 from jaxalign.distances import (
     Frame,
     accurate_distances,
@@ -74,22 +74,22 @@ class Tile(NamedTuple):
         """One a feature set, broadcasting against its distances; None where none was given."""
         by_column = self.rates_of == "columns"
         owners = self.column.rates if by_column else self.row.rates
-        each = (rate if rate is None or not by_column else _transpose(rate) for rate in owners)
+        each = (rate if rate is None or not by_column else transposed(rate) for rate in owners)
         return tuple(own if only is None else only for own, only in zip(each, self.one_rate, strict=True))
 
     def weigh(self, values: Array) -> Array:
         """Values (..., r, c) times the weights of both rows; 0 for pairs that do not count."""
         if self.weighted:
-            values = values * self.row.weights * jnp.swapaxes(self.column.weights, -1, -2)
+            values = values * self.row.weights * transposed(self.column.weights)
         return jnp.where(self.same(), 0, values) if self.skip_self else values
 
     def same(self) -> Array:
         """Where a pair is a sample with itself, (r, c)."""
-        return self.row.sample == jnp.swapaxes(self.column.sample, -1, -2)
+        return self.row.sample == transposed(self.column.sample)
 
     def mirrored(self) -> Tile:
         """The same pairs, the other way round."""
-        return self._replace(distances=jax.tree.map(_transpose, self.distances), row=self.column, column=self.row)
+        return self._replace(distances=jax.tree.map(transposed, self.distances), row=self.column, column=self.row)
 
 
 def _add(a: Any, b: Any) -> Any:
@@ -316,10 +316,6 @@ def _weights(rows: Array, mask: Array | None) -> Array:
     return varying_like(rows, jnp.ones(rows.shape[:-1], rows.dtype)) if mask is None else mask.astype(rows.dtype)
 
 
-def _transpose(a: Array) -> Array:
-    return jnp.swapaxes(a, -1, -2)
-
-
 def reduce_pairs(
     reduction: Reduction,
     pairs: Pairs,
@@ -460,7 +456,7 @@ def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides: 
         if not itself and not both_sides:
             return totals, sums, ()
         back = tile.mirrored()
-        terms = jax.tree.map(_transpose, terms) if reduction.symmetric else reduction.terms(back)
+        terms = jax.tree.map(transposed, terms) if reduction.symmetric else reduction.terms(back)
         totals_back, sums_back = reduction.sums(terms, back)
         if both_sides:
             return totals, sums, sums_back
@@ -594,7 +590,7 @@ def _with_distances(pairs: Pairs, tile: Tile) -> Tile:
             part = part._replace(sample=tile.row.sample[:, 0], sample_y=tile.column.sample[:, 0])
         rate, own, others = tile.one_rate[k], tile.row.rates[k], tile.column.rates[k]
         # The tile serves the rows of both sides; a row of a small sigma must not decide for the others.
-        at = [r for r in (rate, own, None if others is None else _transpose(others)) if r is not None]
+        at = [r for r in (rate, own, None if others is None else transposed(others)) if r is not None]
         precision = pairs.precision
         if at:
             d2 = accurate_distances(part, *at, counted=tile.counted, precision=precision, rooted=pairs.rooted)

@@ -294,7 +294,7 @@ def _mean_over_samples(values: Array, mask: Array | None) -> Array:
     if mask is None:
         return jnp.mean(values, -1)
     weight = mask.astype(values.dtype)
-    return jnp.sum(jnp.where(mask, values, 0), -1) / jnp.maximum(jnp.sum(weight, -1), 1)
+    return jnp.sum(values * weight, -1) / jnp.maximum(jnp.sum(weight, -1), 1)
 
 
 def _overlap(x: Array, y: Array, mask: Array | None, shared_of: Any) -> Array:

@@ -543,7 +543,7 @@ def _inner(
 
 
 def centred_matrix(f: Array, centring: Centring) -> Array:
-    """F (n, n) so centred that its inner products with others are those of `_inner`; not of "difference"."""
+    """A matrix f (n, n) so centred that its inner products with others are those of `_inner`; not of "difference"."""
     assert centring != "difference"
     n = f.shape[-1]
     off = ~jnp.eye(n, dtype=bool)
