@@ -244,19 +244,40 @@ def finite_rows(
     """Raise on nan or inf in a concrete array, naming the first row that holds one."""
     if not is_concrete(value, mask):
         return
-    # On the device, so that only one byte a row travels to the host, or to the other processes: all raise, or none.
-    bad = looked_at(_not_finite, value)
+    # On the device, so that only one byte per row travels to the host, or to the other processes: all raise, or none.
+    rows = looked_at(_row_facts, value)
     if mask is not None:
-        bad = bad & on_host(mask)
+        rows = np.where(on_host(mask), rows, 0)
+    if not (rows & _NORMAL).any() and (rows & _NONZERO).any():
+        raise ValueError(
+            f"{name} has no entry above {_smallest(value.dtype):.0e}: numbers that small, and their differences, are "
+            f"rounded to 0. Use another unit: np.asarray({name}) * 2.0**64."
+        )
+    bad = (rows & _NOT_FINITE) > 0
     if bad.any():
         first = tuple(int(i) for i in np.argwhere(bad)[0])
         where = f"row {first[-1]}" + (f" of batch element {first[:-1]}" if len(first) > 1 else "")
         raise ValueError(f"{name} has nan or inf in {int(bad.sum())} row(s), the first is {where}. {way_out}")
 
 
+# What a row holds, in bits.
+_NOT_FINITE, _NONZERO, _NORMAL = 1, 2, 4
+
+
 @jax.jit
-def _not_finite(value: jax.Array) -> jax.Array:
-    return ~jnp.isfinite(value).all(-1)
+def _row_facts(value: jax.Array) -> jax.Array:
+    # Bits are looked at, as subnormal numbers compare as 0.
+    integer = jnp.dtype(f"int{8 * value.dtype.itemsize}")
+    size = jax.lax.bitcast_convert_type(jnp.abs(value), integer)
+    least = jax.lax.bitcast_convert_type(jnp.asarray(_smallest(value.dtype), value.dtype), integer)
+    facts = (~jnp.isfinite(value), size != 0, size >= least)
+    bits = (_NOT_FINITE, _NONZERO, _NORMAL)
+    return sum(fact.any(-1).astype(jnp.uint8) * bit for fact, bit in zip(facts, bits, strict=True))
+
+
+def _smallest(dtype: Any) -> float:
+    """The size below which features lose digits as numbers become subnormal."""
+    return 2.0**10 * float(jnp.finfo(dtype).tiny)
 
 
 def _show(values: np.ndarray) -> str:

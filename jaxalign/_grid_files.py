@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxalign import _checks, streaming
+from jaxalign._directions import unit_rows
 from jaxalign._grid_memory import Found, Job, cells
 from jaxalign._plan import choose_tiles, usual_block_rows
 from jaxalign._saved import Saved
@@ -30,7 +31,6 @@ from jaxalign.measures._pair_sums import (
     largest_square,
     sums_of,
     typical_rate,
-    unit_rows,
 )
 from jaxalign.pairs import Pairs, Reduction, Tile, half_ring, over_rows, reduce_both_sides, reduce_pairs
 from jaxalign.streaming import Progress
@@ -101,7 +101,7 @@ class _UnitRows:
         return unit
 
 
-_unit_rows = jax.jit(unit_rows, static_argnames="how")
+_unit_rows = jax.jit(unit_rows, static_argnames="rows")
 
 
 def from_blocks(job: Job, measure: PairMeasure, block_rows: int | None, checkpoint: Any) -> Found:

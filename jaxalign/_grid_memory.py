@@ -97,7 +97,8 @@ def in_one_visit(job: Job, measure: PairMeasure | SetMeasure, mesh: Any = None, 
         measure = replace(measure, function=replace(function, solves=False))
     inner = products_of(ready, split, mask, sigma, None, measure, plan, names)
     values = values_of(inner, measure)
-    return np.asarray(values), np.asarray(inner.sigma), int(inner.samples)
+    sigmas = np.asarray(inner.sigma) if function.needs_sigma else np.full(len(ready), np.nan)
+    return np.asarray(values), sigmas, int(inner.samples)
 
 
 @partial(jax.jit, static_argnames=("measure", "plan"))

@@ -32,6 +32,17 @@ def root(squares: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
 
 
+def bounded(value: Array, low: float | int, high: float | int) -> Array:
+    """A value clipped to the bounds that mathematics gives it, which rounding may overstep; its derivatives stay."""
+    return lax.stop_gradient(jnp.clip(value, low, high)) + (value - lax.stop_gradient(value))
+
+
+def arccos(cosine: Array) -> Array:
+    """The angle of a cosine; its derivative at 1 and -1, where it is infinite, is taken as 0."""
+    inside = jnp.abs(cosine) < 1
+    return jnp.where(inside, jnp.arccos(jnp.where(inside, cosine, 0)), jnp.arccos(lax.stop_gradient(cosine)))
+
+
 def unit(x: Array, axis: int | tuple[int, ...] = -1, *, nothing: float = 0.0) -> Array:
     """Vectors along the axes, of length 1; `nothing` everywhere in one of zeros, where the derivative is 0.
 
@@ -57,3 +68,17 @@ def power_of_two(size: Array) -> tuple[Array, Array]:
     one = jnp.ones_like(size)
     # Behind a barrier, or XLA computes the powers again for every feature that is multiplied with them.
     return lax.optimization_barrier((jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)))
+
+
+def exact_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """The rounded sum a + b, and what rounding took away from it (Knuth 1969)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+def upper_half(a: Array) -> Array:
+    """A number without the lower half of its digits, so that its square is exact."""
+    integer, digits = (jnp.int32, 12) if a.dtype.itemsize == 4 else (jnp.int64, 27)
+    bits = lax.bitcast_convert_type(a, integer)
+    return lax.bitcast_convert_type((bits >> digits) << digits, a.dtype)

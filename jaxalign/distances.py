@@ -18,13 +18,17 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxalign import _checks
-from jaxalign._linalg import power_of_two, products
+from jaxalign._linalg import exact_sum, power_of_two, products, upper_half
 from jaxalign._plan import ROWS_SECOND_LAST, check_room, in_auto_mode
 from jaxalign._typing import AnyArray
 
 # Features a step of the explicit sum, so that the n x m result is read and written rarely; more than this gains
 # nothing.
 _FEATURES_PER_STEP = 8
+# A distance that is this many times above the error of the fast formula is resolved.
+_RESOLVED = 1e4
+# Whole numbers are recognized up to this many times their unit.
+_STEPS = 2.0**15
 
 T = TypeVar("T")
 
@@ -47,9 +51,9 @@ def squared_distances(
         Squared distances, shape (..., n, m), in squared units of the features, never negative. With y = None the
         matrix is symmetric and its diagonal exactly 0.
 
-    The features are centred and scaled before |a|^2 + |b|^2 - 2 a.b is taken, so an offset costs no digits. The
-    absolute error is about eps max_i ||x_i - mean||^2. `rbf_affinity` and `solve_sigma` go further: they recompute
-    the distances from explicit differences where this error matters at their sigma.
+    The features are centered and scaled before |a|^2 + |b|^2 - 2 a.b is taken, so an offset costs no digits. Its
+    absolute error is about eps max_i ||x_i - mean||^2: where some distances are too small for that, all are computed
+    from explicit differences (unless `precision` is given), which takes longer.
 
     Raises:
         TypeError: not an array, integer or complex features, float64 without x64.
@@ -78,7 +82,8 @@ def check_stored(what: str, x: Array, y: Array | None) -> None:
 def _squared_distances(x: Array, y: Array | None, precision: lax.PrecisionLike) -> Array:
     def compute(x: Array, y: Array | None) -> Array:
         frame = make_frame(x, y)
-        distances = attach_gradient(frame, fast_distances(frame, precision))
+        distances = resolved_distances(frame) if precision is None else fast_distances(frame, precision)
+        distances = attach_gradient(frame, distances)
         return distances * frame.scale * frame.scale  # twice: scale^2 alone may overflow where the product does not
 
     return in_auto_mode(compute, x, y, result_rows=ROWS_SECOND_LAST)
@@ -135,8 +140,7 @@ class Frame(NamedTuple):
         return self.sample[:, None] == self.sample_y[None, :]
 
     def _ready(self, rows: Array, mask: Array | None) -> Array:
-        centred = rows - self.centre
-        return (centred if mask is None else jnp.where(mask[..., None], centred, 0)) * self.inverse
+        return _valid(rows - self.centre, mask) * self.inverse
 
 
 def make_frame(
@@ -157,6 +161,9 @@ def make_frame(
         y = jnp.where(mask_y[..., None], y, 0)
     sides = [(x, mask)] if y is None else [(x, mask), (y, mask_y)]
     plain = lax.stop_gradient([(side, m) for side, m in sides])
+    # The mean is taken of differences from a sample: a sum of features with a large offset would lose their digits.
+    start = over_devices(lax.pmax, _first_row(*plain[0]), axis_name)
+    start = jnp.where(start > -jnp.inf, start, 0)
     counts = [
         varying_like(side, jnp.full(side.shape[:-2], side.shape[-2], side.dtype))
         if m is None
@@ -165,16 +172,28 @@ def make_frame(
     ]
     count = jnp.maximum(over_devices(lax.psum, sum(counts), axis_name), 1)[..., None, None]
     # Divided before they are summed up, so that the sum cannot overflow.
-    means = [jnp.sum(side / count, -2, keepdims=True) for side, _ in plain]
-    centre = over_devices(lax.psum, means[0] if y is None else means[0] + means[1], axis_name)
+    means = [jnp.sum(_valid(side - start, m) / count, -2, keepdims=True) for side, m in plain]
+    centre = start + over_devices(lax.psum, means[0] if y is None else means[0] + means[1], axis_name)
     tops = []
     for side, m in plain:
-        size = jnp.abs(side - centre)
-        tops.append(jnp.max(size if m is None else jnp.where(m[..., None], size, 0), (-2, -1), keepdims=True))
+        tops.append(jnp.max(jnp.abs(_valid(side - centre, m)), (-2, -1), keepdims=True))
     top = tops[0] if y is None else jnp.maximum(*tops)
     bad = over_devices(lax.psum, (~jnp.isfinite(top[..., 0, 0])).astype(jnp.int32), axis_name)
     scale, inverse = power_of_two(over_devices(lax.pmax, top, axis_name))
     return Frame(x, y, mask, mask_y, centre, scale, inverse, finite=bad == 0)
+
+
+def _valid(rows: Array, mask: Array | None) -> Array:
+    """Rows, those that are masked out 0."""
+    return rows if mask is None else jnp.where(mask[..., None], rows, 0)
+
+
+def _first_row(x: Array, mask: Array | None) -> Array:
+    """The first valid row, (..., 1, d); -inf where there is none."""
+    if mask is None:
+        return x[..., :1, :]
+    first = jnp.argmax(mask, -1, keepdims=True)[..., None]
+    return jnp.where(mask.any(-1)[..., None, None], jnp.take_along_axis(x, first, -2), -jnp.inf)
 
 
 def over_devices(collective: Callable[..., T], value: T, axis_name: str | None) -> T:
@@ -210,7 +229,7 @@ def accurate_distances(
     a pair close enough not to vanish in the kernel: tight clusters far from each other, or duplicates. Then, and only
     then, explicit differences are taken. A rate broadcasts against the distances. `rooted`: the kernel is exp(-rate
     sqrt(D)); the distances returned are squared all the same. `counted`: about how many pairs bear a sum over the
-    kernel, broadcasting against the distances.
+    kernel, broadcasting against the distances. A rate of inf asks for explicit differences.
     """
     frame, rates = lax.stop_gradient((frame, rates))
     fast = fast_distances(frame, precision)
@@ -242,37 +261,89 @@ def inaccurate(frame: Frame, rate: Array, fast: Array, *, counted: Array | float
         else:
             near = rate * fast < 4 * eps * spread - math.log(eps)
             bad = (spread > limit) & near
-        same = frame.same()
-        if same is not None:
-            bad = jnp.where(same, False, bad)
-        if frame.mask is not None:
-            bad &= frame.mask[..., :, None]
-        if frame.other_mask is not None:
-            bad &= frame.other_mask[..., None, :]
-        return jnp.any(bad)
+        return _any_pair(frame, bad)
 
-    return when_any(suspicious, look_at_pairs, varying_like(suspicious, jnp.zeros((), bool)))
+    return when_any(suspicious, look_at_pairs, varying_like(suspicious, jnp.zeros((), bool))) | jnp.isinf(rate).any()
+
+
+def resolved_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
+    """Distances of which each is right by itself, however small it is beside the others: to be returned or ranked."""
+    frame = lax.stop_gradient(frame)
+    fast = fast_distances(frame, precision)
+    return when_any(unresolved(frame, fast), lambda _: explicit_distances(frame), fast)
+
+
+def unresolved(frame: Frame, fast: Array) -> Array:
+    """Whether some of the `fast_distances` may be off by more than 1e-4 of themselves: a scalar for the whole batch."""
+    squares_x, squares_y = jnp.sum(frame.x * frame.x, -1), jnp.sum(frame.other * frame.other, -1)
+    error = float(jnp.finfo(fast.dtype).eps) * (squares_x[..., :, None] + squares_y[..., None, :])
+    return _any_pair(frame, fast < error * _RESOLVED)
+
+
+def has_ties(frame: Frame) -> Array:
+    """Whether features are whole numbers of some unit, as counts and one-hot vectors are, (..., 1, 1).
+
+    Many distances are then equal, which the rounding of `fast_distances` would put in some order.
+    """
+    steps = lax.stop_gradient(_valid(frame.raw_x - frame.raw_x[..., :1, :], frame.mask) * frame.inverse) * _STEPS
+    return (steps == jnp.round(steps)).all((-2, -1), keepdims=True)
+
+
+def _any_pair(frame: Frame, bad: Array) -> Array:
+    """Whether a condition (..., n, m) holds for any pair of valid, different samples."""
+    same = frame.same()
+    if same is not None:
+        bad = jnp.where(same, False, bad)
+    if frame.mask is not None:
+        bad &= frame.mask[..., :, None]
+    if frame.other_mask is not None:
+        bad &= frame.other_mask[..., None, :]
+    return jnp.any(bad)
 
 
 def explicit_distances(frame: Frame) -> Array:
     """Sums of squared differences: exact to rounding of the result, d times the memory traffic of the fast way."""
-    x = lax.stop_gradient(frame.raw_x / frame.scale)
-    y = x if frame.raw_y is None else lax.stop_gradient(frame.raw_y / frame.scale)
+
+    def add(total: Array, a: Array, b: Array) -> Array:
+        difference = a - b
+        return total + difference * difference
+
+    return _over_features(frame, add, lambda zeros: zeros)
+
+
+def exact_distances(frame: Frame) -> tuple[Array, Array]:
+    """Sums of squared differences to about half as many digits again, high + low: for the order of nearly equal ones.
+
+    What addition rounds away is known exactly (Knuth 1969), and so is a square of which each half is squared.
+    """
+
+    def add(total: tuple[Array, Array], a: Array, b: Array) -> tuple[Array, Array]:
+        (high, low), (difference, lost) = total, exact_sum(a, -b)
+        upper = upper_half(difference)
+        lower = difference - upper
+        high, carried = exact_sum(high, upper * upper)
+        return high, low + (carried + (2 * upper * lower + (lower * lower + 2 * difference * lost)))
+
+    return exact_sum(*_over_features(frame, add, lambda zeros: (zeros, zeros)))
+
+
+def _over_features(frame: Frame, add: Callable[[T, Array, Array], T], start: Callable[[Array], T]) -> T:
+    """A sum over features, `add(total, column (..., n, 1) of x, row (..., 1, m) of y)`, some at a time."""
+    x, y = lax.stop_gradient((frame.raw_x * frame.inverse, frame.raw_other * frame.inverse))
     pad = -x.shape[-1] % _FEATURES_PER_STEP
 
     def in_steps(a: Array) -> Array:
         a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, pad)])
         return jnp.moveaxis(a.reshape(a.shape[:-1] + (-1, _FEATURES_PER_STEP)), -2, 0)
 
-    def add(total: Array, step: tuple[Array, Array]) -> tuple[Array, None]:
-        a, b = step
+    def step(total: T, features: tuple[Array, Array]) -> tuple[T, None]:
+        a, b = features
         for k in range(_FEATURES_PER_STEP):
-            difference = a[..., :, None, k] - b[..., None, :, k]
-            total = total + difference * difference
+            total = add(total, a[..., :, None, k], b[..., None, :, k])
         return total, None
 
-    start = jnp.zeros(x.shape[:-1] + y.shape[-2:-1], x.dtype) + 0 * x[..., :1]
-    return lax.scan(add, start, (in_steps(x), in_steps(y)))[0]
+    zeros = jnp.zeros(x.shape[:-1] + y.shape[-2:-1], x.dtype) + 0 * x[..., :1]
+    return lax.scan(step, start(zeros), (in_steps(x), in_steps(y)))[0]
 
 
 def attach_gradient(frame: Frame, distances: Array) -> Array:

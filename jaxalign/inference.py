@@ -36,7 +36,7 @@ from jaxalign.measures._evaluate import (
     explain_status,
     prepare_set,
 )
-from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, centred_matrix, prepare
+from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, centred_matrix, facts_of, prepare, rounding
 from jaxalign.measures._registry import specified
 
 # Fewer samples are resampled to mostly copies of each other.
@@ -429,11 +429,14 @@ def _pair_matrix(
     frame = one.pairs.frames[0]
     f = function.of(one.pairs.distances[0], one.rate, frame.scale)
     # In its own unit, so that neither squares nor products overflow.
-    return centred_matrix(f, centring), function.unit(frame.scale)[0, 0], one.status
+    matrix = centred_matrix(f, centring)
+    count, size = jnp.asarray(x.shape[0], x.dtype), jnp.max(jnp.abs(f), -1, keepdims=True)
+    constant = _norms(matrix) <= rounding(facts_of([one], function), size, function, count)[0]
+    return jnp.where(constant, 0, matrix), function.unit(frame.scale)[0, 0], one.status
 
 
 def _norms(matrices: Array) -> Array:
-    """<F, F>, (sets,)."""
+    """<F, F>, (...)."""
     return jnp.sum(jnp.sum(matrices * matrices, -1), -1)
 
 

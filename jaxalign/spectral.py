@@ -256,7 +256,7 @@ def kway(
         (a graph of more separate parts than that), which parts share a segment is arbitrary.
 
     Raises:
-        ValueError: segments out of range.
+        ValueError: segments out of range; nan or inf. (Under a trace labels are then -1.)
 
     Example:
         >>> import jax.numpy as jnp, jaxalign
@@ -270,7 +270,9 @@ def kway(
     number = vectors.shape[1] if segments is None else _checks.whole("segments", segments)
     if number > vectors.shape[1]:
         raise ValueError(f"segments = {number}, but there are only {vectors.shape[1]} eigenvectors.")
+    _checks.finite_rows("cut", vectors, way_out="Eigenvectors are finite: cut again without such samples.")
     present = cut.degrees > 0 if isinstance(cut, NormalizedCut) else jnp.any(vectors[:, :number] != 0, 1)
+    present &= jnp.isfinite(vectors).all()
     return _kway(vectors[:, :number], present, _checks.whole("steps", steps))
 
 

@@ -19,7 +19,10 @@ def sq_distances(x: np.ndarray) -> np.ndarray:
 def solve_rate(values: np.ndarray, density: float, diagonal: str) -> float:
     """t with mean(exp(-t values)) = density."""
     counted = values[~np.eye(len(values), dtype=bool)] if diagonal == "exclude" else values.ravel()
-    return np.exp(scipy.optimize.brentq(lambda u: np.exp(-np.exp(u) * counted).mean() - density, -60, 60, xtol=1e-15))
+    unit = counted.mean()
+    counted = counted / unit
+    root = scipy.optimize.brentq(lambda u: np.exp(-np.exp(u) * counted).mean() - density, -60, 60, xtol=1e-15)
+    return np.exp(root) / unit
 
 
 def kernel_matrix(
@@ -82,11 +85,10 @@ def rdm(x: np.ndarray, kind: str, density: float = 0.05, diagonal: str = "includ
         return sq_distances(x)
     if kind == "euclidean":
         return np.sqrt(sq_distances(x))
-    if kind == "correlation":
-        return 1 - np.corrcoef(x)
-    if kind == "cosine":
+    if kind in ("correlation", "cosine"):
+        x = x - x.mean(1, keepdims=True) if kind == "correlation" else x
         unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-        return 1 - unit @ unit.T
+        return sq_distances(unit) / 2  # 1 - cos, where 1 - u.v would lose half of the digits
     if kind == "minus affinity":
         return -kernel_matrix(x, "rbf", None, density, diagonal)
     return 1 - kernel_matrix(x, "rbf", None, density, diagonal)
@@ -154,8 +156,7 @@ def cknna(x: np.ndarray, y: np.ndarray, k: int) -> float:
     """Huh et al. 2024, appendix A."""
 
     def parts(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        unit = z / np.linalg.norm(z, axis=1, keepdims=True)
-        kernel = unit @ unit.T
+        kernel = -rdm(z, "cosine")  # u.v - 1
         near = np.zeros_like(kernel)
         np.put_along_axis(near, neighbors(z, k, "cosine"), 1, 1)
         return kernel - kernel.mean(1, keepdims=True), near
@@ -190,6 +191,7 @@ def shape_distance(x: np.ndarray, y: np.ndarray, *, alpha: float = 1.0, result: 
 
 def _basis(x: np.ndarray, components: float | None = None) -> np.ndarray:
     x = x - x.mean(0)
+    x = x - x.mean(0)  # or the rounding of a large mean counts as a direction
     u, s, _ = np.linalg.svd(x, full_matrices=False)
     u, s = (part[..., s > max(x.shape) * np.finfo(float).eps * s[0]] for part in (u, s))
     if isinstance(components, int):

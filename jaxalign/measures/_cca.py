@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
-from jaxalign._linalg import matmul, transposed
+from jaxalign._linalg import bounded, matmul, transposed
 from jaxalign._typing import AnyArray
 from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
-from jaxalign.measures._spectra import ALL, Keep, centred_columns, leading, nuclear_norm, rank
+from jaxalign.measures._spectra import ALL, Keep, centred_columns, leading, narrowed, nuclear_norm
 
 
 def cca(
@@ -146,21 +146,21 @@ def svcca_measure(components: Any) -> SetMeasure:
 
 
 class _Directions(NamedTuple):
-    basis: Array  # (..., n, d): P
+    basis: Array  # (..., n, min(n, d)): P
     rank: Array  # (...)
     centred: Array  # (..., n, d)
 
 
 def _directions(x: Array, setting: Setting, keep: Keep) -> tuple[_Directions, None]:
     x = centred_columns(x, setting.mask)
-    return _Directions(leading(x, keep), rank(x, keep), x), None
+    return _Directions(*leading(narrowed(x), keep), x), None
 
 
 def _correlation(x: _Directions, y: _Directions, mask: Array | None, squared: bool) -> Array:
     del mask
     product = matmul(transposed(x.basis), y.basis)
     total = jnp.sum(product * product, (-2, -1)) if squared else nuclear_norm(product)
-    return total / jnp.maximum(jnp.minimum(x.rank, y.rank), 1).astype(product.dtype)
+    return bounded(total / jnp.maximum(jnp.minimum(x.rank, y.rank), 1).astype(product.dtype), 0, 1)
 
 
 def _weighted(x: _Directions, y: _Directions, mask: Array | None) -> Array:
@@ -172,4 +172,4 @@ def _weighted(x: _Directions, y: _Directions, mask: Array | None) -> Array:
     counts = jnp.broadcast_to(jnp.arange(weights.shape[-1]), weights.shape) < number
     weights = jnp.where(counts, weights, 0)
     total = jnp.sum(weights, -1)
-    return jnp.where(total > 0, jnp.sum(weights * correlations, -1) / jnp.where(total > 0, total, 1), 0)
+    return bounded(jnp.sum(weights * correlations, -1) / jnp.where(total > 0, total, 1), 0, 1)

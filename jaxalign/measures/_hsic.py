@@ -17,18 +17,17 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
-from jaxalign._linalg import power_of_two
-from jaxalign._plan import TileSize
+from jaxalign._linalg import arccos, bounded
+from jaxalign._plan import TileSize, make_plan
 from jaxalign._typing import AnyArray
 from jaxalign.bandwidth import Diagonal
-from jaxalign.measures._evaluate import Missing, PairMeasure, evaluate
-from jaxalign.measures._pair_sums import Form, Inner, PairFunction
+from jaxalign.measures._evaluate import Missing, PairMeasure, check_sets, evaluate, products_of
+from jaxalign.measures._pair_sums import Form, Inner, PairFunction, correlation
 
 Kernel = Literal["rbf", "linear", "laplacian"] | Callable[[Array], Array]
 Estimator = Literal["debiased", "biased", "lange"]
@@ -108,6 +107,7 @@ def cka(
     density: ArrayLike = 0.05,
     diagonal: Diagonal = "include",
     estimator: Estimator = "debiased",
+    result: Literal["similarity", "angular"] = "similarity",
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     missing: Missing = "raise",
     tile_size: TileSize = "auto",
@@ -127,6 +127,8 @@ def cka(
         density: see `hsic`.
         diagonal: see `hsic`.
         estimator: of HSIC, in all three places; see `hsic`.
+        result: "similarity" CKA itself; "angular" arccos(CKA), from 0 to pi. With the biased estimator that is a
+            metric, at most pi / 2 (Williams et al. 2021). It resolves angles down to about 1e-3 in float32.
         mask: see `hsic`.
         missing: see `hsic`.
         tile_size: see `jaxalign.solve_sigma`.
@@ -134,7 +136,8 @@ def cka(
         axis_name: see `jaxalign.solve_sigma`.
 
     Returns:
-        CKA, shape (...): at most 1; not below 0 for the biased estimator. 0 where a set does not vary. Differentiable.
+        Shape (...). CKA is at most 1, and not below 0 for the biased estimator; 0 where a representation does not vary,
+        an angle of pi / 2. Differentiable; the derivative of an angle of 0 is taken as 0.
 
     Raises:
         TypeError, ValueError: see `hsic`.
@@ -149,7 +152,7 @@ def cka(
         True
     """
     check_kernel_sigma(kernel, sigma)
-    measure = cka_measure(kernel, sigma is None, diagonal, estimator)
+    measure = cka_measure(kernel, sigma is None, diagonal, estimator, result)
     return evaluate(
         measure,
         x,
@@ -175,17 +178,18 @@ def minibatch_cka(
     """CKA from minibatches (Nguyen et al. 2021, eq. 2-3): debiased HSIC averaged over the batches, then the ratio.
 
     Args:
-        batches: pairs (x, y) of features (n, d1), (n, d2), n >= 4; n may differ from batch to batch.
+        batches: pairs (x, y) of features (n, d1), (n, d2), n >= 4; n may differ from batch to batch. Leave out a last
+            batch of fewer samples.
         kernel: see `hsic`. With sigma = None every batch has its own bandwidth, so give sigma where batches are small.
         sigma: see `hsic`.
         density: see `hsic`.
         diagonal: see `hsic`.
 
     Returns:
-        A scalar, at most about 1.
+        A scalar, from -1 to 1; 0 where a representation does not vary within any batch.
 
     Raises:
-        TypeError, ValueError: see `hsic`; no batches.
+        TypeError, ValueError: see `hsic`, with the number of the batch; no batches; batches of different widths.
 
     Example:
         >>> import jax, jaxalign
@@ -193,45 +197,58 @@ def minibatch_cka(
         >>> round(float(jaxalign.measures.minibatch_cka(zip(x, 2 * x))), 4)
         1.0
     """
-    sums, units = None, None
-    for x, y in batches:
-        # The linear kernel has the unit of the features: of the largest batch so far, that squares stay in range.
-        here = jnp.stack(
-            [_unit_of(name, a) if kernel == "linear" else jnp.ones(()) for name, a in (("x", x), ("y", y))]
-        )
-        before, units = units, here if units is None else jnp.maximum(units, here)
-        x, y = (_scaled(a, units[k]) if kernel == "linear" else a for k, a in enumerate((x, y)))
-        part = jnp.stack(
-            [
-                hsic(a, b, kernel=kernel, sigma=own, density=density, diagonal=diagonal)
-                for a, b, own in ((x, y, sigma), (x, x, _both(sigma, 0)), (y, y, _both(sigma, 1)))
-            ]
-        )
-        if sums is None or before is None:
-            sums = part
-            continue
-        shrunk = (before / units) ** 2
-        sums = part + sums * jnp.stack([shrunk[0] * shrunk[1], shrunk[0] ** 2, shrunk[1] ** 2])
+    check_kernel_sigma(kernel, sigma)
+    measure = hsic_measure(kernel, sigma is None, diagonal, "debiased")
+    sums = units = None
+    widths: tuple[int, ...] = ()
+    for k, batch in enumerate(batches):
+        x, y = _checked_batch(k, batch, measure.least, widths)
+        widths = (x.shape[-1], y.shape[-1])
+        names = (f"batch {k}: x", f"batch {k}: y")
+        inner = products_of((x, y), 1, None, sigma, density, measure, make_plan(x, None, "auto", None, None), names)
+        part = jnp.stack([inner.cross[0, 0], inner.own_x[0], inner.own_y[0]]) / (x.shape[0] * (x.shape[0] - 3))
+        part = jnp.where(inner.usable[0, 0], part, jnp.nan)
+        unit = jnp.stack([inner.unit_x[0], inner.unit_y[0]])
+        # The unit of the sums is that of the largest batch so far: squares of others may overflow in any other.
+        before = (part, unit) if sums is None or units is None else (sums, units)
+        units = jnp.maximum(unit, before[1])
+        here, then = (jnp.stack([u[0] * u[1], u[0] ** 2, u[1] ** 2]) for u in (unit / units, before[1] / units))
+        sums = part * here if sums is None else part * here + sums * then
     if sums is None:
         raise ValueError("batches is empty: at least one pair (x, y) is needed.")
-    varies = (sums[1] > 0) & (sums[2] > 0)
-    size = jnp.sqrt(jnp.where(varies, sums[1], 1)) * jnp.sqrt(jnp.where(varies, sums[2], 1))
-    return jnp.where(varies, sums[0] / size, 0)
+    return bounded(correlation(*sums), -1, 1)
 
 
-def _unit_of(name: str, x: Any) -> Array:
-    """A power of two near the spread of the features."""
-    x = _checks.features(name, x)
-    spread = jnp.max(jnp.abs(x - jnp.mean(x, -2, keepdims=True)))
-    return lax.stop_gradient(power_of_two(spread)[0])
-
-
-def _scaled(x: Any, unit: Array) -> Array:
-    return _checks.features("x", x) / unit
-
-
-def _both(sigma: Any, which: int) -> Any:
-    return (sigma[which], sigma[which]) if isinstance(sigma, (tuple, list)) else sigma
+def _checked_batch(k: int, batch: Any, least: int, widths: tuple[int, ...]) -> tuple[Array, ...]:
+    """The pair of features of a batch; it is named where something is wrong with it."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(f"minibatch_cka: batch {k} must be a pair (x, y) of features; got {type(batch).__name__}.")
+    features = [_checks.features(f"batch {k}: {name}", a) for name, a in zip("xy", batch, strict=True)]
+    for name, a, width in zip("xy", features, widths or (None, None), strict=True):
+        if a.ndim != 2:
+            raise ValueError(
+                f"minibatch_cka: {name} of batch {k} must have shape (n, d); got {a.shape}. With every position of a "
+                f"map as channels: {name}.reshape({a.shape[0]}, -1)."
+            )
+        if width not in (None, a.shape[1]):
+            raise ValueError(
+                f"minibatch_cka: {name} of batch {k} has {a.shape[1]} channels, that of batch {k - 1} {width}: all "
+                "batches must come from the same two layers."
+            )
+    if features[0].shape[0] < least:
+        raise ValueError(
+            f"minibatch_cka needs at least {least} samples in every batch; batch {k} has {features[0].shape[0]}. Leave "
+            "it out: drop_last=True of a torch DataLoader."
+        )
+    way_out = "Leave such samples out of the batch, in both x and y."
+    return check_sets(
+        [(f"batch {k}: {name}", a) for name, a in zip("xy", features, strict=True)],
+        None,
+        "raise",
+        least,
+        "minibatch_cka",
+        way_out,
+    )[0]
 
 
 def distance_correlation(
@@ -307,17 +324,20 @@ def hsic_measure(kernel: Any, solves: bool, diagonal: Any, estimator: Any) -> Pa
 
 
 @_checks.cached
-def cka_measure(kernel: Any, solves: bool, diagonal: Any, estimator: Any) -> PairMeasure:
+def cka_measure(kernel: Any, solves: bool, diagonal: Any, estimator: Any, result: Any = "similarity") -> PairMeasure:
     """The measure behind `cka`."""
     _checks.choice("estimator", estimator, tuple(_LEAST))
-    return PairMeasure("cka", kernel_function(kernel, solves, diagonal), estimator, Inner.ratio, _LEAST[estimator])
+    _checks.choice("result", result, ("similarity", "angular"))
+    low = 0.0 if estimator == "biased" and isinstance(kernel, str) else -1.0  # kernels by name are positive definite
+    finish = partial(_ratio, low=low, angular=result == "angular")
+    return PairMeasure("cka", kernel_function(kernel, solves, diagonal), estimator, finish, _LEAST[estimator])
 
 
 @_checks.cached
 def distance_correlation_measure(estimator: Any, squared: bool) -> PairMeasure:
     """The measure behind `distance_correlation`."""
     _checks.choice("estimator", estimator, ("debiased", "biased"))
-    finish = Inner.ratio if squared else _signed_root
+    finish = partial(_ratio if squared else _signed_root, low=0.0 if estimator == "biased" else -1.0)
     return PairMeasure("distance_correlation", PairFunction("root"), estimator, finish, _LEAST[estimator])
 
 
@@ -327,7 +347,12 @@ def _covariance(inner: Inner, estimator: Estimator, factor: float) -> Array:
     return factor * inner.cross / norm * inner.unit_x[..., :, None] * inner.unit_y[..., None, :]
 
 
-def _signed_root(inner: Inner) -> Array:
-    square = inner.ratio()
+def _ratio(inner: Inner, low: float, angular: bool = False) -> Array:
+    value = inner.ratio(low)
+    return arccos(value) if angular else value
+
+
+def _signed_root(inner: Inner, low: float) -> Array:
+    square = inner.ratio(low)
     size = jnp.where(square == 0, 1, jnp.abs(square))
     return jnp.where(square == 0, 0, jnp.sign(square) * jnp.sqrt(size))

@@ -17,12 +17,13 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
-from jaxalign._linalg import matmul
+from jaxalign._directions import unit_frame
+from jaxalign._linalg import bounded, matmul
 from jaxalign._plan import ROWS_SECOND_LAST, Plan, TileSize, make_plan, on_mesh
 from jaxalign._typing import AnyArray
-from jaxalign.distances import make_frame
+from jaxalign.distances import has_ties
 from jaxalign.measures._evaluate import MASKED, Missing, SetMeasure, Setting, check_directions, check_sets, evaluate
-from jaxalign.measures._pair_sums import ORDER, PairFunction, typical_rate, unit_rows
+from jaxalign.measures._pair_sums import ORDER, PairFunction, correlation, typical_rate
 from jaxalign.pairs import Pairs, Reduction, Tile, reduce_pairs
 
 Metric = Literal["euclidean", "cosine", "correlation"]
@@ -245,8 +246,8 @@ def neighbors(x: Array, mask: Array | None, k: int, function: PairFunction, plan
     """Numbers of the k nearest, (..., n, k)."""
 
     def local(x: Array, _y: None, mask: Array | None, _mask_y: None) -> Array:
-        frame = make_frame(unit_rows(x, mask, function.rows), None, mask, None, plan.axis_name)
-        rate = ORDER * typical_rate(frame, plan.axis_name)
+        frame = unit_frame(x, mask, function.rows, plan.axis_name)
+        rate = jnp.where(has_ties(frame), jnp.inf, ORDER * typical_rate(frame, plan.axis_name))
         pairs = Pairs((frame,), None, True, plan.tile_size, plan.axis_name, fixed=True, rooted=True)
         keep = Reduction(_candidates, partial(_nearest, k=k), combine=_nearer, nothing=_nobody)
         return reduce_pairs(keep, pairs, rates=(rate,))[1].sample
@@ -307,24 +308,30 @@ class _Local(NamedTuple):
     """The kernel at the neighbours of each row."""
 
     sample: Array  # (..., n, k)
-    kernel: Array  # (..., n, k): K_ij - mean_l K_il
+    kernel: Array  # (..., n, k): K_ij - mean_l K_il, in a unit of its own
 
 
 def _local_kernel(x: Array, setting: Setting, k: int, function: PairFunction) -> tuple[_Local, None]:
     samples = neighbors(x, setting.mask, k, function, setting.plan)
-    rows = unit_rows(x, setting.mask, "cosine")
-    weight = jnp.ones(rows.shape[:-1], rows.dtype) if setting.mask is None else setting.mask.astype(rows.dtype)
-    mean = jnp.sum(rows * weight[..., None], -2, keepdims=True) / jnp.maximum(jnp.sum(weight, -1), 1)[..., None, None]
+    mask = setting.mask
+    weights = jnp.ones(x.shape[:-1], x.dtype) if mask is None else mask.astype(x.dtype)
+    weights = weights[..., None] / jnp.maximum(jnp.sum(weights, -1), 1)[..., None, None]
+    # Unit rows u, less their mean w, have u_i.(u_j - mean u) = w_i.w_j - (|w_j|^2 - mean |w|^2) / 2, which also keeps
+    # its digits where all directions are nearly one.
+    rows = unit_frame(x, mask, "cosine").x
+    rows = rows - jnp.sum(rows * weights, -2, keepdims=True)
+    squares = jnp.sum(rows * rows, -1, keepdims=True)
+    squares = (squares - jnp.sum(squares * weights, -2, keepdims=True)) / 2
 
-    def one_set(rows: Array, mean: Array, samples: Array) -> Array:
+    def one_set(rows: Array, squares: Array, samples: Array) -> Array:
         def one_row(row: Array, near: Array) -> Array:
-            others = jnp.take(rows, near, 0, mode="clip") - mean
-            return jnp.where(near == _NOBODY, 0, matmul(others, row))
+            others, less = (jnp.take(a, near, 0, mode="clip") for a in (rows, squares))
+            return jnp.where(near == _NOBODY, 0, matmul(others, row) - less[:, 0])
 
         together = max(1, _GATHERED // (k * rows.shape[-1]))
         return lax.map(lambda pair: jax.checkpoint(one_row)(*pair), (rows, samples), batch_size=together)
 
-    flat = (a.reshape(-1, *a.shape[-2:]) for a in (rows, mean, samples))
+    flat = (a.reshape(-1, *a.shape[-2:]) for a in (rows, squares, samples))
     return _Local(samples, jax.vmap(one_set)(*flat).reshape(samples.shape)), None
 
 
@@ -332,7 +339,5 @@ def _local_alignment(x: _Local, y: _Local, mask: Array | None) -> Array:
     del mask  # masked rows have no neighbours, so they add nothing
     same = x.sample[..., :, None] == y.sample[..., None, :]
     both = jnp.where(same, x.kernel[..., :, None] * y.kernel[..., None, :], 0)
-    own_x, own_y = jnp.sum(x.kernel**2, (-2, -1)), jnp.sum(y.kernel**2, (-2, -1))
-    varies = (own_x > 0) & (own_y > 0)
-    size = jnp.sqrt(jnp.where(varies, own_x, 1)) * jnp.sqrt(jnp.where(varies, own_y, 1))
-    return jnp.where(varies, jnp.sum(both, (-3, -2, -1)) / size, 0)
+    own_x, own_y = (jnp.sum(a.kernel**2, (-2, -1)) for a in (x, y))
+    return bounded(correlation(jnp.sum(both, (-3, -2, -1)), own_x, own_y), -1, 1)

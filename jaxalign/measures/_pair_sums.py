@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxalign._linalg import root, unit
+from jaxalign._directions import Rows, unit_frame
+from jaxalign._linalg import bounded, root
 from jaxalign._plan import NO_ROWS, ROWS_SECOND_LAST, Plan, on_mesh
 from jaxalign.bandwidth import CONVERGED, Diagonal, is_bandwidth, rate_of, solve_pairs
 from jaxalign.distances import (
@@ -31,8 +32,8 @@ from jaxalign.distances import (
     accurate_distances,
     attach_gradient,
     fast_distances,
-    make_frame,
     over_devices,
+    resolved_distances,
 )
 from jaxalign.pairs import Pairs, Reduction, Tile, kernel, kernel_less_one, over_rows, reduce_pairs
 
@@ -63,7 +64,7 @@ class PairFunction:
     """
 
     form: Form | Callable[[Array], Array]
-    rows: Literal["cosine", "correlation"] | None = None
+    rows: Rows | None = None
     solves: bool = False
     diagonal: Diagonal = "include"
     tolerant: bool = False
@@ -83,7 +84,7 @@ class PairFunction:
     def of(self, distances: Array, rate: Array | None, scale: Array) -> Array:
         """f_ij from distances and a rate in units of a frame."""
         if callable(self.form):
-            return self.form(distances * scale * scale)
+            return _smooth(self.form, distances * scale * scale)
         if not self.needs_sigma:
             return distances
         assert rate is not None
@@ -97,6 +98,14 @@ class PairFunction:
         return scale * scale if self.form == "squared" else scale if self.form == "root" else one
 
 
+def _smooth(kernel: Callable[[Array], Array], distances: Array) -> Array:
+    """A kernel of squared distances; where it has no derivative at distance 0, as exp(-sqrt(D)), that is taken as 0."""
+    zero = jnp.zeros((1,) * distances.ndim, distances.dtype)
+    value, slope = jax.jvp(kernel, (zero,), (jnp.ones_like(zero),))
+    cusp = (distances == 0) & ~jnp.isfinite(slope)
+    return jnp.where(cusp, value, kernel(jnp.where(cusp, 1, distances)))
+
+
 class Inner(NamedTuple):
     """Centred inner products between x-sets and y-sets, and of each with itself, over all pairs; f in its units."""
 
@@ -108,7 +117,7 @@ class Inner(NamedTuple):
     unit_y: Array  # (..., M)
     samples: Array  # (...,): how many
     status: Array  # (..., L + M): of the sigmas
-    sigma: Array  # (..., L + M), nan where there is none
+    sigma: Array  # (..., L + M), 0 where there is none
     usable: Array  # (..., L, M): both sets are finite and have a bandwidth, if they need one
 
     @classmethod
@@ -125,12 +134,15 @@ class Inner(NamedTuple):
         converged = jnp.full((), CONVERGED, jnp.int32)
         return cls(cross, roots, *own, *units, samples, converged, jnp.zeros(()), jnp.ones(cross.shape, bool))
 
-    def ratio(self) -> Array:
-        """Cross / sqrt(own_x own_y), (..., L, M): 0 where one of the sets does not vary."""
-        x, y = self.own_x[..., :, None], self.own_y[..., None, :]
-        varies = (x > 0) & (y > 0)
-        size = jnp.sqrt(jnp.where(x > 0, x, 1)) * jnp.sqrt(jnp.where(y > 0, y, 1))
-        return jnp.where(varies, self.cross / size, 0)
+    def ratio(self, low: float = -1.0) -> Array:
+        """Cross / sqrt(own_x own_y), (..., L, M), from `low` to 1: 0 where one of the sets does not vary."""
+        return bounded(correlation(self.cross, self.own_x[..., :, None], self.own_y[..., None, :]), low, 1)
+
+
+def correlation(cross: Array, own_x: Array, own_y: Array) -> Array:
+    """Cross / sqrt(own_x own_y); 0 where one of the two does not vary."""
+    size = jnp.sqrt(jnp.where(own_x > 0, own_x, 1)) * jnp.sqrt(jnp.where(own_y > 0, own_y, 1))
+    return jnp.where((own_x > 0) & (own_y > 0), cross / size, 0)
 
 
 class Sums(NamedTuple):
@@ -170,7 +182,7 @@ def pair_products(
         prepared = prepare_sets((x, *others), mask, sigmas, density, function, rtol, plan)
         shift = _shifts(prepared, function, centring)
         sums = _visit(prepared, shift, split, function, centring, plan)
-        facts = _facts(prepared, function, plan.axis_name)
+        facts = facts_of(prepared, function, plan.axis_name)
         return centred(sums, shift, facts, split, centring, function, plan.axis_name)
 
     first, *others = sets
@@ -210,16 +222,6 @@ class Prepared(NamedTuple):
     status: Array  # (...)
 
 
-def unit_rows(x: Array, mask: Array | None, how: str | None) -> Array:
-    """Rows of unit length, without their mean for "correlation"; nan where a row has no length."""
-    if how is None:
-        return x
-    if how == "correlation":
-        x = x - jnp.mean(x, -1, keepdims=True)
-    rows = unit(x, nothing=jnp.nan)
-    return rows if mask is None else jnp.where(mask[..., None], rows, 0)
-
-
 def prepare(
     rows: Array,
     mask: Array | None,
@@ -229,12 +231,12 @@ def prepare(
     rtol: float,
     plan: Plan,
     *,
-    exact_order: bool = False,
+    resolved: bool = False,
 ) -> Prepared:
-    """A set's pairs and its bandwidth, given or solved for. `exact_order`: near pairs are told apart if stored."""
+    """A set's pairs and its bandwidth, given or solved for. `resolved`: each stored distance is right by itself."""
     if mask is not None:
         rows = jnp.where(mask[..., None], rows, 0)
-    frame = make_frame(unit_rows(rows, mask, function.rows), None, mask, None, plan.axis_name)
+    frame = unit_frame(rows, mask, function.rows, plan.axis_name)
     batch, dtype = frame.finite.shape, rows.dtype
     converged = jnp.full(batch, CONVERGED, jnp.int32)
     if function.solves:
@@ -259,14 +261,13 @@ def prepare(
         rate = rate_of(sigmas, frame, rooted=function.rooted)
         accuracy = rate
     else:
-        rate, sigma = None, jnp.full(batch, jnp.nan, dtype)
+        rate, sigma = None, jnp.zeros(batch, dtype)
         accuracy = typical_rate(frame, plan.axis_name) if function.rooted else None
     distances = None
     if plan.stored:
         counted = Pairs((frame,)).counted("all")
-        if exact_order:
-            rate_of_order = ORDER * typical_rate(frame, plan.axis_name)
-            distances = accurate_distances(frame, rate_of_order, counted=counted, rooted=True)
+        if resolved and not function.needs_sigma:
+            distances = resolved_distances(frame)
         elif accuracy is None:
             distances = fast_distances(frame)
         else:
@@ -414,7 +415,7 @@ class Facts(NamedTuple):
     sigma: Array  # (..., L + M)
 
 
-def _facts(prepared: list[Prepared], function: PairFunction, axis_name: str | None) -> Facts:
+def facts_of(prepared: list[Prepared], function: PairFunction, axis_name: str | None = None) -> Facts:
     frames = [one.pairs.frames[0] for one in prepared]
     return Facts(
         weights=frame_weights(frames[0]),
@@ -470,7 +471,19 @@ def centred(
 
     each = [slice(k, k + 1) for k in range(number)]
     own = jnp.stack([inner(sums.own[..., k, None], k, k)[..., 0, 0] for k in each], -1)
-    # A set whose samples coincide to rounding does not vary: what is left is the rounding.
+    varies = own > rounding(facts, shift, function, count, axis_name)
+    own = jnp.where(varies, own, 0)
+    both = varies[..., sides[0], None] & varies[..., None, sides[1]]
+    cross = jnp.where(both, inner(sums.cross, *sides), 0)
+    return _inner_of(cross, jnp.zeros_like(cross), own, units, count, facts, sides)
+
+
+def rounding(facts: Facts, shift: Array, function: PairFunction, count: Array, axis_name: str | None = None) -> Array:
+    """<F, F> that rounding alone gives a centered matrix, (..., L + M): below it a representation does not vary.
+
+    f_ij are all the same, for instance of equidistant samples.
+    """
+    one = jnp.ones_like(facts.scales)
     size = jnp.sqrt(facts.sizes) if function.rooted else facts.sizes
     if function.needs_sigma:
         size = one
@@ -480,10 +493,7 @@ def centred(
             size = lax.stop_gradient(-kernel_less_one(largest, one))
     if callable(function.form):
         size = over_devices(lax.pmax, jnp.max(jnp.abs(lax.stop_gradient(shift)), -2), axis_name)
-    noise = (8 * float(jnp.finfo(size.dtype).eps) * size * count[..., None]) ** 2
-    own = jnp.where(own > noise, own, 0)
-    cross = inner(sums.cross, *sides)
-    return _inner_of(cross, jnp.zeros_like(cross), own, units, count, facts, sides)
+    return (8 * float(jnp.finfo(size.dtype).eps) * size * count[..., None]) ** 2
 
 
 def _inner_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,7 @@ from jaxalign import _checks
 from jaxalign._linalg import matmul, transposed
 from jaxalign._typing import AnyArray
 from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
+from jaxalign.measures._spectra import ALL, centred_columns, kept, narrowed
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 
@@ -44,7 +45,7 @@ def linear_predictivity(
     Returns:
         Shape (...): 1 - (squared errors) / (squared deviations from the training mean), summed over held-out samples
         and features of y. At most 1; below 0 where the mean predicts better. 0 where y does not vary. x and y
-        do not play the same part. Differentiable at fixed strengths.
+        do not play the same part. Differentiable at fixed strengths (once, where d1 or d2 is above n).
 
     Raises:
         TypeError, ValueError: see `hsic`; fewer than 2 folds or 2 samples a fold; a strength not above 0.
@@ -67,13 +68,12 @@ def linear_predictivity_measure(folds: Any, strengths: Any) -> SetMeasure:
         raise ValueError(f"strengths must be a tuple of finite numbers above 0; got {strengths!r}.")
     combine = partial(_predicted, folds=folds, strengths=tuple(map(float, strengths)))
     name = f"linear_predictivity with folds = {folds}"
-    return SetMeasure("linear_predictivity", _as_it_is, combine, 2 * folds, label=name)
+    return SetMeasure("linear_predictivity", _centred, combine, 2 * folds, label=name)
 
 
-def _as_it_is(x: Array, setting: Setting) -> tuple[Array, None]:
-    del setting
-    top = lax.stop_gradient(jnp.max(jnp.abs(x), (-2, -1), keepdims=True))
-    return x / jnp.where(jnp.isfinite(top) & (top > 0), top, 1), None  # neither R^2 nor the strengths have a unit
+def _centred(x: Array, setting: Setting) -> tuple[Array, None]:
+    # Neither R^2 nor the strengths depend on offset, unit and rotation.
+    return narrowed(centred_columns(x, setting.mask)), None
 
 
 def _predicted(x: Array, y: Array, mask: Array | None, folds: int, strengths: tuple[float, ...]) -> Array:
@@ -101,36 +101,67 @@ def _fold(x: Array, y: Array, train: Array, test: Array, strengths: tuple[float,
         return less_mean * train, less_mean * test
 
     (x_train, x_test), (y_train, y_test) = centred(x), centred(y)
-    u, values, vt = jnp.linalg.svd(lax.stop_gradient(x_train), full_matrices=False)
-    squares = values**2
-    bound = jnp.minimum(count[..., 0], x.shape[-1])
-    size = jnp.sum(x_train * x_train, (-2, -1))[..., None] / bound  # (..., 1)
+    size = jnp.sum(x_train * x_train, (-2, -1))[..., None] / jnp.minimum(count[..., 0], x.shape[-1])  # (..., 1)
     size = jnp.where(size > 0, size, 1)
-    fixed_size = lax.stop_gradient(size)
-    target = lax.stop_gradient(y_train)
-    on_basis = matmul(transposed(u), target)
-
-    def left_out(strength: Array) -> Array:
-        """Squared error of each training sample predicted from the others, summed up."""
-        shrunk = squares / (squares + strength * fixed_size)
-        residual = (target - matmul(u * shrunk[..., None, :], on_basis)) * train
-        leverage = 1 / count + jnp.sum(u * u * shrunk[..., None, :], -1, keepdims=True)
-        own = jnp.maximum(1 - leverage, float(jnp.finfo(x.dtype).eps))
-        return jnp.sum((residual / own) ** 2, (-2, -1))
-
+    fixed = _decomposed(*lax.stop_gradient((x_train, y_train, train, count)))
     candidates = jnp.asarray(strengths, x.dtype)
-    best = jnp.argmin(lax.map(left_out, candidates), 0)
-    penalty = (candidates[best] * size[..., 0])[..., None, None]
+    errors = lax.map(lambda strength: fixed.left_out_error(strength * lax.stop_gradient(size)), candidates)
+    penalty = candidates[jnp.argmin(errors, 0)] * size[..., 0]
+    error = (y_test - matmul(x_test, _ridge(x_train, y_train, penalty[..., None, None], fixed))) * test
+    return jnp.sum(error**2, (-2, -1)), jnp.sum(y_test**2, (-2, -1))
 
-    def normal(b: Array) -> Array:
-        return matmul(transposed(x_train), matmul(x_train, b)) + penalty * b
+
+class _Decomposed(NamedTuple):
+    """x = U S V' of the training samples, their means taken away; what is rounding of S, and of what lies beside U, 0.
+
+    No penalty, however small, then divides rounding: what it shrinks is in U, and what it leaves is beside U.
+    """
+
+    u: Array  # (..., n, r)
+    values: Array  # (..., r)
+    vt: Array  # (..., r, d)
+    target: Array  # (..., r, d2): U' y
+    beside: Array  # (..., n, d2): y - U U' y
+    leverage_beside: Array  # (..., n, 1): 1 - 1 / count - sum_k U_ik^2
+    train: Array  # (..., n, 1): 1 a training sample
+
+    def left_out_error(self, penalty: Array) -> Array:
+        """Squared error of each training sample predicted from the others, summed up; penalty (..., 1)."""
+        left = penalty / (self.values**2 + penalty)  # of what lies in U, what is not predicted
+        residual = matmul(self.u * left[..., None, :], self.target) + self.beside
+        own = jnp.sum(self.u**2 * left[..., None, :], -1, keepdims=True) + self.leverage_beside
+        return jnp.sum((residual / jnp.where(own > 0, own, 1) * self.train) ** 2, (-2, -1))
+
+
+def _decomposed(x: Array, y: Array, train: Array, count: Array) -> _Decomposed:
+    u, values, vt = jnp.linalg.svd(x, full_matrices=False)
+    real = kept(values, x.shape[-2], ALL)
+    u, values = u * real[..., None, :].astype(x.dtype), jnp.where(real, values, 0)
+    target = matmul(transposed(u), y)
+    # As many directions as samples less their mean: nothing lies beside them.
+    full = (jnp.sum(real, -1, dtype=x.dtype)[..., None, None] >= count - 1) | (train == 0)
+    beside = jnp.where(full, 0, y - matmul(u, target))
+    leverage = jnp.where(full, 0, jnp.maximum(1 - 1 / count - jnp.sum(u * u, -1, keepdims=True), 0))
+    return _Decomposed(u, values, vt, target, beside, leverage, train)
+
+
+def _ridge(x: Array, y: Array, penalty: Array, fixed: _Decomposed) -> Array:
+    """W = (x'x + penalty)^-1 x'y; penalty (..., 1, 1)."""
+
+    def normal(w: Array) -> Array:
+        return matmul(transposed(x), matmul(x, w)) + penalty * w
 
     def solve(_: Any, right: Array) -> Array:
-        inside = matmul(vt, right)
-        fixed = lax.stop_gradient(penalty)
-        shrunk = inside / (squares[..., :, None] + fixed)
-        return matmul(transposed(vt), shrunk) + (right - matmul(transposed(vt), inside)) / fixed
+        at = lax.stop_gradient(penalty)
+        inside = matmul(fixed.vt, right)
+        shrunk = inside / (fixed.values[..., :, None] ** 2 + at)
+        return matmul(transposed(fixed.vt), shrunk) + (right - matmul(transposed(fixed.vt), inside)) / at
 
-    map_to_y = lax.custom_linear_solve(normal, matmul(transposed(x_train), y_train), solve, symmetric=True)
-    error = (y_test - matmul(x_test, map_to_y)) * test
-    return jnp.sum(error**2, (-2, -1)), jnp.sum(y_test**2, (-2, -1))
+    # The value comes from the singular values, as x'y has lost the small ones; its derivatives from one Newton step on
+    # the normal equations, which are linear: it ends at their solution, whatever it starts from.
+    shrunk = fixed.values / (fixed.values**2 + lax.stop_gradient(penalty[..., 0]))
+    value = matmul(transposed(fixed.vt), shrunk[..., :, None] * fixed.target)
+    right = matmul(transposed(x), y - matmul(x, value)) - penalty * value
+    step = lax.custom_linear_solve(normal, right, solve, symmetric=True)
+    step = jnp.where(jnp.isfinite(step), step, 0)
+    return value + (step - lax.stop_gradient(step))

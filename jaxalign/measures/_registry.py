@@ -53,13 +53,13 @@ class Entry:
         return {p.name: p.default for p in found if p.name not in ("x", "y", *_HOW)}
 
     def direction_with(self, options: dict[str, Any]) -> Literal["similarity", "distance"]:
-        """The direction with these options: some distances can be had as the similarity that they come from."""
-        return "similarity" if options.get("result") == "similarity" else self.direction
+        """The direction with these options: some measures come as a similarity or as the distance it amounts to."""
+        return {"similarity": "similarity", "angular": "distance"}.get(str(options.get("result")), self.direction)
 
     def best_with(self, options: dict[str, Any]) -> float:
         """The value of equal sets with these options; infinite where there is none."""
         if self.direction_with(options) != self.direction:
-            return 1.0
+            return 1.0 if self.direction == "distance" else 0.0
         return self.range[1] if self.direction == "similarity" else self.range[0]
 
 
@@ -77,10 +77,10 @@ def _specify_hsic(kernel: Any, sigma: Any, density: Any, diagonal: Any, estimato
     return _hsic.hsic_measure(kernel, sigma is None, diagonal, estimator)
 
 
-def _specify_cka(kernel: Any, sigma: Any, density: Any, diagonal: Any, estimator: Any) -> PairMeasure:
+def _specify_cka(kernel: Any, sigma: Any, density: Any, diagonal: Any, estimator: Any, result: Any) -> PairMeasure:
     del density
     _hsic.check_kernel_sigma(kernel, sigma)
-    return _hsic.cka_measure(kernel, sigma is None, diagonal, estimator)
+    return _hsic.cka_measure(kernel, sigma is None, diagonal, estimator, result)
 
 
 def _specify_rsa(rdm: Any, compare: Any, sigma: Any, density: Any, diagonal: Any) -> PairMeasure | SetMeasure:

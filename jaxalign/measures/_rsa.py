@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -21,10 +22,19 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
+from jaxalign._directions import unit_frame
+from jaxalign._linalg import bounded
 from jaxalign._plan import STORED, TileSize
 from jaxalign._typing import AnyArray
 from jaxalign.bandwidth import Diagonal, check_density, check_problem, check_rtol, explain_failure
-from jaxalign.distances import check_stored
+from jaxalign.distances import (
+    check_stored,
+    exact_distances,
+    fast_distances,
+    has_ties,
+    unresolved,
+    when_any,
+)
 from jaxalign.measures._evaluate import (
     MASKED,
     Missing,
@@ -36,7 +46,7 @@ from jaxalign.measures._evaluate import (
     evaluate,
     sigma_of_each,
 )
-from jaxalign.measures._pair_sums import Inner, PairFunction, prepare
+from jaxalign.measures._pair_sums import Inner, PairFunction, correlation, prepare
 
 Dissimilarity = Literal["sqeuclidean", "euclidean", "correlation", "cosine", "affinity"]
 Comparison = Literal["pearson", "spearman", "kendall", "cosine", "whitened_cosine", "whitened_pearson"]
@@ -176,8 +186,9 @@ def rsa_measure(rdm: Any, compare: Any, solves: bool, diagonal: Any) -> PairMeas
     if compare in _CENTRINGS:
         return PairMeasure("rsa", function, _CENTRINGS[compare], Inner.ratio, 3)
     combine = {"spearman": _spearman, "kendall": _kendall}[compare]
-    if rdm == "affinity":  # in the order of the distances, at any sigma; far pairs would tie at 1 by rounding
-        function = _function("sqeuclidean", False, diagonal)
+    # All dissimilarities of the same rows are in the order of their squared distances, at any sigma; far pairs would
+    # tie at 1 by rounding.
+    function = replace(function, solves=False)
     return SetMeasure("rsa", partial(_ordered, function=function), combine, 3, function, stores_pairs=True)
 
 
@@ -200,11 +211,9 @@ def dissimilarities(
     density: Array | None,
     function: PairFunction,
     rtol: float,
-    *,
-    exact_order: bool = False,
 ) -> tuple[Array, Array]:
     """f_ij of all pairs, stored, and the status of sigma."""
-    one = prepare(x, mask, sigma, density, function, rtol, STORED, exact_order=exact_order)
+    one = prepare(x, mask, sigma, density, function, rtol, STORED, resolved=True)
     frame = one.pairs.frames[0]
     assert one.pairs.distances is not None
     scale = frame.scale
@@ -222,14 +231,23 @@ def dissimilarities(
 # --- comparisons of order --------------------------------------------------------------------------------------------
 
 
-def _ordered(x: Array, setting: Setting, function: PairFunction) -> tuple[Array, Array]:
-    """The dissimilarities of all pairs i < j, (..., n (n - 1) / 2); inf for those that do not count."""
+def _ordered(x: Array, setting: Setting, function: PairFunction) -> tuple[Array, None]:
+    """Integers in the order of the squared distances of all pairs i < j, (..., n (n - 1) / 2); see `_ranked`."""
     mask = setting.mask
-    values, status = dissimilarities(x, mask, setting.sigma, setting.density, function, setting.rtol, exact_order=True)
-    if mask is not None:
-        values = jnp.where(mask[..., :, None] & mask[..., None, :], values, jnp.inf)
+    frame = lax.stop_gradient(unit_frame(x, mask, function.rows))
     first, second = np.triu_indices(x.shape[-2], 1)
-    return lax.stop_gradient(values[..., first, second]), status
+    fast = fast_distances(frame)
+
+    def exactly(_: Array) -> Array:
+        return dense_ranks(*(part[..., first, second] for part in exact_distances(frame)))
+
+    pairs = fast[..., first, second]
+    keys = when_any(unresolved(frame, fast) | has_ties(frame).any(), exactly, ordered_integers(pairs))
+    counts = jnp.ones(pairs.shape, bool) if mask is None else mask[..., first] & mask[..., second]
+    largest = jnp.max(jnp.where(counts, pairs, -jnp.inf), -1, keepdims=True)
+    smallest = jnp.min(jnp.where(counts, pairs, jnp.inf), -1, keepdims=True)
+    equidistant = largest - smallest <= 16 * float(jnp.finfo(x.dtype).eps) * largest  # what differs is rounding
+    return jnp.where(counts, jnp.where(equidistant, 0, keys), jnp.iinfo(keys.dtype).max), None
 
 
 def _over_batch(fn: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
@@ -248,36 +266,51 @@ def _kendall(x: Array, y: Array, mask: Array | None) -> Array:
 
 
 def spearman(x: Array, y: Array) -> Array:
-    """Pearson correlation of the average ranks of finite values (N,); 0 where all are equal."""
-    real = jnp.isfinite(x) & jnp.isfinite(y)
-    count = jnp.maximum(jnp.sum(real, dtype=x.dtype), 1)
+    """Pearson correlation of the average ranks of two orders (N,), as `ordered_integers` gives them; 0 if all tie."""
+    real = _ranked(x) & _ranked(y)
+    count = jnp.sum(real, dtype=jnp.int32)
+    number = jnp.maximum(count, 1).astype(_float_of(x))
 
-    def centred(a: Array) -> Array:
-        # What does not count is inf, and ranks behind the rest. Ranks from -1/2 to 1/2, so that sums keep digits.
-        rank = _average_ranks(a) / count
-        return jnp.where(real, rank - jnp.sum(jnp.where(real, rank, 0)) / count, 0)
+    def centred(keys: Array) -> Array:
+        """Average ranks less their mean, twice, from -1 to 1 so that sums keep digits. What is left out ranks last."""
+        return jnp.where(real, (_average_ranks(keys, count)).astype(number.dtype) / number, 0)
 
     a, b = centred(x), centred(y)
-    size = jnp.sqrt(jnp.sum(a * a)) * jnp.sqrt(jnp.sum(b * b))
-    return jnp.where(size > 0, jnp.sum(a * b) / jnp.where(size > 0, size, 1), 0)
+    return bounded(correlation(jnp.sum(a * b), jnp.sum(a * a), jnp.sum(b * b)), -1, 1)
 
 
-def _average_ranks(a: Array) -> Array:
-    """From 1; equal values (N,) share the mean of their ranks."""
-    key = _ordered_integers(a)
-    ordered, index = jnp.sort(key), jnp.arange(a.size, dtype=jnp.int32)
+def _average_ranks(keys: Array, count: Array) -> Array:
+    """Twice the rank of each key less the mean of all; equal ones share the mean of their ranks. Whole numbers."""
+    ordered, index = jnp.sort(keys), jnp.arange(keys.size, dtype=jnp.int32)
     new = _starts(ordered)
     first = lax.cummax(jnp.where(new, index, 0))
-    last = lax.cummin(jnp.where(jnp.roll(new, -1), index, a.size - 1), reverse=True)
-    mean = 0.5 * first.astype(a.dtype) + 0.5 * last.astype(a.dtype) + 1
-    return mean[jnp.searchsorted(ordered, key)]
+    last = lax.cummin(jnp.where(jnp.roll(new, -1), index, keys.size - 1), reverse=True)
+    return (first - (count - 1 - last))[jnp.searchsorted(ordered, keys)]
 
 
-def _ordered_integers(a: Array) -> Array:
+def ordered_integers(a: Array) -> Array:
     """Integers in the order of the numbers, and as equal: on a CPU XLA sorts them six times as fast."""
     bits = lax.bitcast_convert_type(jnp.where(a == 0, 0, a), f"int{8 * a.dtype.itemsize}")  # of -0 as of 0
-    largest = jnp.iinfo(bits.dtype).max
-    return jnp.where(bits < 0, bits ^ largest, bits)
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
+
+
+def dense_ranks(high: Array, low: Array) -> Array:
+    """Integers in the order of high + low, (..., N), and as equal."""
+    keys = (ordered_integers(high), ordered_integers(low))
+    place = jnp.broadcast_to(jnp.arange(high.shape[-1], dtype=jnp.int32), high.shape)
+    *ordered, place = lax.sort((*keys, place), num_keys=2)
+    new = jnp.stack([key != jnp.roll(key, 1, -1) for key in ordered]).any(0)
+    ranks = jnp.cumsum(new, -1, dtype=keys[0].dtype)
+    return lax.sort((place, ranks), num_keys=1)[1]
+
+
+def _ranked(keys: Array) -> Array:
+    """Which pairs count: the largest integer stands for those that do not."""
+    return keys != jnp.iinfo(keys.dtype).max
+
+
+def _float_of(keys: Array) -> Any:
+    return jnp.float32 if keys.dtype.itemsize == 4 else jnp.float64
 
 
 def _starts(a: Array) -> Array:
@@ -286,13 +319,13 @@ def _starts(a: Array) -> Array:
 
 
 def kendall(x: Array, y: Array) -> Array:
-    """Kendall's tau-b (1945) of finite values (N,), in N log^2 N; 0 where all are equal.
+    """Kendall's tau-b (1945) of two orders (N,), as `ordered_integers` gives them, in N log^2 N; 0 if all tie.
 
     After sorting by x, and by y where x ties, the discordant pairs are the inversions of y (Knight 1966). They are
     counted bit by bit of the ranks of y: among those that agree in all higher bits, each 1 before a 0 is one.
     """
-    real = jnp.isfinite(x) & jnp.isfinite(y)
-    n, dtype = x.shape[0], x.dtype
+    real = _ranked(x) & _ranked(y)
+    n, dtype = x.shape[0], _float_of(x)
     count = jnp.sum(real, dtype=jnp.int32)
     index = jnp.arange(n, dtype=jnp.int32)
     counts = index < count  # in sorted order, what does not count comes last
@@ -306,7 +339,6 @@ def kendall(x: Array, y: Array) -> Array:
         """Of each value, how many before it are equal."""
         return index - lax.cummax(jnp.where(new, index, 0))
 
-    x, y = _ordered_integers(x), _ordered_integers(y)
     x_sorted, y_by_x = lax.sort((x, y), num_keys=2)
     y_sorted = jnp.sort(y)
     new_x, new_y = _starts(x_sorted), _starts(y_sorted)
@@ -331,5 +363,5 @@ def kendall(x: Array, y: Array) -> Array:
 
     _, discordant = lax.fori_loop(0, bits, level, (rank, jnp.zeros((), dtype)))
     tied_x, tied_y, tied = share(ties(new_x)), share(ties(new_y)), share(ties(new_both))
-    size = jnp.sqrt(1 - tied_x) * jnp.sqrt(1 - tied_y)
-    return jnp.where(size > 0, (1 - tied_x - tied_y + tied - 2 * discordant) / jnp.where(size > 0, size, 1), 0)
+    concordant_less_discordant = 1 - tied_x - tied_y + tied - 2 * discordant
+    return bounded(correlation(concordant_less_discordant, 1 - tied_x, 1 - tied_y), -1, 1)

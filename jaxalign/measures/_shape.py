@@ -15,10 +15,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
-from jaxalign._linalg import matmul, root, transposed, unit
+from jaxalign._linalg import bounded, matmul, root, transposed, unit
 from jaxalign._typing import AnyArray
 from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
-from jaxalign.measures._spectra import centred_columns, leading, nuclear_norm
+from jaxalign.measures._spectra import centred_columns, leading, narrowed, nuclear_norm
 
 Result = Literal["distance", "angular", "similarity"]
 
@@ -112,14 +112,14 @@ def shape_distance_measure(alpha: Any, result: Any) -> SetMeasure:
 
 def _shape(x: Array, setting: Setting, alpha: float) -> tuple[Array, None]:
     matrix = (-2, -1)
-    x = unit(centred_columns(x, setting.mask), matrix)
-    return (x if alpha == 1 else unit(alpha * x + (1 - alpha) * leading(x), matrix)), None
+    x = unit(narrowed(centred_columns(x, setting.mask)), matrix)
+    return (x if alpha == 1 else unit(alpha * x + (1 - alpha) * leading(x)[0], matrix)), None
 
 
 def _compared(x: Array, y: Array, mask: Array | None, result: Result) -> Array:
     del mask
     product = matmul(transposed(x), y)
-    similarity = nuclear_norm(product)
+    similarity = bounded(nuclear_norm(product), 0, 1)
     if result == "similarity":
         return similarity
     # 2 - 2 s loses half the digits of a small distance; what the rotation leaves does not. Its derivatives are those
@@ -127,7 +127,7 @@ def _compared(x: Array, y: Array, mask: Array | None, result: Result) -> Array:
     formula = 2 - 2 * similarity
     exact = _left_over(*lax.stop_gradient((x, y, product)))
     equal = exact <= (8 * float(jnp.finfo(exact.dtype).eps)) ** 2  # to rounding: there is no direction to move in
-    distance = root(exact + jnp.where(equal, 0, formula - lax.stop_gradient(formula)))
+    distance = bounded(root(exact + jnp.where(equal, 0, formula - lax.stop_gradient(formula))), 0, 2**0.5)
     return distance if result == "distance" else 2 * jnp.arcsin(distance / 2)  # between unit vectors
 
 

@@ -1,4 +1,8 @@
-"""Singular values and directions of features, with derivatives that stay finite where singular values are equal."""
+"""Singular values and directions of features, with derivatives that stay finite where singular values are equal.
+
+Of features wider than n samples everything here depends on the n x n Gram matrix alone, so `narrowed` comes first: a
+product of two representations is then n x n, not d1 x d2.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jaxtyping import Array
 
 from jaxalign._linalg import matmul, transposed
+from jaxalign.distances import make_frame
 
 # Which singular directions are kept: all that are not rounding, so many of them, or those of a share of the variance.
 Keep = tuple[Literal["rank", "count", "share"], float | int]
@@ -32,17 +37,19 @@ def kept(values: Array, rows: int, keep: Keep) -> Array:
     return real
 
 
-def leading(x: Array, keep: Keep = ALL) -> Array:
-    """U V' of the kept singular directions of x (..., n, d): x with all its singular values made 1, or 0.
+def leading(x: Array, keep: Keep = ALL) -> tuple[Array, Array]:
+    """U V' of the kept singular directions of x (..., n, d), and how many they are (...).
 
-    With all kept that is x (x'x)^(-1/2), the orthonormal columns closest to x.
+    That is x with all its singular values made 1, or 0. With all kept it is x (x'x)^(-1/2), the orthonormal columns
+    closest to x.
     """
     return _leading(x, keep)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _leading(x: Array, keep: Keep) -> Array:
-    return _decomposed(x, keep)[0]
+def _leading(x: Array, keep: Keep) -> tuple[Array, Array]:
+    value, *_, which = _decomposed(x, keep)
+    return value, jnp.sum(which, -1)
 
 
 def _decomposed(x: Array, keep: Keep) -> tuple[Array, Array, Array, Array, Array]:
@@ -52,7 +59,7 @@ def _decomposed(x: Array, keep: Keep) -> tuple[Array, Array, Array, Array, Array
 
 
 @_leading.defjvp
-def _leading_jvp(keep: Keep, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _leading_jvp(keep: Keep, primals: Any, tangents: Any) -> tuple[Any, Any]:
     # For f(X) = U f(S) V': divided differences of f on the symmetric and the antisymmetric part of U' dX V, and f(s) /
     # s on what lies outside of the two bases. f is 1 on what is kept, so nothing is divided by a difference of two
     # that are.
@@ -73,13 +80,8 @@ def _leading_jvp(keep: Keep, primals: Any, tangents: Any) -> tuple[Array, Array]
     outside_v = dx - matmul(matmul(dx, transposed(vt)), vt)
     tangent += matmul(matmul(outside_u, transposed(vt)) * slope[..., None, :], vt)
     tangent += matmul(u, slope[..., :, None] * matmul(transposed(u), outside_v))
-    return value, tangent
-
-
-def rank(x: Array, keep: Keep = ALL) -> Array:
-    """How many singular directions are kept, (...)."""
-    values = jnp.linalg.svd(lax.stop_gradient(x), compute_uv=False)
-    return jnp.sum(kept(values, x.shape[-2], keep), -1)
+    rank = jnp.sum(which, -1)
+    return (value, rank), (tangent, np.zeros(rank.shape, jax.dtypes.float0))  # the rank does not vary
 
 
 def nuclear_norm(a: Array) -> Array:
@@ -87,16 +89,41 @@ def nuclear_norm(a: Array) -> Array:
     return jnp.sum(jnp.linalg.svd(a, compute_uv=False), -1)
 
 
+def narrowed(x: Array) -> Array:
+    """Features x (..., n, d) turned into their row space, (..., n, min(n, d)): x Q, where x' = Q R.
+
+    Products x x' stay, and with them the first derivative of whatever depends on them alone. Second derivatives are
+    nan: they need those of Q, which has none where samples are linearly dependent, as centered ones always are.
+    """
+    return x if x.shape[-1] <= x.shape[-2] else _in_row_space(x)
+
+
+@jax.custom_jvp
+def _in_row_space(x: Array) -> Array:
+    return transposed(jnp.linalg.qr(transposed(x), mode="r"))
+
+
+@_in_row_space.defjvp
+def _in_row_space_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    q, r = jnp.linalg.qr(transposed(x))
+    return transposed(r), matmul(dx, _once(q))
+
+
+@jax.custom_jvp
+def _once(q: Array) -> Array:
+    return q
+
+
+@_once.defjvp
+def _once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return primals[0], jnp.nan * tangents[0]
+
+
 def centred_columns(x: Array, mask: Array | None) -> Array:
-    """Columns less their mean over real rows, with entries of about 1; masked rows, and columns of one value, are 0."""
-    top = lax.stop_gradient(jnp.max(jnp.abs(x), (-2, -1), keepdims=True))
-    x = x / jnp.where(jnp.isfinite(top) & (top > 0), top, 1)  # so that squares neither overflow nor vanish
-    weight = jnp.ones((*x.shape[:-1], 1), x.dtype) if mask is None else mask[..., None].astype(x.dtype)
-    count = jnp.maximum(jnp.sum(weight, -2, keepdims=True), 1)
-    centred = (x - jnp.sum(x * weight, -2, keepdims=True) / count) * weight
-    # Columns of one value: what is left is the rounding of their mean.
-    size = lax.stop_gradient(jnp.max(jnp.abs(centred), -2, keepdims=True))
-    noise = 4 * float(jnp.finfo(x.dtype).eps) * lax.stop_gradient(jnp.max(jnp.abs(x), -2, keepdims=True))
-    centred = jnp.where(size > noise, centred, 0)
-    top = lax.stop_gradient(jnp.max(jnp.abs(centred), (-2, -1), keepdims=True))
-    return centred / jnp.where(top > 0, top, 1)
+    """Columns less their mean over valid rows, in a unit near the largest entry; masked rows and constants are 0."""
+    rows = make_frame(x, None, mask).x
+    count = rows.shape[-2] if mask is None else jnp.maximum(jnp.sum(mask, -1), 1).astype(x.dtype)[..., None, None]
+    # Once more: the mean that was taken away was rounded, by as much as the features vary where their offset is large.
+    rows = rows - jnp.sum(rows, -2, keepdims=True) / count
+    return rows if mask is None else jnp.where(mask[..., None], rows, 0)

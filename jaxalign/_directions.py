@@ -1,0 +1,63 @@
+"""Directions of samples: rows of unit length, whose squared distances are 2 (1 - cosine) or 2 (1 - correlation)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxalign._linalg import power_of_two, scaled, unit
+from jaxalign.distances import Frame, make_frame, over_devices
+
+Rows = Literal["cosine", "correlation"]
+
+
+def unit_rows(x: Array, mask: Array | None, rows: Rows | None) -> Array:
+    """Rows of unit length, first without their mean for "correlation"; nan where a row has no length."""
+    if rows is None:
+        return x
+    units = unit(_less_row_mean(scaled(x, -1)[0]) if rows == "correlation" else x, nothing=jnp.nan)
+    return units if mask is None else jnp.where(mask[..., None], units, 0)
+
+
+def unit_frame(x: Array, mask: Array | None, rows: Rows | None, axis_name: str | None = None) -> Frame:
+    """The frame of `unit_rows`, accurate also where all rows have about one direction, as with a large offset.
+
+    There x_i / |x_i| is rounded by as much as the directions differ. With the mean m of the rows and z_i = x_i - m,
+
+        x_i / |x_i| - m / |m|  =  z_i / |x_i| - (m / |m|) (2 m.z_i + |z_i|^2) / (|x_i| (|m| + |x_i|)),
+
+    in which nothing is lost; the constant m / |m| changes no distance.
+    """
+    if rows is None:
+        return make_frame(x, None, mask, None, axis_name)
+    if mask is not None:
+        x = jnp.where(mask[..., None], x, 0)
+    top = over_devices(lax.pmax, jnp.max(jnp.abs(lax.stop_gradient(x)), (-2, -1), keepdims=True), axis_name)
+    x = x * power_of_two(top)[1]
+    mean = make_frame(x, None, mask, None, axis_name).centre
+    z = x - mean
+    if rows == "correlation":
+        mean, z = _less_row_mean(mean), _less_row_mean(z)  # of each alone, or z would be rounded as the mean is
+        x = mean + z
+    size = jnp.sqrt(jnp.sum(mean * mean, -1, keepdims=True))
+    direction = mean / jnp.where(size > 0, size, 1)
+    square = jnp.sum(x * x, -1, keepdims=True)
+    near = square > size * size / 4  # else the row is short: its direction is another one, or has no digits to lose
+    length = jnp.sqrt(jnp.where(near, square, 1))
+    along = jnp.sum(z * (2 * mean + z), -1, keepdims=True) / (length * (size + length))
+    directions = jnp.where(near, z / length - direction * along, unit(x, nothing=jnp.nan) - direction)
+    frame = make_frame(directions, None, mask, None, axis_name)
+    # Rows that are multiples of each other have one direction; what is left is rounding.
+    spread = jnp.max(jnp.where(near, jnp.abs(z) / length, 1), (-2, -1), keepdims=True)
+    spread = over_devices(lax.pmax, lax.stop_gradient(spread), axis_name)
+    one_direction = frame.scale <= 16 * float(jnp.finfo(x.dtype).eps) * spread
+    return frame._replace(raw_x=jnp.where(one_direction, frame.centre, frame.raw_x))
+
+
+def _less_row_mean(x: Array) -> Array:
+    """Each row less its mean, twice: the first mean is rounded."""
+    x = x - jnp.mean(x, -1, keepdims=True)
+    return x - jnp.mean(x, -1, keepdims=True)
