@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import io, sharding
-from jaxalign._saved import plain, replace_file
+from jaxalign._files import hash_of, replace_file
+from jaxalign._saved import plain
 from jaxalign._version import __version__
 from jaxalign.alignment import PUBLISHED, RECOMMENDED, Alignment, align
 from jaxalign.bandwidth import mean_density, solve_sigma
@@ -96,7 +97,7 @@ def read(paths: list[Path], positions: io.Positions) -> Input:
                     f"{io.printable(name)} of shape {one.values.shape} was read with its channels last; if they are "
                     "first, as in torch, write np.moveaxis(x, 1, -1)"
                 )
-    hashes = {str(path): io.hash_of(path) for path in sorted({one.path for one in sets.values()})}
+    hashes = {str(path): hash_of(path) for path in sorted({one.path for one in sets.values()})}
     return Input(rows, sets, tuple(dict.fromkeys(notes)), hashes)
 
 
@@ -277,7 +278,7 @@ def info(options: dict[str, Any]) -> Found:
     for path in options["inputs"]:
         for name, one in io.read_features(path).items():
             if str(one.path) not in hashes:
-                hashes[str(one.path)] = io.hash_of(one.path)
+                hashes[str(one.path)] = hash_of(one.path)
             values = one.rows(options["positions"])
             count, first = missing(values)
             sigma = status = None
