@@ -108,8 +108,9 @@ def _acquire(lock: Path, path: Path) -> int:
         try:
             _lock(descriptor)
             # The last holder removes the file: whoever opened it before that holds a lock that nobody else sees.
-            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
-                return descriptor
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                    return descriptor
         except BlockingIOError:
             os.close(descriptor)
             wait = "another run is working on it: wait until that ends, or name another"

@@ -31,6 +31,7 @@ Positions = Literal["rows", "mean"]
 # Characters of a name that become a file's.
 _LONGEST = 120
 _BY_BLOCKS = "Save them as .npy files: compare_grid and `jaxalign grid` read those block by block."
+_RAW_BYTES = " numpy writes bfloat16 and float8 as raw bytes, |V2 and |V1: save x.astype(np.float32)."
 _NATIVE = "Save it in the byte order of this machine."
 
 
@@ -219,7 +220,7 @@ def _of_file(path: Path, *, alone: bool) -> Iterator[FeatureSet]:
     if not arrays:
         raise ValueError(
             f"{path} holds no features: floating point numbers of shape (n, d), (n, tokens, d) or (n, h, w, d). It "
-            f"holds {contents or 'nothing'}."
+            f"holds {contents or 'nothing'}.{_RAW_BYTES if ' |V' in contents else ''}"
         )
     for name in sorted(arrays, key=natural):
         label = path.stem if len(arrays) == 1 else name if alone else f"{path.stem}/{name}"
@@ -343,12 +344,13 @@ def _h5(path: Path) -> Generator[dict[str, Stored], None, None]:
     import h5py
 
     arrays: dict[str, Stored] = {}
+    checked: set[Any] = set()
     with h5py.File(path, "r") as file:
 
         def visit(name: str, node: Any) -> None:
             if isinstance(node, h5py.Dataset):
                 # First, as even the shape of a virtual dataset may depend on others.
-                _refuse_elsewhere(file, name, node)
+                _refuse_elsewhere(file, name, node, checked)
                 if node.shape is not None:
                     arrays[name] = Stored(node.dtype, node.shape, lambda: node[()])
 
@@ -356,8 +358,10 @@ def _h5(path: Path) -> Generator[dict[str, Stored], None, None]:
         yield arrays
 
 
-def _refuse_elsewhere(file: Any, name: str, node: Any, above: tuple[Any, ...] = ()) -> None:
+def _refuse_elsewhere(file: Any, name: str, node: Any, checked: set[Any], above: tuple[Any, ...] = ()) -> None:
     """Raise unless the values of a dataset lie in this file: in itself, or in others that it is made of."""
+    if node in checked:
+        return
     if node.external:
         raise ValueError(f"{name!r} lies in another file, {node.external[0][0]!r}, which is not followed.")
     if node in above:
@@ -368,7 +372,8 @@ def _refuse_elsewhere(file: Any, name: str, node: Any, above: tuple[Any, ...] = 
         inner = source.dset_name
         if "%" in inner or len(above) == _MOST_LINKS:
             raise ValueError(f"{name!r} is made of {inner!r}, which is a pattern, or nested too deeply to follow.")
-        _refuse_elsewhere(file, inner, _dataset(file, file, inner), (*above, node))
+        _refuse_elsewhere(file, inner, _dataset(file, file, inner), checked, (*above, node))
+    checked.add(node)
 
 
 def _dataset(file: Any, group: Any, name: str, links: int = 0) -> Any:

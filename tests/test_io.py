@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 import tracemalloc
 import warnings
 import zipfile
@@ -476,6 +477,31 @@ def test_tensors_without_values_are_no_features(tmp_path):
     torch.save(nested, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="it is nested too deeply, or holds itself"):
         read_features(tmp_path / "x.pt")
+
+
+def test_raw_bytes_are_explained(tmp_path):
+    np.save(tmp_path / "x.npy", np.asarray(jnp.asarray(X, jnp.bfloat16)))
+    with pytest.raises(
+        ValueError, match=r"holds 'x' \|V2 \(20, 6\)\. numpy writes bfloat16 .*astype\(np\.float32\)"
+    ):
+        read_features(tmp_path / "x.npy")
+
+
+def test_a_copy_in_another_byte_order_has_to_fit(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", X.astype(">f4"))
+    (found,) = read_features(tmp_path / "x.npy").values()
+    monkeypatch.setattr(_plan, "_SURELY_THERE", 0)
+    monkeypatch.setattr(_plan, "_room", lambda: 100.0)
+    with pytest.raises(MemoryError, match="Save it in the byte order of this machine"):
+        found.rows()
+
+
+@pytest.mark.parametrize(("suffix", "module", "extra"), [("pt", "torch", "torch"), ("h5", "h5py", "cli")])
+def test_a_missing_package_names_its_extra(suffix, module, extra, tmp_path, monkeypatch):
+    (tmp_path / f"x.{suffix}").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf'python -m pip install "jaxalign\[{extra}\]"'):
+        read_features(tmp_path / f"x.{suffix}")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of POSIX")
