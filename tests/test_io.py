@@ -481,9 +481,7 @@ def test_tensors_without_values_are_no_features(tmp_path):
 
 def test_raw_bytes_are_explained(tmp_path):
     np.save(tmp_path / "x.npy", np.asarray(jnp.asarray(X, jnp.bfloat16)))
-    with pytest.raises(
-        ValueError, match=r"holds 'x' \|V2 \(20, 6\)\. numpy writes bfloat16 .*astype\(np\.float32\)"
-    ):
+    with pytest.raises(ValueError, match=r"holds 'x' \|V2 \(20, 6\)\. numpy writes bfloat16 .*astype\(np\.float32\)"):
         read_features(tmp_path / "x.npy")
 
 
