@@ -272,7 +272,7 @@ def _row_facts(value: jax.Array) -> jax.Array:
     least = jax.lax.bitcast_convert_type(jnp.asarray(_smallest(value.dtype), value.dtype), integer)
     facts = (~jnp.isfinite(value), size != 0, size >= least)
     bits = (_NOT_FINITE, _NONZERO, _NORMAL)
-    return sum(fact.any(-1).astype(jnp.uint8) * bit for fact, bit in zip(facts, bits, strict=True))
+    return jnp.stack([fact.any(-1).astype(jnp.uint8) * bit for fact, bit in zip(facts, bits, strict=True)]).sum(0)
 
 
 def _smallest(dtype: Any) -> float:

@@ -14,9 +14,9 @@ from jaxtyping import Array
 
 from jaxalign import _checks, streaming
 from jaxalign._directions import unit_rows
-from jaxalign._grid_memory import Found, Job, cells
+from jaxalign._grid_memory import Found, Job, cells, no_cells
 from jaxalign._plan import choose_tiles, usual_block_rows
-from jaxalign._saved import Saved
+from jaxalign._saved import Saved, checkpoint_of_one_job, damaged
 from jaxalign._version import __version__
 from jaxalign.bandwidth import rate_of
 from jaxalign.distances import Frame
@@ -55,7 +55,7 @@ def set_by_set(job: Job, measure: SetMeasure, block_rows: int | None, checkpoint
     check = [_checksum(value, rows) for value in sets] + [0 if mask is None else _crc(np.asarray(mask))]
     identity = {**job.told(measure.name), "version": __version__, "checksums": check}
     check_sets([(names[0], np.zeros((len(found[0]), 1), np.float32))], mask, "raise", measure.least, measure.needs)
-    saved = Saved.open(checkpoint, identity)
+    saved = Saved.open(checkpoint, identity, no_cells(job))
 
     def load(k: int) -> Array:
         return check_sets([(names[k], np.asarray(sets[k]))], mask, "propagate", 1, measure.name)[0][0]
@@ -141,10 +141,10 @@ def from_blocks(job: Job, measure: PairMeasure, block_rows: int | None, checkpoi
     if any(job.dtype != dtype for job in jobs):
         raise ValueError("all sets must have the same dtype; got " + ", ".join(str(job.dtype) for job in jobs) + ".")
     identity = {**job.told(measure.name), "sets": [rows.identity for rows in jobs]}
-    saved = Saved.open(checkpoint, identity)
+    pairs = len(here[0]) * len(here[1])
+    saved = Saved.open(checkpoint, identity, _nothing_done(n, len(left), len(here[0]), pairs, centring))
     state = dict(saved.arrays)
-    found_sigma = state.get("sigma", np.full(len(left), np.nan))
-    found_sigma = _sigmas(jobs, [names[k] for k in left], left, found_sigma, options, function, state, saved, progress)
+    found_sigma = _sigmas(jobs, [names[k] for k in left], left, options, function, state, saved, progress)
     sums = _sums(jobs, len(here[0]), found_sigma, function, centring, state, saved, progress, tile_size)
     inner = centred(*sums, len(here[0]), centring, function)
     saved.remove()
@@ -153,11 +153,21 @@ def from_blocks(job: Job, measure: PairMeasure, block_rows: int | None, checkpoi
     return values, sigma, samples
 
 
+def _nothing_done(n: int, number: int, split: int, pairs: int, centring: Centring) -> dict[str, np.ndarray]:
+    """What a visit of the block pairs gathers, before any of them is done."""
+    return {
+        "sigma": np.full(number, np.nan),
+        "done": np.asarray(0),
+        "cross": np.zeros((split, pairs // split)),
+        "own": np.zeros(number),
+        "rows": np.zeros((n, pairs if centring == "difference" else number)),
+    }
+
+
 def _sigmas(
     jobs: list[streaming.Job],
     names: list[str],
     left: list[int],
-    sigma: np.ndarray,
     options: dict[str, Any],
     function: PairFunction,
     state: dict[str, np.ndarray],
@@ -165,7 +175,7 @@ def _sigmas(
     progress: Progress,
 ) -> np.ndarray:
     """The bandwidth of every set; those that are found are saved."""
-    given = options.get("sigma")
+    given, sigma = options.get("sigma"), state["sigma"]
     if not function.needs_sigma:
         return sigma
     if not function.solves:
@@ -177,7 +187,8 @@ def _sigmas(
             beside = None if saved.path is None else saved.path.with_name(saved.path.name + ".sigma")
             try:
                 density = float(options["density"])  # as JSON holds it
-                solution = streaming.solve_rows(job, density, checkpoint=beside, rooted=function.rooted)
+                with checkpoint_of_one_job(beside):
+                    solution = streaming.solve_rows(job, density, checkpoint=beside, rooted=function.rooted)
             except ValueError as error:
                 raise ValueError(f"{names[k]}: {error}") from None
             sigma[k] = float(solution.sigma)
@@ -232,11 +243,9 @@ def _sums(
     shift = shift.astype(dtype)
 
     plan = list(half_ring(len(blocks.sizes)))
-    pairs = split * (number - split or split)
-    done = int(state.get("done", 0))
-    cross = state.get("cross", np.zeros((split, number - split or split)))
-    own = state.get("own", np.zeros(number))
-    rows = state.get("rows", np.zeros((n, pairs if centring == "difference" else number)))
+    done, cross, own, rows = int(state["done"]), state["cross"], state["own"], state["rows"]
+    if not 0 <= done <= len(plan):
+        raise damaged(saved.path, "compare_grid")
     report = streaming.reporter(progress, "pairs", len(plan))
     report(done)
     held: tuple[int, Any] | None = None

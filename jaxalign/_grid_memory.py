@@ -115,6 +115,11 @@ def _bytes(part: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(part))
 
 
+def no_cells(job: Job) -> dict[str, np.ndarray]:
+    """The cells of a grid before any of them is done."""
+    return {"values": np.full(job.shape, np.nan), "done": np.zeros(job.shape, bool)}
+
+
 def cells(
     job: Job,
     measure: SetMeasure,
@@ -129,10 +134,8 @@ def cells(
     sigma, density, n = options.get("sigma"), options.get("density"), sets[0].shape[0]
     number = len(names)
     columns = range(split, number) if number > split else range(split)
-    values = np.full((split, len(columns)), np.nan)
-    done = np.zeros(values.shape, bool)
-    if saved is not None and saved.arrays:
-        values, done = saved.arrays["values"], saved.arrays["done"]
+    state = no_cells(job) if saved is None else saved.arrays
+    values, done = state["values"], state["done"]
     parts: dict[int, Any] = {}  # the one that was used last stands last
 
     def part(k: int) -> Any:

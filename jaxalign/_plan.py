@@ -221,12 +221,16 @@ def check_room(what: str, shape: Sequence[int], x: Array, way_out: str) -> None:
     needed = _ON_THE_WAY * math.prod(shape) * x.dtype.itemsize
     if needed < _SURELY_THERE or not _checks.is_concrete(x) or any(one.platform != "cpu" for one in x.devices()):
         return
-    left = _room()
-    if needed > left:
-        raise MemoryError(
-            f"{what} of shape {tuple(shape)} would take {needed / 1e9:.3g} GB while made, and there are "
-            f"{max(left, 0) / 1e9:.3g} GB. {way_out}"
-        )
+    check_bytes(f"{what} of shape {tuple(shape)} would take {needed / 1e9:.3g} GB while made", needed, way_out)
+
+
+def check_bytes(claim: str, needed: int | float, way_out: str) -> None:
+    """Raise a MemoryError, which begins with the claim, where so many bytes are more than the memory left."""
+    if needed < _SURELY_THERE:
+        return
+    room = _room()
+    if needed > room:
+        raise MemoryError(f"{claim}, and there are {max(room, 0) / 1e9:.3g} GB. {way_out}")
 
 
 def _room() -> float:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from jaxalign._files import check_regular, locked, open_npz, replace_file
+
+WAY_OUT = "Delete it to start again, or name another file."
 
 
 @dataclass(frozen=True)
@@ -25,31 +28,33 @@ class Saved:
     arrays: dict[str, np.ndarray]
 
     @staticmethod
-    def open(path: str | os.PathLike[str] | None, identity: dict[str, Any]) -> Saved:
-        """What a file holds, if there is one; refused where it does not belong to this job."""
+    def open(path: str | os.PathLike[str] | None, identity: dict[str, Any], initial: Mapping[str, np.ndarray]) -> Saved:
+        """What a file holds, in arrays like the initial ones, or these; refused where it is of another job."""
         told = json.dumps(identity, sort_keys=True)
-        if path is None:
-            return Saved(None, told, {})
+        arrays = dict(initial)
+        if path is None or not Path(path).exists():
+            return Saved(None if path is None else Path(path), told, arrays)
         path = Path(path)
-        check_place(path)
-        if not path.exists():
-            return Saved(path, told, {})
-        way_out = "Delete it to start again, or name another file."
+        check_regular(path)
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-                arrays = {name: content[name] for name in content.files}
-            found = dict(json.loads(str(arrays.pop("identity"))))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
-            raise ValueError(f"checkpoint {path} is truncated or not a checkpoint of compare_grid. {way_out}") from None
-        wanted = json.loads(told)
-        different = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+            with open_npz(path) as content:
+                found = dict(json.loads(str(content.pop("identity").load())))
+                wanted = json.loads(told)
+                different = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+                if not different:
+                    for name, stored in content.items():
+                        if (stored.dtype, stored.shape) != (initial[name].dtype, initial[name].shape):
+                            raise ValueError(f"{name} of shape {stored.shape}")
+                        arrays[name] = stored.load()
+        except Exception:  # whatever a damaged archive raises
+            raise damaged(path, "compare_grid") from None
         if different:
             raise ValueError(
-                f"checkpoint {path} belongs to another job; what differs: {', '.join(different)}. {way_out}"
+                f"checkpoint {path} belongs to another job; what differs: {', '.join(different)}. {WAY_OUT}"
             )
         return Saved(path, told, arrays)
 
-    def write(self, arrays: dict[str, np.ndarray]) -> None:
+    def write(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Replace the file in one step, so that a kill leaves the old one or the new one."""
         if self.path is not None:
             content = io.BytesIO()
@@ -63,26 +68,23 @@ class Saved:
             self.path.unlink(missing_ok=True)
 
 
-def check_place(path: Path) -> None:
-    """Raise before any work is done where a file cannot be written to."""
-    if path.is_dir():
-        raise IsADirectoryError(f"checkpoint {path} is a folder: name a file in it.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"checkpoint {path}: there is no folder {path.parent}.")
+def damaged(path: Path | None, writer: str | None = None) -> ValueError:
+    """The error of a checkpoint that holds something else than a job writes."""
+    of = "" if writer is None else f" of {writer}"
+    return ValueError(f"checkpoint {path} is truncated or not a checkpoint{of}. {WAY_OUT}")
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file in one step, so that a kill leaves the old one or the new one."""
-    beside = path.with_name(path.name + ".new")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:  # a full disk, Ctrl-C: nothing half-written stays
-        beside.unlink(missing_ok=True)
-        raise
+@contextlib.contextmanager
+def checkpoint_of_one_job(path: str | os.PathLike[str] | None) -> Generator[None, None, None]:
+    """Raise before any work is done where a file cannot be written to, or where another job writes to it."""
+    if path is not None:
+        path = Path(path)
+        if path.is_dir():
+            raise IsADirectoryError(f"checkpoint {path} is a folder: name a file in it.")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"checkpoint {path}: there is no folder {path.parent}.")
+    with locked(path):
+        yield
 
 
 def told(value: Any) -> Any:

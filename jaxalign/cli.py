@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import errno
 import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +33,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except KeyboardInterrupt:
         out = options.get("out")
-        saved = out is not None and (out / "checkpoint.npz").exists()
+        saved = out is not None and any((out / name).exists() for name in ("checkpoint.npz", "values.json"))
         print(f"stopped{f'; what is finished is in {out}: --resume goes on' if saved else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # jaxalign ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         if error.errno == errno.ENOSPC:
             where = error.filename or options.get("out") or "where the output goes"
             return _fail(f"the disk is full: {where}. Nothing half-written was left.", 1)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            from jaxalign._files import too_many_files
+
+            return _fail(too_many_files(), 1)
         missing = isinstance(error, (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError))
         missing = missing or error.errno == errno.ENAMETOOLONG
-        return _fail(error if error.errno is None else f"{error.filename}: {error.strerror}", 2 if missing else 1)
+        place = "" if error.filename is None else f"{error.filename}: "
+        return _fail(error if error.errno is None else f"{place}{error.strerror}", 2 if missing else 1)
     except (ValueError, TypeError, ImportError, OverflowError) as error:
         return _fail(error, 2)
     except (MemoryError, RuntimeError) as error:  # what jax raises when memory runs out is a RuntimeError
@@ -52,12 +58,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The program: ends at once on Ctrl-C, as threads of the compiler may still be at work."""
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _open_many_files()
+    if isinstance(sys.stdout, TextIOWrapper):  # names may have letters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code: Any = main()
+    except SystemExit as stopped:  # --help, and options that argparse refuses
+        code = stopped.code
+    for stream in (sys.stdout, sys.stderr):
+        code = _flush(stream, code)
     if code == 130:
         os._exit(code)
     sys.exit(code)
+
+
+def _open_many_files() -> None:
+    """Raise the limit of open files as far as the system allows: every .npy file of a model's layers stays open."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        if resource.RLIM_INFINITY != soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _flush(stream: Any, code: Any) -> Any:
+    """Write out a stream; where nobody reads it, what is left goes nowhere, or Python would report it while it ends."""
+    if stream is None:  # closed before the program began
+        return code
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return code or 1
+    return code
 
 
 def _fail(error: Any, code: int) -> int:
@@ -97,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "jaxalign demo --out pictures",
     )  # fmt: skip
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures (default: ./demo)")
+    demo.add_argument("--force", action="store_true", help="overwrite what --out holds")
 
     info = add(
         "info", _command("info"), "what files hold, what is missing in them, and the sigma of each set",
@@ -261,6 +297,8 @@ def _command(name: str) -> Callable[[dict[str, Any]], int]:
             warnings.simplefilter("ignore", UserWarning)  # of libraries that draw and lay out
             found = getattr(commands, name)(options)
         print(json.dumps(plain(found.data), indent=1) if options.get("json") else found.text)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where an error has its message
         return 0
 
     return run

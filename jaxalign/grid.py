@@ -8,6 +8,7 @@ written down, so that a job that was killed goes on where it was.
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
+from jaxalign._files import check_regular, replace_file
 from jaxalign._grid_files import from_blocks, set_by_set
 from jaxalign._grid_memory import Job, in_one_visit
 from jaxalign._plan import TileSize
-from jaxalign._saved import plain, replace_file, told
+from jaxalign._saved import checkpoint_of_one_job, plain, told
 from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
 from jaxalign.io import named_sets
@@ -152,25 +154,36 @@ class ComparisonGrid:
     def from_json(source: str | os.PathLike[str]) -> ComparisonGrid:
         """A grid from a file, or from the text, that `to_json` wrote."""
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        text = str(source) if is_text else Path(source).read_text()
+        if not is_text:
+            check_regular(Path(source))
         try:
-            content = json.loads(text)
+            content = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
             if content["jaxalign"] != "comparison grid":
                 raise KeyError("jaxalign")
+            rows, columns = (tuple(map(str, content[names])) for names in ("rows", "columns"))
+            values, sigma = (np.array(content[name], np.float64) for name in ("values", "sigma"))
+            itself = bool(content["itself"])
+            if values.shape != (len(rows), len(columns)) or (itself and rows != columns):
+                raise ValueError(f"values of shape {values.shape} for {len(rows)} rows and {len(columns)} columns")
+            if sigma.shape != (len(rows) + (0 if itself else len(columns)),):
+                raise ValueError(f"sigma of shape {sigma.shape}")
+            if content["direction"] not in ("similarity", "distance"):
+                raise ValueError(f"direction {content['direction']!r}")
             return ComparisonGrid(
-                values=np.array(content["values"], np.float64),
-                sigma=np.array(content["sigma"], np.float64),
-                measure=content["measure"],
+                values=values,
+                sigma=sigma,
+                measure=str(content["measure"]),
                 direction=content["direction"],
-                rows=tuple(content["rows"]),
-                columns=tuple(content["columns"]),
-                itself=bool(content["itself"]),
+                rows=rows,
+                columns=columns,
+                itself=itself,
                 settings=tuple((name, _hashable(value)) for name, value in content["options"].items()),
-                samples=content["samples"],
+                samples=operator.index(content["samples"]),
                 versions=tuple(content["versions"].items()),
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"not a comparison grid as to_json writes it: {error!r}.") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            where = "" if is_text else f"{source} is "
+            raise ValueError(f"{where}not a comparison grid as to_json writes it: {error!r}.") from None
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame of the values (needs pandas)."""
@@ -250,10 +263,12 @@ def compare_grid(
         found = in_one_visit(job, specification, mesh, axis_name)
     elif mesh is not None or axis_name is not None:
         raise ValueError("mesh= is for arrays in memory without a checkpoint; these rows are read block by block.")
-    elif isinstance(specification, PairMeasure):
-        found = from_blocks(job, specification, block_rows, checkpoint)
     else:
-        found = set_by_set(job, specification, block_rows, checkpoint)
+        with checkpoint_of_one_job(checkpoint):
+            if isinstance(specification, PairMeasure):
+                found = from_blocks(job, specification, block_rows, checkpoint)
+            else:
+                found = set_by_set(job, specification, block_rows, checkpoint)
     values, sigma, samples = found
     return ComparisonGrid(
         values=values,

@@ -8,6 +8,7 @@ checkpoint after every pair of blocks, so that a job that was killed goes on whe
 from __future__ import annotations
 
 import json
+import operator
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxalign import _checks
+from jaxalign._files import check_regular, read_json, replace_file
 from jaxalign._linalg import power_of_two
 from jaxalign._plan import TileSize, check_tile_size, choose_tiles, usual_block_rows
 from jaxalign._rate import (
@@ -37,7 +39,7 @@ from jaxalign._rate import (
     series_moments,
     sums_over,
 )
-from jaxalign._saved import check_place, replace_file
+from jaxalign._saved import WAY_OUT, checkpoint_of_one_job, damaged
 from jaxalign._version import __version__
 from jaxalign.bandwidth import (
     CONVERGED,
@@ -108,7 +110,8 @@ def solve_sigma(
     wanted = _number("density", density)
     _checks.density_value(wanted)
     job = open_rows(x, y, mask, mask_y, diagonal, block_rows, tile_size)
-    return solve_rows(job, wanted, rtol, checkpoint, progress)
+    with checkpoint_of_one_job(checkpoint):
+        return solve_rows(job, wanted, rtol, checkpoint, progress)
 
 
 def solve_rows(
@@ -175,11 +178,12 @@ def mean_density(
     sigma = _number("sigma", sigma)
     _checks.positive("sigma", sigma)
     job = open_rows(x, y, mask, mask_y, diagonal, block_rows, tile_size)
-    saved = _Checkpoint.open(checkpoint, {**job.identity, "task": "mean_density", "sigma": sigma})
-    frame = job.frame_of((jnp.asarray(job.sample[0]), None), (None, None))
-    rate = rate_of(jnp.full((1, 1), sigma, job.dtype), frame)[0, 0]
-    sums = _visit(job, _kernel_alone, rate, saved, 1, progress)
-    saved.remove()
+    with checkpoint_of_one_job(checkpoint):
+        saved = _Checkpoint.open(checkpoint, {**job.identity, "task": "mean_density", "sigma": sigma})
+        frame = job.frame_of((jnp.asarray(job.sample[0]), None), (None, None))
+        rate = rate_of(jnp.full((1, 1), sigma, job.dtype), frame)[0, 0]
+        sums = _visit(job, _kernel_alone, rate, saved, 1, progress)
+        saved.remove()
     return jnp.asarray(sums[0] / job.total, job.dtype)
 
 
@@ -243,6 +247,7 @@ def check_block_rows(block_rows: Any) -> None:
 
 def _blocks(name: str, rows: Rows, mask: np.ndarray | None, block_rows: int | None, least: int) -> Blocks:
     if isinstance(rows, (str, os.PathLike)):
+        check_regular(Path(rows))
         try:
             rows = np.load(rows, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
@@ -455,6 +460,11 @@ def _visit(
     else:
         plan = [(i, j, False) for i in range(len(job.x.sizes)) for j in range(len(others.sizes))]
     done, sums = saved.done, saved.sums
+    if done or sums:
+        frame = job.frame_of((jnp.asarray(job.sample[0]), None), (None, None))
+        part = partial(_block_sums, terms, skip_self=False, tile_size=job.tile_size, rooted=rooted)
+        if not 0 < done <= len(plan) or (len(sums),) != jax.eval_shape(part, frame=frame, rate=rate).shape:
+            raise damaged(saved.path)
     report = reporter(progress, number, len(plan), f"pass {number}")
     report(done)
     held: tuple[int, Any] | None = None
@@ -545,26 +555,30 @@ class _Checkpoint:
         if path is None:
             return _Checkpoint(None, identity)
         path = Path(path)
-        check_place(path)
         if not path.exists():
             return _Checkpoint(path, identity)
-        way_out = "Delete it to start again, or name another file."
+        check_regular(path)
         try:
-            content = json.loads(path.read_text())
-            body = json.dumps(content["state"], sort_keys=True)
-            whole = content["check"] == zlib.crc32(body.encode())
+            content = read_json(path)
             state = content["state"]
+            whole = content["check"] == zlib.crc32(json.dumps(state, sort_keys=True).encode())
             found = dict(state["identity"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"checkpoint {path} is truncated or not a checkpoint. {way_out}") from None
+            raise damaged(path) from None
         if not whole:
-            raise ValueError(f"checkpoint {path} is damaged: its checksum is wrong. {way_out}")
+            raise ValueError(f"checkpoint {path} is damaged: its checksum is wrong. {WAY_OUT}")
         identity = json.loads(json.dumps(identity))
         different = [key for key in {**identity, **found} if identity.get(key) != found.get(key)]
         if different:
             told = ", ".join(f"{key} (there {found.get(key)!r}, here {identity.get(key)!r})" for key in different)
-            raise ValueError(f"checkpoint {path} belongs to another job; what differs: {told}. {way_out}")
-        return _Checkpoint(path, identity, state["search"], state["done"], tuple(map(tuple, state["sums"])))
+            raise ValueError(f"checkpoint {path} belongs to another job; what differs: {told}. {WAY_OUT}")
+        try:
+            search, sums = state["search"], tuple((float(value), float(rest)) for value, rest in state["sums"])
+            if search is not None:
+                search = {name: float(search[name]) for name in Search._fields}
+            return _Checkpoint(path, identity, search, operator.index(state["done"]), sums)
+        except (ValueError, KeyError, TypeError):
+            raise damaged(path) from None
 
     def next_pass(self, search: dict[str, Any]) -> _Checkpoint:
         """After a pass."""

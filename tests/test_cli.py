@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import html.parser
+import io as stdio
 import json
 import os
 import re
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import cli
+from jaxalign import _files, _plan, cli
 from jaxalign.report import commands
 
 pytest.importorskip("matplotlib", reason='pictures: python -m pip install "jaxalign[viz]"')
@@ -272,7 +274,7 @@ def no_permission(monkeypatch, out):
     ("spoil", "code", "message"),
     [
         (without_tqdm, 2, 'python -m pip install "jaxalign[demo]"'),
-        (a_file_in_the_way, 2, "out: File exists"),
+        (a_file_in_the_way, 2, "out is a file: name a folder"),
         (no_permission, 1, "out: Permission denied"),
     ],
 )
@@ -363,11 +365,24 @@ def test_the_input_is_never_written_over(models, capsys):
     assert {path: path.read_bytes() for path in (models / "a").iterdir()} == before
 
 
-def test_resume_goes_on_with_nothing_but_the_same_job(models, capsys):
+def test_resume_goes_on_with_nothing_but_the_same_job(models, capsys, monkeypatch):
     out = models / "report"
-    grid = ("grid", models / "a", "--permutations", 0, "--density", 0.2, "--out", out)
+    grid = ("grid", models / "a", "--measure", "procrustes", "--permutations", 0, "--out", out)
     assert run(*grid) == 0
-    assert run(*grid, "--resume") == 0  # finished: the report is made again
+    printed = capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        patched.setattr(commands, "compare_grid", lambda *args, **kwargs: 1 / 0)
+        patched.setattr(commands, "permutation_test", lambda *args, **kwargs: 1 / 0)
+        patched.setattr(commands, "png_of", lambda *args, **kwargs: 1 / 0)
+        assert run(*grid, "--resume") == 0  # finished: nothing is computed again
+        assert capsys.readouterr().out == printed
+        assert run(*grid, "--resume", "--json") == 0
+        assert json.loads(capsys.readouterr().out) == json.loads((out / "grid.json").read_text())
+        with pytest.raises(ZeroDivisionError):  # another report of the same grid
+            run(*grid, "--permutations", 9, "--resume")
+        (out / "report.html").write_text("changed since")
+        with pytest.raises(ZeroDivisionError):
+            run(*grid, "--resume")
     assert run(*grid, "--measure", "rsa", "--resume") == 2
     assert "of other options or inputs" in capsys.readouterr().err
     (models / "thesis").mkdir()
@@ -432,3 +447,175 @@ def test_pictures_that_do_not_belong_are_refused_before_the_work(models, monkeyp
     assert "3 pictures go with maps" in capsys.readouterr().err
     assert run("ncut", models / "a" / "layer2.npy", *images, "--out", models / "out") == 2
     assert not (models / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["values.json", "grid.json"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b'{"provenance": 3}', b'{"provenance": {"options": [], "sha256": {}, "versions": {}}}', b"\xff",
+     b"[" * 100_000],
+    ids=["empty", "list", "object", "number", "lists", "bytes", "nested"],
+)  # fmt: skip
+def test_damaged_results_are_one_line(name, content, models, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "compare_grid", lambda *args, **kwargs: 1 / 0)
+    (models / "out").mkdir()
+    (models / "out" / name).write_bytes(content)
+    assert run("grid", models / "a", "--permutations", 0, "--out", models / "out", "--resume") == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"--resume: .*{name} is damaged, or not of `jaxalign grid`. Delete it", said)
+    assert said.count("\n") == 1
+    assert (models / "out" / name).read_bytes() == content
+
+
+def test_a_result_with_parts_missing_is_damaged(models, capsys):
+    out = models / "out"
+    grid = ("grid", models / "a", "--measure", "procrustes", "--permutations", 0, "--out", out)
+    assert run(*grid) == 0
+    whole = json.loads((out / "grid.json").read_text())
+    capsys.readouterr()
+    changes = {"values": [[1.0]], "sigma": 3, "names": [], "best match": {"layer2": 1}, "direction": "up", "written": 1}
+    for name, value in changes.items():
+        (out / "grid.json").write_text(json.dumps({**whole, name: value}))
+        assert run(*grid, "--resume") == 2
+        assert "grid.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["grid", "align", "ncut", "demo"])
+def test_one_run_at_a_time_writes_to_a_folder(command, models, capsys):
+    out = models / "out"
+    out.mkdir()
+    inputs = [] if command == "demo" else [models / "a"]
+    more = ["--resume"] if command == "grid" else ["--force"]
+    with _files.locked(out):
+        assert run(command, *inputs, *more, "--out", out) == 1
+    said = capsys.readouterr().err
+    assert f"{out}: another run is working on it" in said
+    assert said.count("\n") == 1
+    assert list(out.iterdir()) == []
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_force_removes_only_what_a_command_wrote(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    content = {name: name.encode() for name in ("keep.txt", "old.npy", "weights.npy", "grid.png", "link.npy")}
+    for name, text in content.items():
+        (out / name).write_bytes(text)
+    (tmp_path / "outside.npy").write_bytes(b"outside")
+    (out / "link.npy").unlink()
+    (out / "link.npy").symlink_to(tmp_path / "outside.npy")
+    written = {name: sha256(text) for name, text in content.items()}
+    written |= {"weights.npy": sha256(b"before"), "link.npy": sha256(b"outside"), "../outside.npy": sha256(b"outside")}
+    listed = {"files": list(written), "written": written}
+    (out / "grid.json").write_text(json.dumps({**listed, "written": {"keep.txt": written["keep.txt"], "": ""}}))
+    (out / "alignment.json").write_text(json.dumps(listed))
+    (out / "cut.json").write_text(json.dumps({"files": ["keep.txt", "weights.npy"]}))  # not as it is written
+    with commands.output_folder(out, (), force=True):
+        assert commands._contents(out) == ["cut.json", "grid.png", "keep.txt", "link.npy", "weights.npy"]
+    assert (tmp_path / "outside.npy").read_bytes() == b"outside"
+    # And all of what was written, by its own manifest.
+    commands.write_manifest(out / "alignment.json", {}, [commands.write_array(out / "a.npy", np.ones(3))])
+    with commands.output_folder(out, (), force=True):
+        assert not (out / "a.npy").exists()
+        assert not (out / "alignment.json").exists()
+
+
+def test_pictures_are_inputs_too(models, capsys):
+    np.save(models / "a" / "photos.npy", np.zeros((60, 2, 2, 3), np.uint8))
+    np.save(models / "maps.npy", np.ones((60, 2, 2, 3), np.float32))
+    images = ("--images", models / "a" / "photos.npy")
+    assert run("ncut", models / "maps.npy", *images, "--out", models / "a", "--force") == 2
+    assert "is where the input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [np.zeros(()), np.zeros((0, 2, 2, 3)), np.full((2, 2, 2, 3), "a"), None])
+def test_pictures_that_are_none(content, models, capsys):
+    np.save(models / "photos.npy", np.zeros(1) if content is None else content)
+    if content is None:
+        (models / "photos.npy").write_bytes(b"")
+    assert run("grid", models / "a", "--images", models / "photos.npy", "--out", models / "out") == 2
+    assert re.search(r"--images .*photos\.npy: (expected|it does not begin)", capsys.readouterr().err)
+
+
+def test_the_demo_keeps_what_is_there(tmp_path, capsys):
+    (tmp_path / "affinities.png").write_text("mine")
+    assert run("demo", "--out", tmp_path) == 2
+    assert "--force overwrites" in capsys.readouterr().err
+    assert (tmp_path / "affinities.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments", [["info", "x.npy"], ["info", "--help"]])
+def test_closed_output_ends_in_silence(arguments, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(commands, "info", lambda options: commands.Found({}, "text"))
+    monkeypatch.setattr(sys, "argv", ["jaxalign", *arguments])
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as ended:
+            cli.entry()
+        assert ended.value.code == 1
+        stream.flush()  # as Python does at its end: it would report what goes wrong
+
+
+def test_output_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(commands, "info", lambda options: commands.Found({}, "text"))
+    monkeypatch.setattr(sys, "stdout", None)  # jaxalign ... >&-
+    monkeypatch.setattr(sys, "argv", ["jaxalign", "info", "x.npy"])
+    with pytest.raises(SystemExit) as ended:
+        cli.entry()
+    assert not ended.value.code
+
+
+def test_names_that_the_terminal_cannot_show(monkeypatch):
+    raw = stdio.BytesIO()
+    monkeypatch.setattr(sys, "stdout", stdio.TextIOWrapper(raw, "ascii"))
+    monkeypatch.setattr(commands, "info", lambda options: commands.Found({}, "couche é"))
+    monkeypatch.setattr(sys, "argv", ["jaxalign", "info", "x.npy"])
+    with pytest.raises(SystemExit):
+        cli.entry()
+    assert raw.getvalue() == b"couche \\xe9\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "jaxalign: Input/output error\n"),
+        (OSError(errno.EMFILE, "Too many open files"), "jaxalign: the limit of open files"),
+    ],
+)
+def test_errors_without_a_file_name_nothing(error, message, monkeypatch, capsys):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr(commands, "info", fail)
+    assert run("info", "x.npy") == 1
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_the_program_opens_as_many_files_as_it_may():
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[1]), limits[1]))
+        cli._open_many_files()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert soft == (65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_sets_larger_than_the_memory_are_refused_before_the_work(models, monkeypatch, capsys):
+    for name in ("align", "compare_grid", "normalized_cut"):
+        monkeypatch.setattr(commands, name, lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(_plan, "_SURELY_THERE", 0)
+    monkeypatch.setattr(_plan, "_room", lambda: 100.0)
+    x = models / "a" / "layer2.npy"
+    out = ("--out", models / "out")
+    np.save(models / "half.npy", np.load(x).astype(np.float16))
+    for arguments in (("compare", x, x), ("align", x, *out), ("ncut", x, *out), ("grid", models / "half.npy", *out)):
+        assert run(*arguments) == 1
+        assert re.search(r"(layer2|half) takes 1\.68e-06 GB of memory, and there are 1e-07 GB", capsys.readouterr().err)

@@ -349,6 +349,36 @@ def test_a_checkpoint_with_a_changed_number_is_refused(tmp_path):
         resume(JOBS["solve_sigma"], path)
 
 
+SEARCH = ("rate", "low", "high", "density", "slope", "done", "converged", "passes")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"search": 3},
+        {"search": dict.fromkeys(SEARCH[1:], 1.0)},
+        {"search": dict.fromkeys(SEARCH, "x")},
+        {"done": "x"},
+        {"done": -1},
+        {"done": 0},
+        {"done": 1000},
+        {"sums": 3},
+        {"sums": [[1.0]]},
+        {"sums": [[1.0, 0.0]]},
+        {"sums": []},
+        {"sums": [["a", "b"]]},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_with_a_right_checksum_and_other_contents_is_refused(change, tmp_path):
+    path = tmp_path / "job"
+    stop_after(JOBS["solve_sigma"], path, 3)
+    state = {**json.loads(path.read_text())["state"], **change}
+    path.write_text(json.dumps({"state": state, "check": zlib.crc32(json.dumps(state, sort_keys=True).encode())}))
+    with refused(ValueError, str(path), "truncated or not a checkpoint", "Delete it"):
+        resume(JOBS["solve_sigma"], path)
+
+
 FOREIGN = {
     "density": (lambda x, **kw: streaming.solve_sigma(x, density=0.3, **kw), {}, ("density", "there 0.3", "here 0.2")),
     "rtol": (JOBS["solve_sigma"], {"rtol": 1e-4}, ("rtol", "there 0.0001", "here 1e-06")),

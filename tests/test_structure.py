@@ -20,9 +20,10 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 
 # A module imports from lower layers only. What a layer is for stands in the docstring of its module.
 LAYERS = [
-    {"_linalg", "_typing", "_version"},
+    {"_files", "_linalg", "_typing", "_version"},
     {"_checks", "_saved"},
-    {"_plan", "io"},
+    {"_plan"},
+    {"io"},
     {"distances", "sharding"},
     {"pairs"},
     {"_rate"},

@@ -54,7 +54,8 @@ class Entry:
 
     def direction_with(self, options: dict[str, Any]) -> Literal["similarity", "distance"]:
         """The direction with these options: some measures come as a similarity or as the distance it amounts to."""
-        return {"similarity": "similarity", "angular": "distance"}.get(str(options.get("result")), self.direction)
+        result = options.get("result")
+        return "similarity" if result == "similarity" else "distance" if result == "angular" else self.direction
 
     def best_with(self, options: dict[str, Any]) -> float:
         """The value of equal sets with these options; infinite where there is none."""

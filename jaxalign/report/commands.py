@@ -10,9 +10,11 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -22,8 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import io, sharding
-from jaxalign._saved import plain, replace_file
+from jaxalign import io, sharding, streaming
+from jaxalign._files import PREFIX, hash_of, locked, read_json, replace_file
+from jaxalign._plan import check_bytes
+from jaxalign._saved import plain
 from jaxalign._version import __version__
 from jaxalign.alignment import PUBLISHED, RECOMMENDED, Alignment, align
 from jaxalign.bandwidth import mean_density, solve_sigma
@@ -81,8 +85,8 @@ def read(paths: list[Path], positions: io.Positions) -> Input:
                     f"{io.printable(name)} in {one.path} reaches {top:.3g}, beyond float32: --x64 computes in float64."
                 )
             notes.append(f"{io.printable(name)} is float64 and was taken as float32; --x64 computes in float64")
-            values = np.asarray(values, np.float32)
-        elif values.dtype not in (np.float32, np.float64):
+        if values.dtype not in ((np.float32, np.float64) if wide else (np.float32,)):
+            _check_fits(name, 4 * values.size, "Save it as float32: .npy files of that are read block by block")
             values = np.asarray(values, np.float32)
         rows[name] = values
         if one.values.ndim > 2 and positions == "rows":
@@ -96,8 +100,19 @@ def read(paths: list[Path], positions: io.Positions) -> Input:
                     f"{io.printable(name)} of shape {one.values.shape} was read with its channels last; if they are "
                     "first, as in torch, write np.moveaxis(x, 1, -1)"
                 )
-    hashes = {str(path): io.hash_of(path) for path in sorted({one.path for one in sets.values()})}
+    hashes = {str(path): hash_of(path) for path in sorted({one.path for one in sets.values()})}
     return Input(rows, sets, tuple(dict.fromkeys(notes)), hashes)
+
+
+def _check_fits(name: str, nbytes: int, way_out: str) -> None:
+    check_bytes(f"{io.printable(name)} takes {nbytes / 1e9:.3g} GB of memory", nbytes, f"{way_out}.")
+
+
+def _in_memory(rows: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Sets that are looked at as a whole."""
+    for name, values in rows.items():
+        _check_fits(name, values.nbytes, "Take fewer samples; `jaxalign grid` reads .npy files block by block")
+    return {name: jnp.asarray(np.asarray(values)) for name, values in rows.items()}
 
 
 def _refuse_missing(name: str, one: io.FeatureSet, values: Any) -> None:
@@ -164,47 +179,72 @@ def _densities(sets: list[Any], compared: ComparisonGrid, options: Mapping[str, 
     if not np.isfinite(sigmas).all() or settings.get("kernel", "rbf") != "rbf":
         return [None for _ in sets]
     how = {"diagonal": settings.get("diagonal", "include"), "tile_size": options["tile_size"]}
-    return [
-        float(mean_density(jnp.asarray(x), sigma=float(sigma), **how)) for x, sigma in zip(sets, sigmas, strict=True)
-    ]
+    densities = []
+    for x, sigma in zip(sets, sigmas, strict=True):
+        of = streaming.mean_density if isinstance(x, np.memmap) else mean_density  # which may be larger than the memory
+        densities.append(float(of(x, sigma=float(sigma), **how)))
+    return densities
 
 
 # --- folders that are written to -------------------------------------------------------------------------------------
 
 
-# What a command wrote stands in one of these, so that --force can take it away.
-_MANIFESTS = ("alignment.json", "cut.json", "grid.json")
+# What the commands write, by the manifest that lists it: --force takes no other name away, whatever a manifest says.
+_WRITTEN = {
+    "alignment.json": ("*.npy",),
+    "cut.json": ("*.colors.npy", "*.segments.npy", "eigenvectors.npy", "colors.png"),
+    "grid.json": ("grid.png", "layers.png", "colors.png", "report.html"),
+}
 
 
-def prepare(out: Path, given: tuple[Input, ...], *, force: bool, resumable: bool = False) -> Path:
-    """A folder to write to; one that holds something is only used if that was said, never one that holds the input."""
+@contextmanager
+def output_folder(
+    out: Path, inputs: Iterable[str | Path], *, force: bool, resumable: bool = False
+) -> Generator[Path, None, None]:
+    """A folder to write to, of one run at a time; it holds no input, and its files are kept unless said otherwise."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out} is a file: name a folder.")
-    for one in given:
-        for path in one.hashes:
-            if Path(path).resolve().parent == out.resolve():
-                raise FileExistsError(f"--out {out} is where the input {path} lies: name another folder.")
-    if out.is_dir() and any(out.iterdir()) and not force and not resumable:
-        raise FileExistsError(
-            f"--out {out} exists and is not empty: --force overwrites what an earlier run wrote there, and of a grid "
-            "--resume goes on with it."
-        )
+    for path in map(Path, inputs):
+        if out.resolve() in (path.resolve(), path.resolve().parent):
+            raise FileExistsError(f"--out {out} is where the input {path} lies: name another folder.")
     out.mkdir(parents=True, exist_ok=True)
-    if force:
-        for manifest in _MANIFESTS:
-            for name in _written_by(out / manifest):
-                (out / name).unlink(missing_ok=True)
-    return out
+    with locked(out):
+        if _contents(out) and not force and not resumable:
+            raise FileExistsError(
+                f"--out {out} exists and is not empty: --force overwrites what an earlier run wrote there, and of a "
+                "grid --resume goes on with it."
+            )
+        if force:
+            for manifest in _WRITTEN:
+                _remove_written(out / manifest)
+        yield out
 
 
-def _written_by(manifest: Path) -> list[str]:
-    """Files of an earlier run, by name, the manifest among them."""
+def _contents(out: Path) -> list[str]:
+    """Names of what a folder holds, but for the lock of this run."""
+    return sorted(path.name for path in out.iterdir() if not path.name.startswith(PREFIX))
+
+
+def _remove_written(manifest: Path) -> None:
+    """Remove what an earlier run wrote, where it is as it was written, and the manifest that lists it."""
     try:
-        found = json.loads(manifest.read_text())["files"]
-        names = found.values() if isinstance(found, dict) else found
-        return [*(str(name) for name in names if Path(str(name)).name == name), manifest.name]
+        written = dict(read_json(manifest)["written"])
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return
+    for path in (manifest.parent / Path(name).name for name in written):
+        if any(fnmatchcase(path.name, pattern) for pattern in _WRITTEN[manifest.name]) and _as_written(path, written):
+            path.unlink()
+    manifest.unlink()
+
+
+def _as_written(path: Path, written: Mapping[str, Any]) -> bool:
+    """Whether a file is what a manifest says of it."""
+    return path.is_file() and not path.is_symlink() and hash_of(path) == written.get(path.name)
+
+
+def write_manifest(path: Path, data: Mapping[str, Any], files: Iterable[Path]) -> Path:
+    """What a command found, and which files of which SHA-256 it wrote."""
+    return write_json(path, {**data, "written": {file.name: hash_of(file) for file in files}})
 
 
 def write_json(path: Path, content: Any) -> Path:
@@ -249,10 +289,11 @@ def show_demo(options: dict[str, Any]) -> Found:
         raise ImportError(f'{error}. The demo needs the extra: python -m pip install "jaxalign[demo]"') from error
     from jaxalign.report import demo, figures, tables
 
-    out: Path = options["out"]
-    out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    with tqdm(total=demo.steps() + 1, disable=options["quiet"], unit="step", dynamic_ncols=True) as bar:
+    with (
+        output_folder(options["out"], (), force=options["force"]) as out,
+        tqdm(total=demo.steps() + 1, disable=options["quiet"], unit="step", dynamic_ncols=True) as bar,
+    ):
 
         def tick(text: str) -> None:
             bar.set_description(text)
@@ -277,7 +318,7 @@ def info(options: dict[str, Any]) -> Found:
     for path in options["inputs"]:
         for name, one in io.read_features(path).items():
             if str(one.path) not in hashes:
-                hashes[str(one.path)] = io.hash_of(one.path)
+                hashes[str(one.path)] = hash_of(one.path)
             values = one.rows(options["positions"])
             count, first = missing(values)
             sigma = status = None
@@ -318,7 +359,7 @@ def compare_files(options: dict[str, Any]) -> Found:
     names = [io.printable(name) for one in given for name in one.rows]
     same_samples({"x": x, "y": y})
     measure_options = _measure_options(options)
-    first, second = ({name: jnp.asarray(np.asarray(rows))} for name, rows in zip(names, (x, y), strict=True))
+    first, second = (_in_memory({name: rows}) for name, rows in zip(names, (x, y), strict=True))
     compared = compare_grid(first, second, options["measure"], tile_size=options["tile_size"], **measure_options)
     value = float(np.asarray(compared.values)[0, 0])
     data: dict[str, Any] = {"x": names[0], "y": names[1], "measure": options["measure"], "value": value, "n": len(x)}
@@ -341,13 +382,17 @@ def align_files(options: dict[str, Any]) -> Found:
     """Relative features of several sets over shared landmarks, and how well they correspond."""
     given = read(options["inputs"], options["positions"])
     n = same_samples(given.rows)
-    out = prepare(options["out"], (given,), force=options["force"])
+    with output_folder(options["out"], given.hashes, force=options["force"]) as out:
+        return _align(given, n, out, options)
+
+
+def _align(given: Input, n: int, out: Path, options: Mapping[str, Any]) -> Found:
     how: dict[str, Any] = {**(PUBLISHED if options["published"] else RECOMMENDED)}
     how["density"] = options["density"] or how["density"]
     if options["bandwidth"] == "per_row":
         how["decorrelate"] = None  # which needs one sigma
     alignment = align(
-        {name: jnp.asarray(np.asarray(x)) for name, x in given.rows.items()},
+        _in_memory(given.rows),
         landmarks=max(1, min(300, n // 2)) if options["landmarks"] is None else options["landmarks"],
         key=jax.random.key(options["seed"]), bandwidth=options["bandwidth"],
         **how,
@@ -373,7 +418,7 @@ def align_files(options: dict[str, Any]) -> Found:
         "files": {name: path.name for name, path in zip(names, files, strict=True)},
         "correspondence of samples that are not landmarks": pairs, "provenance": provenance({**options, **how}, given),
     }  # fmt: skip
-    write_json(out / "alignment.json", data)
+    write_manifest(out / "alignment.json", data, files)
     text = f"{len(names)} sets, {n} samples, {len(landmarks)} landmarks: relative features (n, m) in {_place(out)}\n"
     if pairs:
         rows = [(io.printable(name), *(f"{v:.3f}" for v in one.values())) for name, one in pairs.items()]
@@ -384,16 +429,20 @@ def align_files(options: dict[str, Any]) -> Found:
 def cut_files(options: dict[str, Any]) -> Found:
     """Colours and segments of one set, or of several sets of the same samples cut together."""
     given = read(options["inputs"], options["positions"])
+    pictures = _pictures(options["images"])
+    if pictures is not None:
+        _check_pictures(pictures, {} if options["positions"] == "mean" else given.sets)
+    with output_folder(options["out"], _inputs(options, given), force=options["force"]) as out:
+        return _cut(given, pictures, out, options)
+
+
+def _cut(given: Input, pictures: Pictures | None, out: Path, options: Mapping[str, Any]) -> Found:
     names = list(given.rows)
     mean = options["positions"] == "mean"
     shapes = {name: (len(given.rows[name]),) if mean else given.sets[name].values.shape[:-1] for name in names}
-    pictures = _pictures(options["images"])
-    if pictures is not None:
-        _check_pictures(pictures, {} if mean else given.sets)
-    out = prepare(options["out"], (given,), force=options["force"])
     k = options["components"]
     if len(names) == 1:
-        x = jnp.asarray(np.asarray(next(iter(given.rows.values()))))
+        (x,) = _in_memory(given.rows).values()
         n = len(x)
         many: dict[str, Any] = {"method": "nystroem"} if n > 200_000 else {"bandwidth": options["bandwidth"]}
         cut = normalized_cut(x, k, kind="features", density=options["density"], tile_size=options["tile_size"], **many)
@@ -401,8 +450,7 @@ def cut_files(options: dict[str, Any]) -> Found:
         n = same_samples(given.rows)
         chosen = min(options["landmarks"], n // 2)
         alignment = align(
-            {name: jnp.asarray(np.asarray(x)) for name, x in given.rows.items()}, landmarks=chosen,
-            key=jax.random.key(options["seed"]), **RECOMMENDED,
+            _in_memory(given.rows), landmarks=chosen, key=jax.random.key(options["seed"]), **RECOMMENDED,
         )  # fmt: skip
         cut = normalized_cut(
             alignment, k, density=options["density"], bandwidth=options["bandwidth"], tile_size=options["tile_size"]
@@ -422,7 +470,7 @@ def cut_files(options: dict[str, Any]) -> Found:
         from jaxalign import plots
 
         shown = {io.printable(name): one[:SHOWN] for name, one in maps.items()}
-        figure = plots.color_panels({"colours": shown}, None if pictures is None else pictures[:SHOWN])
+        figure = plots.color_panels({"colours": shown}, None if pictures is None else pictures.shown)
         files.append(write_figure(out / "colors.png", figure))
     files.append(write_array(out / "eigenvectors.npy", cut.eigenvectors))
     data = {
@@ -431,7 +479,7 @@ def cut_files(options: dict[str, Any]) -> Found:
         "density reached": float(jnp.sum(cut.degrees)) / len(labels) ** 2,
         "files": [path.name for path in files], "provenance": provenance(options, given),
     }  # fmt: skip
-    files.append(write_json(out / "cut.json", data))
+    files.append(write_manifest(out / "cut.json", data, files))
     values = " ".join(f"{v:.3f}" for v in np.asarray(cut.eigenvalues)[:10])
     text = f"{len(names)} set(s) of {n} samples, {k} eigenvectors; eigenvalues {values}\n"
     text += f"{len(files)} files in {_place(out)}"
@@ -450,7 +498,27 @@ def grid_files(options: dict[str, Any]) -> Found:
         _check_pictures(pictures, {f"{side} {name}": s for side, _, one in sides for name, s in one.sets.items()})
     measure_options = _measure_options(options)
     job = provenance(options, *given)
-    out = prepare(options["out"], given, force=options["force"], resumable=options["resume"])
+    if pictures is not None:
+        job["images sha256"] = pictures.sha256
+    inputs = _inputs(options, *given)
+    with output_folder(options["out"], inputs, force=options["force"], resumable=options["resume"]) as out:
+        data = _finished(out, job) if options["resume"] else None
+        if data is None:
+            data = _grid(ours, theirs, pictures, n, job, out, options, measure_options)
+    return Found(data, _with_notes(_grid_text(data, out), tuple(job["notes"])))
+
+
+def _grid(
+    ours: Input,
+    theirs: Input | None,
+    pictures: Pictures | None,
+    n: int,
+    job: Mapping[str, Any],
+    out: Path,
+    options: Mapping[str, Any],
+    measure_options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Compare, draw and write; returns what stands in grid.json."""
     compared = _compared(ours, theirs, job, out, options, measure_options)
     test, few = None, _some_rows(n)
     if options["permutations"]:
@@ -459,7 +527,7 @@ def grid_files(options: dict[str, Any]) -> Found:
             x, y, options["measure"], key=jax.random.key(options["seed"]), permutations=options["permutations"],
             **measure_options,
         )  # fmt: skip
-    rows = [x for one in given for x in one.rows.values()]
+    rows = [x for one in (ours, theirs) if one is not None for x in one.rows.values()]
     data = {
         **json.loads(compared.to_json()),
         "samples": n,
@@ -491,23 +559,70 @@ def grid_files(options: dict[str, Any]) -> Found:
     contents["report.html"] = page(plain(data), shown, tuple(job["notes"])).encode(errors="backslashreplace")
     for name, content in contents.items():
         replace_file(out / name, content)
-    write_json(out / "grid.json", {**data, "files": list(contents)})
+    data["files"] = list(contents)
+    write_manifest(out / _GRID, data, (out / name for name in contents))
     (out / _VALUES).unlink(missing_ok=True)
-    told = [
-        (io.printable(row), io.printable(column), f"{value:.4f}", *_p_cells(test, compared, row, column))
-        for row, (column, value) in compared.best_match().items()
+    return data
+
+
+def _grid_text(data: Mapping[str, Any], out: Path) -> str:
+    """The best matches as a table, and where the report is; of what was found, or of what grid.json holds."""
+    ours, theirs = (_short(Path(name).name) for name in data["names"])
+    statistics, samples = data["statistics"], data["samples"]
+    of, found_in = ("", "is") if data["itself"] else (f" {ours}", f"in {theirs}")
+    header = [f"best match of{of}", found_in, data["measure"]]
+    rows = [
+        [io.printable(row), io.printable(match["column"]), f"{match['value']:.4f}"]
+        for row, match in data["best match"].items()
     ]
-    of, found_in = ("", "is") if theirs is None else (f" {ours_name}", f"in {theirs_name}")
-    header = (f"best match of{of}", found_in, options["measure"], *(("p, corrected",) if test is not None else ()))
-    text = format_table(header, told)
-    text += f"\n\n{n} samples, {compared.values.size} comparisons. Report: {_place(out)}report.html"
-    if test is not None and len(few) < n:
-        text += f"\np-values by {options['permutations']} permutations of {len(few)} of the samples"
-    return Found(data, _with_notes(text, tuple(job["notes"])))
+    if statistics is not None:
+        header.append("p, corrected")
+        for cells, (row, match) in zip(rows, data["best match"].items(), strict=True):
+            i, j = list(data["rows"]).index(row), list(data["columns"]).index(match["column"])
+            cells.append(f"{statistics['corrected'][i][j]:.4g}")
+    text = format_table(header, rows)
+    text += f"\n\n{samples} samples, {len(data['rows']) * len(data['columns'])} comparisons. "
+    text += f"Report: {_place(out)}report.html"
+    if statistics is not None and statistics["samples"] < samples:
+        text += f"\np-values by {statistics['permutations']} permutations of {statistics['samples']} of the samples"
+    return text
 
 
-# Where a grid stands between its comparisons and its report.
-_VALUES = "values.json"
+# Where a grid stands: while it compares, between its comparisons and its report, and at the end.
+_CHECKPOINT, _VALUES, _GRID = "checkpoint.npz", "values.json", "grid.json"
+
+
+def _finished(out: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a run of the same job found that came to its end, with all that it wrote still there."""
+    data = _earlier(out / _GRID, job)
+    if data is None or (out / _VALUES).exists():
+        return None
+    options, written = data["provenance"]["options"], data["written"]
+    same_report = all(options.get(name) == job["options"].get(name) for name in _REPORT)
+    same_images = data["provenance"].get("images sha256") == job.get("images sha256")
+    complete = all(_as_written(out / name, written) for name in written)
+    return data if same_report and same_images and written and complete else None
+
+
+def _earlier(path: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a file of an earlier run of the same job holds; None where there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        data = read_json(path)
+        same = _identity(data["provenance"]) == _identity(job)
+        ComparisonGrid.from_json(path)
+        if path.name == _GRID:
+            data["written"] = dict(data["written"])
+            _grid_text(data, path.parent)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(
+            f"--resume: {path} is damaged, or not of `jaxalign grid`. Delete it to go on without it, or give --force "
+            "to start again."
+        ) from None
+    if not same:
+        raise ValueError(f"--resume: {path} is of other options or inputs. Name another folder, or give --force.")
+    return data
 
 
 def _compared(
@@ -519,23 +634,18 @@ def _compared(
     measure_options: Mapping[str, Any],
 ) -> ComparisonGrid:
     """The grid itself, which is not computed again where a run of the same job got so far."""
-    values, checkpoint = out / _VALUES, out / "checkpoint.npz"
+    values, checkpoint = out / _VALUES, out / _CHECKPOINT
     if options["resume"]:
-        for path in (values, out / "grid.json"):
-            if path.exists():
-                found = json.loads(path.read_text())
-                if _identity(found["provenance"]) != _identity(job):
-                    raise ValueError(
-                        f"--resume: {path} is of other options or inputs. Name another folder, or give --force."
-                    )
+        for path in (values, out / _GRID):
+            if _earlier(path, job) is not None:
                 return ComparisonGrid.from_json(path)
-        others = [path.name for path in out.iterdir() if path != checkpoint]
+        others = [name for name in _contents(out) if not name.startswith(_CHECKPOINT)]
         if others and not checkpoint.exists():
             raise FileExistsError(
                 f"--resume: --out {out} holds {others[0]!r} and nothing to go on with: name another folder, or --force."
             )
-    else:
-        for path in (values, checkpoint):
+    else:  # also the bandwidth that a kill left half solved
+        for path in (values, checkpoint, checkpoint.with_name(f"{_CHECKPOINT}.sigma")):
             path.unlink(missing_ok=True)
     sets = [dict(one.rows) for one in ((ours,) if theirs is None else (ours, theirs))]
     how: dict[str, Any] = {"checkpoint": checkpoint}
@@ -555,8 +665,9 @@ def _progress(quiet: bool) -> bool:
     return not quiet and find_spec("tqdm") is not None
 
 
-# Options that do not change the values of a grid.
-_HOW = ("quiet", "json", "resume", "force", "out", "devices", "tile_size", "permutations", "seed", "images")
+# Options of the report alone, and those that do not change the values of a grid either.
+_REPORT = ("permutations", "seed", "images")
+_HOW = ("quiet", "json", "resume", "force", "out", "devices", "tile_size", *_REPORT)
 
 
 def _identity(job: Mapping[str, Any]) -> Any:
@@ -569,12 +680,6 @@ def _exact(p: Any, options: Mapping[str, Any]) -> Any:
     """A p-value is a whole number of (permutations + 1)-ths, which float32 rounds."""
     whole = options["permutations"] + 1
     return (np.round(np.asarray(p, np.float64) * whole) / whole).tolist()
-
-
-def _p_cells(test: Any, compared: ComparisonGrid, row: str, column: str) -> tuple[str, ...]:
-    if test is None:
-        return ()
-    return (f"{float(test.corrected[compared.rows.index(row), compared.columns.index(column)]):.4g}",)
 
 
 def _printable(named: Any) -> Any:
@@ -611,47 +716,71 @@ def _with_notes(text: str, notes: tuple[str, ...]) -> str:
     return text + "".join(f"\nnote: {note}" for note in few)
 
 
-def _pictures(path: Path | None) -> np.ndarray | None:
-    """Images (pictures, h, w, 3) from a .npy file or a folder of image files, in the order of their names."""
+@dataclass(frozen=True)
+class Pictures:
+    """Images that maps are of: how many, the first of them (shown, h, w, 3), and what tells them from others."""
+
+    number: int
+    shown: np.ndarray
+    sha256: list[str]
+
+
+def _pictures(path: Path | None) -> Pictures | None:
+    """Images from a .npy file (pictures, h, w, 3), or a folder of image files in the order of their names."""
     if path is None:
         return None
-    if path.suffix == ".npy":
-        images = np.load(path, allow_pickle=False)
+    if path.suffix.lower() == ".npy":
+        try:
+            images = io.open_npy(path)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"--images {path}: {error}") from None
+        shape, hashes = images.shape, [hash_of(path)]
+        shown = np.asarray(images[:SHOWN] if shape else images)
     else:
         try:
             from PIL import Image
         except ImportError as error:
             raise ImportError('--images needs pillow: python -m pip install "jaxalign[viz]"') from error
         kinds = (".png", ".jpg", ".jpeg", ".webp")
-        files = sorted((one for one in path.iterdir() if one.suffix.lower() in kinds), key=io.natural)
+        every = (file for file in path.iterdir() if file.suffix.lower() in kinds and file.is_file())
+        files = sorted(every, key=io.natural)
         if not files:
             raise ValueError(f"--images {path}: the folder holds no .png, .jpg or .webp.")
         try:
-            opened = [Image.open(one).convert("RGB") for one in files]
-        except (OSError, ValueError) as error:
+            opened = [Image.open(file).convert("RGB") for file in files[:SHOWN]]
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"--images {path}: a picture cannot be read ({error}).") from None
-        images = np.stack([np.asarray(one.resize(opened[0].size)) for one in opened])
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"--images {path}: expected shape (pictures, h, w, 3); got {images.shape}.")
-    if images.dtype.kind == "f" and images.max() > 1:  # 0 to 255, as floating point
-        images = np.clip(images, 0, 255).astype(np.uint8)
-    return images
+        shown = np.stack([np.asarray(image.resize(opened[0].size)) for image in opened])
+        shape, hashes = (len(files), *shown.shape[1:]), [hash_of(file) for file in files]
+    if len(shape) != 4 or shape[-1] != 3 or 0 in shape or shown.dtype.kind not in "uif":
+        raise ValueError(
+            f"--images {path}: expected numbers of shape (pictures, h, w, 3); got {shown.dtype} of shape {shape}."
+        )
+    if shown.dtype.kind == "f" and shown.max() > 1:  # 0 to 255, as floating point
+        shown = np.clip(shown, 0, 255).astype(np.uint8)
+    return Pictures(shape[0], shown, hashes)
 
 
-def _check_pictures(pictures: np.ndarray, sets: Mapping[str, io.FeatureSet]) -> None:
+def _inputs(options: Mapping[str, Any], *given: Input) -> list[str]:
+    """Paths of all that a command reads."""
+    images = [] if options["images"] is None else [str(options["images"])]
+    return [*images, *(path for one in given for path in one.hashes)]
+
+
+def _check_pictures(pictures: Pictures, sets: Mapping[str, io.FeatureSet]) -> None:
     """Raise unless every set is a map of these pictures, all on one grid."""
     odd = [
         f"{io.printable(one.name)} is {one.values.shape}"
         for one in sets.values()
-        if one.grid is None or len(one.values) != len(pictures)
+        if one.grid is None or len(one.values) != pictures.number
     ]
     if odd or not sets or len({one.grid for one in sets.values()}) != 1:
         told = ", ".join(odd[:3]) or "these are of several grids, or --positions mean was asked for"
-        raise ValueError(f"--images: {len(pictures)} pictures go with maps (pictures, h, w, d) of one h x w; {told}.")
+        raise ValueError(f"--images: {pictures.number} pictures go with maps (pictures, h, w, d) of one h x w; {told}.")
 
 
 def _colors_of_best(
-    compared: ComparisonGrid, ours: Input, theirs: Input | None, pictures: np.ndarray, options: Mapping[str, Any]
+    compared: ComparisonGrid, ours: Input, theirs: Input | None, pictures: Pictures, options: Mapping[str, Any]
 ) -> dict[str, bytes]:
     """The best match of the grid in colours, before and after alignment, where both are maps of the pictures."""
     from jaxalign import plots
@@ -665,7 +794,7 @@ def _colors_of_best(
     i, j = np.unravel_index(np.nanargmax(signed), signed.shape)
     pair = [(compared.rows[i], ours), (compared.columns[j], ours if theirs is None else theirs)]
     sets = [given.sets[name] for name, given in pair]
-    number = min(SHOWN, len(pictures))
+    number = len(pictures.shown)
     features = {
         f"{k} {io.printable(one.name)}": np.asarray(one.values[:number], np.float32).reshape(-1, one.values.shape[-1])
         for k, one in zip("AB", sets, strict=True)
@@ -678,4 +807,4 @@ def _colors_of_best(
         when: {name: one.reshape(shape) for name, one in found.items()}
         for when, found in (("before", own_colors(features)), ("after", joint_colors(features, landmarks)))
     }
-    return {"colors": png_of(plots.color_panels(groups, pictures[:number]), 130)}
+    return {"colors": png_of(plots.color_panels(groups, pictures.shown), 130)}

@@ -15,7 +15,7 @@ from jaxalign import plots
 from jaxalign._draw import BLUE as RIGHT
 from jaxalign._draw import ORANGE as NEAR
 from jaxalign._draw import VERMILION as WRONG
-from jaxalign._saved import replace_file
+from jaxalign._files import replace_file
 from jaxalign.affinity import rbf_affinity
 from jaxalign.alignment import correspondence
 from jaxalign.report.baselines import variance_sigma
