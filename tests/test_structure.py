@@ -25,7 +25,7 @@ LAYERS = [
     {"_plan"},
     {"io"},
     {"distances", "sharding"},
-    {"pairs"},
+    {"_directions", "pairs"},
     {"_rate"},
     {"bandwidth"},
     {"affinity"},
