@@ -270,7 +270,7 @@ def _series_root(m: Array) -> tuple[Array, Array, Array, Array]:
 
     s = jnp.expm1(jnp.clip(jnp.log(_at_least_tiny(m[0])) * m[0] / _at_least_tiny(m[1]), -0.6, 0.6))
 
-    def newton(_: Array, s: Array) -> Array:
+    def newton(_: Any, s: Array) -> Array:
         value, slope = evaluate(s)
         return jnp.clip(s - (value - 1) / jnp.where(slope == 0, 1, slope), -0.9, 0.9)
 

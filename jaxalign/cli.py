@@ -209,8 +209,8 @@ def _common(parser: argparse.ArgumentParser, density: float | None = 0.05, *, ti
     told = f"mean affinity (default: {density})" if density else "mean affinity (default: 0.7, or 0.05 as published)"
     parser.add_argument("--density", type=_share, default=density, help=told)
     parser.add_argument(
-        "--positions", choices=("rows", "mean"), default="rows",
-        help="tokens and map positions: each a sample, or the mean of each sample (default: rows)",
+        "--positions", choices=("samples", "channels", "mean"), default="samples",
+        help="positions of tokens and maps: each a sample (the default), channels of their sample, or averaged",
     )  # fmt: skip
     if tiles:
         parser.add_argument("--tile-size", type=_count, help="rows and columns of a tile (default: by the memory)")

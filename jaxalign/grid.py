@@ -26,6 +26,7 @@ from jaxalign._files import check_regular, replace_file
 from jaxalign._grid_files import from_blocks, set_by_set
 from jaxalign._grid_memory import Job, in_one_visit
 from jaxalign._plan import TileSize
+from jaxalign._positions import Positions, check_positions
 from jaxalign._saved import checkpoint_of_one_job, plain, told
 from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
@@ -38,30 +39,34 @@ Features = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | os.PathLike[str
 
 
 def compare(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Float[AnyArray, "..."],
+    y: Float[AnyArray, "..."],
     measure: str = "cka",
     *,
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    positions: Positions | None = None,
+    mask: Bool[AnyArray, " samples"] | None = None,
     missing: Missing = "raise",
     **options: Any,
-) -> Float[Array, "*batch"]:
-    """The value of a measure, by its name, for two sets of features of the same samples.
+) -> Float[Array, ""]:
+    """The value of a measure, by its name, for two representations of the same samples.
 
     Args:
-        x: features, shape (..., n, d1).
-        y: features of the same samples, shape (..., n, d2).
-        measure: a name in `jaxalign.measures.REGISTRY`, which also tells its direction and range.
-        mask: shape (..., n), True = a real sample.
+        x: features, shape (n, d1); or, with `positions`, of tokens (n, tokens, d1) or maps (n, h, w, d1).
+        y: features of the same samples, shape (n, d2), or likewise.
+        measure: a name in `jaxalign.measures.REGISTRY`, which also has its direction and range.
+        positions: of tokens and maps: "samples" makes every position a sample (both need the same ones), "channels"
+            puts the positions of a sample side by side, (n, h w d), as Kornblith et al. (2019) do; "mean" averages.
+        mask: True for valid samples, shape (n,); for every position where those are samples.
         missing: what to do about nan and inf: "raise", "omit" such samples, or "propagate" nan.
         options: of the measure, see the function of its name in `jaxalign.measures`; also tile_size, mesh and axis_name
             where it takes them.
 
     Returns:
-        Shape (...).
+        A scalar. Batches are for the functions in `jaxalign.measures`, or `jax.vmap`.
 
     Raises:
-        TypeError, ValueError: an unknown measure or option, and what the measure refuses.
+        TypeError, ValueError: an unknown measure or option, more than two dimensions without `positions`, and what the
+            measure refuses.
 
     Example:
         >>> import jax, jaxalign
@@ -72,6 +77,7 @@ def compare(
     how = {name: options.pop(name) for name in ("tile_size", "mesh", "axis_name") if name in options}
     entry = specified(measure, options)[0]
     check_how(entry, how)
+    x, y = check_positions({"x": x, "y": y}, positions).values()
     return entry.function(x, y, mask=mask, missing=missing, **how, **options)
 
 
@@ -199,6 +205,7 @@ def compare_grid(
     other: Features | None = None,
     measure: str = "cka",
     *,
+    positions: Positions | None = None,
     mask: np.ndarray | None = None,
     missing: Missing = "raise",
     tile_size: TileSize = "auto",
@@ -217,6 +224,7 @@ def compare_grid(
             numbers in names in the order of numbers, .npy files as memory maps and others as arrays.
         other: the sets to compare them with; None compares all with each other.
         measure: a name in `jaxalign.measures.REGISTRY`.
+        positions: see `jaxalign.compare`.
         mask: shape (n,), True = a real sample.
         missing: what to do about nan and inf: "raise", "omit" samples that are missing in any set, or "propagate": nan
             for the sets that hold some.
@@ -250,9 +258,10 @@ def compare_grid(
     refuse_spread(specification, mesh, axis_name)
     ours = named_sets("features", features)
     theirs = {} if other is None else named_sets("other", other)
-    sets = [*ours.items(), *theirs.items()]
     sides = (("features", ours), ("other", theirs))
-    names = [name if other is None else f"{side}[{name!r}]" for side, named in sides for name in named]
+    rows = check_positions({f"{side}[{name!r}]": a for side, named in sides for name, a in named.items()}, positions)
+    names = list(ours) if other is None else list(rows)
+    sets = list(zip(names, rows.values(), strict=True))
     _same_samples(names, sets)
     check_block_rows(block_rows)
     if filled.get("sigma") is not None:

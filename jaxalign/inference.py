@@ -24,6 +24,7 @@ from jaxtyping import Array
 from jaxalign import _checks
 from jaxalign._linalg import matmul
 from jaxalign._plan import STORED, check_room
+from jaxalign._positions import Positions, check_positions
 from jaxalign.bandwidth import check_rtol
 from jaxalign.io import named_sets
 from jaxalign.measures._evaluate import (
@@ -133,6 +134,7 @@ def permutation_test(
     *,
     key: Array,
     permutations: int = 1000,
+    positions: Positions | None = None,
     mask: Any = None,
     missing: Missing = "raise",
     **options: Any,
@@ -152,6 +154,8 @@ def permutation_test(
         measure: a name in `jaxalign.measures.REGISTRY`.
         key: of `jax.random.key`: the same key gives the same permutations.
         permutations: m, how many.
+        positions: see `jaxalign.compare`. Positions of one image depend on each other, so that with "samples" p-values
+            are too small: prefer "channels" or "mean".
         mask: shape (n,), True = a real sample; the others are left out.
         missing: see `jaxalign.compare`.
         options: of the measure.
@@ -175,7 +179,7 @@ def permutation_test(
     ours, theirs = _named("x", x), _named("y", y)
     arrays, split = [*ours.values(), *theirs.values()], len(ours)
     names = [f"x[{n!r}]" if n else "x" for n in ours] + [f"y[{n!r}]" if n else "y" for n in theirs]
-    sets = _real_samples(names, arrays, mask, missing, specification)
+    sets = _real_samples(names, arrays, positions, mask, missing, specification)
     direction, best = entry.direction_with(filled), entry.best_with(filled)
     if _is_product(specification):
         assert isinstance(specification, PairMeasure)
@@ -214,6 +218,7 @@ def bootstrap(
     resamples: int = 1000,
     level: float = 0.95,
     method: Literal["bca", "percentile"] = "bca",
+    positions: Positions | None = None,
     mask: Any = None,
     missing: Missing = "raise",
     **options: Any,
@@ -234,6 +239,7 @@ def bootstrap(
         resamples: how many.
         level: of the interval, 0 < level < 1: about this share of such intervals holds the value of the population.
         method: "bca", bias-corrected and accelerated (Efron 1987), or "percentile".
+        positions: see `permutation_test`.
         mask: see `permutation_test`.
         missing: see `jaxalign.compare`.
         options: of the measure.
@@ -252,7 +258,9 @@ def bootstrap(
         >>> bool(found.low < found.value < found.high)
         True
     """
-    resampled, value, left_out = _resampled((x, y), measure, key, resamples, level, method, mask, missing, options)
+    resampled, value, left_out = _resampled(
+        (x, y), measure, key, resamples, level, method, positions, mask, missing, options
+    )
     return _interval(resampled, value, left_out, level, method)
 
 
@@ -265,6 +273,7 @@ def paired_difference(
     resamples: int = 1000,
     level: float = 0.95,
     method: Literal["bca", "percentile"] = "bca",
+    positions: Positions | None = None,
     mask: Any = None,
     missing: Missing = "raise",
     **options: Any,
@@ -281,6 +290,7 @@ def paired_difference(
         resamples: see `bootstrap`.
         level: see `bootstrap`.
         method: see `bootstrap`.
+        positions: see `permutation_test`.
         mask: see `permutation_test`.
         missing: see `jaxalign.compare`.
         options: of the measure.
@@ -302,12 +312,20 @@ def paired_difference(
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"{name} must be two sets of features (x, y); got {type(pair).__name__}.")
     sets = (*first, *second)
-    resampled, value, left_out = _resampled(sets, measure, key, resamples, level, method, mask, missing, options)
+    resampled, value, left_out = _resampled(
+        sets, measure, key, resamples, level, method, positions, mask, missing, options
+    )
     return _interval(resampled, value, left_out, level, method)
 
 
 def noise_ceiling(
-    subjects: Sequence[Any], measure: str = "rsa", *, mask: Any = None, missing: Missing = "raise", **options: Any
+    subjects: Sequence[Any],
+    measure: str = "rsa",
+    *,
+    positions: Positions | None = None,
+    mask: Any = None,
+    missing: Missing = "raise",
+    **options: Any,
 ) -> NoiseCeiling:
     """The best value that a model could reach, given how much subjects (or seeds) differ (Nili et al. 2014).
 
@@ -316,6 +334,7 @@ def noise_ceiling(
     Args:
         subjects: at least two sets of features (n, d) of the same samples.
         measure: a measure by pairs: cka, rsa (not spearman and kendall), distance_correlation.
+        positions: see `permutation_test`.
         mask: see `permutation_test`.
         missing: see `jaxalign.compare`.
         options: of the measure.
@@ -345,7 +364,7 @@ def noise_ceiling(
         )
     assert isinstance(specification, PairMeasure)
     names = [f"subjects[{k}]" for k in range(len(subjects))]
-    sets = _real_samples(names, list(subjects), mask, missing, specification)
+    sets = _real_samples(names, list(subjects), positions, mask, missing, specification)
     matrices, _ = pair_matrices(sets, filled, specification, names)
     gram = jnp.einsum("aij,bij->ab", matrices, matrices, precision=lax.Precision.HIGHEST)
     sizes = jnp.sqrt(jnp.diagonal(gram))
@@ -372,15 +391,19 @@ def _named(argument: str, features: Any) -> dict[str, Any]:
 
 
 def _real_samples(
-    names: list[str], arrays: list[Any], mask: Any, missing: Missing, measure: PairMeasure | SetMeasure
+    names: list[str],
+    arrays: list[Any],
+    positions: Positions | None,
+    mask: Any,
+    missing: Missing,
+    measure: PairMeasure | SetMeasure,
 ) -> tuple[Array, ...]:
     """Checked sets (n, d), without the samples that do not count."""
     for name, value in zip(names, arrays, strict=True):
         if isinstance(value, Mapping):
             raise TypeError(f"{name} must be one array (n, d); got a mapping. Only permutation_test takes named sets.")
-        if np.ndim(value) != 2:
-            raise ValueError(f"{name} must have shape (n, d); got {np.shape(value)}.")
-    sets, mask = check_sets(list(zip(names, arrays, strict=True)), mask, missing, measure.least, measure.needs)
+    rows = check_positions(dict(zip(names, arrays, strict=True)), positions)
+    sets, mask = check_sets(list(rows.items()), mask, missing, measure.least, measure.needs)
     if mask is None:
         return sets
     kept = np.flatnonzero(_checks.on_host(mask))
@@ -603,6 +626,7 @@ def _resampled(
     resamples: Any,
     level: Any,
     method: Any,
+    positions: Positions | None,
     mask: Any,
     missing: Missing,
     options: dict[str, Any],
@@ -615,7 +639,7 @@ def _resampled(
     if not isinstance(level, (float, np.floating)) or not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1; got {level!r}.")
     names = ["x", "y"] if len(sets) == 2 else ["first[0]", "first[1]", "second[0]", "second[1]"]
-    ready = _real_samples(names, list(sets), mask, missing, specification)
+    ready = _real_samples(names, list(sets), positions, mask, missing, specification)
     n = ready[0].shape[0]
     if n < _LEAST_RESAMPLED:
         raise ValueError(

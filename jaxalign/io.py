@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ import numpy as np
 from jaxalign import _checks
 from jaxalign._files import Stored, check_regular, open_npz, too_many_files
 from jaxalign._plan import check_bytes
+from jaxalign._positions import Positions, rows_of
 
-Positions = Literal["rows", "mean"]
 # Characters of a name that become a file's.
 _LONGEST = 120
 _BY_BLOCKS = "Save them as .npy files: compare_grid and `jaxalign grid` read those block by block."
@@ -50,18 +50,13 @@ class FeatureSet:
     values: Any
     path: Path
 
-    def rows(self, positions: Positions = "rows") -> Any:
-        """Samples and their features, (samples, d): every position a sample, or the mean over the positions of each."""
+    def rows(self, positions: Positions = "samples") -> Any:
+        """Features (n, d): every position a sample, those of each sample side by side as channels, or their mean."""
         values = self.values
         if not values.dtype.isnative:  # byte order is how a file was written, not what it says
             check_bytes(f"{self.path}: a copy takes {values.nbytes / 1e9:.3g} GB of memory", values.nbytes, _NATIVE)
             values = np.asarray(values, values.dtype.newbyteorder("="))
-        if values.ndim == 2:
-            return values
-        if positions == "rows":
-            return values.reshape(-1, values.shape[-1])
-        axes = tuple(range(1, values.ndim - 1))
-        return np.asarray(values).mean(axes, dtype=np.float64).astype(np.result_type(values.dtype, np.float32))
+        return rows_of(values, positions)
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -114,7 +109,7 @@ def read_features(path: str | Path) -> dict[str, FeatureSet]:
 
 
 def named_sets(argument: str, features: Any) -> dict[str, Any]:
-    """Sets of features (n, d) by name: of a mapping, of pairs, or as `read_features` finds them; .npy is not loaded."""
+    """Arrays of features by name: of a mapping, of pairs, or as `read_features` finds them; .npy is not loaded."""
     if isinstance(features, (str, os.PathLike)):
         pairs: list[tuple[Any, Any]] = list(_read_named(argument, Path(features)).items())
     elif isinstance(features, Mapping):
@@ -155,16 +150,6 @@ def named_sets(argument: str, features: Any) -> dict[str, Any]:
         if not isinstance(value, (np.ndarray, jax.Array)):
             kind = type(value).__name__
             raise TypeError(f"{argument}[{name!r}] must be an array or a path to a file; got {kind}.")
-        if value.ndim != 2:
-            way_out = (
-                ""
-                if value.ndim < 3
-                else (
-                    f" With every position a sample: x.reshape(-1, {value.shape[-1]}); with their mean: "
-                    f"x.mean({tuple(range(1, value.ndim - 1))})."
-                )
-            )
-            raise ValueError(f"{argument}[{name!r}] must have shape (n, d); got {value.shape}.{way_out}")
         found[name] = value
     return found
 

@@ -22,7 +22,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 LAYERS = [
     {"_files", "_linalg", "_typing", "_version"},
     {"_checks", "_saved"},
-    {"_plan"},
+    {"_plan", "_positions"},
     {"io"},
     {"distances", "sharding"},
     {"_directions", "pairs"},

@@ -199,6 +199,10 @@ TWO_ARRAYS = {
     "remember": lambda x, y: jaxalign.losses.remember(jaxalign.losses.empty_memory(40, 6, 6), x, y),
     **{name: measure(name) for name in jaxalign.measures.REGISTRY},
     "rsa of cosines": measure("rsa", rdm="cosine"),
+    "rsa by spearman": measure("rsa", compare="spearman"),
+    "rsa by kendall": measure("rsa", compare="kendall"),
+    "cka of linear kernels": measure("cka", kernel="linear"),
+    "angular cka": measure("cka", result="angular"),
     "rsa of correlations": measure("rsa", rdm="correlation"),
     "minibatch_cka": lambda x, y: jaxalign.measures.minibatch_cka([(x, y)]),
 }

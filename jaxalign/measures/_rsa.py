@@ -347,9 +347,9 @@ def kendall(x: Array, y: Array) -> Array:
     rank_sorted = index - ties(new_y)
     bits = max(1, math.ceil(math.log2(n)))
 
-    def level(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def level(k: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         rank, inversions = carry
-        bit = (bits - 1 - k).astype(jnp.int32)
+        bit = jnp.asarray(bits - 1 - k, jnp.int32)  # without jit, k is an int
         group, one = rank >> (bit + 1), (rank >> bit) & 1
         new = _starts(group)
         ones = jnp.cumsum(one, dtype=jnp.int32) - one

@@ -89,10 +89,10 @@ def read(paths: list[Path], positions: io.Positions) -> Input:
             _check_fits(name, 4 * values.size, "Save it as float32: .npy files of that are read block by block")
             values = np.asarray(values, np.float32)
         rows[name] = values
-        if one.values.ndim > 2 and positions == "rows":
+        if one.values.ndim > 2 and positions == "samples":
             shape = " x ".join(map(str, one.values.shape[:-1]))
             notes.append(
-                f"each of {shape} positions is a sample (--positions mean: their mean); p-values take them for "
+                f"each of {shape} positions is a sample (see --positions); p-values take them for "
                 "independent, which neighbours are not"
             )
             if one.values.ndim == 4 and one.values.shape[1] > one.values.shape[2] == one.values.shape[3]:
@@ -431,15 +431,15 @@ def cut_files(options: dict[str, Any]) -> Found:
     given = read(options["inputs"], options["positions"])
     pictures = _pictures(options["images"])
     if pictures is not None:
-        _check_pictures(pictures, {} if options["positions"] == "mean" else given.sets)
+        _check_pictures(pictures, given.sets if options["positions"] == "samples" else {})
     with output_folder(options["out"], _inputs(options, given), force=options["force"]) as out:
         return _cut(given, pictures, out, options)
 
 
 def _cut(given: Input, pictures: Pictures | None, out: Path, options: Mapping[str, Any]) -> Found:
     names = list(given.rows)
-    mean = options["positions"] == "mean"
-    shapes = {name: (len(given.rows[name]),) if mean else given.sets[name].values.shape[:-1] for name in names}
+    apart = options["positions"] == "samples"
+    shapes = {name: given.sets[name].values.shape[:-1] if apart else (len(given.rows[name]),) for name in names}
     k = options["components"]
     if len(names) == 1:
         (x,) = _in_memory(given.rows).values()
@@ -775,7 +775,7 @@ def _check_pictures(pictures: Pictures, sets: Mapping[str, io.FeatureSet]) -> No
         if one.grid is None or len(one.values) != pictures.number
     ]
     if odd or not sets or len({one.grid for one in sets.values()}) != 1:
-        told = ", ".join(odd[:3]) or "these are of several grids, or --positions mean was asked for"
+        told = ", ".join(odd[:3]) or "these are of several grids, or --positions is not samples"
         raise ValueError(f"--images: {pictures.number} pictures go with maps (pictures, h, w, d) of one h x w; {told}.")
 
 
