@@ -241,6 +241,8 @@ def align(
     """
     if not isinstance(features, Mapping):
         raise TypeError(f"features must be a mapping from names to arrays; got {type(features).__name__}.")
+    if key is not None:
+        _checks.random_key(key)
     if not features:
         raise ValueError("features is empty: give at least one network's features, {name: array}.")
     _checks.choice("channels", channels, (None, "standardize", "whiten"))

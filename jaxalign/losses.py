@@ -225,11 +225,12 @@ def alignment_loss(
     _checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if measure == "cka" and reduction != "mean":
         raise ValueError(
-            f'reduction={reduction!r}: "cka" is one number for all samples and has "mean" only. '
+            f'reduction={_checks.shown(reduction)}: "cka" is one number for all samples and has "mean" only. '
             'Measures with a value of each sample are "affinity", "kl" and "infonce".'
         )
     if measure != "infonce" and landmarks is not None:
-        raise ValueError(f'landmarks={landmarks!r} is for measure="infonce"; {measure!r} compares all with all.')
+        got = _checks.shown(landmarks)
+        raise ValueError(f'landmarks={got} is for measure="infonce"; {measure!r} compares all with all.')
     named, what = (("x", x), ("y", y)), f'alignment_loss "{measure}"'
     (x, y), mask = check_sets(named, mask, "raise", _LEAST[measure], what, MASKED)
     if stop_gradient_target:
@@ -294,7 +295,7 @@ def multi_layer_loss(
     if unknown:
         raise ValueError(f"weights names layers that are not there: {unknown}. There are {sorted(x)}.")
     if any(w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
-        raise ValueError(f"weights must be at least 0 and not all 0; got {dict(weights)}.")
+        raise ValueError(f"weights must be at least 0 and not all 0; got {_checks.shown(dict(weights))}.")
     each = {name: loss(x[name], y[name]) for name in x if weights.get(name, 0.0) > 0}
     total = sum(weights[name] * value for name, value in each.items())
     return total / sum(weights.values()), each

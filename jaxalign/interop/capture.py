@@ -104,7 +104,7 @@ def capture_features(
     _checks.whole("prefix_tokens", prefix_tokens, 0)
     if grid is not None:
         if len(grid) != 2:
-            raise ValueError(f"grid must be (rows, columns); got {grid}.")
+            raise ValueError(f"grid must be (rows, columns); got {_checks.shown(grid)}.")
         grid = (_checks.whole("grid", grid[0]), _checks.whole("grid", grid[1]))
     wanted = _select(layers, network.names)
     batches, total = _batches(inputs, _checks.whole("batch_size", batch_size))
@@ -159,7 +159,9 @@ def _one_layer(layer: Any, names: Sequence[str]) -> str:
 
 def _matching(pattern: Any, names: Sequence[str]) -> list[str]:
     if not isinstance(pattern, str):
-        raise TypeError(f"layers must be names or patterns; got {pattern!r} of type {type(pattern).__name__}.")
+        raise TypeError(
+            f"layers must be names or patterns; got {_checks.shown(pattern)} of type {type(pattern).__name__}."
+        )
     if pattern in names:
         return [pattern]
     parts = re.split(r"(\*\*|\*)", pattern)

@@ -89,16 +89,13 @@ def _array(torch: Any, tensor: Any, copy: bool) -> jax.Array:
             f"only dense tensors convert; got layout {tensor.layout}, dtype {tensor.dtype} on {tensor.device}. "
             "Write tensor.to_dense() for a sparse one, tensor.dequantize() for a quantized one."
         )
-    wide = {
-        torch.float64: "float()",
-        torch.complex128: "to(torch.complex64)",
-        torch.int64: "int()",
-        torch.uint64: "to(torch.uint32)",
-    }
-    if tensor.dtype in wide and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+    if tensor.dtype in _narrow(torch) and not _checks.x64_enabled():
+        code = _narrowed(torch, tensor)
         raise TypeError(
-            f"the tensor is {tensor.dtype}, but jax is set to 32 bits and would narrow it without a word. Either "
-            f'jax.config.update("jax_enable_x64", True) at the start of the program, or tensor.{wide[tensor.dtype]}.'
+            f"the tensor is {tensor.dtype}, but jax is set to 32 bits and would narrow it without a word. "
+            + ("Either " if code else "Write ")
+            + 'jax.config.update("jax_enable_x64", True) at the start of the program'
+            + (f", or {code}." if code else ": its values do not fit 32 bits.")
         )
     tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
     try:
@@ -110,6 +107,29 @@ def _array(torch: Any, tensor: Any, copy: bool) -> jax.Array:
         ) from error
     # Finished before the caller gets to write into the tensor again.
     return jnp.array(array, copy=True).block_until_ready() if copy else array
+
+
+def _narrow(torch: Any) -> dict[Any, Any]:
+    """The dtypes that jax holds only if set to 64 bits, and what they become otherwise."""
+    return {
+        torch.float64: torch.float32,
+        torch.complex128: torch.complex64,
+        torch.int64: torch.int32,
+        torch.uint64: torch.uint32,
+    }
+
+
+def _narrowed(torch: Any, tensor: Any) -> str:
+    """Code that makes it a tensor of 32 bits; '' where whole numbers do not fit."""
+    to = _narrow(torch)[tensor.dtype]
+    host = tensor.detach().resolve_conj().resolve_neg().cpu().numpy()
+    if host.dtype.kind in "iu" and host.size:
+        limits = np.iinfo(str(to).removeprefix("torch."))
+        if host.min() < limits.min or host.max() > limits.max:
+            return ""
+    if host.dtype.kind == "f" and (error := _checks.error_of_narrowing(host)) > _checks.ALLOWED:
+        return "" if np.isinf(error) else "(tensor - tensor.mean(0)).float()"
+    return f"tensor.to({to})"
 
 
 def _tensor(torch: Any, array: jax.Array, copy: bool) -> Any:
