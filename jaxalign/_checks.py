@@ -52,9 +52,10 @@ def features(name: str, value: Any, *, min_rows: int = 1) -> jax.Array:
     """`value` as a floating-point array of shape (..., n, d) in a dtype fit for accumulation."""
     array = _floating(name, value)
     if array.ndim < 2:
+        ways_out = f" One sample of d features is {name}[None, :], n samples of one feature are {name}[:, None]."
+        ways_out = ways_out if array.ndim else ""
         raise ValueError(
-            f"{name} must have shape (..., n, d): n samples of d features; got shape {array.shape}."
-            + f" One sample of d features is {name}[None, :], n samples of one feature are {name}[:, None]." * array.ndim
+            f"{name} must have shape (..., n, d): n samples of d features; got shape {array.shape}.{ways_out}"
         )
     if 0 in array.shape:
         raise ValueError(f"{name} is empty: shape {array.shape}; every axis of (..., n, d) must be at least 1.")

@@ -89,13 +89,13 @@ def _array(torch: Any, tensor: Any, copy: bool) -> jax.Array:
             f"only dense tensors convert; got layout {tensor.layout}, dtype {tensor.dtype} on {tensor.device}. "
             "Write tensor.to_dense() for a sparse one, tensor.dequantize() for a quantized one."
         )
-    if tensor.dtype in _narrow(torch) and not _checks.x64_enabled():
-        code = _narrowed(torch, tensor)
+    code = None if _checks.x64_enabled() else _narrow(torch, tensor)
+    if code is not None:
         raise TypeError(
             f"the tensor is {tensor.dtype}, but jax is set to 32 bits and would narrow it without a word. "
-            + ("Either " if code else "Write ")
+            + ("Either " if code else "Its values do not fit: ")
             + 'jax.config.update("jax_enable_x64", True) at the start of the program'
-            + (f", or {code}." if code else ": its values do not fit 32 bits.")
+            + (f", or {code}." if code else ".")
         )
     tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
     try:
@@ -109,27 +109,27 @@ def _array(torch: Any, tensor: Any, copy: bool) -> jax.Array:
     return jnp.array(array, copy=True).block_until_ready() if copy else array
 
 
-def _narrow(torch: Any) -> dict[Any, Any]:
-    """The dtypes that jax holds only if set to 64 bits, and what they become otherwise."""
-    return {
-        torch.float64: torch.float32,
-        torch.complex128: torch.complex64,
-        torch.int64: torch.int32,
-        torch.uint64: torch.uint32,
+def _narrow(torch: Any, tensor: Any) -> str | None:
+    """Code that makes of a tensor of 64 bits one of 32, '' where values do not fit; None for a tensor that is not wide.
+
+    Whole numbers would wrap around, and of a large offset nothing but the offset would be left.
+    """
+    wide = {
+        torch.float64: "float()",
+        torch.complex128: "to(torch.complex64)",
+        torch.int64: "int()",
+        torch.uint64: "to(torch.uint32)",
     }
-
-
-def _narrowed(torch: Any, tensor: Any) -> str:
-    """Code that makes it a tensor of 32 bits; '' where whole numbers do not fit."""
-    to = _narrow(torch)[tensor.dtype]
+    if tensor.dtype not in wide:
+        return None
+    code = f"tensor.{wide[tensor.dtype]}"
     host = tensor.detach().resolve_conj().resolve_neg().cpu().numpy()
     if host.dtype.kind in "iu" and host.size:
-        limits = np.iinfo(str(to).removeprefix("torch."))
-        if host.min() < limits.min or host.max() > limits.max:
-            return ""
+        limits = np.iinfo(host.dtype.name.replace("64", "32"))
+        return code if limits.min <= host.min() and host.max() <= limits.max else ""
     if host.dtype.kind == "f" and (error := _checks.error_of_narrowing(host)) > _checks.ALLOWED:
         return "" if np.isinf(error) else "(tensor - tensor.mean(0)).float()"
-    return f"tensor.to({to})"
+    return code
 
 
 def _tensor(torch: Any, array: jax.Array, copy: bool) -> Any:
