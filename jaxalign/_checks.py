@@ -353,7 +353,7 @@ def as_floats(code: str, value: Any) -> str:
     if error <= ALLOWED:
         return f"{code}.astype({to})" if is_array else f"np.asarray({code}, {to})"
     exact = code if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" else f"np.asarray({code}, np.float64)"
-    if np.isinf(error):  # beyond float32
+    if np.isinf(error):
         return f"({exact} / np.abs({exact}).max()).astype(np.float32)"
     mean = "mean(0)" if np.ndim(value) < 3 else "mean(-2, keepdims=True)"
     return f"({exact} - {exact}.{mean}).astype(np.float32)"
@@ -364,7 +364,7 @@ def _why(code: str) -> str:
 
 
 def error_of_narrowing(value: Any) -> float:
-    """The error of the first rows in float32 relative to their spread; nan where they are no numbers."""
+    """The error of the first rows in float32 relative to their spread: inf beyond float32, nan of what is no number."""
     if not is_concrete(value):
         return 0.0
     try:
@@ -377,8 +377,10 @@ def error_of_narrowing(value: Any) -> float:
     if not array.ndim or not rows.size:
         return 0.0 if array.ndim else np.nan
     with np.errstate(all="ignore"):
-        error = np.abs(rows.astype(np.float32) - rows).max()
-        return float(error / np.abs(rows - rows.mean(0)).max()) if error else 0.0
+        error, spread = np.abs(rows.astype(np.float32) - rows).max(), np.abs(rows - rows.mean(0)).max()
+        if not error or np.isinf(error):  # beyond float32
+            return float(error)
+        return float(error / spread) if spread else 1.0
 
 
 def _floating(name: str, value: Any) -> jax.Array:

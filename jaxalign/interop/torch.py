@@ -101,9 +101,11 @@ def _array(torch: Any, tensor: Any, copy: bool) -> jax.Array:
     try:
         array = jax.dlpack.from_dlpack(tensor)
     except Exception as error:
+        away = tensor.device.type != "cpu"
+        way_out = "Write tensor.cpu() to come over the host." if away else "Convert it to a dtype that jax has."
         raise TypeError(
             f"jax cannot take a tensor of dtype {tensor.dtype} on {tensor.device}; it has the devices "
-            f"{', '.join(map(str, jax.devices()))}. Write tensor.cpu() to come over the host."
+            f"{', '.join(map(str, jax.devices()))}. {way_out}"
         ) from error
     # Finished before the caller gets to write into the tensor again.
     return jnp.array(array, copy=True).block_until_ready() if copy else array
