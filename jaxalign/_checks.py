@@ -91,10 +91,18 @@ def feature_pair(x: Any, y: Any | None, *, min_rows: int = 1) -> tuple[jax.Array
     )
 
 
+def _array(name: str, value: Any) -> jax.Array | np.ndarray:
+    """What is no features, as an array; its dtype is still to be checked."""
+    refuse_foreign(name, value)
+    try:
+        return value if isinstance(value, jax.Array) else np.asarray(value)
+    except ValueError:  # lists of different length
+        raise TypeError(f"{name} must be a number or an array; got {shown(value)}.") from None
+
+
 def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: str) -> jax.Array:
     """A real number or array that broadcasts to `shape` (which `meaning` puts into words)."""
-    refuse_foreign(name, value)
-    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    array = _array(name, value)
     if array.dtype == bool or not (
         jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
     ):
@@ -111,8 +119,7 @@ def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: 
 
 def parameter_array(name: str, value: Any, dtype: Any) -> jax.Array:
     """A real array of at least one dimension, as a vector or matrix to multiply with."""
-    refuse_foreign(name, value)
-    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    array = _array(name, value)
     if array.ndim == 0 or jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be a real vector or matrix; got shape {array.shape}, dtype {array.dtype}.")
     return jnp.asarray(array).astype(dtype)
@@ -122,8 +129,7 @@ def row_mask(name: str, value: Any | None, shape: tuple[int, ...]) -> jax.Array 
     """A boolean mask over rows, True = a real sample, broadcast to `shape` = (..., n)."""
     if value is None:
         return None
-    refuse_foreign(name, value)
-    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    array = _array(name, value)
     if array.dtype != bool:
         raise TypeError(
             f"{name} must be boolean, True where a sample is real; got dtype {array.dtype}. "
@@ -190,7 +196,7 @@ def row_numbers(name: str, value: Any, n: int) -> np.ndarray:
             f"{name} must be known before anything is traced, as how many there are is a shape: give a numpy array, or "
             "one made outside of the function that is compiled."
         )
-    indices = np.asarray(value)
+    indices = np.asarray(_array(name, value))
     if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
         raise TypeError(
             f"{name} must be None, a number or a vector of indices; "
@@ -208,7 +214,7 @@ def row_numbers(name: str, value: Any, n: int) -> np.ndarray:
 def random_key(value: Any) -> None:
     """Raise unless it is a key of `jax.random`."""
     typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.ndim == 0
-    raw = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.ndim == 1
+    raw = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.shape in ((2,), (4,))
     if not typed and not raw:
         raise TypeError(f"key must be one key, as jax.random.key(0) makes it; got {shown(value)}.")
 
@@ -287,7 +293,7 @@ class _Short(reprlib.Repr):
             return super().repr1(x, level)
         if not isinstance(x, (np.ndarray, jax.Array)):  # of another library: its repr may be a page
             return f"{type(x).__name__} of shape {tuple(shape)}"
-        if x.size > _FEW or not is_concrete(x):
+        if x.size > _FEW or not is_concrete(x) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return f"{x.dtype} array of shape {shape}"
         return repr(x.item()) if isinstance(x, np.ndarray) and x.ndim == 0 else super().repr1(x, level)
 

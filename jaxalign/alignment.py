@@ -261,7 +261,7 @@ def align(
         arrays[name] = array
     counts = {name: array.shape[0] for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"all networks must have the same samples in the same order; got n = {counts}.")
+        raise ValueError(f"all networks must have the same samples in the same order; got n = {_checks.shown(counts)}.")
     n = next(iter(counts.values()))
 
     maps = {name: _fit_channels(x, channels) for name, x in arrays.items()}

@@ -293,11 +293,12 @@ def multi_layer_loss(
             raise TypeError(f"{name} must be features by name, {{'layer': array}}; got {type(layers).__name__}.")
     missing = sorted(set(x) ^ set(y))
     if missing or not x:
-        raise ValueError(f"x and y must name the same layers, at least one; not in both: {missing}.")
+        raise ValueError(f"x and y must name the same layers, at least one; not in both: {_checks.shown(missing)}.")
     weights = dict.fromkeys(x, 1.0) if weights is None else weights
     unknown = sorted(set(weights) - set(x))
     if unknown:
-        raise ValueError(f"weights names layers that are not there: {unknown}. There are {sorted(x)}.")
+        there = _checks.shown(sorted(x))
+        raise ValueError(f"weights names layers that are not there: {_checks.shown(unknown)}. There are {there}.")
     if any(w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
         raise ValueError(f"weights must be at least 0 and not all 0; got {_checks.shown(dict(weights))}.")
     each = {name: loss(x[name], y[name]) for name in x if weights.get(name, 0.0) > 0}
