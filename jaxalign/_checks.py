@@ -352,11 +352,11 @@ def as_floats(code: str, value: Any) -> str:
     wide = x64_enabled()
     if dtype is not None and (dtype in (np.float32, np.float16, jnp.bfloat16) or (wide and dtype == np.float64)):
         return code
-    to, error = ("np.float64", 0.0) if wide else ("np.float32", error_of_narrowing(value))
+    error = error_of_narrowing(value)
     if np.isnan(error):
         return ""
-    is_array = isinstance(value, (np.ndarray, jax.Array))
-    if error <= ALLOWED:
+    is_array, to = isinstance(value, (np.ndarray, jax.Array)), "np.float64" if wide else "np.float32"
+    if wide or error <= ALLOWED:
         return f"{code}.astype({to})" if is_array else f"np.asarray({code}, {to})"
     exact = code if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" else f"np.asarray({code}, np.float64)"
     if np.isinf(error):
@@ -407,7 +407,8 @@ def _floating(name: str, value: Any) -> jax.Array:
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         code = as_floats(name, value)
-        ids = ", and ids or labels are no features" if jnp.issubdtype(value.dtype, jnp.integer) else ""
+        may_be_ids = jnp.issubdtype(value.dtype, jnp.integer) and value.dtype.itemsize > 2
+        ids = ", and ids or labels are no features" if may_be_ids else ""
         way_out = f" Write {code}{_why(code)}." if code else " Its entries are no numbers."
         raise TypeError(f"{name} must be floating point; got dtype {value.dtype}{ids}.{way_out}")
     if value.dtype.itemsize > (8 if x64_enabled() else 4):

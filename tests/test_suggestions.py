@@ -182,8 +182,9 @@ def test_a_conversion_keeps_all_digits_where_jax_does(x64, x, suggestion):
 
 
 @pytest.mark.parametrize("x", [None, [[1, 2], [3]], np.array([["a"]]), (k for k in X), {1}], ids=str)
-def test_what_is_no_number_gets_no_conversion(x):
-    with pytest.raises(TypeError, match=r"(got \w+\.|Its entries are no numbers\.)$"):
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_is_no_number_gets_no_conversion(x, wide):
+    with jax.enable_x64(wide), pytest.raises(TypeError, match=r"(got \w+\.|Its entries are no numbers\.)$"):
         jaxalign.squared_distances(x)
 
 
