@@ -243,7 +243,7 @@ def positive(name: str, value: Any, keep: Any | None = None) -> None:
         raise ValueError(f"{name} must be finite and above 0; got {_first(values, bad)}.")
 
 
-def _first(values: np.ndarray, bad: np.ndarray) -> str:
+def _first(values: np.ndarray, bad: Any) -> str:
     """The first of the bad values, and where it is."""
     if values.ndim == 0:
         return repr(values.item())
@@ -386,7 +386,8 @@ def error_of_narrowing(value: Any) -> float:
         error, spread = np.abs(rows.astype(np.float32) - rows).max(), np.abs(rows - rows.mean(0)).max()
         if not error or np.isinf(error):  # beyond float32
             return float(error)
-        return float(error / spread) if spread else 1.0
+        # Of rows that are all alike, or one alone, nothing is known but that whole numbers should stay whole.
+        return float(error / spread) if spread else float(array.dtype.kind in "iu")
 
 
 def _floating(name: str, value: Any) -> jax.Array:
