@@ -313,6 +313,16 @@ ROWS = {
         save("x", "x") + "streaming.solve_sigma(folder / 'x.npy', density=0.2))",
         {re.compile(r"(?<=Write )np\.load.*(?=\.$)"): "streaming.solve_sigma({}, density=0.2)"}, named(x=SMALL),
     ),
+    "ids in a file": Row(
+        save("x", "x") + "streaming.solve_sigma(folder / 'x.npy', density=0.2))",
+        {re.compile(r"\(np\.load.*mean\(0\)\)\.astype\(np\.float32\)"): "streaming.solve_sigma({}, density=0.2)"},
+        named(x=IDS),
+    ),
+    "a file far from 0": Row(
+        save("x", "x") + "streaming.solve_sigma(folder / 'x.npy', density=0.2))",
+        {re.compile(r"\(np\.load.*mean\(0\)\)\.astype\(np\.float32\)"): "streaming.solve_sigma({}, density=0.2)"},
+        named(x=FAR),
+    ),
     "integers in blocks": Row(
         "streaming.solve_sigma(x, density=0.2)", {"x[0].astype(np.float32)": S}, named(x=[SMALL])
     ),
