@@ -122,7 +122,7 @@ def choose_tiles(
 def _where(x: Array, y: Array | None, mesh: Any, axis_name: Any) -> tuple[Mesh | AbstractMesh | None, str | None, int]:
     """The mesh, the axis and its size."""
     if axis_name is not None and not isinstance(axis_name, str):
-        raise TypeError(f"axis_name must be the name of one axis; got {axis_name!r}.")
+        raise TypeError(f"axis_name must be the name of one axis; got {_checks.shown(axis_name)}.")
     if mesh is None and axis_name is not None:
         if not _is_bound(axis_name):
             raise ValueError(

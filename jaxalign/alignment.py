@@ -241,6 +241,8 @@ def align(
     """
     if not isinstance(features, Mapping):
         raise TypeError(f"features must be a mapping from names to arrays; got {type(features).__name__}.")
+    if key is not None:
+        _checks.random_key(key)
     if not features:
         raise ValueError("features is empty: give at least one network's features, {name: array}.")
     _checks.choice("channels", channels, (None, "standardize", "whiten"))
@@ -259,7 +261,7 @@ def align(
         arrays[name] = array
     counts = {name: array.shape[0] for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"all networks must have the same samples in the same order; got n = {counts}.")
+        raise ValueError(f"all networks must have the same samples in the same order; got n = {_checks.shown(counts)}.")
     n = next(iter(counts.values()))
 
     maps = {name: _fit_channels(x, channels) for name, x in arrays.items()}

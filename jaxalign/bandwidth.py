@@ -301,7 +301,7 @@ def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any, *, shar
         raise ValueError("mask_y is given without y; mask serves both sides when y is None.")
     if y is not None and diagonal != "include":
         raise ValueError(
-            f"diagonal={diagonal!r} has no meaning with y: all n m pairs count. Leave diagonal out, "
+            f"diagonal={_checks.shown(diagonal)} has no meaning with y: all n m pairs count. Leave diagonal out, "
             "or leave y out to compare x with itself."
         )
     mask = _checks.row_mask("mask", mask, x.shape[:-1])

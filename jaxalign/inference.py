@@ -637,7 +637,7 @@ def _resampled(
     resamples = _checks.whole("resamples", resamples, 2)
     _checks.choice("method", method, ("bca", "percentile"))
     if not isinstance(level, (float, np.floating)) or not 0 < level < 1:
-        raise ValueError(f"level must lie strictly between 0 and 1; got {level!r}.")
+        raise ValueError(f"level must lie strictly between 0 and 1; got {_checks.shown(level)}.")
     names = ["x", "y"] if len(sets) == 2 else ["first[0]", "first[1]", "second[0]", "second[1]"]
     ready = _real_samples(names, list(sets), positions, mask, missing, specification)
     n = ready[0].shape[0]

@@ -119,14 +119,15 @@ def named_sets(argument: str, features: Any) -> dict[str, Any]:
     else:
         given: list[Any] = list(features) if isinstance(features, Iterable) else [None]
         if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in given):
-            raise TypeError(f"{argument} must be a mapping, pairs of (name, array), or a folder; got {features!r}.")
+            got = _checks.shown(features)
+            raise TypeError(f"{argument} must be a mapping, pairs of (name, array), or a folder; got {got}.")
         pairs = [(name, value) for name, value in given]
     if not pairs:
         raise ValueError(f"{argument} is empty: at least one named set of features is needed.")
     found: dict[str, Any] = {}
     for name, value in pairs:
         if not isinstance(name, str):
-            raise TypeError(f"{argument}: names must be strings; got {name!r}.")
+            raise TypeError(f"{argument}: names must be strings; got {_checks.shown(name)}.")
         if name in found:
             raise ValueError(f"{argument}: the name {name!r} stands for two sets; names must differ.")
         if isinstance(value, (str, os.PathLike)):
@@ -140,13 +141,14 @@ def named_sets(argument: str, features: Any) -> dict[str, Any]:
         if isinstance(value, FeatureSet):
             path, value = value.path, value.values
             if value.dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
-                again = "once for all: np.save(path, np.load(path).astype(np.float32))"
+                again = _checks.as_floats(f"np.load({str(path)!r})", value)
+                again = f"once for all: np.save({str(path)!r}, {again})"
                 raise TypeError(
                     f"{argument}[{name!r}]: {path} is float64, but jax is set to 32 bits and would narrow it without a "
                     'word. Either jax.config.update("jax_enable_x64", True) at the start of the program, or '
                     f"{again if path.suffix.lower() == '.npy' else 'store it as float32'}."
                 )
-        _checks.refuse_foreign(f"{argument}[{name!r}]", value)
+        _checks.refuse_foreign(f"{argument}[{name!r}]", value, is_features=True)
         if not isinstance(value, (np.ndarray, jax.Array)):
             kind = type(value).__name__
             raise TypeError(f"{argument}[{name!r}] must be an array or a path to a file; got {kind}.")

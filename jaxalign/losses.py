@@ -14,6 +14,7 @@ affinity off the diagonal is 0.019 on average, and n must be above 1 / density. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -189,8 +190,9 @@ def alignment_loss(
         mask: shape (..., n), True = a real sample: a padded last batch costs no recompilation.
         memory: past samples that count as samples of the batch, without gradients. Not with leading batch dimensions.
         landmarks: of "infonce": how many of the last samples are the landmarks; None: those of the memory, or half of
-            the batch. With a mask, as large a share of the real samples. They share their sigma with all: mean(A) of
-            the landmarks is the density.
+            the batch, and more if the density takes more (21 at 0.05 with the diagonal: a batch of 23 will do). With a
+            mask, as large a share of the real samples. They share their sigma with all: mean(A) of the landmarks is
+            the density.
         temperature: of "infonce".
         reduction: "mean" over samples, "sum", or "none": one value a sample, (..., n), 0 where masked and, of
             "infonce", for landmarks. "cka" has no value of a single sample: "mean" only.
@@ -225,11 +227,12 @@ def alignment_loss(
     _checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if measure == "cka" and reduction != "mean":
         raise ValueError(
-            f'reduction={reduction!r}: "cka" is one number for all samples and has "mean" only. '
+            f'reduction={_checks.shown(reduction)}: "cka" is one number for all samples and has "mean" only. '
             'Measures with a value of each sample are "affinity", "kl" and "infonce".'
         )
     if measure != "infonce" and landmarks is not None:
-        raise ValueError(f'landmarks={landmarks!r} is for measure="infonce"; {measure!r} compares all with all.')
+        got = _checks.shown(landmarks)
+        raise ValueError(f'landmarks={got} is for measure="infonce"; {measure!r} compares all with all.')
     named, what = (("x", x), ("y", y)), f'alignment_loss "{measure}"'
     (x, y), mask = check_sets(named, mask, "raise", _LEAST[measure], what, MASKED)
     if stop_gradient_target:
@@ -237,13 +240,15 @@ def alignment_loss(
     n = x.shape[-2]
     if memory is not None:
         x, y, mask = _with_memory(x, y, mask, memory)
-    if measure == "infonce":
-        if mesh is not None:
-            raise ValueError('mesh= is not for measure="infonce"; use axis_name= inside jax.shard_map.')
-        m = _landmarks(landmarks, n, memory)
-        return _contrast(x, y, mask, sigma, density, diagonal, n, m, temperature, reduction, axis_name,
-                         stop_gradient_sigma, memory is not None)  # fmt: skip
+    if measure == "infonce" and mesh is not None:
+        raise ValueError('mesh= is not for measure="infonce"; use axis_name= inside jax.shard_map.')
     plan = make_plan(x, None, tile_size, mesh, axis_name, sets=2)
+    if measure == "infonce":
+        devices = 1 if axis_name is None else plan.rows_of_all(1)
+        least = _least_landmarks(x, density, diagonal) if sigma is None else 0
+        m = _landmarks(landmarks, n, memory, least, devices)
+        return _contrast(x, y, mask, sigma, density, diagonal, n, m, least, landmarks is None, temperature, reduction,
+                         axis_name, devices, stop_gradient_sigma, memory is not None)  # fmt: skip
     function = PairFunction(
         "rbf", solves=sigma is None, diagonal=diagonal, tolerant=True, fixed_sigma=stop_gradient_sigma
     )
@@ -288,13 +293,14 @@ def multi_layer_loss(
             raise TypeError(f"{name} must be features by name, {{'layer': array}}; got {type(layers).__name__}.")
     missing = sorted(set(x) ^ set(y))
     if missing or not x:
-        raise ValueError(f"x and y must name the same layers, at least one; not in both: {missing}.")
+        raise ValueError(f"x and y must name the same layers, at least one; not in both: {_checks.shown(missing)}.")
     weights = dict.fromkeys(x, 1.0) if weights is None else weights
     unknown = sorted(set(weights) - set(x))
     if unknown:
-        raise ValueError(f"weights names layers that are not there: {unknown}. There are {sorted(x)}.")
+        there = _checks.shown(sorted(x))
+        raise ValueError(f"weights names layers that are not there: {_checks.shown(unknown)}. There are {there}.")
     if any(w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
-        raise ValueError(f"weights must be at least 0 and not all 0; got {dict(weights)}.")
+        raise ValueError(f"weights must be at least 0 and not all 0; got {_checks.shown(dict(weights))}.")
     each = {name: loss(x[name], y[name]) for name in x if weights.get(name, 0.0) > 0}
     total = sum(weights[name] * value for name, value in each.items())
     return total / sum(weights.values()), each
@@ -430,13 +436,46 @@ def _no_log_sums(like: Any) -> Any:
 # --- contrast over landmarks ------------------------------------------------------------------------------------------
 
 
-def _landmarks(landmarks: int | None, n: int, memory: Memory | None) -> int:
-    """How many of the last rows, memory included, are landmarks."""
+def _least_landmarks(x: Array, density: Any, diagonal: Any) -> int:
+    """How many landmarks it takes that the ones on their diagonal alone do not reach the density."""
+    _checks.choice("diagonal", diagonal, ("include", "exclude"))
+    if diagonal == "exclude" or not _checks.is_concrete(density):
+        return 0
+    _checks.parameter("density", density, x.dtype, x.shape[:-2], "the batch dimensions of the features")
+    _checks.density_value(density)
+    return math.floor(1 / float(np.min(_checks.on_host(density)))) + 1
+
+
+def _landmarks(landmarks: int | None, n: int, memory: Memory | None, least: int, devices: int) -> int:
+    """How many of the last rows, memory included, are landmarks; of each device where several share the batch.
+
+    Those of the memory, or half of the batch, and more where the density needs more.
+    """
     past = 0 if memory is None else memory.filled.shape[0]
-    if landmarks is None:
-        return past or n // 2
-    most = n + past - 2
-    return _checks.whole("landmarks", landmarks, 2, most, most_is="n - 2 = ", otherwise=", the last of the samples")
+    if landmarks is not None:
+        most = n + past - 2
+        return _checks.whole("landmarks", landmarks, 2, most, most_is="n - 2 = ", otherwise=", the last of the samples")
+    return min(max(past or n // 2, -(-least // devices)), n + past - _queries(devices))
+
+
+def _queries(devices: int) -> int:
+    """How many samples of a device are looked up at least, two of all."""
+    return 2 if devices == 1 else 1
+
+
+def _check_landmarks(density: Any, least: int, counts: Any, devices: int) -> None:
+    """Raise where there are fewer landmarks than the density needs."""
+    found = int(np.min(counts))
+    if found >= least:
+        return
+    asked = float(np.min(_checks.on_host(density)))
+    batch = devices * (-(-least // devices) + _queries(devices))
+    raise ValueError(
+        f'density = {asked} cannot be reached with {found} landmarks, as measure="infonce" has them here: the ones on '
+        f"the diagonal alone give 1/{found} = {1 / max(found, 1):.4g}. Leave them out of the mean with "
+        f'diagonal="exclude", ask for a density above that, or take {least} landmarks: a batch of {batch} real samples '
+        f"without landmarks=, or a memory of {least}."
+    )
 
 
 def _contrast(
@@ -448,9 +487,12 @@ def _contrast(
     diagonal: Any,
     n: int,
     m: int,
+    least: int,
+    chosen: bool,
     temperature: float,
     reduction: str,
     axis_name: str | None,
+    devices: int,
     fixed_sigma: bool,
     remembers: bool,
 ) -> Array:
@@ -459,7 +501,7 @@ def _contrast(
     last, queries = jnp.arange(rows - m, rows), jnp.arange(min(n, rows - m))
     of_last = None if mask is None else mask[..., last]
     if mask is not None and not remembers:
-        last, of_last, queries = _last_real(mask, m)
+        last, of_last, queries = _last_real(mask, m, least if chosen else 0)
     function = PairFunction("rbf", solves=sigma is None, diagonal=diagonal, tolerant=True, fixed_sigma=fixed_sigma)
 
     def every(a: Array, axis: int) -> Array:
@@ -473,6 +515,9 @@ def _contrast(
     of_landmarks = tuple(every(some(a, last), -2) for a in (x, y))
     landmark_mask = None if of_last is None else every(of_last, -1)
     known = None if remembers else landmark_mask
+    is_known = known is not None and _checks.is_concrete(known)
+    counts = _checks.on_host(known).sum(-1) if is_known else of_landmarks[0].shape[-2]
+    _check_landmarks(density, least, counts, devices)
     sigmas, target = check_function(("x", "y"), of_landmarks, known, sigma, density, function, STORED)
     of_samples = jnp.ones(x.shape[:-1], bool) if mask is None else mask
     real = some(of_samples, queries)
@@ -504,14 +549,17 @@ def _contrast(
     return total if reduction == "sum" else total / jnp.maximum(count, 1)
 
 
-def _last_real(mask: Array, m: int) -> tuple[Array, Array, Array]:
+def _last_real(mask: Array, m: int, least: int) -> tuple[Array, Array, Array]:
     """Which samples are landmarks, (..., m), which of those count, and which are looked up, (..., n - m).
 
-    Of r real samples the last m r / n are landmarks, as many as in a batch of that size without padding.
+    Of r real samples the last m r / n are landmarks, or `least` if that is more and leaves two to be looked up: as many
+    as in a batch of that size without padding.
     """
     n = mask.shape[-1]
     order = jnp.argsort(mask, -1, stable=True).astype(jnp.int32)  # the real ones come last
-    spare = m - m * jnp.sum(mask, -1, keepdims=True, dtype=jnp.int32) // n
+    real = jnp.sum(mask, -1, keepdims=True, dtype=jnp.int32)
+    share = m * real // n
+    spare = m - jnp.where(real >= least + 2, jnp.maximum(share, least), share)
     place = jnp.arange(n, dtype=jnp.int32)
     queries = jnp.take_along_axis(order, spare + place[: n - m], -1)
     return order[..., n - m :], place[:m] >= spare, queries

@@ -245,9 +245,14 @@ def check_block_rows(block_rows: Any) -> None:
         _checks.whole("block_rows", block_rows, of=" of rows")
 
 
+_HEAD = 64  # rows by which a message judges how to convert all
+
+
 def _blocks(name: str, rows: Rows, mask: np.ndarray | None, block_rows: int | None, least: int) -> Blocks:
+    code = name  # of what has a dtype, for a message that says how to convert it
     if isinstance(rows, (str, os.PathLike)):
         check_regular(Path(rows))
+        code = f"np.load({str(rows)!r})"
         try:
             rows = np.load(rows, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
@@ -258,7 +263,7 @@ def _blocks(name: str, rows: Rows, mask: np.ndarray | None, block_rows: int | No
     if isinstance(rows, (np.ndarray, jax.Array)):
         if rows.ndim != 2 or 0 in rows.shape:
             raise ValueError(f"{name} must have shape (n, d), both at least 1; got {rows.shape}.")
-        head = np.asarray(rows[:1])
+        head = np.asarray(rows[:_HEAD])
         size = usual_block_rows(rows.shape[1] * max(4, head.dtype.itemsize)) if block_rows is None else int(block_rows)
         n, array = rows.shape[0], rows
         sizes = tuple(min(size, n - start) for start in range(0, n, size))
@@ -269,11 +274,11 @@ def _blocks(name: str, rows: Rows, mask: np.ndarray | None, block_rows: int | No
     elif hasattr(rows, "__getitem__") and hasattr(rows, "__len__") and not isinstance(rows, Mapping) and len(rows) > 0:
         if block_rows is not None:
             raise ValueError(f"block_rows={block_rows} with a sequence of blocks: {name} has blocks of its own.")
-        sequence = rows
+        sequence, code = rows, f"{name}[0]"
         shapes = [np.shape(sequence[i]) for i in range(len(sequence))]
         if any(len(shape) != 2 or 0 in shape or shape[1] != shapes[0][1] for shape in shapes):
             raise ValueError(f"the blocks of {name} must have shapes (n_i, d) with the same d; got {shapes[:5]} ...")
-        head = np.asarray(sequence[0])[:1]
+        head = np.asarray(sequence[0][:_HEAD])
         sizes = tuple(shape[0] for shape in shapes)
 
         def read(i: int) -> np.ndarray:
@@ -293,7 +298,7 @@ def _blocks(name: str, rows: Rows, mask: np.ndarray | None, block_rows: int | No
             )
         if mask.sum() < least:
             raise ValueError(f"the mask of {name} leaves {int(mask.sum())} real sample(s), at least {least} needed.")
-    return Blocks(name, read, sizes, mask, head.shape[1], head.dtype, _checks.features(name, native).dtype)
+    return Blocks(name, read, sizes, mask, head.shape[1], head.dtype, _checks.features(code, native).dtype)
 
 
 # --- the job ---------------------------------------------------------------------------------------------------------

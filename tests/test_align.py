@@ -493,7 +493,7 @@ def test_a_bad_array_is_refused_with_the_name_of_its_network(bad, error, message
         ([0.0, 1.0], TypeError, r"a vector of indices; got shape \(2,\), dtype float64"),
         ([], TypeError, r"got shape \(0,\)"),
         ([[0, 1], [2, 3]], TypeError, r"got shape \(2, 2\)"),
-        (np.arange(N) < 5, TypeError, r"dtype bool\. For a mask write np\.flatnonzero\(mask\)\.$"),
+        (np.arange(N) < 5, TypeError, r"dtype bool\. For a mask write np\.flatnonzero\(landmarks\)\.$"),
         ([0, N], ValueError, r"^landmarks must be indices from 0 to 19; got 0 \.\. 20\.$"),
         ([-1, 3], ValueError, r"^landmarks must be indices from 0 to 19; got -1 \.\. 3\.$"),
         ([4, 7, 4, 2], ValueError, r"^landmarks repeat: sample 4 stands there 2 times\.$"),

@@ -61,7 +61,11 @@ BAD_FEATURES = {
     "strings": (np.array([["a", "b"]]), TypeError, ("x must be floating point", "<U1")),
     "objects": (X.astype(object), TypeError, ("x must be floating point", "object")),
     "float64": (X.astype(np.float64), TypeError, ("x is float64", "jax_enable_x64", "x.astype(np.float32)")),
-    "longdouble": (X.astype(np.longdouble), TypeError, ("x has dtype", "x.astype(np.float64)")),
+    "longdouble": (
+        X.astype(np.longdouble),
+        TypeError,
+        (f"x is {np.dtype(np.longdouble)}", "jax_enable_x64", "x.astype(np.float32)"),
+    ),
 }
 
 

@@ -73,6 +73,28 @@ def test_info(models, capsys):
     assert "2 (row 4, feature 3)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("positions", ["rows", "mean"])
+def test_maps_with_their_channels_first_are_noticed(tmp_path, capsys, positions):
+    shapes = {
+        "wide": (6, 8, 3, 3),
+        "narrow": (6, 2, 3, 3),
+        "last": (6, 3, 3, 8),
+        "long": (6, 2, 3, 8),
+        "tokens": (6, 4, 3),
+    }
+    for name, shape in shapes.items():
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    for notes in (commands.read([tmp_path], positions).notes, run_info(capsys, tmp_path, positions)):
+        noticed = {note.split()[0] for note in notes if note.endswith("write np.moveaxis(x, 1, -1)")}
+        assert noticed == {"wide", "narrow"}
+
+
+def run_info(capsys, folder, positions):
+    """The lines that it prints."""
+    assert run("info", folder, "--density", "0.5", "--positions", positions, "--rows", "6") == 0
+    return [line.removesuffix(".") for line in capsys.readouterr().out.splitlines()]
+
+
 def test_align(models, capsys):
     out = models / "aligned"
     sets = models / "a" / "layer2.npy", models / "b" / "layer9.npy"

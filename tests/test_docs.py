@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,20 @@ def test_code_in_the_documentation_runs(path, tmp_path, monkeypatch):
     exec(BEFORE.get(path.name, ""), namespace)
     for block in BLOCK.findall(path.read_text()):
         exec(compile(block, path.name, "exec"), namespace)
+
+
+def test_worker_processes_as_the_faq_starts_them_do_not_hang(tmp_path):
+    script = tmp_path / "workers.py"
+    (code,) = (block for block in BLOCK.findall((ROOT / "docs/pages/faq.md").read_text()) if "multiprocessing" in block)
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, both = done.stdout.splitlines()
+    assert float(first) > 1
+    assert len(set(both.strip("[]").split(", "))) == 2
 
 
 def test_the_page_on_performance_is_what_was_measured():

@@ -116,6 +116,21 @@ def test_devices_find_the_loss_of_the_whole_batch(x64, measure):
     helpers.assert_close(np.asarray(gradient)[order], expected, 1e-11)
 
 
+def test_devices_have_landmarks_enough_together_for_the_density(x64):
+    x, y = sets()
+    devices = partial(alignment_loss, measure="infonce", reduction="none", axis_name="data")
+    mesh = sharding.data_mesh(4)
+
+    def each(x, y):
+        local = jax.shard_map(devices, mesh=mesh, in_specs=(P("data", None), P("data", None)), out_specs=P("data"))
+        return np.asarray(jax.jit(local)(x, y))
+
+    assert (each(x, y).reshape(4, 8) == 0).sum(1).tolist() == [6] * 4
+    each(x[:28], y[:28])
+    with pytest.raises(ValueError, match=r"with 20 landmarks.* 21 landmarks: a batch of 28 real samples"):
+        each(x[:24], y[:24])
+
+
 @by_pairs
 def test_a_mesh_finds_the_same(x64, measure):
     x, y = sets(29)
@@ -292,6 +307,73 @@ def test_a_batch_too_small_for_the_density_needs_a_memory():
         step = partial(alignment_loss, measure=measure, memory=empty_memory(64, 4, 6))
         assert np.isfinite(step(x, y))
         np.testing.assert_allclose(step(x, y), jax.jit(step)(x, y), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("measure", "n"), [*((measure, 32) for measure in MEASURES), ("infonce", 23)])
+def test_ordinary_batches_work_with_the_default_density(measure, n):
+    x, y = (a.astype(np.float32) for a in sets(n))
+    value, gradient = jax.value_and_grad(partial(alignment_loss, measure=measure))(x, y)
+    assert value > 0
+    assert np.abs(gradient).max() > 0
+
+
+@every_measure
+def test_small_batches_work_without_the_diagonal(measure):
+    x, y = (a.astype(np.float32) for a in sets(8))
+    value, gradient = jax.value_and_grad(partial(alignment_loss, measure=measure, diagonal="exclude"))(x, y)
+    assert value > 0
+    assert np.abs(gradient).max() > 0
+
+
+def test_infonce_takes_half_of_the_batch_as_landmarks_or_as_many_as_the_density_needs(x64):
+    def count(n, density=0.05, diagonal="include", memory=None):
+        least = losses._least_landmarks(jnp.zeros((n, 4)), density, diagonal)
+        return losses._landmarks(None, n, memory, least, 1)
+
+    assert [count(n) for n in (60, 42, 41, 32, 23)] == [30, 21, 21, 21, 21]
+    assert [count(n, diagonal="exclude") for n in (60, 32, 8)] == [30, 16, 4]
+    assert (count(32, 0.2), count(32, 0.04)) == (16, 26)
+    assert (count(32, memory=empty_memory(8, 4, 6)), count(32, memory=empty_memory(64, 4, 6))) == (21, 64)
+    each = np.asarray(alignment_loss(*sets(), measure="infonce", reduction="none"))
+    assert ((each == 0) == (np.arange(N) >= N - 21)).all()
+
+
+def test_a_padded_batch_of_infonce_has_the_landmarks_of_the_batch_without_padding(x64):
+    x, y = sets(27)
+    padded = [np.concatenate([np.full((5, a.shape[1]), 7.0), a]) for a in (x, y)]
+    found = alignment_loss(*padded, measure="infonce", mask=np.arange(32) >= 5)
+    helpers.assert_close(found, alignment_loss(x, y, measure="infonce"), 1e-12)
+
+
+# What is said of too few landmarks, and the ways out that it names, each of which works.
+TOO_FEW = {
+    "a small batch": (16, {}, 14),
+    "a mask": (32, {"mask": np.arange(32) < 20}, 13),
+    "landmarks": (32, {"landmarks": 8}, 8),
+    "a small memory": (6, {"memory": 5}, 9),
+}
+
+
+@pytest.mark.parametrize("case", TOO_FEW)
+def test_too_few_landmarks_are_named_with_ways_out_that_work(case):
+    n, options, found = TOO_FEW[case]
+    x, y = (a.astype(np.float32) for a in sets(n))
+    options = {"measure": "infonce", **options}
+    if "memory" in options:
+        options["memory"] = remember(empty_memory(5, 4, 6), x, y)
+    words = rf'density = 0\.05 cannot be reached with {found} landmarks, .*"infonce".*diagonal="exclude".* a density '
+    words += r"above that, .* 21 landmarks: a batch of 23 real samples without landmarks=, or a memory of 21\.$"
+    with pytest.raises(ValueError, match=words):
+        alignment_loss(x, y, **options)
+
+    def works(n, **options):  # which is known once it is traced
+        jax.eval_shape(partial(alignment_loss, **options), *(a.astype(np.float32) for a in sets(n)))
+
+    for more in ({"diagonal": "exclude"}, {"density": 1.01 / found}):
+        works(n, **options, **more)
+    whole = {name: value for name, value in options.items() if name not in ("mask", "landmarks")}
+    works(23, **whole)
+    works(n, **{**whole, "memory": empty_memory(21, 4, 6)})
 
 
 # --- layers, training -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import inference, io, losses, measures, plots
+from jaxalign import _checks, inference, io, losses, measures, plots
 from jaxalign.interop import capture_features
 from jaxalign.interop._networks import _told
 
@@ -170,6 +170,78 @@ def test_an_error_that_is_not_about_arguments_is_the_models_own():
 def test_what_a_layer_gave_is_told():
     told = _told({"hidden": (X, None), "more": SimpleNamespace()})
     assert told == ("a dict of 'hidden': a tuple of (float32 of shape (12, 3), a NoneType), 'more': a SimpleNamespace")
+
+
+# --- what a message shows -------------------------------------------------------------------------------------------
+
+WITH_A_KEY = {
+    "align": lambda key: jaxalign.align({"a": X}, landmarks=9, density=0.5, key=key),
+    "align without landmarks": lambda key: jaxalign.align({"a": X}, density=0.5, key=key),
+    "permutation_test": lambda key: jaxalign.permutation_test(X, Y, kernel="linear", permutations=9, key=key),
+    "bootstrap": lambda key: jaxalign.bootstrap(X, Y, kernel="linear", resamples=9, key=key),
+    "paired_difference": lambda key: jaxalign.paired_difference((X, Y), (Y, X), kernel="linear", resamples=9, key=key),
+    "normalized_cut": lambda key: jaxalign.normalized_cut(X, 2, density=0.5, key=key),
+}
+
+
+@pytest.mark.parametrize("name", WITH_A_KEY)
+def test_a_key_is_one_of_jax_random(name):
+    several = jax.random.split(jax.random.key(0), 3)
+    for bad, words in ((0, "0"), ("0", "'0'"), (np.zeros(2), "array([0., 0.])"), (several, "key<fry> array of shape")):
+        with pytest.raises(TypeError, match=re.escape(f"as jax.random.key(0) makes it; got {words}")):
+            WITH_A_KEY[name](bad)
+
+
+LARGE = np.random.default_rng(1).normal(size=(2000, 50))
+SHOWS = {
+    "sets without names": (lambda: jaxalign.compare_grid([LARGE, LARGE]), "float64 array of shape (2000, 50)"),
+    "sets of jax without names": (
+        lambda: jaxalign.compare_grid([jnp.ones((99, 3))] * 9), "got [float32 array of shape (99, 3), float32",
+    ),
+    "a name": (lambda: jaxalign.compare_grid([(LARGE, LARGE)]), "names must be strings; got float64 array of shape"),
+    "a choice": (lambda: jaxalign.solve_sigma(X, diagonal=LARGE), "got float64 array of shape (2000, 50)"),
+    "a choice in a list": (lambda: jaxalign.solve_sigma(X, bandwidth=[LARGE]), "got [float64 array of shape"),
+    "a number": (lambda: jaxalign.measures.mutual_knn(X, Y, k=LARGE), "k must be a whole number"),
+    "a key": (lambda: jaxalign.permutation_test(X, Y, key=LARGE), "got float64 array of shape (2000, 50)"),
+    "a measure": (lambda: jaxalign.compare(X, Y, LARGE), "got float64 array of shape (2000, 50)"),
+    "texts": (lambda: jaxalign.solve_sigma(X, density="x" * 10**5), "density must be a real number"),
+    "objects": (lambda: jaxalign.solve_sigma(X, density=[list(range(10**5)), []]), "density must be a number or"),
+    "a sigma": (lambda: jaxalign.measures.rsa(X, Y, sigma=LARGE), "sigma = float64 array of shape (2000, 50) has"),
+    "a level": (lambda: jaxalign.bootstrap(X, Y, key=jax.random.key(0), level=LARGE), "level must lie"),
+    "alpha": (lambda: measures.shape_distance(X, Y, alpha=LARGE), "alpha must be a number"),
+    "strengths": (lambda: measures.linear_predictivity(X, Y, strengths=LARGE), "strengths must be"),
+    "weights": (
+        lambda: losses.multi_layer_loss({"a": X}, {"a": Y}, weights=dict.fromkeys(map(str, range(999)), 1)),
+        "weights names layers that are not there: ['0', '1', '10'",
+    ),
+    "layers": (
+        lambda: losses.multi_layer_loss({"a": X}, dict.fromkeys(map(str, range(999)), Y)),
+        "not in both: ['0', '1', '10'",
+    ),
+    "densities": (
+        lambda: jaxalign.solve_sigma(np.stack([X] * 9), density=np.where(np.arange(9) == 7, 2.0, 0.5)),
+        "got 2.0 at index 7",
+    ),
+    "sigmas": (lambda: jaxalign.rbf_affinity(X, sigma=np.arange(-3, 9) * 1.0), "got -3.0 at index 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHOWS)
+def test_a_message_shows_what_it_got_in_short(case):
+    call, words = SHOWS[case]
+    with pytest.raises((ValueError, TypeError), match=re.escape(words)) as caught:
+        call()
+    assert len(str(caught.value)) < 700
+
+
+def test_a_short_value_is_shown_as_it_is():
+    frame = pytest.importorskip("pandas").DataFrame(LARGE)
+    for value, words in (
+        (3, "3"), (None, "None"), ("a", "'a'"), (np.float32(3), "np.float32(3.0)"), (np.array(0.5), "0.5"),
+        ([1, "b"], "[1, 'b']"), (np.arange(3), "array([0, 1, 2])"), ({"a": X}, "{'a': float32 array of shape (12, 3)}"),
+        (frame, "DataFrame of shape (2000, 50)"), (list(range(99)), "[0, 1, 2, 3, 4, 5, ...]"),
+    ):  # fmt: skip
+        assert _checks.shown(value) == words
 
 
 # --- masks: as if the others were not there ---------------------------------------------------------------------------

@@ -540,7 +540,7 @@ def test_files_of_something_else(tmp_path):
     for path in (text, objects):
         with refused(ValueError, str(path), "is not a complete .npy file of numbers"):
             JOBS["mean_density"](path)
-    with refused(TypeError, "x must be floating point"):
+    with refused(TypeError, "c.npy') must be floating point"):
         JOBS["mean_density"](integers)
     with pytest.raises(FileNotFoundError, match=r"d\.npy"):
         JOBS["mean_density"](missing)
@@ -554,8 +554,9 @@ def test_what_is_neither_a_path_nor_an_array_nor_a_sequence(rows):
 
 def test_float64_without_x64(tmp_path):
     np.save(tmp_path / "x.npy", X)
-    for rows in (X, tmp_path / "x.npy", [X]):
-        with refused(TypeError, "x is float64", "jax_enable_x64"):
+    path = tmp_path / "x.npy"
+    for rows, code in ((X, "x"), (path, f"np.load({str(path)!r})"), ([X], "x[0]")):  # what has a dtype to be converted
+        with refused(TypeError, f"{code} is float64", "jax_enable_x64", f"{code}.astype(np.float32)"):
             JOBS["mean_density"](rows)
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import _checks
 from jaxalign.io import natural
 
 Run = Callable[[Any], dict[str, np.ndarray]]  # from a batch to the output of each layer listened to
@@ -69,7 +70,7 @@ def _chosen(layer: str, value: Any, output: Any, is_tensor: Callable[[Any], bool
             value = value[output]
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(
-                f"layer {layer!r}: there is no part {output!r} in its output, {_told(value)} ({error})."
+                f"layer {layer!r}: there is no part {_checks.shown(output)} in its output, {_told(value)} ({error})."
             ) from None
     if isinstance(value, Mapping):  # also the outputs of transformers
         tensors = {key: part for key, part in value.items() if is_tensor(part)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,7 @@ from jaxalign.interop import _networks
 from jaxalign.io import file_names
 from jaxalign.streaming import Progress, reporter
 
+_BEGINNING = 256  # samples, of an order that is looked at
 _TOKENS = ("all", "mean", "max", "first", "last")
 
 
@@ -51,7 +53,8 @@ def capture_features(
         model: a `torch.nn.Module` (timm, transformers, diffusers, your own), a `flax.nnx.Module`, a Linen module bound
             to its variables (`module.bind(variables)`), or an `equinox.Module`, which takes one sample, as usual there.
         inputs: a tensor or array with samples on its first axis, or a dict or tuple of such, which the model gets as
-            keywords or positions; or an iterable of batches of this form (a DataLoader). Sent to the model's device.
+            keywords or positions; or an iterable of batches of this form (a DataLoader, not one that shuffles: every
+            network must see the same samples in the same order). Sent to the model's device.
         layers: names, or patterns in which `*` stands for any text without a dot and `**` for any text; `""` is what
             the model itself returns. A dict {name in the result: layer} renames.
         batch_size: samples at a time, of `inputs` that are not batches already.
@@ -76,13 +79,14 @@ def capture_features(
     Returns:
         {layer: features} in the order of the model, float32 (float64 where the layer is): (n, d) for layers without
         positions or where `tokens` makes one of them, (n, positions, d) for "all". Rows of patches are
-        `features.reshape(-1, d)`.
+        `features.reshape(-1, d)`. Layers whose names are numbers (of a `torch.nn.Sequential`) have the model's class
+        ahead, "Sequential.0", which `layers` takes too.
 
     Raises:
         ValueError: a layer that does not exist (with those that do; of a Linen module those with parameters); one that
             the model does not call, or calls several times, or inside a transformation of jax; an output whose first
             axis is not the batch, of other shape from batch to batch, or of another than 2 to 4 dimensions; positions
-            that are not square where a `grid` is wanted; samples of different number.
+            that are not square where a `grid` is wanted; samples of different number; a DataLoader that shuffles.
         TypeError: a model of no known framework; an output that is no floating-point tensor.
         FileExistsError: `out` holds a file of that layer already.
 
@@ -93,8 +97,8 @@ def capture_features(
         >>> images = torch.rand(100, 3, 16, 16)
         >>> found = jaxalign.interop.capture_features(model, images, layers=["0", "2"], tokens="mean")
         >>> {name: features.shape for name, features in found.items()}
-        {'0': (100, 8), '2': (100, 8)}
-        >>> jaxalign.interop.capture_features(model, images, layers="*", grid=(4, 4))["1"].shape
+        {'Sequential.0': (100, 8), 'Sequential.2': (100, 8)}
+        >>> jaxalign.interop.capture_features(model, images, layers="*", grid=(4, 4))["Sequential.1"].shape
         (100, 16, 8)
     """
     network = _networks.network_of(model, output, forward)
@@ -104,9 +108,9 @@ def capture_features(
     _checks.whole("prefix_tokens", prefix_tokens, 0)
     if grid is not None:
         if len(grid) != 2:
-            raise ValueError(f"grid must be (rows, columns); got {grid}.")
+            raise ValueError(f"grid must be (rows, columns); got {_checks.shown(grid)}.")
         grid = (_checks.whole("grid", grid[0]), _checks.whole("grid", grid[1]))
-    wanted = _select(layers, network.names)
+    wanted = _select(layers, network.names, type(model).__name__)
     batches, total = _batches(inputs, _checks.whole("batch_size", batch_size))
     channels = network.channel_axis if channel_axis is None else channel_axis
     report = reporter(progress, "features", total, unit="sample")
@@ -139,32 +143,39 @@ def capture_features(
 # --- which layers ----------------------------------------------------------------------------------------------------
 
 
-def _select(layers: Any, names: Sequence[str]) -> dict[str, str]:
+def _select(layers: Any, names: Sequence[str], model: str) -> dict[str, str]:
     """{name in the result: layer}, in the model's order."""
+    # A report that says "0 in 1" says nothing: numbers alone get the name of the model's class ahead.
+    full = {f"{model}.{name}" if re.fullmatch(r"\d+(\.\d+)*", name) else name: name for name in names}
     if isinstance(layers, Mapping):
-        return {str(given): _one_layer(layer, names) for given, layer in layers.items()}
+        return {str(given): _one_layer(layer, full) for given, layer in layers.items()}
     patterns = [layers] if isinstance(layers, str) else list(layers)
     if not patterns:
         raise ValueError(f"layers is empty. {_there_are(names)}")
-    chosen = set(itertools.chain.from_iterable(_matching(pattern, names) for pattern in patterns))
-    return {name: name for name in names if name in chosen}
+    chosen = set(itertools.chain.from_iterable(_matching(pattern, full) for pattern in patterns))
+    return {label: name for label, name in full.items() if name in chosen}
 
 
-def _one_layer(layer: Any, names: Sequence[str]) -> str:
-    found = _matching(layer, names)
+def _one_layer(layer: Any, full: Mapping[str, str]) -> str:
+    found = _matching(layer, full)
     if len(found) > 1:
         raise ValueError(f"layers: {layer!r} matches {len(found)} layers; a dict of names takes one layer for each.")
     return found[0]
 
 
-def _matching(pattern: Any, names: Sequence[str]) -> list[str]:
+def _matching(pattern: Any, full: Mapping[str, str]) -> list[str]:
+    """The layers that a pattern matches, by their own names or by those in results, {name in results: layer}."""
     if not isinstance(pattern, str):
-        raise TypeError(f"layers must be names or patterns; got {pattern!r} of type {type(pattern).__name__}.")
-    if pattern in names:
-        return [pattern]
+        raise TypeError(
+            f"layers must be names or patterns; got {_checks.shown(pattern)} of type {type(pattern).__name__}."
+        )
+    names = list(full.values())
+    for labels in (names, full):
+        if pattern in labels:
+            return [full.get(pattern, pattern)]
     parts = re.split(r"(\*\*|\*)", pattern)
     regular = "".join({"**": ".*", "*": "[^.]*"}.get(part, re.escape(part)) for part in parts)
-    found = [name for name in names if name and re.fullmatch(regular, name)]
+    found = [name for label, name in full.items() if name and any(re.fullmatch(regular, s) for s in (name, label))]
     if not found:
         close = difflib.get_close_matches(pattern, names, 5)
         hint = f" Close to it: {', '.join(map(repr, close))}." if close else ""
@@ -233,9 +244,42 @@ def _batches(inputs: Any, size: int) -> tuple[Iterator[Any], int]:
         raise TypeError(
             f"inputs must be a tensor, a dict or tuple of tensors, or an iterable of batches; got {type(inputs)}."
         )
+    _refuse_random_order(inputs)
     # A DataLoader hands out lists where a dataset has tuples.
     batches = (tuple(batch) if isinstance(batch, list) else batch for batch in inputs)
     return _only_batches(batches), getattr(getattr(inputs, "dataset", None), "__len__", lambda: -1)()
+
+
+def _refuse_random_order(inputs: Any) -> None:
+    """Raise for a DataLoader of torch that shuffles: row i would be another sample for each network."""
+    data = sys.modules.get("torch.utils.data")
+    if data is None or not isinstance(inputs, data.DataLoader) or isinstance(inputs.dataset, data.IterableDataset):
+        return
+    samplers = [inputs.batch_sampler, inputs.sampler]
+    samplers += [getattr(sampler, "sampler", None) for sampler in samplers]  # a BatchSampler has one of its own
+    random = next((sampler for sampler in samplers if sampler is not None and _is_random(data, sampler)), None)
+    what = "" if random is None else f"a DataLoader that shuffles ({type(random).__name__})"
+    if not what and inputs.num_workers and not getattr(inputs, "in_order", True):
+        what = "a DataLoader whose workers hand out batches in any order (in_order=False)"
+    if what:
+        raise ValueError(
+            f"inputs is {what}: row i would be another sample for each network. Make it with shuffle=False and "
+            "without such a sampler; for random samples, draw them once: torch.utils.data.Subset(dataset, indices)."
+        )
+
+
+def _is_random(data: Any, sampler: Any) -> bool:
+    """Whether a sampler draws its order anew each time, as far as can be told."""
+    if isinstance(sampler, (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)):
+        return True
+    if isinstance(sampler, data.DistributedSampler):
+        return sampler.shuffle
+    if type(sampler) in (data.SequentialSampler, data.BatchSampler) or isinstance(sampler, Iterator):
+        return False
+    # Of another kind: whether it begins alike twice. The state of torch's random numbers is put back.
+    with sys.modules["torch"].random.fork_rng(devices=[]):
+        first, second = (list(map(str, itertools.islice(iter(sampler), _BEGINNING))) for _ in range(2))
+    return first != second
 
 
 def _only_batches(batches: Iterable[Any]) -> Iterator[Any]:

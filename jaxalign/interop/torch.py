@@ -89,27 +89,49 @@ def _array(torch: Any, tensor: Any, copy: bool) -> jax.Array:
             f"only dense tensors convert; got layout {tensor.layout}, dtype {tensor.dtype} on {tensor.device}. "
             "Write tensor.to_dense() for a sparse one, tensor.dequantize() for a quantized one."
         )
+    code = None if _checks.x64_enabled() else _narrow(torch, tensor)
+    if code is not None:
+        raise TypeError(
+            f"the tensor is {tensor.dtype}, but jax is set to 32 bits and would narrow it without a word. "
+            + ("Either " if code else "Its values do not fit: ")
+            + 'jax.config.update("jax_enable_x64", True) at the start of the program'
+            + (f", or {code}." if code else ".")
+        )
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    try:
+        array = jax.dlpack.from_dlpack(tensor)
+    except Exception as error:
+        away = tensor.device.type != "cpu"
+        way_out = "Write tensor.cpu() to come over the host." if away else "Convert it to a dtype that jax has."
+        raise TypeError(
+            f"jax cannot take a tensor of dtype {tensor.dtype} on {tensor.device}; it has the devices "
+            f"{', '.join(map(str, jax.devices()))}. {way_out}"
+        ) from error
+    # Finished before the caller gets to write into the tensor again.
+    return jnp.array(array, copy=True).block_until_ready() if copy else array
+
+
+def _narrow(torch: Any, tensor: Any) -> str | None:
+    """Code that makes of a tensor of 64 bits one of 32, '' where values do not fit; None for a tensor that is not wide.
+
+    Whole numbers would wrap around, and of a large offset nothing but the offset would be left.
+    """
     wide = {
         torch.float64: "float()",
         torch.complex128: "to(torch.complex64)",
         torch.int64: "int()",
         torch.uint64: "to(torch.uint32)",
     }
-    if tensor.dtype in wide and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
-        raise TypeError(
-            f"the tensor is {tensor.dtype}, but jax is set to 32 bits and would narrow it without a word. Either "
-            f'jax.config.update("jax_enable_x64", True) at the start of the program, or tensor.{wide[tensor.dtype]}.'
-        )
-    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    try:
-        array = jax.dlpack.from_dlpack(tensor)
-    except Exception as error:
-        raise TypeError(
-            f"jax cannot take a tensor of dtype {tensor.dtype} on {tensor.device}; it has the devices "
-            f"{', '.join(map(str, jax.devices()))}. Write tensor.cpu() to come over the host."
-        ) from error
-    # Finished before the caller gets to write into the tensor again.
-    return jnp.array(array, copy=True).block_until_ready() if copy else array
+    if tensor.dtype not in wide:
+        return None
+    code = f"tensor.{wide[tensor.dtype]}"
+    host = tensor.detach().resolve_conj().resolve_neg().cpu().numpy()
+    if host.dtype.kind in "iu" and host.size:
+        limits = np.iinfo(host.dtype.name.replace("64", "32"))
+        return code if limits.min <= host.min() and host.max() <= limits.max else ""
+    if host.dtype.kind == "f" and (error := _checks.error_of_narrowing(host)) > _checks.ALLOWED:
+        return "" if np.isinf(error) else "(tensor - tensor.mean(0)).float()"
+    return code
 
 
 def _tensor(torch: Any, array: jax.Array, copy: bool) -> Any:

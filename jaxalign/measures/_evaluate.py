@@ -188,7 +188,8 @@ def check_function(
     for name, features in zip(names, sets, strict=True):
         check_directions(name, features, function.rows, mask)
     if sigma is not None and not function.needs_sigma:
-        raise ValueError(f"sigma = {sigma!r} has no meaning here, where no affinity is taken. Leave it out.")
+        given = _checks.shown(sigma)
+        raise ValueError(f"sigma = {given} has no meaning here, where no affinity is taken. Leave it out.")
     sigmas = None if sigma is None else sigma_of_each(sigma, len(sets), sets[0])
     if not function.solves:
         return sigmas, None

@@ -311,7 +311,8 @@ def check_kernel_sigma(kernel: Any, sigma: Any) -> None:
     """Raise where a bandwidth is given to a kernel that has none."""
     if sigma is not None and (kernel == "linear" or not isinstance(kernel, str)):
         what = "the linear kernel" if isinstance(kernel, str) else "a kernel of your own"
-        raise ValueError(f"sigma = {sigma!r} has no meaning for {what}, which has no bandwidth. Leave it out.")
+        given = _checks.shown(sigma)
+        raise ValueError(f"sigma = {given} has no meaning for {what}, which has no bandwidth. Leave it out.")
 
 
 @_checks.cached

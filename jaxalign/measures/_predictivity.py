@@ -65,7 +65,7 @@ def linear_predictivity_measure(folds: Any, strengths: Any) -> SetMeasure:
     folds = _checks.whole("folds", folds, 2)
     several = isinstance(strengths, (tuple, list)) and len(strengths) > 0
     if not several or not all(isinstance(s, (int, float, np.number)) and 0 < s < float("inf") for s in strengths):
-        raise ValueError(f"strengths must be a tuple of finite numbers above 0; got {strengths!r}.")
+        raise ValueError(f"strengths must be a tuple of finite numbers above 0; got {_checks.shown(strengths)}.")
     combine = partial(_predicted, folds=folds, strengths=tuple(map(float, strengths)))
     name = f"linear_predictivity with folds = {folds}"
     return SetMeasure("linear_predictivity", _centred, combine, 2 * folds, label=name)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxalign import _checks
 from jaxalign.measures import _affinities, _cca, _hsic, _neighbors, _predictivity, _rsa, _shape
 from jaxalign.measures._evaluate import PairMeasure, SetMeasure
 
@@ -172,7 +173,8 @@ def find(measure: Any) -> Entry:
     if isinstance(measure, str) and measure in REGISTRY:
         return REGISTRY[measure]
     raise ValueError(
-        f"measure must be one of {', '.join(map(repr, REGISTRY))}; got {measure!r}.{closest(measure, REGISTRY)}"
+        f"measure must be one of {', '.join(map(repr, REGISTRY))}; got {_checks.shown(measure)}."
+        f"{closest(measure, REGISTRY)}"
     )
 
 

@@ -108,7 +108,8 @@ def rdm(
     problem = check_problem(x, None, mask, None, diagonal)
     target = check_density(density, problem, "global") if function.solves else None
     if sigma is not None and not function.needs_sigma:
-        raise ValueError(f'sigma = {sigma!r} has no meaning for kind={kind!r}, only for "affinity". Leave it out.')
+        given = _checks.shown(sigma)
+        raise ValueError(f'sigma = {given} has no meaning for kind={kind!r}, only for "affinity". Leave it out.')
     given = None if sigma is None else sigma_of_each(sigma, 1, x)[..., 0]
     check_stored("the dissimilarities", x, None)
     matrix, status = _rdm(x, mask, given, target, function, check_rtol(None, x.dtype))

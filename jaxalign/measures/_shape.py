@@ -106,7 +106,7 @@ def shape_distance_measure(alpha: Any, result: Any) -> SetMeasure:
     """The measure behind `shape_distance`."""
     _checks.choice("result", result, ("distance", "angular", "similarity"))
     if not (isinstance(alpha, (int, float, np.number)) and 0 <= alpha <= 1):
-        raise ValueError(f"alpha must be a number from 0 (CCA) to 1 (Procrustes); got {alpha!r}.")
+        raise ValueError(f"alpha must be a number from 0 (CCA) to 1 (Procrustes); got {_checks.shown(alpha)}.")
     return SetMeasure("shape_distance", partial(_shape, alpha=float(alpha)), partial(_compared, result=result), 2)
 
 

@@ -95,13 +95,19 @@ def read(paths: list[Path], positions: io.Positions) -> Input:
                 f"each of {shape} positions is a sample (see --positions); p-values take them for "
                 "independent, which neighbours are not"
             )
-            if one.values.ndim == 4 and one.values.shape[1] > one.values.shape[2] == one.values.shape[3]:
-                notes.append(
-                    f"{io.printable(name)} of shape {one.values.shape} was read with its channels last; if they are "
-                    "first, as in torch, write np.moveaxis(x, 1, -1)"
-                )
+        notes += channels_first(name, one.values)
     hashes = {str(path): hash_of(path) for path in sorted({one.path for one in sets.values()})}
     return Input(rows, sets, tuple(dict.fromkeys(notes)), hashes)
+
+
+def channels_first(name: str, values: Any) -> list[str]:
+    """A note on maps that look as if their channels came first: maps are square more often than not."""
+    if values.ndim != 4 or not values.shape[1] != values.shape[2] == values.shape[3]:
+        return []
+    return [
+        f"{io.printable(name)} of shape {values.shape} was read with its channels last; if they are "
+        "first, as in torch, write np.moveaxis(x, 1, -1)"
+    ]
 
 
 def _check_fits(name: str, nbytes: int, way_out: str) -> None:
@@ -314,6 +320,7 @@ def show_demo(options: dict[str, Any]) -> Found:
 def info(options: dict[str, Any]) -> Found:
     """What files hold: shapes, what is missing, and the sigma of each set."""
     rows, data = [], []
+    notes: list[str] = []
     hashes: dict[str, str] = {}
     for path in options["inputs"]:
         for name, one in io.read_features(path).items():
@@ -335,6 +342,7 @@ def info(options: dict[str, Any]) -> Found:
                 "sigma": sigma, "of rows": min(len(values), options["rows"]), "why no sigma": status,
                 "sha256": hashes[str(one.path)],
             })  # fmt: skip
+            notes += channels_first(name, one.values)
             shape = " x ".join(map(str, one.values.shape))
             told = f"{sigma:.5g}" if sigma is not None else "nan in it" if count else "none"
             bad = f"{count} (row {first[0]}, feature {first[1]})" if count else "0"
@@ -342,10 +350,11 @@ def info(options: dict[str, Any]) -> Found:
     few = max(one["of rows"] for one in data)
     header = ("set", "shape", "dtype", "rows with nan or inf", f"sigma at {options['density']:g}")
     text = format_table(header, rows) + f"\n\nsigma of the first {few} rows at most"
+    text += "".join(f"\n{note}." for note in notes)
     for one in data:
         if one["why no sigma"]:
             text += f"\n{io.printable(one['name'])}: {one['why no sigma']}"
-    return Found({"sets": data, "provenance": provenance(options, Input({}, {}, (), hashes))}, text)
+    return Found({"sets": data, "provenance": provenance(options, Input({}, {}, tuple(notes), hashes))}, text)
 
 
 def compare_files(options: dict[str, Any]) -> Found:
