@@ -267,7 +267,7 @@ def finite_rows(
         rows = np.where(on_host(mask), rows, 0)
     if not (rows & _NORMAL).any() and (rows & _NONZERO).any():
         raise ValueError(
-            f"{name} has no entry above {_smallest(value.dtype):.0e}: numbers that small, and their differences, are "
+            f"{name} has no entry above {smallest(value.dtype):.0e}: numbers that small, and their differences, are "
             f"rounded to 0. Use another unit: np.asarray({name}) * 2.0**64."
         )
     bad = (rows & _NOT_FINITE) > 0
@@ -286,13 +286,13 @@ def _row_facts(value: jax.Array) -> jax.Array:
     # Bits are looked at, as subnormal numbers compare as 0.
     integer = jnp.dtype(f"int{8 * value.dtype.itemsize}")
     size = jax.lax.bitcast_convert_type(jnp.abs(value), integer)
-    least = jax.lax.bitcast_convert_type(jnp.asarray(_smallest(value.dtype), value.dtype), integer)
+    least = jax.lax.bitcast_convert_type(jnp.asarray(smallest(value.dtype), value.dtype), integer)
     facts = (~jnp.isfinite(value), size != 0, size >= least)
     bits = (_NOT_FINITE, _NONZERO, _NORMAL)
     return jnp.stack([fact.any(-1).astype(jnp.uint8) * bit for fact, bit in zip(facts, bits, strict=True)]).sum(0)
 
 
-def _smallest(dtype: Any) -> float:
+def smallest(dtype: Any) -> float:
     """The size below which features lose digits as numbers become subnormal."""
     return 2.0**10 * float(jnp.finfo(dtype).tiny)
 

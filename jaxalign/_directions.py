@@ -18,7 +18,7 @@ def unit_rows(x: Array, mask: Array | None, rows: Rows | None) -> Array:
     """Rows of unit length, first without their mean for "correlation"; nan where a row has no length."""
     if rows is None:
         return x
-    units = unit(_less_row_mean(scaled(x, -1)[0]) if rows == "correlation" else x, nothing=jnp.nan)
+    units = unit(less_row_mean(scaled(x, -1)[0]) if rows == "correlation" else x, nothing=jnp.nan)
     return units if mask is None else jnp.where(mask[..., None], units, 0)
 
 
@@ -40,7 +40,7 @@ def unit_frame(x: Array, mask: Array | None, rows: Rows | None, axis_name: str |
     mean = make_frame(x, None, mask, None, axis_name).centre
     z = x - mean
     if rows == "correlation":
-        mean, z = _less_row_mean(mean), _less_row_mean(z)  # of each alone, or z would be rounded as the mean is
+        mean, z = less_row_mean(mean), less_row_mean(z)  # of each alone, or z would be rounded as the mean is
         x = mean + z
     size = jnp.sqrt(jnp.sum(mean * mean, -1, keepdims=True))
     direction = mean / jnp.where(size > 0, size, 1)
@@ -57,7 +57,7 @@ def unit_frame(x: Array, mask: Array | None, rows: Rows | None, axis_name: str |
     return frame._replace(raw_x=jnp.where(one_direction, frame.centre, frame.raw_x))
 
 
-def _less_row_mean(x: Array) -> Array:
+def less_row_mean(x: Array) -> Array:
     """Each row less its mean, twice: the first mean is rounded."""
     x = x - jnp.mean(x, -1, keepdims=True)
     return x - jnp.mean(x, -1, keepdims=True)

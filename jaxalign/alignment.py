@@ -24,11 +24,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxalign import _checks
-from jaxalign._linalg import matmul, power_of_two, products, scaled, unit
+from jaxalign._directions import less_row_mean
+from jaxalign._linalg import matmul, power_of_two, products, root, scaled, unit
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
-from jaxalign.distances import same_row, squared_distances
+from jaxalign.distances import centered_columns, make_frame, same_row, squared_distances
 
 Channels = Literal["standardize", "whiten"]
 Metric = Literal["correlation", "cosine", "euclidean"]
@@ -290,7 +291,8 @@ def align(
         relative = space.decorrelate(affinity)
         if others is not None:
             scored = relative[others] if len(others) else relative
-            space = replace(space, centre=jnp.mean(scored, 0, keepdims=True), scale=_spread(scored))
+            spread = _spread(scored, rounding=8 * float(jnp.finfo(scored.dtype).eps))
+            space = replace(space, centre=jnp.mean(scored, 0, keepdims=True), scale=spread)
         rows[name] = space.standardize(relative)
         spaces[name] = space
     return Alignment(rows, sigma, chosen, spaces)
@@ -315,30 +317,25 @@ def _check_own_share(density: Any, block: Array) -> None:
 def _fit_channels(x: Array, channels: Channels | None) -> _Channels:
     if channels is None:
         return _Channels()
-    centre = _mean(x)
+    frame = make_frame(x, None)
     if channels == "standardize":
-        return _Channels(centre, _spread(x))
-    x, size = scaled(x - centre)
+        return _Channels(frame.centre, _spread(x, rounding=0.0))
+    x = centered_columns(x, None)  # in the unit of the frame
     covariance = matmul(x.T, x) / x.shape[0]
     shrinkage = jnp.trace(covariance) / x.shape[1]
     shrinkage = jnp.where(shrinkage > 0, shrinkage, 1)
     # Any root of the inverse gives the same distances; the Cholesky factor has derivatives also at equal eigenvalues.
-    return _Channels(centre, size, jnp.linalg.cholesky(covariance + shrinkage * jnp.eye(x.shape[1], dtype=x.dtype)))
+    return _Channels(
+        frame.centre, frame.scale, jnp.linalg.cholesky(covariance + shrinkage * jnp.eye(x.shape[1], dtype=x.dtype))
+    )
 
 
-def _mean(x: Array) -> Array:
-    """Mean of each column: shape (1, d)."""
-    x, size = scaled(x, 0)
-    return size * jnp.mean(x, 0, keepdims=True)
-
-
-def _spread(x: Array) -> Array:
-    """Standard deviation of each column, 1 for a constant one: shape (1, d)."""
-    x, size = scaled(x, 0)
-    variance = jnp.mean((x - jnp.mean(x, 0, keepdims=True)) ** 2, 0, keepdims=True)
-    rounding = 8 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x), 0, keepdims=True)
-    constant = variance <= rounding * rounding
-    return jnp.where(constant, 1, size * jnp.sqrt(jnp.where(constant, 1, variance)))
+def _spread(x: Array, rounding: float) -> Array:
+    """Standard deviation of each column, 1 where it is below `rounding` times the largest entry: shape (1, d)."""
+    noise = rounding * jnp.max(jnp.abs(x), 0, keepdims=True)
+    x, size = scaled(x - make_frame(x, None).centre, 0)
+    std = root(jnp.mean((x - jnp.mean(x, 0, keepdims=True)) ** 2, 0, keepdims=True)) * size
+    return jnp.where(std > noise, std, 1)
 
 
 def _others(chosen: Array, n: int) -> Array:
@@ -366,8 +363,7 @@ def _farthest_points(arrays: list[Array], number: int) -> Array:
     """
     parts = []
     for x in arrays:
-        x, _ = scaled(x)
-        x = x - jnp.mean(x, 0, keepdims=True)
+        x = centered_columns(x, None)
         mean = 2 * jnp.mean(jnp.sum(x * x, -1))
         parts.append(x / jnp.sqrt(jnp.where(mean > 0, mean, 1)))
     joint = lax.stop_gradient(jnp.concatenate(parts, -1))
@@ -576,4 +572,4 @@ def _similarity(a: Array, b: Array, metric: Metric) -> Array:
 def _centred(rows: Array) -> Array:
     """Rows less their mean; 0 for a constant row, whatever the rounding of its mean."""
     constant = jnp.max(rows, -1, keepdims=True) == jnp.min(rows, -1, keepdims=True)
-    return jnp.where(constant, 0, rows - jnp.mean(rows, -1, keepdims=True))
+    return jnp.where(constant, 0, less_row_mean(rows))

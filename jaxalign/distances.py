@@ -102,7 +102,7 @@ class Frame(NamedTuple):
     centre: Array  # (..., 1, d)
     scale: Array  # (..., 1, 1) a power of two
     inverse: Array  # (..., 1, 1) of the scale
-    finite: Array  # (...,) whether every real row is finite
+    finite: Array  # (...,) whether every valid row is finite, and their differences not too small for the dtype
     sample: Array | None = None  # (n,) numbers of the samples, where x and y are parts of one set
     sample_y: Array | None = None
 
@@ -178,9 +178,19 @@ def make_frame(
     for side, m in plain:
         tops.append(jnp.max(jnp.abs(_valid(side - centre, m)), (-2, -1), keepdims=True))
     top = tops[0] if y is None else jnp.maximum(*tops)
-    bad = over_devices(lax.psum, (~jnp.isfinite(top[..., 0, 0])).astype(jnp.int32), axis_name)
+    small = (top > 0) & (top < _checks.smallest(x.dtype))  # differences of subnormal numbers are rounded to 0
+    bad = over_devices(lax.psum, (~jnp.isfinite(top) | small)[..., 0, 0].astype(jnp.int32), axis_name)
     scale, inverse = power_of_two(over_devices(lax.pmax, top, axis_name))
     return Frame(x, y, mask, mask_y, centre, scale, inverse, finite=bad == 0)
+
+
+def centered_columns(x: Array, mask: Array | None) -> Array:
+    """Columns less their mean over valid rows, in a unit near the largest entry; masked rows and constants are 0."""
+    rows = make_frame(x, None, mask).x
+    count = rows.shape[-2] if mask is None else jnp.maximum(jnp.sum(mask, -1), 1).astype(x.dtype)[..., None, None]
+    # Once more: the mean that was taken away was rounded, by as much as the features vary where their offset is large.
+    rows = rows - jnp.sum(rows, -2, keepdims=True) / count
+    return _valid(rows, mask)
 
 
 def _valid(rows: Array, mask: Array | None) -> Array:

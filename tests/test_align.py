@@ -594,3 +594,21 @@ def test_new_samples_of_another_width_or_kind_are_refused(x_new, error, message,
     alignment = jaxalign.align(small, landmarks=LANDMARKS, density=DENSITY)
     with pytest.raises(error, match=message):
         alignment.transform("clip", x_new)
+
+
+# --- offsets and units ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [None, "standardize", "whiten"])
+def test_offsets_and_units_of_channels(channels):
+    """Against float64 of the same float32 numbers; 1e-5: a hundred roundings of rows of about 1."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(60, 6))
+    options = {"landmarks": np.arange(0, 60, 3), "density": 0.3, "channels": channels}
+    for offset, unit in ((0.0, 1.0), (1e5, 1.0), (1e7, 1.0), (0.0, 1e-30), (0.0, 1e36), (np.r_[3e6, np.zeros(5)], 1.0)):
+        x = np.float32(unit * (z * (np.asarray(offset) < 3e6) + offset) if np.ndim(offset) else unit * (z + offset))
+        found = jaxalign.align({"x": x}, **options)
+        with jax.enable_x64(True):
+            expected = jaxalign.align({"x": x.astype(float)}, **options)
+        helpers.assert_close(found.features["x"], expected.features["x"], 1e-5)
+        helpers.assert_close(found.transform("x", x[:5]), found.features["x"][:5], 1e-5)

@@ -415,3 +415,54 @@ def test_what_is_no_set_of_samples_says_the_way_out(tmp_path):
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match=r"from_torch\(features\['a'\]\)"):
         compare_grid({"a": torch.ones(6, 3)})
+
+
+# --- tokens and maps --------------------------------------------------------------------------------------------------
+
+TOKENS = {
+    "compare": lambda x, y, **how: jaxalign.compare(x, y, kernel="linear", **how),
+    "compare_grid": lambda x, y, **how: jaxalign.compare_grid({"x": x}, {"y": y}, kernel="linear", **how).values[0, 0],
+    "permutation_test": lambda x, y, **how: (
+        jaxalign.permutation_test(x, y, kernel="linear", key=jax.random.key(0), permutations=3, **how).value
+    ),
+    "permutation_test of names": lambda x, y, **how: jaxalign.permutation_test(
+        {"x": x}, {"y": y}, kernel="linear", key=jax.random.key(0), permutations=3, **how
+    ).value[0, 0],
+    "bootstrap": lambda x, y, **how: (
+        jaxalign.bootstrap(x, y, kernel="linear", key=jax.random.key(0), resamples=3, **how).value
+    ),
+}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=["tokens", "maps"])
+def test_positions_follow_one_rule(name, shape):
+    x, y = np.random.default_rng(0).normal(size=(2, 12, *shape, 5)).astype(np.float32)
+    y = y + x
+    axes = tuple(range(1, x.ndim - 1))
+    flat = {
+        "samples": [a.reshape(-1, 5) for a in (x, y)],
+        "channels": [a.reshape(12, -1) for a in (x, y)],
+        "mean": [a.mean(axes) for a in (x, y)],
+    }
+    with pytest.raises(ValueError, match=r'must have shape \(n, d\); got .*positions="samples" makes each'):
+        TOKENS[name](x, y)
+    for positions, both in flat.items():
+        value = float(TOKENS[name](x, y, positions=positions))
+        assert abs(value - float(jaxalign.compare(*both, kernel="linear"))) < 1e-5
+    with pytest.raises(ValueError, match=r"positions='mean' has no effect on features of shape \(n, d\)"):
+        TOKENS[name](*flat["mean"], positions="mean")
+    with pytest.raises(ValueError, match="positions must be one of"):
+        TOKENS[name](x, y, positions="rows")
+    with pytest.raises(ValueError, match="channels last"):
+        TOKENS[name](x[None, None], y, positions="mean")
+
+
+def test_vectors_and_maps_may_be_compared(tmp_path):
+    maps = np.random.default_rng(1).normal(size=(12, 2, 2, 5)).astype(np.float32)
+    pooled = maps.mean((1, 2))
+    assert abs(float(jaxalign.compare(maps, pooled, kernel="linear", positions="mean")) - 1) < 1e-6
+    np.save(tmp_path / "maps.npy", maps)  # read block by block
+    grid = jaxalign.compare_grid(tmp_path, {"maps": maps}, kernel="linear", positions="channels")
+    assert abs(grid.values[0, 0] - 1) < 1e-6

@@ -14,7 +14,7 @@ import rsatoolbox
 import scipy.stats
 
 import jaxalign
-from jaxalign import measures
+from jaxalign import distances, measures
 from jaxalign.measures import _rsa
 
 N = 24
@@ -323,3 +323,179 @@ def test_correlations_of_ranks_with_ties(x64, dtype, values):
     in_x, in_y = (jnp.asarray(np.where(left_out, np.iinfo(a.dtype).max, a)) for a in (in_x, in_y))
     assert abs(float(_rsa.spearman(in_x, in_y)) - scipy.stats.spearmanr(x, y)[0]) < tolerance
     assert abs(float(_rsa.kendall(in_x, in_y)) - scipy.stats.kendalltau(x, y)[0]) < tolerance
+
+
+# --- values at the ends of their range --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["debiased", "biased", "lange"])
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_no_value_leaves_its_range(kernel, estimator):
+    """Rounding gave 1.0000001, whose arccos is nan."""
+    for seed in range(20):
+        x, y = (a.astype(np.float32) for a in sets(seed))
+        for z in (x, -3 * x[:, ::-1], x + 1e-4 * y[:, :5]):
+            value = float(measures.cka(x, z, kernel=kernel, estimator=estimator))
+            assert -1 <= value <= 1
+            assert 0 <= float(measures.cka(x, z, kernel=kernel, estimator=estimator, result="angular")) <= np.pi
+
+
+def test_the_angle_of_cka_is_its_arccos_and_a_distance(x64):
+    x, y = sets(n=40)
+    value, angle = (measures.cka(x, y, result=result) for result in ("similarity", "angular"))
+    helpers.assert_close(angle, np.arccos(value), 1e-14)
+    grid = jaxalign.compare_grid({"x": x, "y": y, "near": x + 0.1 * y[:, :5]}, measure="cka", result="angular")
+    assert grid.direction == "distance"
+    assert grid.best_match()["x"][0] == "near"
+    test = jaxalign.permutation_test(x, x + 0.1 * y[:, :5], result="angular", key=jax.random.key(0), permutations=99)
+    assert test.p_value == 0.01
+
+
+def test_the_angle_of_biased_cka_obeys_the_triangle_inequality(x64):
+    # Williams et al. 2021: centered kernel matrices of unit norm are points on a sphere.
+    x, y, z = np.random.default_rng(1).normal(size=(3, 40, N, 5))
+    y = 0.7 * x + 0.3 * z  # close to a straight line, where it is tight
+
+    def distance(a, b):
+        return np.asarray(measures.cka(a, b, kernel="linear", estimator="biased", result="angular"))
+
+    assert (distance(x, z) <= distance(x, y) + distance(y, z) + 1e-12).all()
+
+
+def test_the_derivative_of_the_angle(x64):
+    (x, y), u, step = sets(), np.random.default_rng(2).normal(size=(N, 5)), 1e-6
+    angle = lambda a: measures.cka(a, y, result="angular")  # noqa: E731
+    slope = (angle(x + step * u) - angle(x - step * u)) / (2 * step)
+    helpers.assert_close(np.sum(jax.grad(angle)(x) * u), slope, 1e-6, scale=1.0)
+    assert (jax.grad(lambda a: measures.cka(a, x, result="angular"))(x) == 0).all()  # infinite, taken as 0
+
+
+# --- kernels of one's own -------------------------------------------------------------------------------------------
+
+
+def test_a_kernel_with_a_cusp_has_finite_gradients_at_duplicates(x64):
+    x, y = sets()
+    x[4] = x[3]
+    laplacian = lambda d: jnp.exp(-jnp.sqrt(d) / 3)  # noqa: E731
+    own, named = (
+        lambda a, k=k: measures.cka(a, y, **k) for k in ({"kernel": laplacian}, {"kernel": "laplacian", "sigma": 3.0})
+    )
+    helpers.assert_close(jax.grad(own)(x), jax.grad(named)(x), 1e-9)
+    helpers.assert_close(jax.jvp(own, (x,), (y[:, :5],))[1], jax.jvp(named, (x,), (y[:, :5],))[1], 1e-9)
+
+
+def test_a_smooth_kernel_keeps_its_second_derivatives_at_duplicates(x64):
+    x, y = sets()
+    x[4] = x[3]
+    helpers.check_derivatives(lambda a: measures.cka(a, y, kernel=rational), x, np.random.default_rng(3))
+
+
+# --- distances that are returned or ranked ----------------------------------------------------------------------------
+
+
+def tight_clusters():
+    """Two representations of four clusters, 1e5 standard deviations apart."""
+    rng = np.random.default_rng(1)
+    centers = 1e5 * rng.normal(size=(4, 8))
+    return (np.float32(np.repeat(c, 15, 0) + rng.normal(size=(60, 8))) for c in (centers, centers[::-1]))
+
+
+def test_distances_within_tight_clusters():
+    x, y = tight_clusters()
+    expected = reference.sq_distances(x.astype(float))
+    for found in (measures.rdm(x), jaxalign.squared_distances(x), measures.rdm(x, "euclidean") ** 2):
+        np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-6)
+    for compare in ("spearman", "kendall"):
+        expected = reference.rsa(x.astype(float), y.astype(float), rdm_kind="sqeuclidean", compare=compare)
+        # Between clusters the distances differ by less than float32 holds of each.
+        assert abs(float(measures.rsa(x, y, compare=compare)) - expected) < 1e-6
+
+
+@pytest.mark.parametrize("compare", ["spearman", "kendall"])
+def test_equal_distances_of_whole_numbers_tie(compare):
+    x = np.random.default_rng(0).integers(0, 3, (N, 6)).astype(np.float32)  # rounding would put them in some order
+    y = x + np.random.default_rng(1).integers(0, 2, (N, 6)).astype(np.float32)
+    expected = reference.rsa(x.astype(float), y.astype(float), rdm_kind="sqeuclidean", compare=compare)
+    assert abs(float(measures.rsa(x, y, compare=compare)) - expected) < 1e-6
+    for offset in (1e3, 1e6):
+        assert abs(float(measures.rsa(x + np.float32(offset), y, compare=compare)) - expected) < 1e-6
+
+
+@pytest.mark.parametrize("tile_size", [None, 7])
+def test_neighbors_at_equal_distances_of_whole_numbers_come_in_order(tile_size):
+    x = np.random.default_rng(0).integers(0, 2, (N, 12)).astype(np.float32)
+    found = measures.nearest_neighbors(x + np.float32(0.25), 5, "euclidean", tile_size=tile_size)
+    np.testing.assert_array_equal(found, reference.neighbors(x.astype(float), 5, "euclidean"))
+
+
+def test_exact_sums_of_squares_have_more_digits_than_the_dtype():
+    x = np.float32(np.random.default_rng(0).normal(size=(40, 33)) + 1e4)
+    frame = distances.make_frame(jnp.asarray(x), None)
+    high, low = jax.jit(distances.exact_distances)(frame)
+    found = (np.asarray(high, float) + np.asarray(low, float)) * float(frame.scale[0, 0]) ** 2
+    off = ~np.eye(40, dtype=bool)
+    np.testing.assert_allclose(found[off], reference.sq_distances(x.astype(float))[off], rtol=1e-10)
+
+
+def test_an_affinity_at_a_given_sigma_may_be_ranked():
+    x, y = (a.astype(np.float32) for a in sets())
+    expected = measures.rsa(x, y, compare="spearman")  # the order is that of the distances at any sigma
+    assert measures.rsa(x, y, rdm="affinity", sigma=1.0, compare="spearman") == expected
+    with pytest.raises(ValueError, match=r"sigma = 1\.0 has no meaning here"):
+        measures.rsa(x, y, rdm="euclidean", sigma=1.0, compare="spearman")
+    with pytest.raises(ValueError, match="sigma must be finite and above 0"):
+        measures.rsa(x, y, rdm="affinity", sigma=-1.0, compare="spearman")
+    assert np.isnan(jax.jit(lambda s: measures.rsa(x, y, rdm="affinity", sigma=s, compare="spearman"))(-1.0))
+
+
+# --- batches of minibatch_cka -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        (
+            lambda x, y: (x[:3], y[:3]),
+            ValueError,
+            "needs at least 4 samples in every batch; batch 1 has 3.*drop_last=True",
+        ),
+        (lambda x, y: (x[:, :4], y), ValueError, "x of batch 1 has 4 channels, that of batch 0 5"),
+        (lambda x, y: (x.reshape(4, 6, 5), y), ValueError, r"x of batch 1 must have shape \(n, d\); got \(4, 6, 5\)"),
+        (
+            lambda x, y: (np.where(x > 2, np.nan, x), y),
+            ValueError,
+            "batch 1: x has nan or inf in .*Leave such samples out",
+        ),
+        (lambda x, y: (x, y[:9]), ValueError, "batch 1: x and batch 1: y must hold the same samples"),
+        (lambda x, y: x, TypeError, r"batch 1 must be a pair \(x, y\)"),
+    ],
+)
+def test_what_is_wrong_with_a_batch_is_named(batch, error, message):
+    x, y = (a.astype(np.float32) for a in sets())
+    with pytest.raises(error, match=message):
+        measures.minibatch_cka([(x, y), batch(x, y)])
+
+
+def test_maps_may_be_batches_once_their_positions_are_channels():
+    x = np.random.default_rng(0).normal(size=(2, 16, 8, 4, 4)).astype(np.float32)
+    value = measures.minibatch_cka([(a.reshape(16, -1), 2 * a.reshape(16, -1)) for a in x])
+    assert value.shape == ()
+    assert abs(float(value) - 1) < 1e-6
+
+
+# --- numbers too small to compute with --------------------------------------------------------------------------------
+
+
+def test_features_that_are_rounded_to_0_are_named():
+    x, y = (a.astype(np.float32) for a in sets())
+    tiny = x * np.float32(1e-38)
+    expected = measures.cka(x, y, kernel="linear")
+    for call in (
+        lambda x: measures.cka(x, y, kernel="linear"),
+        lambda x: measures.procrustes(x, y),
+        lambda x: jaxalign.rbf_affinity(x, density=0.1),
+    ):
+        with pytest.raises(ValueError, match=r"x has no entry above 1e-35.*np.asarray\(x\) \* 2.0\*\*64"):
+            call(tiny)
+    assert abs(float(measures.cka(np.asarray(tiny) * 2.0**64, y, kernel="linear") - expected)) < 1e-3  # digits are lost
+    assert measures.procrustes(np.zeros_like(x), y) == np.float32(2**0.5)  # all 0 is no unit

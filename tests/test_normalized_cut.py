@@ -268,3 +268,13 @@ def test_separate_groups_are_never_isolated_samples():
     labels = np.asarray(kway(normalized_cut(x, 5, density=0.15), 3))
     assert labels.min() == 0
     assert all(len(np.unique(labels[groups == k])) == 1 for k in range(5))
+
+
+def test_kway_of_nan_is_refused_and_labels_nothing_under_a_trace():
+    vectors = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    for bad in (np.nan, np.inf):
+        hole = vectors.copy()
+        hole[4, 1] = bad
+        with pytest.raises(ValueError, match="cut has nan or inf in 1 row"):
+            jaxalign.kway(hole)
+        assert (jax.jit(jaxalign.kway)(hole) == -1).all()

@@ -181,7 +181,9 @@ def test_a_conversion_keeps_all_digits_where_jax_does(x64, x, suggestion):
     np.testing.assert_array_equal(found, (IDS.astype(np.float64) - IDS.T) ** 2)
 
 
-@pytest.mark.parametrize("x", [None, [[1, 2], [3]], np.array([["a"]]), (k for k in X), {1}], ids=str)
+@pytest.mark.parametrize(
+    "x", [None, [[1, 2], [3]], np.array([["a"]]), (k for k in X), {1}], ids=lambda x: type(x).__name__
+)
 @pytest.mark.parametrize("wide", [False, True])
 def test_what_is_no_number_gets_no_conversion(x, wide):
     with jax.enable_x64(wide), pytest.raises(TypeError, match=r"(got \w+\.|Its entries are no numbers\.)$"):
@@ -491,9 +493,30 @@ ROWS = {
     ),
     "maps": Row(
         "compare_grid({'a': x})",
-        {"x.reshape(-1, 5)": "compare_grid({'a': {}}, kernel='linear')",
-         "x.mean((1, 2))": "compare_grid({'a': {}}, kernel='linear')"},
+        {'positions="samples"': "compare_grid({'a': x}, kernel='linear', {})",
+         "features['a'].transpose(0, 2, 3, 1)": "{}.shape"},
+        lambda: {"x": (maps := RNG.normal(size=(6, 2, 3, 5)).astype(np.float32)), "features": {"a": maps}},
+    ),
+    "tokens": Row(
+        "jaxalign.compare(x, x)", {'positions="samples"': "jaxalign.compare(x, x, kernel='linear', {})"},
+        named(x=RNG.normal(size=(6, 4, 5)).astype(np.float32)),
+    ),
+    "maps in batches": Row(
+        "measures.minibatch_cka([(x, x)])", {"x.reshape(6, -1)": "measures.minibatch_cka([({}, {})])"},
         named(x=RNG.normal(size=(6, 2, 3, 5)).astype(np.float32)),
+    ),
+    "a last batch": Row(
+        "measures.minibatch_cka([(X, Y), (X[:3], Y[:3])])",
+        {"drop_last=True": "[batch for batch in torch.utils.data.DataLoader(torch.arange(10), 4, {})]"},
+        lambda: {"torch": pytest.importorskip("torch")},
+    ),
+    "raw bytes of bfloat16": Row(
+        "[np.save(folder / 'x.npy', x), io.read_features(folder)]",
+        {"x.astype(np.float32)": "[np.save(folder / 'x.npy', {}), io.read_features(folder)]"},
+        lambda: {"x": np.asarray(jnp.asarray(X, jnp.bfloat16))},
+    ),
+    "features that are rounded to 0": Row(
+        "solve(x)", {"np.asarray(x) * 2.0**64": "solve({})"}, named(x=X * np.float32(1e-38))
     ),
     "channels first": Row(
         "commands.channels_first('x', x)", {"np.moveaxis(x, 1, -1)": "{}.reshape(24, 4, 5)"},

@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float
 from jaxalign import _checks
 from jaxalign._linalg import bounded, matmul, transposed
 from jaxalign._typing import AnyArray
+from jaxalign.distances import centered_columns
 from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
-from jaxalign.measures._spectra import ALL, Keep, centred_columns, leading, narrowed, nuclear_norm
+from jaxalign.measures._spectra import ALL, Keep, leading, narrowed, nuclear_norm
 
 
 def cca(
@@ -152,7 +153,7 @@ class _Directions(NamedTuple):
 
 
 def _directions(x: Array, setting: Setting, keep: Keep) -> tuple[_Directions, None]:
-    x = centred_columns(x, setting.mask)
+    x = centered_columns(x, setting.mask)
     return _Directions(*leading(narrowed(x), keep), x), None
 
 

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float
 from jaxalign import _checks
 from jaxalign._linalg import matmul, transposed
 from jaxalign._typing import AnyArray
+from jaxalign.distances import centered_columns
 from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
-from jaxalign.measures._spectra import ALL, centred_columns, kept, narrowed
+from jaxalign.measures._spectra import ALL, kept, narrowed
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 
@@ -73,7 +74,7 @@ def linear_predictivity_measure(folds: Any, strengths: Any) -> SetMeasure:
 
 def _centred(x: Array, setting: Setting) -> tuple[Array, None]:
     # Neither R^2 nor the strengths depend on offset, unit and rotation.
-    return narrowed(centred_columns(x, setting.mask)), None
+    return narrowed(centered_columns(x, setting.mask)), None
 
 
 def _predicted(x: Array, y: Array, mask: Array | None, folds: int, strengths: tuple[float, ...]) -> Array:

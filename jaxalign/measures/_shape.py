@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float
 from jaxalign import _checks
 from jaxalign._linalg import bounded, matmul, root, transposed, unit
 from jaxalign._typing import AnyArray
+from jaxalign.distances import centered_columns
 from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
-from jaxalign.measures._spectra import centred_columns, leading, narrowed, nuclear_norm
+from jaxalign.measures._spectra import leading, narrowed, nuclear_norm
 
 Result = Literal["distance", "angular", "similarity"]
 
@@ -112,7 +113,7 @@ def shape_distance_measure(alpha: Any, result: Any) -> SetMeasure:
 
 def _shape(x: Array, setting: Setting, alpha: float) -> tuple[Array, None]:
     matrix = (-2, -1)
-    x = unit(narrowed(centred_columns(x, setting.mask)), matrix)
+    x = unit(narrowed(centered_columns(x, setting.mask)), matrix)
     return (x if alpha == 1 else unit(alpha * x + (1 - alpha) * leading(x)[0], matrix)), None
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxalign._linalg import matmul, transposed
-from jaxalign.distances import make_frame
 
 # Which singular directions are kept: all that are not rounding, so many of them, or those of a share of the variance.
 Keep = tuple[Literal["rank", "count", "share"], float | int]
@@ -118,12 +117,3 @@ def _once(q: Array) -> Array:
 @_once.defjvp
 def _once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return primals[0], jnp.nan * tangents[0]
-
-
-def centred_columns(x: Array, mask: Array | None) -> Array:
-    """Columns less their mean over valid rows, in a unit near the largest entry; masked rows and constants are 0."""
-    rows = make_frame(x, None, mask).x
-    count = rows.shape[-2] if mask is None else jnp.maximum(jnp.sum(mask, -1), 1).astype(x.dtype)[..., None, None]
-    # Once more: the mean that was taken away was rounded, by as much as the features vary where their offset is large.
-    rows = rows - jnp.sum(rows, -2, keepdims=True) / count
-    return rows if mask is None else jnp.where(mask[..., None], rows, 0)
