@@ -51,8 +51,9 @@ def unit_frame(x: Array, mask: Array | None, rows: Rows | None, axis_name: str |
     directions = jnp.where(near, z / length - direction * along, unit(x, nothing=jnp.nan) - direction)
     frame = make_frame(directions, None, mask, None, axis_name)
     # Rows that are multiples of each other have one direction; what is left is rounding.
-    spread = jnp.max(jnp.where(near, jnp.abs(z) / length, 1), (-2, -1), keepdims=True)
-    spread = over_devices(lax.pmax, lax.stop_gradient(spread), axis_name)
+    spread = jnp.where(near, jnp.abs(z) / length, 1)
+    spread = spread if mask is None else jnp.where(mask[..., None], spread, 0)
+    spread = over_devices(lax.pmax, lax.stop_gradient(jnp.max(spread, (-2, -1), keepdims=True)), axis_name)
     one_direction = frame.scale <= 16 * float(jnp.finfo(x.dtype).eps) * spread
     return frame._replace(raw_x=jnp.where(one_direction, frame.centre, frame.raw_x))
 

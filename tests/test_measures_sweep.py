@@ -124,6 +124,19 @@ def test_an_offset_of_ten_million_standard_deviations(name):
     assert abs(float(getattr(measures, name)(x, y, **options)) - expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("case", ["cka", "procrustes", "linear_predictivity", "rsa cosine pearson", "cknna"])
+def test_masked_rows_hide_no_offset(case):
+    name, options, _ = CASES[case]
+    x, y = (np.float32(1e5 + a) for a in related(SEED, 24, 5, 7))
+    valid = np.arange(24) < 18  # the last ones, as folds go by the number of the sample
+    expected = float(getattr(measures, name)(x[valid], y[valid], **options))
+    x[~valid], y[~valid] = 0, np.nan
+    assert abs(float(getattr(measures, name)(x, y, mask=valid, **options)) - expected) < TOLERANCE
+    if name != "linear_predictivity":  # whose folds go by the order of the samples
+        turned = float(getattr(measures, name)(x[::-1], y[::-1], mask=valid[::-1], **options))
+        assert abs(turned - expected) < TOLERANCE
+
+
 # --- representations that do not vary --------------------------------------------------------------------------------
 
 CONSTANT = {
