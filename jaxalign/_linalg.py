@@ -61,13 +61,19 @@ def scaled(x: Array, axis: int | tuple[int, ...] | None = None) -> tuple[Array, 
 
 
 def power_of_two(size: Array) -> tuple[Array, Array]:
-    """A power of two near a size, and its inverse; 1 where the size is 0 or not finite."""
-    limit = jnp.finfo(size.dtype).maxexp - 3  # so that neither of the two is subnormal
-    usable = jnp.isfinite(size) & (size > 0)
-    exponent = jnp.clip(jnp.frexp(jnp.where(usable, size, 0.5))[1], -limit, limit)
-    one = jnp.ones_like(size)
+    """The power of two next above a size, and its inverse; 1 where the size is 0 or not finite."""
+    info = jnp.finfo(size.dtype)
+    integer = jnp.dtype(f"int{info.bits}")
+    one = 1 << info.nmant  # of the exponent, whose bits lie above those of the digits
+    zero = (info.maxexp - 1) * one  # the exponent of 1
+    limit = (info.maxexp - 3) * one  # so that neither of the two is subnormal
+    bits = lax.bitcast_convert_type(size, integer)
+    exponent = jnp.clip((bits & -one) + one, zero - limit, zero + limit)
+    exponent = jnp.where(jnp.isfinite(size) & (size > 0), exponent, zero)
     # Behind a barrier, or XLA computes the powers again for every feature that is multiplied with them.
-    return lax.optimization_barrier((jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)))
+    return lax.optimization_barrier(
+        tuple(lax.bitcast_convert_type(e, size.dtype) for e in (exponent, 2 * zero - exponent))
+    )
 
 
 def exact_sum(a: Array, b: Array) -> tuple[Array, Array]:
