@@ -27,6 +27,8 @@ from jaxalign._typing import AnyArray
 _FEATURES_PER_STEP = 8
 # A distance that is this many times above the error of the fast formula is resolved.
 _RESOLVED = 1e4
+# Rows whose distances are resolved together: if one needs it, all of them are computed again.
+_ROWS_PER_STEP = 64
 # Whole numbers are recognized up to this many times their unit.
 _STEPS = 2.0**15
 
@@ -271,23 +273,41 @@ def inaccurate(frame: Frame, rate: Array, fast: Array, *, counted: Array | float
         else:
             near = rate * fast < 4 * eps * spread - math.log(eps)
             bad = (spread > limit) & near
-        return _any_pair(frame, bad)
+        return jnp.any(_of_different(frame, bad))
 
     return when_any(suspicious, look_at_pairs, varying_like(suspicious, jnp.zeros((), bool))) | jnp.isinf(rate).any()
 
 
 def resolved_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
-    """Distances of which each is right by itself, however small it is beside the others: to be returned or ranked."""
+    """Distances of which each is right by itself, however small it is beside the others: to be returned or ranked.
+
+    Those that the fast formula does not resolve, as of duplicates, are taken from explicit differences.
+    """
     frame = lax.stop_gradient(frame)
     fast = fast_distances(frame, precision)
-    return when_any(unresolved(frame, fast), lambda _: explicit_distances(frame), fast)
+    bad = unresolved(frame, fast)
+    others = frame._replace(raw_y=frame.raw_other, mask_y=frame.other_mask)
+
+    def row(features: Array, fast: Array, bad: Array) -> Array:
+        def explicit(fast: Array) -> Array:
+            # Behind a barrier, or XLA computes what does not depend on `fast` ahead of the condition, for all rows.
+            one, _ = lax.optimization_barrier((features[..., None, :], fast))
+            return jnp.where(bad, explicit_distances(others._replace(raw_x=one, mask=None))[..., 0, :], fast)
+
+        return when_any(bad.any(), explicit, fast)
+
+    def rows(fast: Array) -> Array:
+        each = tuple(jnp.moveaxis(a, -2, 0) for a in (frame.raw_x, fast, bad))
+        return jnp.moveaxis(lax.map(lambda a: row(*a), each, batch_size=_ROWS_PER_STEP), 0, -2)
+
+    return when_any(bad.any(), rows, fast)
 
 
 def unresolved(frame: Frame, fast: Array) -> Array:
-    """Whether some of the `fast_distances` may be off by more than 1e-4 of themselves: a scalar for the whole batch."""
+    """Where `fast_distances` may be off by more than 1e-4 of themselves, (..., n, m)."""
     squares_x, squares_y = jnp.sum(frame.x * frame.x, -1), jnp.sum(frame.other * frame.other, -1)
     error = float(jnp.finfo(fast.dtype).eps) * (squares_x[..., :, None] + squares_y[..., None, :])
-    return _any_pair(frame, fast < error * _RESOLVED)
+    return _of_different(frame, fast < error * _RESOLVED)
 
 
 def has_ties(frame: Frame) -> Array:
@@ -299,16 +319,16 @@ def has_ties(frame: Frame) -> Array:
     return (steps == jnp.round(steps)).all((-2, -1), keepdims=True)
 
 
-def _any_pair(frame: Frame, bad: Array) -> Array:
-    """Whether a condition (..., n, m) holds for any pair of valid, different samples."""
+def _of_different(frame: Frame, pairs: Array) -> Array:
+    """Those of some pairs (..., n, m) that are of valid, different samples."""
     same = frame.same()
     if same is not None:
-        bad = jnp.where(same, False, bad)
+        pairs = jnp.where(same, False, pairs)
     if frame.mask is not None:
-        bad &= frame.mask[..., :, None]
+        pairs &= frame.mask[..., :, None]
     if frame.other_mask is not None:
-        bad &= frame.other_mask[..., None, :]
-    return jnp.any(bad)
+        pairs &= frame.other_mask[..., None, :]
+    return pairs
 
 
 def explicit_distances(frame: Frame) -> Array:

@@ -32,6 +32,7 @@ from jaxalign.distances import (
     exact_distances,
     fast_distances,
     has_ties,
+    resolved_distances,
     unresolved,
     when_any,
 )
@@ -237,13 +238,15 @@ def _ordered(x: Array, setting: Setting, function: PairFunction) -> tuple[Array,
     mask = setting.mask
     frame = lax.stop_gradient(unit_frame(x, mask, function.rows))
     first, second = np.triu_indices(x.shape[-2], 1)
-    fast = fast_distances(frame)
+    # Many distances that need resolving are those within tight clusters; those between clusters are then nearly equal,
+    # and those of whole numbers quite.
+    near = jnp.sum(unresolved(frame, fast_distances(frame)), (-2, -1)) > x.shape[-2]
 
     def exactly(_: Array) -> Array:
         return dense_ranks(*(part[..., first, second] for part in exact_distances(frame)))
 
-    pairs = fast[..., first, second]
-    keys = when_any(unresolved(frame, fast) | has_ties(frame).any(), exactly, ordered_integers(pairs))
+    pairs = resolved_distances(frame)[..., first, second]
+    keys = when_any(near.any() | has_ties(frame).any(), exactly, ordered_integers(pairs))
     counts = jnp.ones(pairs.shape, bool) if mask is None else mask[..., first] & mask[..., second]
     largest = jnp.max(jnp.where(counts, pairs, -jnp.inf), -1, keepdims=True)
     smallest = jnp.min(jnp.where(counts, pairs, jnp.inf), -1, keepdims=True)
