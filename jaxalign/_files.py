@@ -58,11 +58,15 @@ def too_many_files() -> str:
     )
 
 
+def partial_name(path: Path) -> Path:
+    """A name beside a file's, for what is not complete: not to be guessed, so that no link can be planted there."""
+    return path.with_name(f"{PREFIX}{_tag(path)}-{secrets.token_hex(8)}.new")
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file in one step, so that a kill leaves the old one or the new one."""
-    # The name cannot be guessed, and "x" opens nothing that exists: no link that was planted there is followed.
-    # Renaming replaces a link at `path` itself, not the file it leads to.
-    partial = path.with_name(f"{PREFIX}{_tag(path)}-{secrets.token_hex(8)}.new")
+    # "x" opens nothing that exists. Renaming replaces a link at `path` itself, not the file it leads to.
+    partial = partial_name(path)
     try:
         with partial.open("xb") as file:
             file.write(content)

@@ -234,16 +234,53 @@ def assert_same(actual, expected):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
 
 
+@pytest.fixture
+def strict_modes():
+    """What jax can check beside ranks and dtypes, which are strict in all tests."""
+    with jax.debug_nans(True), jax.enable_checks(True):
+        yield
+
+
+@pytest.mark.usefixtures("strict_modes")
 @pytest.mark.parametrize("name", TWO_ARRAYS)
 def test_the_second_array_may_be_closed_over(name):
     x, y = jnp.asarray(X), jnp.asarray(Y)
     assert_same(jax.jit(lambda x: TWO_ARRAYS[name](x, y))(x), TWO_ARRAYS[name](x, y))
 
 
+@pytest.mark.usefixtures("strict_modes")
 @pytest.mark.parametrize("name", ONE_ARRAY)
 def test_the_only_array_may_be_closed_over(name):
     x = jnp.asarray(X)
     assert_same(jax.jit(lambda: ONE_ARRAY[name](x))(), ONE_ARRAY[name](x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*TWO_ARRAYS, *ONE_ARRAY])
+def test_everything_runs_without_jit(name):
+    x, y = jnp.asarray(X), jnp.asarray(Y)
+    calls = [lambda f=f, a=a: f(*a) for table, a in ((TWO_ARRAYS, (x, y)), (ONE_ARRAY, (x,))) if (f := table.get(name))]
+    with jax.disable_jit():
+        found = [call() for call in calls]
+    for call, value in zip(calls, found, strict=True):
+        assert_same(value, call())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*TWO_ARRAYS, *ONE_ARRAY])
+def test_gradients_hold_no_nan(name):
+    x, y = jnp.asarray(X), jnp.asarray(Y)
+
+    def total(found):
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(found) if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+    if name in ("kway", "nearest_neighbors"):  # whole numbers
+        return
+    with jax.debug_nans(True):
+        if name in TWO_ARRAYS:
+            jax.grad(lambda x, y: total(TWO_ARRAYS[name](x, y)), (0, 1))(x, y)
+        if name in ONE_ARRAY:
+            jax.grad(lambda x: total(ONE_ARRAY[name](x)))(x)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])

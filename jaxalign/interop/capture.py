@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _checks
+from jaxalign._files import partial_name
 from jaxalign.interop import _networks
 from jaxalign.io import file_names
 from jaxalign.streaming import Progress, reporter
@@ -388,8 +389,8 @@ class _Kept:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 raise FileExistsError(f"{self.path} exists: remove it, or name another folder with out=.")
-            self.partial = self.path.with_name(self.path.name + ".partial")
-            self.file = self.partial.open("wb")
+            self.partial = partial_name(self.path)
+            self.file = self.partial.open("xb")
         return self
 
     def append(self, rows: np.ndarray) -> None:
