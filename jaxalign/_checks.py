@@ -257,15 +257,19 @@ def finite_rows(
     mask: Any | None = None,
     *,
     way_out: str = "Remove these samples, or exclude them with mask=.",
+    differences: bool = False,
 ) -> None:
-    """Raise on nan or inf in a concrete array, naming the first row that holds one."""
+    """Raise on nan or inf in a concrete array, naming the first row that holds one.
+
+    With `differences`, also where numbers are so small that differences of rows are rounded to 0.
+    """
     if not is_concrete(value, mask):
         return
     # On the device, so that only one byte per row travels to the host, or to the other processes: all raise, or none.
     rows = looked_at(_row_facts, value)
     if mask is not None:
         rows = np.where(on_host(mask), rows, 0)
-    if not (rows & _NORMAL).any() and (rows & _NONZERO).any():
+    if differences and not (rows & _NORMAL).any() and (rows & _NONZERO).any():
         raise ValueError(
             f"{name} has no entry above {smallest(value.dtype):.0e}: numbers that small, and their differences, are "
             f"rounded to 0. Use another unit: np.asarray({name}) * 2.0**64."

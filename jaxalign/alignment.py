@@ -258,7 +258,8 @@ def align(
         array = _checks.features(f"features[{name!r}]", value, min_rows=2)
         if array.ndim != 2:
             raise ValueError(f"features[{name!r}] must have shape (n, d); got {array.shape}.")
-        _checks.finite_rows(f"features[{name!r}]", array, way_out="Remove these samples from every network.")
+        way_out = "Remove these samples from every network."
+        _checks.finite_rows(f"features[{name!r}]", array, way_out=way_out, differences=True)
         arrays[name] = array
     counts = {name: array.shape[0] for name, array in arrays.items()}
     if len(set(counts.values())) > 1:

@@ -144,9 +144,9 @@ def mean_density(
     problem = check_problem(x, y, mask, mask_y, diagonal, shared=is_shared(mesh, axis_name))
     plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
     rate_sigma, by_row = check_sigma(sigma, problem)
-    _checks.finite_rows("x", problem.x, problem.mask)
+    _checks.finite_rows("x", problem.x, problem.mask, differences=True)
     if problem.y is not None:
-        _checks.finite_rows("y", problem.y, problem.mask_y)
+        _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
     return _mean_density(problem.x, problem.y, rate_sigma, problem.mask, problem.mask_y, diagonal, by_row, plan)
 
 
@@ -372,9 +372,9 @@ def check_rtol(rtol: float | None, dtype: Any) -> float:
 def explain_failure(status: Array, problem: Problem) -> None:
     """Raise a ValueError for a failed status, naming the row where nan or inf is the cause; nothing under a trace."""
     if _checks.is_concrete(status) and _checks.on_host(status).any():
-        _checks.finite_rows("x", problem.x, problem.mask)
+        _checks.finite_rows("x", problem.x, problem.mask, differences=True)
         if problem.y is not None:
-            _checks.finite_rows("y", problem.y, problem.mask_y)
+            _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
         raise_if_failed(status)
 
 

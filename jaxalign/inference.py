@@ -357,7 +357,7 @@ def noise_ceiling(
         raise TypeError("subjects must be a list of feature arrays, without names; got a mapping: give its values().")
     if len(subjects) < 2:
         raise ValueError(f"subjects must be at least two sets of features; got {len(subjects)}.")
-    if not _is_product(specification) or entry.name == "hsic":
+    if not _is_product(specification) or entry.name == "hsic" or entry.direction_with(filled) == "distance":
         raise ValueError(
             f"measure {entry.name!r} with these options is no normalised inner product of pair matrices: use cka, "
             "rsa with pearson, cosine or a whitened comparison, or distance_correlation."

@@ -98,9 +98,9 @@ def affinity_operator(
             found = jnp.where(problem.mask[..., None], found, 1)
     else:
         found, by_row = check_sigma(sigma, problem)
-        _checks.finite_rows("x", problem.x, problem.mask)
+        _checks.finite_rows("x", problem.x, problem.mask, differences=True)
         if problem.y is not None:
-            _checks.finite_rows("y", problem.y, problem.mask_y)
+            _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
     return AffinityOperator(
         *problem[:4],
         found,

@@ -73,7 +73,7 @@ def test_info(models, capsys):
     assert "2 (row 4, feature 3)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("positions", ["rows", "mean"])
+@pytest.mark.parametrize("positions", ["samples", "channels", "mean"])
 def test_maps_with_their_channels_first_are_noticed(tmp_path, capsys, positions):
     shapes = {
         "wide": (6, 8, 3, 3),

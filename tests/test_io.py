@@ -100,9 +100,9 @@ def test_maps_and_tokens(tmp_path):
     np.save(tmp_path / "m.npy", maps)
     (one,) = read_features(tmp_path / "m.npy").values()
     assert one.grid == (4, 5)
-    np.testing.assert_array_equal(one.rows("rows"), maps.reshape(60, 6))
+    np.testing.assert_array_equal(one.rows("samples"), maps.reshape(60, 6))
     np.testing.assert_allclose(one.rows("mean"), maps.mean((1, 2)), rtol=1e-5, atol=1e-7)
-    assert isinstance(one.rows("rows"), np.memmap)
+    assert isinstance(one.rows("samples"), np.memmap)
 
 
 class Harmful:

@@ -123,7 +123,7 @@ def check_sets(
     mask = _checks.row_mask("mask", mask, (*batch, n))
     if missing == "raise":
         for (name, _), features in zip(named, sets, strict=True):
-            _checks.finite_rows(name, features, mask, way_out=way_out)
+            _checks.finite_rows(name, features, mask, way_out=way_out, differences=True)
     if missing == "omit":
         real = [jnp.isfinite(features).all(-1) for features in sets]
         for more in real:
