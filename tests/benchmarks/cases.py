@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxalign
 
-from . import accuracy, curves, cuts, floor, peers, rivals, similarity, tiled, training
+from . import accuracy, curves, cuts, floor, peers, rivals, similarity, tiled, training, wide
 from .timing import Result, compare, import_seconds, milliseconds
 
 DENSITY = 0.05
@@ -37,6 +37,7 @@ class Sizes:
     training: tuple[int, int] = (1024, 768)  # batch, d
     grid: tuple[int, int, int] = (12, 4096, 768)  # layers of either model, n, d
     permutations: tuple[int, int] = (10_000, 512)  # how many, n
+    wide: tuple[int, int] = (64, 2048)  # n, d above it
     conditions: int = 1024  # of an RSA against rsatoolbox
     accuracy: tuple[int, int] = (1024, 256)  # n, d
     curve_n: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -73,6 +74,7 @@ QUICK = Sizes(
     training=(128, 64),
     grid=(3, 512, 64),
     permutations=(500, 128),
+    wide=(16, 64),
     conditions=128,
     accuracy=(128, 16),
     curve_n=(256, 512, 1024),
@@ -114,6 +116,7 @@ def sections(sizes: Sizes) -> dict[str, Iterator[Result | str]]:
         "affinity": affinities(sizes),
         "tiles": tiled.run(sizes.tiled_n, sizes.tiled_widths, sizes.slow_rounds),
         "grids": similarity.run(*sizes.grid, sizes.slow_rounds, *sizes.permutations),
+        "wide": wide.run(*sizes.wide, sizes.rounds),
         "training": training.run(*sizes.training, sizes.rounds),
         "cut": cuts.run(sizes.n, sizes.set_d, sizes.slow_rounds),
         "peers": peers.run(sizes.n, sizes.d, sizes.conditions, sizes.slow_rounds),
