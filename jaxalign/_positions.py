@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _checks
@@ -22,8 +23,12 @@ def rows_of(values: Any, positions: Positions) -> Any:
     if positions == "channels":
         return values.reshape(values.shape[0], -1)
     axes, dtype = tuple(range(1, values.ndim - 1)), np.result_type(values.dtype, np.float32)
-    wide = dtype if isinstance(values, jax.Array) else np.float64
-    return values.mean(axes, dtype=wide).astype(dtype)
+    if not isinstance(values, jax.Array):
+        return values.mean(axes, dtype=np.float64).astype(dtype)
+    # Of differences from one position, divided before they are summed, so that nothing overflows or loses its digits.
+    values = values.astype(dtype)
+    one = values[(slice(None), *(slice(1) for _ in axes))]
+    return jnp.squeeze(one + jnp.sum((values - one) / (values.size // one.size), axes, keepdims=True), axes)
 
 
 def check_positions(named: Mapping[str, Any], positions: Positions | None) -> dict[str, Any]:

@@ -310,13 +310,15 @@ def unresolved(frame: Frame, fast: Array) -> Array:
     return _of_different(frame, fast < error * _RESOLVED)
 
 
-def has_ties(frame: Frame) -> Array:
+def has_ties(frame: Frame, axis_name: str | None = None) -> Array:
     """Whether features are whole numbers of some unit, as counts and one-hot vectors are, (..., 1, 1).
 
     Many distances are then equal, which the rounding of `fast_distances` would put in some order.
     """
-    steps = lax.stop_gradient(_valid(frame.raw_x - frame.raw_x[..., :1, :], frame.mask) * frame.inverse) * _STEPS
-    return (steps == jnp.round(steps)).all((-2, -1), keepdims=True)
+    differences = _valid(frame.raw_x - _first_row(frame.raw_x, frame.mask), frame.mask)
+    steps = lax.stop_gradient(differences * frame.inverse) * _STEPS
+    whole = (steps == jnp.round(steps)).all((-2, -1), keepdims=True)
+    return over_devices(lax.pmin, whole.astype(jnp.int32), axis_name) > 0
 
 
 def _of_different(frame: Frame, pairs: Array) -> Array:

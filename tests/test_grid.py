@@ -466,3 +466,12 @@ def test_vectors_and_maps_may_be_compared(tmp_path):
     np.save(tmp_path / "maps.npy", maps)  # read block by block
     grid = jaxalign.compare_grid(tmp_path, {"maps": maps}, kernel="linear", positions="channels")
     assert abs(grid.values[0, 0] - 1) < 1e-6
+
+
+def test_the_mean_of_positions_does_not_depend_on_the_kind_of_array():
+    maps = np.random.default_rng(2).normal(size=(12, 14, 14, 4))
+    for scale, offset, dtype in ((1e37, 0.0, np.float32), (1.0, 1e4, np.float32), (10.0, 6e4, np.float16)):
+        x = (scale * (maps + np.arange(12)[:, None, None, None] + offset / scale)).astype(dtype)
+        y = x[:, 0, 0].astype(np.float32)
+        ours, theirs = (compare(a, y, kernel="linear", positions="mean") for a in (x, jax.numpy.asarray(x)))
+        assert abs(float(ours) - float(theirs)) < 1e-4  # means of about 10^4 are rounded to 1e-3 in either

@@ -137,6 +137,40 @@ def test_masked_rows_hide_no_offset(case):
         assert abs(turned - expected) < TOLERANCE
 
 
+def test_correlations_do_not_see_the_scale_of_a_row():
+    x, y = (a.astype(np.float32) for a in related(SEED, 24, 8, 7))
+    for scales in (1e3 ** (np.arange(24) == 3), 1e8 ** (np.arange(24) == 3), np.exp(np.linspace(-9, 9, 24))):
+        z = x * scales[:, None].astype(np.float32)
+        for rdm in ("correlation", "cosine"):
+            expected = reference.rdm(z.astype(float), rdm)
+            np.testing.assert_allclose(np.asarray(measures.rdm(z, rdm)), expected, atol=2e-6)
+        expected = reference.mutual_knn(z.astype(float), y.astype(float), 3, "correlation")
+        assert abs(float(measures.mutual_knn(z, y, 3, "correlation")) - expected) < 1e-6
+
+
+def test_ties_are_seen_behind_a_masked_row():
+    rng = np.random.default_rng(0)
+    x, y = (rng.integers(0, 4, (24, 5)).astype(np.float32) for _ in range(2))
+    valid = np.arange(24) > 0
+    for compare in ("spearman", "kendall"):
+        expected = measures.rsa(x[valid], y[valid], compare=compare)
+        found = measures.rsa(x + np.float32(100.1), y, compare=compare, mask=valid)
+        assert abs(float(found) - float(expected)) < 1e-6
+    expected = reference.mutual_knn(x[valid].astype(float), y[valid].astype(float), 3, "euclidean")
+    found = measures.mutual_knn(x + np.float32(100.25), y, 3, "euclidean", mask=valid)
+    assert abs(float(found) - expected) < 1e-6
+
+
+def test_a_penalty_of_nothing_is_the_shortest_solution():
+    x, y = (a.astype(np.float32) for a in related(SEED, 30, 4, 2))
+    x = np.c_[x, x[:, :1]]  # linearly dependent
+    expected = float(measures.linear_predictivity(x, y, strengths=(1e-12,)))
+    for strengths in ((1e-30,), (1e-42,), (1e-50,), (1e-50, 1e-12)):
+        assert abs(float(measures.linear_predictivity(x, y, strengths=strengths)) - expected) < TOLERANCE
+        slopes = jax.grad(measures.linear_predictivity, 1)(x, y, strengths=strengths)
+        assert np.isfinite(slopes).all()
+
+
 # --- representations that do not vary --------------------------------------------------------------------------------
 
 CONSTANT = {

@@ -247,7 +247,7 @@ def neighbors(x: Array, mask: Array | None, k: int, function: PairFunction, plan
 
     def local(x: Array, _y: None, mask: Array | None, _mask_y: None) -> Array:
         frame = unit_frame(x, mask, function.rows, plan.axis_name)
-        rate = jnp.where(has_ties(frame), jnp.inf, ORDER * typical_rate(frame, plan.axis_name))
+        rate = jnp.where(has_ties(frame, plan.axis_name), jnp.inf, ORDER * typical_rate(frame, plan.axis_name))
         pairs = Pairs((frame,), None, True, plan.tile_size, plan.axis_name, fixed=True, rooted=True)
         keep = Reduction(_candidates, partial(_nearest, k=k), combine=_nearer, nothing=_nobody)
         return reduce_pairs(keep, pairs, rates=(rate,))[1].sample

@@ -105,7 +105,8 @@ def _fold(x: Array, y: Array, train: Array, test: Array, strengths: tuple[float,
     size = jnp.sum(x_train * x_train, (-2, -1))[..., None] / jnp.minimum(count[..., 0], x.shape[-1])  # (..., 1)
     size = jnp.where(size > 0, size, 1)
     fixed = _decomposed(*lax.stop_gradient((x_train, y_train, train, count)))
-    candidates = jnp.asarray(strengths, x.dtype)
+    # Below this a penalty changes nothing, and would underflow.
+    candidates = jnp.maximum(jnp.asarray(strengths, x.dtype), float(jnp.finfo(x.dtype).eps) ** 4)
     errors = lax.map(lambda strength: fixed.left_out_error(strength * lax.stop_gradient(size)), candidates)
     penalty = candidates[jnp.argmin(errors, 0)] * size[..., 0]
     error = (y_test - matmul(x_test, _ridge(x_train, y_train, penalty[..., None, None], fixed))) * test
