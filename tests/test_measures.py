@@ -451,6 +451,7 @@ def test_an_affinity_at_a_given_sigma_may_be_ranked():
 # --- batches of minibatch_cka -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unchecked_types")  # which look at a random item
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
