@@ -39,19 +39,17 @@ def unit_frame(x: Array, mask: Array | None, rows: Rows | None, axis_name: str |
     x = x * power_of_two(top)[1]
     mean = make_frame(x, None, mask, None, axis_name).centre
     z = x - mean
-    directions = unit_rows(
-        x, None, rows
-    )  # before the mean is taken from the rows: of short ones it would leave nothing
+    directions = unit_rows(x, None, rows)  # of the rows as they are: of short ones z keeps nothing
     if rows == "correlation":
         mean, z = less_row_mean(mean), less_row_mean(z)  # of each alone, or z would be rounded as the mean is
         x = mean + z
     size = jnp.sqrt(jnp.sum(mean * mean, -1, keepdims=True))
-    direction = mean / jnp.where(size > 0, size, 1)
+    mean_direction = mean / jnp.where(size > 0, size, 1)
     square = jnp.sum(x * x, -1, keepdims=True)
     near = square > size * size / 4  # else the row is short, and z has lost its digits to the mean
     length = jnp.sqrt(jnp.where(near, square, 1))
     along = jnp.sum(z * (2 * mean + z), -1, keepdims=True) / (length * (size + length))
-    directions = jnp.where(near, z / length - direction * along, directions - direction)
+    directions = jnp.where(near, z / length - mean_direction * along, directions - mean_direction)
     frame = make_frame(directions, None, mask, None, axis_name)
     # Rows that are multiples of each other have one direction; what is left is rounding.
     spread = jnp.where(near, jnp.abs(z) / length, 1)

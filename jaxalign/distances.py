@@ -54,8 +54,8 @@ def squared_distances(
         matrix is symmetric and its diagonal exactly 0.
 
     The features are centered and scaled before |a|^2 + |b|^2 - 2 a.b is taken, so an offset costs no digits. Its
-    absolute error is about eps max_i ||x_i - mean||^2: where some distances are too small for that, all are computed
-    from explicit differences (unless `precision` is given), which takes longer.
+    absolute error is about eps max_i ||x_i - mean||^2: distances that are too small for that are computed again from
+    explicit differences (unless `precision` is given), which takes longer where there are many.
 
     Raises:
         TypeError: not an array, integer or complex features, float64 without x64.
