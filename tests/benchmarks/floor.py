@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +34,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does in a second."""
+    """What this machine does in a second; `products` are those of other precisions than float32."""
 
     flops: float
     exps: float
     bytes: float
+    products: dict[str, float] = field(default_factory=dict)
 
     def floor(self, work: Work) -> float:
         """Seconds below which the work cannot be done."""
@@ -68,23 +70,41 @@ def grid(layers: int, n: int, d: int) -> Work:
     return Work(2 * layers * 2 * d * pairs + layers**2 * 2 * pairs, 2 * layers * pairs, 2 * layers * 4 * n * d)
 
 
-def measured(size: int = 3072, rounds: int = 5) -> Rates:
-    """The best of some rounds of each."""
+def measured(size: int = 3072, rounds: int = 5, *, in_cache: int = 1 << 17, copied: int = 1 << 26) -> Rates:
+    """The best of some rounds of each: products of `size`, exponentials of numbers in cache, copies out of cache."""
     a = jax.random.normal(jax.random.key(0), (size, size))
-    product = jax.jit(lambda a: jnp.matmul(a, a, precision=lax.Precision.HIGHEST))
-    small = jax.random.uniform(jax.random.key(1), (1 << 17,))  # stays in cache
-    repeats = 200
+
+    def product(precision: lax.Precision, dtype: Any = jnp.float32) -> float:
+        multiply = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
+        operand = a.astype(dtype)
+        return 2 * size**3 / _best(lambda: multiply(operand), rounds)
+
+    small = jax.random.uniform(jax.random.key(1), (in_cache,))
+    repeats, in_a_row = 25, 8  # some in a row, so that launches on a GPU do not count
 
     @jax.jit
     def exponentials(x: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, repeats, lambda _, x: jnp.exp(-x), x)
+        def some(_: int, x: jax.Array) -> jax.Array:
+            for _ in range(in_a_row):
+                x = jnp.exp(-x)
+            return x
 
-    large = jnp.zeros(1 << 26)  # 256 MB
+        return lax.fori_loop(0, repeats, some, x)
+
+    large = jnp.zeros(copied)
     copy = jax.jit(lambda x: x + 1)
     return Rates(
-        flops=2 * size**3 / _best(lambda: product(a), rounds),
-        exps=repeats * small.size / _best(lambda: exponentials(small), rounds),
+        flops=product(lax.Precision.HIGHEST),
+        exps=repeats * in_a_row * small.size / _best(lambda: exponentials(small), rounds),
         bytes=8 * large.size / _best(lambda: copy(large), rounds),
+        products={
+            name: product(precision, dtype)
+            for name, precision, dtype in (
+                ("TF32", lax.Precision.DEFAULT, jnp.float32),
+                ("bfloat16", lax.Precision.DEFAULT, jnp.bfloat16),
+            )
+            if jax.default_backend() != "cpu"
+        },
     )
 
 

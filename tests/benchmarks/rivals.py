@@ -72,16 +72,83 @@ def loop_as_published(sets: Any, density: float, tolerance: float = 1e-5) -> Any
     return result
 
 
-def density_in_chunks(x: Any, sigma: float, rows: int = 2048) -> float:
-    """The mean affinity at a given sigma, so many rows at a time: memory is rows x n."""
+def density_in_chunks(x: Any, sigma: float, rows: int = 2048, count: int | None = None) -> float:
+    """The mean affinity of the first `count` rows with all at a given sigma; so many at a time: memory is rows x n."""
     squares = (x * x).sum(1)
-    total = 0.0
-    for start in range(0, x.shape[0], rows):
-        part = x[start : start + rows]
-        d2 = squares[None, :] + squares[start : start + rows, None]
+    total, count = 0.0, x.shape[0] if count is None else count
+    for start in range(0, count, rows):
+        part = x[start : min(start + rows, count)]
+        d2 = squares[None, :] + squares[start : start + len(part), None]
         d2.addmm_(part, x.T, beta=1.0, alpha=-2.0).clamp_(min=0)
         total += float(d2.div_(-2 * sigma * sigma).exp_().sum())
-    return total / x.shape[0] ** 2
+    return total / count / x.shape[0]
+
+
+def careful_auto_batch(sets: Any, density: float, steps: int = 24) -> Any:
+    """All sets (k, n, d) at once: distances in one batched product, then bisection of every log sigma in parallel."""
+    import torch
+
+    squares = (sets * sets).sum(-1)
+    d2 = squares[:, :, None] + squares[:, None, :]
+    d2.baddbmm_(sets, sets.mT, beta=1.0, alpha=-2.0).clamp_(min=0)
+    low = torch.full((len(sets), 1, 1), -1.0, device=sets.device) + d2.mean((1, 2), keepdim=True).log() / 2 - 4
+    high = low + 8
+    for _ in range(steps):  # no test for the end: that would wait for the device
+        middle = (low + high) / 2
+        above = (d2 * (-0.5 * torch.exp(-2 * middle))).exp_().mean((1, 2), keepdim=True) > density
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return d2.mul_(-0.5 * torch.exp(-low - high)).exp_()
+
+
+def loss_and_gradient(x: Any, y: Any, density: float, steps: int = 24) -> tuple[Any, Any]:
+    """1 - debiased CKA of two auto-scaled affinities, and its gradient in x; y is a constant target.
+
+    Sigma by bisection outside of autograd, then one Newton step inside, whose derivative is the implicit one.
+    """
+    import torch
+
+    def affinity(z: Any) -> Any:
+        squares = (z * z).sum(1)
+        d2 = torch.addmm(squares[:, None] + squares, z, z.T, alpha=-2.0).clamp(min=0)
+        with torch.no_grad():
+            low, high = d2.mean().log() / 2 - 5, d2.mean().log() / 2 + 3
+            for _ in range(steps):
+                middle = (low + high) / 2
+                above = (d2 * (-0.5 * torch.exp(-2 * middle))).exp_().mean() > density
+                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+            rate = 0.5 * torch.exp(-low - high)
+            slope = (torch.exp(-rate * d2) * d2).mean()
+        return torch.exp(-(rate + (torch.exp(-rate * d2).mean() - density) / slope) * d2)
+
+    def centered(k: Any) -> Any:
+        n = len(k)
+        off = 1 - torch.eye(n, device=k.device)
+        k = k * off
+        means = k.sum(1) / (n - 2)
+        return (k - means - means[:, None] + means.sum() / (n - 1)) * off
+
+    x = x.detach().requires_grad_(True)
+    k = centered(affinity(x))
+    with torch.no_grad():
+        m = centered(affinity(y))
+    loss = 1 - (k * m).sum() / torch.sqrt((k * k).sum() * (m * m).sum())
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+def permuted_cka_on_device(k: Any, m: Any, permutations: Any) -> Any:
+    """Debiased CKA of two stored torch affinities for each permutation, centred once, without waiting in between."""
+    import torch
+
+    def centred(k: Any) -> Any:
+        n = len(k)
+        k = k.clone().fill_diagonal_(0)
+        means = k.sum(0) / (n - 2)
+        return (k - means - means[:, None] + means.sum() / (n - 1)).fill_diagonal_(0)
+
+    k, m = centred(k), centred(m)
+    size = k.norm() * m.norm()
+    return torch.stack([(k * m[p][:, p]).sum() / size for p in permutations])
 
 
 def density_by_keops(x: Any, sigma: float) -> float:
