@@ -23,7 +23,7 @@ def test_device_benchmark(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     sections = json.loads((tmp_path / "device.json").read_text())["sections"]
-    assert list(sections)[0] == "device_correct"
+    assert next(iter(sections)) == "device_correct"
     assert len(sections) == 10
     assert all(result["met"] for result in sections["device_correct"]["results"])
     assert not any(remark.startswith("FAILED") for part in sections.values() for remark in part["remarks"])
