@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,11 @@ def _array(name: str, value: Any) -> jax.Array | np.ndarray:
 
 
 def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: str) -> jax.Array:
-    """A real number or array that broadcasts to `shape` (which `meaning` puts into words)."""
+    """A real number or array, broadcast to `shape` (which `meaning` puts into words).
+
+    Typed as an array of jax, but left on the host if it is there: each operation outside of a program costs more than
+    the number is worth.
+    """
     array = _array(name, value)
     if array.dtype == bool or not (
         jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
@@ -114,7 +118,10 @@ def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: 
         fits = False
     if not fits:
         raise ValueError(f"{name} of shape {array.shape} does not broadcast to {tuple(shape)}, {meaning}.")
-    return jnp.asarray(array, dtype)
+    if isinstance(array, np.ndarray):
+        with np.errstate(over="ignore"):  # inf is refused with the other values
+            return cast(jax.Array, np.broadcast_to(array.astype(dtype), tuple(shape)))
+    return jnp.broadcast_to(array.astype(dtype), tuple(shape))
 
 
 def parameter_array(name: str, value: Any, dtype: Any) -> jax.Array:

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxalign.distances import varying_like
-from jaxalign.pairs import Pairs, Reduction, Tile, kernel_terms, over_all, over_rows, reduce_pairs
+from jaxalign.pairs import Pairs, Reduction, Tile, kernel_terms, reduce_pairs, stacked_over_all, stacked_over_rows
 
 # Sums of A (tD)^k up to this k in one pass; the last one bounds the error of the series.
 _ORDER = 6
@@ -36,6 +37,7 @@ MAX_PASSES = 64
 # A set larger than this many rows gets its first estimate from about this many rows and columns.
 SUBSAMPLE = 512
 _SUBSAMPLE_RTOL = 1e-3
+_GUESS_STEPS = 3
 # Square distances of 1e-30 and less count as 0 in float32 (a ratio of 1e15 between the largest and the smallest
 # distance). exp(-z) is 0, or as good as, beyond these, while z^_ORDER must not overflow.
 LARGEST_RATE = {"float32": 1e30, "float64": 1e75}
@@ -53,27 +55,51 @@ class Root(NamedTuple):
     passes: Array  # int, scalar
 
 
-def no_root(shape: tuple[int, ...], like: Array) -> Root:
-    """A root that was not found yet, to start a loop with; of the dtype of `like`, and varying as it does."""
-    no, nothing = (varying_like(like, jnp.zeros(shape, dtype)) for dtype in (bool, like.dtype))
-    return Root(nothing, nothing, nothing, no, no, jnp.zeros((), jnp.int32))
-
-
-def find_rate(pairs: Pairs, density: Array, *, by_row: bool, rtol: float) -> Root:
+def find_rate(
+    at: Callable[[Any], Pairs],
+    values: Any,
+    density: Array,
+    *,
+    by_row: bool,
+    rtol: float,
+    improve: Callable[[Array, Array, Any], tuple[Any, Array]] | None = None,
+) -> tuple[Root, Any]:
     """The rate at which the weighted mean of exp(-rate * D) over the pairs, or over each row's, equals `density`.
 
     Args:
-        pairs: n x m pairs with their weights; D about 1.
+        at: values -> n x m pairs with their weights; D about 1.
+        values: what the pairs are made of.
         density: the wanted mean, shape (...) or (..., 1).
         by_row: one rate a row.
         rtol: relative error allowed in the density.
+        improve: (finished, rate, values) -> values, better: where the search has finished and the values turn out to
+            be too coarse for the rate found, better ones, and the search begins again.
+
+    Returns:
+        The root, and the values in the end.
     """
+    pairs = at(values)
     total = pairs.total(by_row=by_row)
     idle = ~(total > 0)  # masked rows: nothing to find, and no 0 / 0 for checkify to trip over
     total = jnp.where(idle, 1, total)
-    start = first_guess(pairs, density, total, idle, by_row)
-    root = _find(_moments(pairs, total * density, by_row), start, idle, rtol, pairs.any)
-    return root._replace(density=root.density * density)
+    norm = total * density
+    search = begin(first_guess(pairs, density, total, idle, by_row), idle)
+
+    def going(search: Search) -> Array:  # on any device, so that all of them go on until all are done
+        return pairs.any(~search.done) & (search.passes < MAX_PASSES)
+
+    def step(carry: tuple[Search, Any, Array]) -> tuple[Search, Any, Array]:
+        search, values, _ = carry
+        search = advance(search, sums_over(series_moments, at(values), search.rate, by_row) / norm[None], rtol)
+        if improve is not None:
+            values, better = improve(~going(search), search.rate, values)
+            again = begin(jnp.where(search.converged, search.rate, 1), idle)
+            search = jax.tree.map(partial(jnp.where, better), again, search)
+        return search, values, going(search)
+
+    search, values, _ = lax.while_loop(lambda carry: carry[2], step, (search, values, going(search)))
+    root = finish(search)
+    return root._replace(density=root.density * density), values
 
 
 def first_guess(pairs: Pairs, density: Array, total: Array, idle: Array, by_row: bool) -> Array:
@@ -95,8 +121,14 @@ def guess_from(sample: Pairs, off_density: Array, idle: Array, by_row: bool, *, 
     start = _usable(_gamma_rate(first / count, second / count, off_density))
     if exact:
         return start
-    guess = _find(_moments(sample, count * off_density, by_row), start, idle, _SUBSAMPLE_RTOL, sample.any)
-    return _usable(jnp.where(guess.converged, guess.rate, 1))
+    norm = count * off_density
+
+    def step(_: Any, search: Search) -> Search:
+        return advance(search, sums_over(series_moments, sample, search.rate, by_row) / norm[None], _SUBSAMPLE_RTOL)
+
+    # Some steps, and not until it converged: a GPU's host would have to look after each.
+    guess = lax.fori_loop(0, _GUESS_STEPS, step, begin(start, idle))
+    return _usable(jnp.where(guess.done & ~guess.converged, 1, guess.rate))
 
 
 def _gamma_rate(mean: Array, mean_square: Array, density: Array) -> Array:
@@ -122,10 +154,6 @@ def _range(rate: Array) -> tuple[float, float]:
     return 1 / high, high
 
 
-def _moments(pairs: Pairs, norm: Array, by_row: bool) -> Callable[[Array], Array]:
-    return lambda rate: jnp.stack([total / norm for total in sums_over(series_moments, pairs, rate, by_row)])
-
-
 def sums_over(
     terms: Callable[[Tile], tuple[Array, ...]],
     pairs: Pairs,
@@ -133,15 +161,15 @@ def sums_over(
     by_row: bool,
     *,
     in_blocks: bool = True,
-) -> Any:
-    """Sums of terms, (...) or by row (..., n); `in_blocks` as for `reduce_pairs`."""
+) -> Array:
+    """Sums of k terms, (k, ...) or by row (k, ..., n); `in_blocks` as for `reduce_pairs`."""
     rates = (None if rate is None else rate[..., None] if by_row else rate[..., None, None],)
     if not by_row:
-        return reduce_pairs(Reduction(terms, over_all), pairs, rates=rates, in_blocks=in_blocks)[0]
-    # Every row has its own rate, so a term changes when its pair is turned round.
-    reduction = Reduction(terms, over_rows, symmetric=False)
-    sums = reduce_pairs(reduction, pairs, rates=rates, rates_of="rows", in_blocks=in_blocks)[1]
-    return tuple(total[..., 0] for total in sums)
+        sums = reduce_pairs(Reduction(terms, stacked_over_all), pairs, rates=rates, in_blocks=in_blocks)[0]
+    else:  # every row has its own rate, so a term changes when its pair is turned round
+        reduction = Reduction(terms, stacked_over_rows, symmetric=False)
+        sums = reduce_pairs(reduction, pairs, rates=rates, rates_of="rows", in_blocks=in_blocks)[1]
+    return jnp.moveaxis(sums, -1, 0)
 
 
 def series_moments(tile: Tile) -> tuple[Array, ...]:
@@ -234,26 +262,6 @@ def finish(search: Search) -> Root:
     return Root(search.rate, search.density, search.slope, search.converged, infeasible, search.passes)
 
 
-def _find(
-    moments: Callable[[Array], Array],
-    start: Array,
-    idle: Array,
-    rtol: float,
-    anywhere: Callable[[Array], Array],
-) -> Root:
-    """The rate at which moments(rate)[0] = 1, from `start`, except where idle; densities in units of the wanted one.
-
-    `anywhere` tells whether a condition holds on any device, so that all of them go on until all are done.
-    """
-
-    def step(carry: tuple[Search, Array]) -> tuple[Search, Array]:
-        search = advance(carry[0], moments(carry[0].rate), rtol)
-        return search, anywhere(~search.done) & (search.passes < MAX_PASSES)
-
-    search = begin(start, idle)
-    return finish(lax.while_loop(lambda carry: carry[1], step, (search, anywhere(~search.done)))[0])
-
-
 def _series_root(m: Array) -> tuple[Array, Array, Array, Array]:
     """Solve sum_k (-s)^k / k! m_k = 1.
 
@@ -274,7 +282,7 @@ def _series_root(m: Array) -> tuple[Array, Array, Array, Array]:
         value, slope = evaluate(s)
         return jnp.clip(s - (value - 1) / jnp.where(slope == 0, 1, slope), -0.9, 0.9)
 
-    s = lax.fori_loop(0, 4, newton, s)  # a loop, as four copies take longer to compile
+    s = lax.fori_loop(0, 4, newton, s, unroll=True)  # a GPU runs the copies as one kernel, steps of a loop as eight
     value, slope = evaluate(s)
     # s > 0: the terms alternate and enclose the sum. s < 0: they add up, the rest grows like that of a gamma law.
     last = jnp.abs(coefficients[-1]) * jnp.abs(s) ** _ORDER

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxalign import _checks
 from jaxalign._linalg import root
 from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, STORED, Plan, TileSize, is_shared, make_plan, on_mesh
-from jaxalign._rate import LARGEST_RATE, Root, find_rate, no_root, sums_over
+from jaxalign._rate import LARGEST_RATE, Root, find_rate, sums_over
 from jaxalign._typing import AnyArray
 from jaxalign.distances import (
     Frame,
@@ -33,6 +33,7 @@ from jaxalign.distances import (
     fast_distances,
     inaccurate,
     make_frame,
+    suspicious,
     varying_like,
     when_any,
 )
@@ -341,7 +342,6 @@ def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = S
                 f"diagonal alone give 1/n = {1 / worst:.4g}. Ask for a density above that, leave the diagonal out of "
                 f'the mean with diagonal="exclude", or give at least {math.floor(1 / asked) + 1} samples.'
             )
-    target = jnp.broadcast_to(target, problem.batch)
     return target if bandwidth == "global" else target[..., None]
 
 
@@ -353,7 +353,6 @@ def check_sigma(sigma: Any, problem: Problem) -> tuple[Array, bool]:
     meaning = f"the batch dimensions of the features, nor to {(*batch, n)}, one sigma a row of x"
     value = _checks.parameter("sigma", sigma, problem.x.dtype, (*batch, n) if by_row else batch, meaning)
     _checks.positive("sigma", sigma, problem.mask if by_row else None)
-    value = jnp.broadcast_to(value, (*batch, n) if by_row else batch)
     if by_row and problem.mask is not None:  # a masked row may hold nan, which would reach the gradient of the others
         value = jnp.where(problem.mask, value, 1)
     return (value[..., None] if by_row else value[..., None, None]), by_row
@@ -447,7 +446,7 @@ def solve_pairs(
         distances, found = _search_stored(fixed, wanted, diagonal, by_row, rtol, precision, rooted)
     else:
         pairs = replace(pairs_of(fixed, None, diagonal, plan, precision, rooted=rooted, share=share), fixed=True)
-        found = find_rate(pairs, wanted, by_row=by_row, rtol=rtol)
+        found, _ = find_rate(lambda _: pairs, (), wanted, by_row=by_row, rtol=rtol)
 
     total = lax.stop_gradient(pairs_of(fixed, None, diagonal, plan).total(by_row=by_row))
     status = _status(found, frame.finite[..., None] if by_row else frame.finite, wanted, total)
@@ -475,6 +474,9 @@ def solve_pairs(
     return SigmaSolution(sigma, reached, passes, status), pairs, _against_pairs(rate, by_row)
 
 
+_Stored = tuple[Array, Array]  # distances, and whether they are explicit
+
+
 def _search_stored(
     frame: Frame,
     density: Array,
@@ -484,32 +486,28 @@ def _search_stored(
     precision: lax.PrecisionLike,
     rooted: bool,
 ) -> tuple[Array, Root]:
-    """The root, and distances that are accurate enough for it."""
+    """The root, and distances that are accurate enough for it: explicit ones, where the fast ones are not."""
     share = _against_pairs(density, by_row)
 
-    def search(state: _Search) -> _Search:
-        distances = when_any(state.retry, lambda _: explicit_distances(frame), state.distances)
-        pairs = pairs_of(frame, distances, diagonal, rooted=rooted, share=share)
-        found = find_rate(pairs, density, by_row=by_row, rtol=rtol)
-        counted = pairs.counted("rows" if by_row else "all")
-        coarse = inaccurate(frame, _against_pairs(found.rate, by_row), distances, counted=counted, rooted=rooted)
-        return _Search(distances, found, retry=coarse & ~state.retry, done=~coarse | state.retry)
+    def at(values: _Stored) -> Pairs:
+        return pairs_of(frame, values[0], diagonal, rooted=rooted, share=share)
 
-    # A rate too large for the accuracy of the fast distances is found on them: then once more on explicit ones. (A
-    # loop, not a branch, so that the search is compiled once and vmap runs the retry only if some set needs it.)
+    def improve(finished: Array, rate: Array, values: _Stored) -> tuple[_Stored, Array]:
+        rate = _against_pairs(rate, by_row)
+        counted = at(values).counted("rows" if by_row else "all")
+
+        def look(values: _Stored) -> _Stored:
+            bad = inaccurate(frame, rate, distances=values[0], counted=counted, rooted=rooted)
+            return when_any(bad, lambda values: (explicit_distances(frame), ~values[1]), values)
+
+        doubtful = finished & ~values[1] & suspicious(frame, rate, counted=counted, rooted=rooted)
+        new = when_any(doubtful, look, values)
+        return new, new[1] ^ values[1]
+
     fast = fast_distances(frame, precision)
-    shape = density.shape if not by_row else fast.shape[:-1]
-    no = varying_like(fast, jnp.zeros((), bool))
-    start = _Search(fast, no_root(shape, fast), retry=no, done=no)
-    distances, found, _, _ = lax.while_loop(lambda state: ~state.done, search, start)
+    start = fast, varying_like(fast, jnp.zeros((), bool))
+    found, (distances, _) = find_rate(at, start, density, by_row=by_row, rtol=rtol, improve=improve)
     return distances, found
-
-
-class _Search(NamedTuple):
-    distances: Array
-    found: Root
-    retry: Array
-    done: Array
 
 
 def _against_pairs(rate: Array, by_row: bool) -> Array:

@@ -165,7 +165,8 @@ def make_frame(
     plain = lax.stop_gradient([(side, m) for side, m in sides])
     # The mean is taken of differences from a sample: a sum of features with a large offset would lose their digits.
     start = over_devices(lax.pmax, _first_row(*plain[0]), axis_name)
-    start = jnp.where(start > -jnp.inf, start, 0)
+    if mask is not None:
+        start = jnp.where(start > -jnp.inf, start, 0)
     counts = [
         varying_like(side, jnp.full(side.shape[:-2], side.shape[-2], side.dtype))
         if m is None
@@ -173,12 +174,12 @@ def make_frame(
         for side, m in plain
     ]
     count = jnp.maximum(over_devices(lax.psum, sum(counts), axis_name), 1)[..., None, None]
-    # Divided before they are summed up, so that the sum cannot overflow.
-    means = [jnp.sum(_valid(side - start, m) / count, -2, keepdims=True) for side, m in plain]
+    # Both in one pass over the features. Divided before they are summed up, so that the sum cannot overflow; and the
+    # largest difference from one sample is at least half of the largest from the mean, and at most twice that.
+    rows = [_valid(side - start, m) for side, m in plain]
+    means = [jnp.sum(part / count, -2, keepdims=True) for part in rows]
+    tops = [jnp.max(jnp.max(jnp.abs(part), -2, keepdims=True), -1, keepdims=True) for part in rows]
     centre = start + over_devices(lax.psum, means[0] if y is None else means[0] + means[1], axis_name)
-    tops = []
-    for side, m in plain:
-        tops.append(jnp.max(jnp.abs(_valid(side - centre, m)), (-2, -1), keepdims=True))
     top = tops[0] if y is None else jnp.maximum(*tops)
     small = (top > 0) & (top < _checks.smallest(x.dtype))  # differences of subnormal numbers are rounded to 0
     bad = over_devices(lax.psum, (~jnp.isfinite(top) | small)[..., 0, 0].astype(jnp.int32), axis_name)
@@ -227,9 +228,20 @@ def varying_like(like: Any, value: Array) -> Array:
 
 def fast_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
     """|a|^2 + |b|^2 - 2 a.b in the frame, clamped at 0, with an exactly zero diagonal of self-distances."""
-    distances = jnp.maximum(_formula(*lax.stop_gradient((frame.x, frame.other)), precision), 0)
+    frame = lax.stop_gradient(frame)
+    return _from_products(frame, products(frame.x, frame.other, precision))
+
+
+def _from_products(frame: Frame, values: Array) -> Array:
+    distances = jnp.maximum(_sums_of_squares(frame) - 2 * values, 0)
     same = frame.same()
     return distances if same is None else jnp.where(same, 0, distances)
+
+
+def _sums_of_squares(frame: Frame) -> Array:
+    """|x_i|^2 + |y_j|^2, (..., n, m)."""
+    squares_x, squares_y = (jnp.sum(side * side, -1) for side in (frame.x, frame.other))
+    return squares_x[..., :, None] + squares_y[..., None, :]
 
 
 def accurate_distances(
@@ -244,38 +256,60 @@ def accurate_distances(
     kernel, broadcasting against the distances. A rate of inf asks for explicit differences.
     """
     frame, rates = lax.stop_gradient((frame, rates))
-    fast = fast_distances(frame, precision)
-    coarse = [inaccurate(frame, rate, fast, counted=counted, rooted=rooted) for rate in rates]
-    return when_any(jnp.any(jnp.stack(coarse)), lambda _: explicit_distances(frame), fast)
+
+    def look(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        fast = _from_products(frame, state[0])
+        bad = inaccurate(frame, *rates, distances=fast, counted=counted, rooted=rooted)
+        return when_any(bad, lambda state: (explicit_distances(frame), ~state[1]), state)
+
+    # Products go through the loop, not distances: these are then computed where they are used, and not stored.
+    values = products(frame.x, frame.other, precision)
+    exact = varying_like(values, jnp.zeros((), bool))
+    doubtful = suspicious(frame, *rates, counted=counted, rooted=rooted)
+    values, exact = when_any(doubtful, look, (values, exact))
+    return jnp.where(exact, values, _from_products(frame, values))
 
 
-def inaccurate(frame: Frame, rate: Array, fast: Array, *, counted: Array | float, rooted: bool = False) -> Array:
-    """Whether `fast_distances` are too coarse for the kernel exp(-rate * D): a scalar for the whole batch.
+def suspicious(
+    frame: Frame, *rates: Array, counted: Array | float, rooted: bool = False, axis_name: str | None = None
+) -> Array:
+    """Whether `fast_distances` may be too coarse for the kernel at these rates, by the largest rows alone: a scalar."""
+    largest = sum(jnp.max(jnp.sum(side * side, -1), -1) for side in (frame.x, frame.other))
+    largest = over_devices(lax.pmax, largest, axis_name)[..., None, None]
+    limit = _limit(counted, largest)
+    return jnp.any(jnp.stack([jnp.any(rate * largest > limit) for rate in rates])) | rooted
+
+
+def _limit(counted: Array | float, like: Array) -> Array:
+    """Up to so many eps an exponent may err, if so many pairs bear the sum over the kernel.
+
+    Errors are random from pair to pair, so a mean that many pairs bear stands 1000 eps (1e-4 in float32) for the worst
+    of them and is right to 1e-6; with few, less is allowed.
+    """
+    counted = jnp.asarray(counted, like.dtype)
+    counted = lax.stop_gradient(counted if counted.ndim else counted.reshape((1,) * like.ndim))
+    return jnp.clip(5 * jnp.sqrt(counted), 8, 1000)
+
+
+def inaccurate(frame: Frame, *rates: Array, distances: Array, counted: Array | float, rooted: bool = False) -> Array:
+    """Whether `distances`, by the fast formula, are too coarse for the kernel exp(-rate * D): a scalar for the batch.
 
     `rooted`: for exp(-rate sqrt(D)), where an error e of D moves the exponent by rate e / (2 sqrt(D)).
     """
-    x, y, rate = lax.stop_gradient((frame.x, frame.other, rate))
-    squares_x, squares_y = jnp.sum(x * x, -1), jnp.sum(y * y, -1)
-    eps = float(jnp.finfo(x.dtype).eps)
-    # Errors of the exponent up to limit eps are let pass. They are random from pair to pair, so a mean that many pairs
-    # bear stands 1000 eps (1e-4 in float32) for the worst of them and is right to 1e-6; with few, less is allowed.
-    counted = jnp.asarray(counted, x.dtype)
-    counted = lax.stop_gradient(counted if counted.ndim else counted.reshape((1,) * fast.ndim))
-    limit = jnp.clip(5 * jnp.sqrt(counted), 8, 1000)
-    largest = jnp.max(squares_x, -1) + jnp.max(squares_y, -1)
-    suspicious = jnp.any(rate * largest[..., None, None] > limit) | rooted
+    squares, limit = _sums_of_squares(frame), _limit(counted, distances)
+    eps = float(jnp.finfo(squares.dtype).eps)
 
-    def look_at_pairs(_: Array) -> Array:
-        spread = rate * (squares_x[..., :, None] + squares_y[..., None, :])
+    def at(rate: Array) -> Array:
+        spread = rate * squares
         if rooted:
-            distance = jnp.sqrt(fast)
+            distance = jnp.sqrt(distances)
             bad = (spread > 2 * limit * distance) & (rate * distance < -math.log(eps))
         else:
-            near = rate * fast < 4 * eps * spread - math.log(eps)
+            near = rate * distances < 4 * eps * spread - math.log(eps)
             bad = (spread > limit) & near
-        return jnp.any(_of_different(frame, bad))
+        return jnp.any(_of_different(frame, bad)) | jnp.isinf(rate).any()
 
-    return when_any(suspicious, look_at_pairs, varying_like(suspicious, jnp.zeros((), bool))) | jnp.isinf(rate).any()
+    return jnp.any(jnp.stack([at(rate) for rate in rates]))
 
 
 def resolved_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
@@ -305,8 +339,7 @@ def resolved_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Arr
 
 def unresolved(frame: Frame, fast: Array) -> Array:
     """Where `fast_distances` may be off by more than 1e-4 of themselves, (..., n, m)."""
-    squares_x, squares_y = jnp.sum(frame.x * frame.x, -1), jnp.sum(frame.other * frame.other, -1)
-    error = float(jnp.finfo(fast.dtype).eps) * (squares_x[..., :, None] + squares_y[..., None, :])
+    error = float(jnp.finfo(fast.dtype).eps) * _sums_of_squares(frame)
     return _of_different(frame, fast < error * _RESOLVED)
 
 
@@ -394,15 +427,10 @@ def attach_formula(frame: Frame, distances: Array, precision: lax.PrecisionLike 
 
     (jax 0.10.2 loses rules of derivation in loops where one derivative is taken of another: forward over reverse.)
     """
-    formula = _formula(frame.x, frame.other, precision)
+    formula = _sums_of_squares(frame) - 2 * products(frame.x, frame.other, precision)
     distances = lax.stop_gradient(distances) + (formula - lax.stop_gradient(formula))
     same = frame.same()
     return distances if same is None else jnp.where(same, 0, distances)
-
-
-def _formula(x: Array, y: Array, precision: lax.PrecisionLike) -> Array:
-    sums = jnp.sum(x * x, -1)[..., :, None] + jnp.sum(y * y, -1)[..., None, :]
-    return sums - 2 * products(x, y, precision)
 
 
 @jax.custom_jvp

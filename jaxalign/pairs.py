@@ -32,7 +32,9 @@ from jaxalign.distances import (
     attach_formula,
     fast_distances,
     over_devices,
+    suspicious,
     varying_like,
+    when_any,
 )
 
 # What has a rate of its own: all pairs together one, or each row, or each column.
@@ -134,6 +136,18 @@ def over_rows(terms: Any, tile: Tile) -> tuple[Any, Any]:
     return (), jax.tree.map(lambda term: jnp.sum(term, -1, keepdims=True), terms)
 
 
+def stacked_over_all(terms: tuple[Array, ...], tile: Tile) -> tuple[Array, Any]:
+    """The sums of k terms over all pairs in one array, shape (..., k): a GPU adds up all of them at once."""
+    del tile
+    return jnp.sum(jnp.stack([jnp.sum(term, -1) for term in terms], -2), -1), ()
+
+
+def stacked_over_rows(terms: tuple[Array, ...], tile: Tile) -> tuple[Any, Array]:
+    """The sums of k terms over each row's pairs in one array, shape (..., r, k)."""
+    del tile
+    return (), jnp.stack([jnp.sum(term, -1) for term in terms], -1)
+
+
 def kernel(d2: Array, rate: Array) -> Array:
     """The RBF affinity of squared distances: its definition in this library. rate = 1 / (2 sigma^2).
 
@@ -144,7 +158,7 @@ def kernel(d2: Array, rate: Array) -> Array:
 
 def log_kernel(d2: Array, rate: Array) -> Array:
     """The logarithm of `kernel`, which is a number also where the kernel is 0."""
-    return -rate * d2
+    return -(rate * d2)
 
 
 def kernel_less_one(d2: Array, rate: Array) -> Array:
@@ -162,7 +176,7 @@ def kernel_terms(tile: Tile) -> Array:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("frames", "distances", "density"),
-    meta_fields=("skip_self", "tile_size", "axis_name", "precision", "fixed", "rooted"),
+    meta_fields=("skip_self", "tile_size", "axis_name", "precision", "fixed", "trusted", "rooted"),
 )
 @dataclass(frozen=True)
 class Pairs:
@@ -177,6 +191,7 @@ class Pairs:
         axis_name: the named axis over whose devices the rows, of both sides, are spread.
         precision: of the products in the distances.
         fixed: no derivative is wanted; computed distances then carry none, which saves a pass over each tile.
+        trusted: computed distances by the fast formula are accurate enough.
         rooted: tiles hold Euclidean distances, not squared ones.
         density: (..., 1, 1), about the mean of the kernel that is summed up, if known: the fewer pairs bear a sum, the
             more accurate their distances have to be.
@@ -189,6 +204,7 @@ class Pairs:
     axis_name: str | None = None
     precision: lax.PrecisionLike = None
     fixed: bool = False
+    trusted: bool = False
     rooted: bool = False
     density: Array | None = None
 
@@ -259,6 +275,17 @@ class Pairs:
         if self.density is None:
             return usual_count(number, self.frames[0].raw_x)
         return float(number) * self.density  # more than int32 holds, for many rows
+
+    def suspicious(self, rates: tuple[Array | None, ...], rates_of: RatesOf) -> Array:
+        """Whether the fast formula may be too coarse for these rates anywhere on this device."""
+        counted = self.counted(rates_of)
+        asked = zip(self.frames, rates, strict=True)
+        found = [
+            suspicious(frame, rate, counted=counted, rooted=self.rooted, axis_name=self.axis_name)
+            for frame, rate in asked
+            if rate is not None
+        ]
+        return jnp.any(jnp.stack(found))
 
     def any(self, condition: Array) -> Array:
         """Whether a condition holds anywhere, on any device: a scalar."""
@@ -346,7 +373,12 @@ def reduce_pairs(
     blank = _blank_tile(pairs, rates, rates_of, as_row, as_column)
     if pairs.distances is not None:
         return _visit_stored(reduction, pairs, blank, in_blocks)
-    return _visit_ring(reduction, pairs, blank)[:2]
+    if not pairs.fixed or pairs.trusted or None in rates or jax.default_backend() != "gpu":
+        return _visit_ring(reduction, pairs, blank)[:2]
+    # Whether some tile needs explicit differences is asked once, not in every tile: a host that looks waits for a GPU.
+    quick = _visit_ring(reduction, replace(pairs, trusted=True), blank)[:2]
+    doubtful = pairs.any(pairs.suspicious(rates, rates_of))
+    return when_any(doubtful, lambda _: _visit_ring(reduction, pairs, blank)[:2], quick)
 
 
 def reduce_both_sides(
@@ -386,6 +418,7 @@ def _visit_stored(reduction: Reduction, pairs: Pairs, blank: Tile, in_blocks: bo
     assert pairs.distances is not None
     n = pairs.distances[0].shape[-2]
     in_a_row = sum(d2.size for d2 in pairs.distances) // n
+    in_blocks = in_blocks and jax.default_backend() == "cpu"  # a GPU's fused sums read all pairs once as they are
     block = min(n, max(1, _PAIRS_PER_BLOCK // in_a_row)) if in_blocks else n
 
     def look(part: Callable[[Array], Array]) -> tuple[Any, Any]:
@@ -592,7 +625,7 @@ def _with_distances(pairs: Pairs, tile: Tile) -> Tile:
         # The tile serves the rows of both sides; a row of a small sigma must not decide for the others.
         at = [r for r in (rate, own, None if others is None else transposed(others)) if r is not None]
         precision = pairs.precision
-        if at:
+        if at and not pairs.trusted:
             d2 = accurate_distances(part, *at, counted=tile.counted, precision=precision, rooted=pairs.rooted)
         else:
             d2 = fast_distances(part, precision)

@@ -445,7 +445,7 @@ def _guess(frame: Frame, off_density: Array, rooted: bool) -> Array:
 @partial(jax.jit, static_argnames=("terms", "skip_self", "tile_size", "rooted"))
 def _block_sums(terms: Any, frame: Frame, rate: Array, skip_self: bool, tile_size: int | None, rooted: bool) -> Array:
     pairs = Pairs((frame,), None, skip_self, tile_size, fixed=True, rooted=rooted)
-    return jnp.stack(sums_over(terms, pairs, rate, by_row=False))
+    return sums_over(terms, pairs, rate, by_row=False)
 
 
 def _visit(

@@ -294,7 +294,7 @@ def sigma_of_each(sigma: Any, sets: int, like: Array) -> Array:
         meaning = "the batch dimensions of the features (one a set is a tuple)"
         value = _checks.parameter("sigma", one, like.dtype, batch, meaning)
         _checks.positive("sigma", one)
-        values.append(jnp.broadcast_to(value, batch))
+        values.append(value)
     return jnp.stack(values, -1)
 
 
