@@ -11,13 +11,15 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
+
+from jaxalign._typing import AnyArray
 
 HALF_DTYPES = (jnp.float16, jnp.bfloat16)
 
@@ -100,11 +102,10 @@ def _array(name: str, value: Any) -> jax.Array | np.ndarray:
         raise TypeError(f"{name} must be a number or an array; got {shown(value)}.") from None
 
 
-def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: str) -> jax.Array:
+def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: str) -> AnyArray:
     """A real number or array, broadcast to `shape` (which `meaning` puts into words).
 
-    Typed as an array of jax, but left on the host if it is there: each operation outside of a program costs more than
-    the number is worth.
+    Left on the host if it is there: an operation outside of a program costs more than the number is worth.
     """
     array = _array(name, value)
     if array.dtype == bool or not (
@@ -120,7 +121,7 @@ def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: 
         raise ValueError(f"{name} of shape {array.shape} does not broadcast to {tuple(shape)}, {meaning}.")
     if isinstance(array, np.ndarray):
         with np.errstate(over="ignore"):  # inf is refused with the other values
-            return cast(jax.Array, np.broadcast_to(array.astype(dtype), tuple(shape)))
+            return np.broadcast_to(array.astype(dtype), tuple(shape))
     return jnp.broadcast_to(array.astype(dtype), tuple(shape))
 
 

@@ -18,7 +18,9 @@ def matmul(a: Array, b: Array) -> Array:
 
 def products(x: Array, y: Array, precision: lax.PrecisionLike = None) -> Array:
     """x_i . y_j, shape (..., n, m)."""
-    return jnp.einsum("...id,...jd->...ij", x, y, precision=lax.Precision.HIGHEST if precision is None else precision)
+    batch = tuple(range(x.ndim - 2))
+    last = ((x.ndim - 1,), (y.ndim - 1,))
+    return lax.dot_general(x, y, (last, (batch, batch)), lax.Precision.HIGHEST if precision is None else precision)
 
 
 def transposed(a: Array) -> Array:

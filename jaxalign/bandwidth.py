@@ -33,6 +33,7 @@ from jaxalign.distances import (
     fast_distances,
     inaccurate,
     make_frame,
+    norms_of,
     suspicious,
     varying_like,
     when_any,
@@ -242,7 +243,7 @@ def solve_sigma(
 
 def solve_checked(
     problem: Problem,
-    density: Array,
+    density: AnyArray,
     bandwidth: Bandwidth,
     rtol: float,
     plan: Plan,
@@ -319,7 +320,7 @@ def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any, *, shar
     return Problem(x, y, mask, mask_y, diagonal)
 
 
-def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = STORED) -> Array:
+def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = STORED) -> AnyArray:
     """The density as an array that broadcasts against sigma; raises where no sigma can reach it."""
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
     target = _checks.parameter(
@@ -345,7 +346,7 @@ def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = S
     return target if bandwidth == "global" else target[..., None]
 
 
-def check_sigma(sigma: Any, problem: Problem) -> tuple[Array, bool]:
+def check_sigma(sigma: Any, problem: Problem) -> tuple[AnyArray, bool]:
     """A given sigma as an array (..., 1, 1) or, one a row, (..., n, 1); and whether it is one a row."""
     n, batch = problem.x.shape[-2], problem.batch
     shape = np.shape(sigma)
@@ -487,7 +488,7 @@ def _search_stored(
     rooted: bool,
 ) -> tuple[Array, Root]:
     """The root, and distances that are accurate enough for it: explicit ones, where the fast ones are not."""
-    share = _against_pairs(density, by_row)
+    share, norms = _against_pairs(density, by_row), norms_of(frame)
 
     def at(values: _Stored) -> Pairs:
         return pairs_of(frame, values[0], diagonal, rooted=rooted, share=share)
@@ -497,10 +498,10 @@ def _search_stored(
         counted = at(values).counted("rows" if by_row else "all")
 
         def look(values: _Stored) -> _Stored:
-            bad = inaccurate(frame, rate, distances=values[0], counted=counted, rooted=rooted)
+            bad = inaccurate(frame, norms, rate, distances=values[0], counted=counted, rooted=rooted)
             return when_any(bad, lambda values: (explicit_distances(frame), ~values[1]), values)
 
-        doubtful = finished & ~values[1] & suspicious(frame, rate, counted=counted, rooted=rooted)
+        doubtful = finished & ~values[1] & suspicious(norms, rate, counted=counted, rooted=rooted)
         new = when_any(doubtful, look, values)
         return new, new[1] ^ values[1]
 

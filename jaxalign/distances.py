@@ -228,20 +228,26 @@ def varying_like(like: Any, value: Array) -> Array:
 
 def fast_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
     """|a|^2 + |b|^2 - 2 a.b in the frame, clamped at 0, with an exactly zero diagonal of self-distances."""
-    frame = lax.stop_gradient(frame)
-    return _from_products(frame, products(frame.x, frame.other, precision))
+    x, other = lax.stop_gradient(_sides(frame))
+    return _from_products(frame, squared_norms(x, other), products(x, other, precision))
 
 
-def _from_products(frame: Frame, values: Array) -> Array:
-    distances = jnp.maximum(_sums_of_squares(frame) - 2 * values, 0)
+def _sides(frame: Frame) -> tuple[Array, Array]:
+    x = frame.x
+    return x, x if frame.raw_y is None else frame.other
+
+
+def squared_norms(x: Array, other: Array) -> tuple[Array, Array]:
+    """|x_i|^2 as a column, (..., n, 1), and |y_j|^2 as a row, (..., 1, m)."""
+    rows = jnp.sum(x * x, -1)
+    columns = rows if other is x else jnp.sum(other * other, -1)
+    return rows[..., :, None], columns[..., None, :]
+
+
+def _from_products(frame: Frame, norms: tuple[Array, Array], values: Array) -> Array:
+    distances = jnp.maximum(norms[0] + norms[1] - 2 * values, 0)
     same = frame.same()
     return distances if same is None else jnp.where(same, 0, distances)
-
-
-def _sums_of_squares(frame: Frame) -> Array:
-    """|x_i|^2 + |y_j|^2, (..., n, m)."""
-    squares_x, squares_y = (jnp.sum(side * side, -1) for side in (frame.x, frame.other))
-    return squares_x[..., :, None] + squares_y[..., None, :]
 
 
 def accurate_distances(
@@ -256,26 +262,32 @@ def accurate_distances(
     kernel, broadcasting against the distances. A rate of inf asks for explicit differences.
     """
     frame, rates = lax.stop_gradient((frame, rates))
+    x, other = _sides(frame)
+    norms = squared_norms(x, other)
 
     def look(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        fast = _from_products(frame, state[0])
-        bad = inaccurate(frame, *rates, distances=fast, counted=counted, rooted=rooted)
+        fast = _from_products(frame, norms, state[0])
+        bad = inaccurate(frame, norms, *rates, distances=fast, counted=counted, rooted=rooted)
         return when_any(bad, lambda state: (explicit_distances(frame), ~state[1]), state)
 
     # Products go through the loop, not distances: these are then computed where they are used, and not stored.
-    values = products(frame.x, frame.other, precision)
+    values = products(x, other, precision)
     exact = varying_like(values, jnp.zeros((), bool))
-    doubtful = suspicious(frame, *rates, counted=counted, rooted=rooted)
+    doubtful = suspicious(norms, *rates, counted=counted, rooted=rooted)
     values, exact = when_any(doubtful, look, (values, exact))
-    return jnp.where(exact, values, _from_products(frame, values))
+    return jnp.where(exact, values, _from_products(frame, norms, values))
 
 
 def suspicious(
-    frame: Frame, *rates: Array, counted: Array | float, rooted: bool = False, axis_name: str | None = None
+    norms: tuple[Array, Array],
+    *rates: Array,
+    counted: Array | float,
+    rooted: bool = False,
+    axis_name: str | None = None,
 ) -> Array:
     """Whether `fast_distances` may be too coarse for the kernel at these rates, by the largest rows alone: a scalar."""
-    largest = sum(jnp.max(jnp.sum(side * side, -1), -1) for side in (frame.x, frame.other))
-    largest = over_devices(lax.pmax, largest, axis_name)[..., None, None]
+    largest = sum(jnp.max(each, (-2, -1), keepdims=True) for each in norms)
+    largest = over_devices(lax.pmax, largest, axis_name)
     limit = _limit(counted, largest)
     return jnp.any(jnp.stack([jnp.any(rate * largest > limit) for rate in rates])) | rooted
 
@@ -291,12 +303,19 @@ def _limit(counted: Array | float, like: Array) -> Array:
     return jnp.clip(5 * jnp.sqrt(counted), 8, 1000)
 
 
-def inaccurate(frame: Frame, *rates: Array, distances: Array, counted: Array | float, rooted: bool = False) -> Array:
+def inaccurate(
+    frame: Frame,
+    norms: tuple[Array, Array],
+    *rates: Array,
+    distances: Array,
+    counted: Array | float,
+    rooted: bool = False,
+) -> Array:
     """Whether `distances`, by the fast formula, are too coarse for the kernel exp(-rate * D): a scalar for the batch.
 
     `rooted`: for exp(-rate sqrt(D)), where an error e of D moves the exponent by rate e / (2 sqrt(D)).
     """
-    squares, limit = _sums_of_squares(frame), _limit(counted, distances)
+    squares, limit = norms[0] + norms[1], _limit(counted, distances)
     eps = float(jnp.finfo(squares.dtype).eps)
 
     def at(rate: Array) -> Array:
@@ -337,9 +356,14 @@ def resolved_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Arr
     return when_any(bad.any(), rows, fast)
 
 
+def norms_of(frame: Frame) -> tuple[Array, Array]:
+    """`squared_norms` of both sides."""
+    return squared_norms(*_sides(frame))
+
+
 def unresolved(frame: Frame, fast: Array) -> Array:
     """Where `fast_distances` may be off by more than 1e-4 of themselves, (..., n, m)."""
-    error = float(jnp.finfo(fast.dtype).eps) * _sums_of_squares(frame)
+    error = float(jnp.finfo(fast.dtype).eps) * sum(norms_of(frame))
     return _of_different(frame, fast < error * _RESOLVED)
 
 
@@ -427,7 +451,8 @@ def attach_formula(frame: Frame, distances: Array, precision: lax.PrecisionLike 
 
     (jax 0.10.2 loses rules of derivation in loops where one derivative is taken of another: forward over reverse.)
     """
-    formula = _sums_of_squares(frame) - 2 * products(frame.x, frame.other, precision)
+    x, other = _sides(frame)
+    formula = sum(squared_norms(x, other)) - 2 * products(x, other, precision)
     distances = lax.stop_gradient(distances) + (formula - lax.stop_gradient(formula))
     same = frame.same()
     return distances if same is None else jnp.where(same, 0, distances)

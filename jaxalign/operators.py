@@ -97,7 +97,8 @@ def affinity_operator(
         if by_row and problem.mask is not None:  # nan there, which would reach the other rows
             found = jnp.where(problem.mask[..., None], found, 1)
     else:
-        found, by_row = check_sigma(sigma, problem)
+        given, by_row = check_sigma(sigma, problem)
+        found = jnp.asarray(given)
         _checks.finite_rows("x", problem.x, problem.mask, differences=True)
         if problem.y is not None:
             _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)

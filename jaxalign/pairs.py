@@ -31,6 +31,7 @@ from jaxalign.distances import (
     accurate_distances,
     attach_formula,
     fast_distances,
+    norms_of,
     over_devices,
     suspicious,
     varying_like,
@@ -281,7 +282,7 @@ class Pairs:
         counted = self.counted(rates_of)
         asked = zip(self.frames, rates, strict=True)
         found = [
-            suspicious(frame, rate, counted=counted, rooted=self.rooted, axis_name=self.axis_name)
+            suspicious(norms_of(frame), rate, counted=counted, rooted=self.rooted, axis_name=self.axis_name)
             for frame, rate in asked
             if rate is not None
         ]

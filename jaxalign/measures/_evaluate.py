@@ -194,7 +194,7 @@ def check_function(
     if not function.solves:
         return sigmas, None
     problem = check_problem(sets[0], None, mask, None, function.diagonal, shared=plan.shared)
-    return None, check_density(density, problem, "global", plan)
+    return None, jnp.asarray(check_density(density, problem, "global", plan))
 
 
 def products_of(

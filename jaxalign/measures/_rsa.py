@@ -107,7 +107,7 @@ def rdm(
     function = _function(kind, sigma is None, diagonal)
     check_directions("x", x, function.rows, mask)
     problem = check_problem(x, None, mask, None, diagonal)
-    target = check_density(density, problem, "global") if function.solves else None
+    target = jnp.asarray(check_density(density, problem, "global")) if function.solves else None
     if sigma is not None and not function.needs_sigma:
         given = _checks.shown(sigma)
         raise ValueError(f'sigma = {given} has no meaning for kind={kind!r}, only for "affinity". Leave it out.')
