@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -40,7 +41,6 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxalign
-from jaxalign._rate import SUBSAMPLE
 
 from . import hlo
 
@@ -60,7 +60,9 @@ TRIPS = {
 # 4 reads; sigma of (100000, 64) with tiles of 4096 3000 launches and 10 reads.
 LIMITS: dict[str, tuple[float, float, float]] = {}
 
+SUBSAMPLE = 512  # rows from all devices that may be gathered, about: up to four times as many, of all sets
 TILE = 4096  # what "auto" chooses on an accelerator; here it would ask the CPU
+NEWER = ("affinity, auto-scaled", "loss 1024", "sigma 100000")  # compiled for a newer generation of TPUs as well
 CUDA_OPTIONS = {"xla_gpu_enable_triton_gemm": False}  # products of Triton are tuned on the device
 
 
@@ -70,6 +72,11 @@ class Where:
 
     name: str
     devices: tuple[Any, ...]
+    only: tuple[str, ...] = ()  # programs; none: all
+
+    def takes(self, program: Program) -> bool:
+        """Whether a program is compiled for these devices."""
+        return program.spread == (len(self.devices) > 1) and (not self.only or program.name in self.only)
 
     @property
     def mesh(self) -> Mesh:
@@ -193,9 +200,74 @@ def alone() -> list[Program]:
     ]
 
 
+def grids() -> list[Program]:
+    """What `compare_grid` compiles for 6 x 6 sets of 1000 samples: a sigma (twelve times), and all products."""
+
+    def one_sigma(where: Where) -> Built:
+        from jaxalign._plan import STORED
+        from jaxalign.bandwidth import check_rtol
+        from jaxalign.measures._hsic import cka_measure
+        from jaxalign.measures._pair_sums import bandwidth_of
+
+        function, rtol = cka_measure("rbf", True, "include", "debiased").function, check_rtol(None, jnp.float32)
+        return lambda x, c: bandwidth_of(x, None, c, function, rtol, STORED), (where.whole(1000, 768), where.whole())
+
+    def products(where: Where) -> Built:
+        from jaxalign._plan import Plan
+        from jaxalign.bandwidth import check_rtol
+        from jaxalign.measures._hsic import cka_measure
+        from jaxalign.measures._pair_sums import pair_products
+
+        function, rtol = cka_measure("rbf", False, "include", "debiased").function, check_rtol(None, jnp.float32)
+        plan = Plan(False, 1000, fixed=True)
+
+        def inner(sigmas: jax.Array, *sets: jax.Array) -> Any:
+            return pair_products(sets, 6, None, sigmas, None, function, "debiased", rtol, plan)
+
+        return inner, (where.whole(12), *(where.whole(1000, 64 * k) for k in range(1, 13)))
+
+    return [Program("grid, one sigma", one_sigma), Program("grid, products", products)]
+
+
+def on_meshes() -> list[Program]:
+    """Programs for several devices."""
+    n, batch = 2**18, 8192
+
+    def solve(where: Where) -> Callable[[jax.Array], jax.Array]:
+        return lambda x: jaxalign.solve_sigma(x, mesh=where.mesh, tile_size=TILE).sigma
+
+    def cka(where: Where) -> Built:
+        function = lambda x, y: jaxalign.measures.cka(x, y, mesh=where.mesh, tile_size=TILE)  # noqa: E731
+        return function, (where.rows(n, 64), where.rows(n, 64))
+
+    def mine(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jaxalign.losses.alignment_loss(x, y, axis_name="data", tile_size=TILE)
+
+    def mapped(where: Where) -> Built:
+        loss = jax.shard_map(mine, mesh=where.mesh, in_specs=(P("data"), P("data")), out_specs=P())
+        return jax.value_and_grad(loss), (where.rows(batch, 768), where.rows(batch, 512))
+
+    def by_pmap(where: Where) -> Built:
+        number = len(where.devices)
+        spread = NamedSharding(where.mesh, P("data"))
+        shapes = ((number, batch // number, d) for d in (768, 512))
+        arguments = tuple(jax.ShapeDtypeStruct(shape, jnp.float32, sharding=spread) for shape in shapes)
+        return jax.pmap(jax.value_and_grad(mine), axis_name="data", devices=where.devices), arguments
+
+    return [
+        Program(f"sigma, mesh, {n}", lambda w: (solve(w), (w.rows(n, 64),)), n=n, width=64, spread=True),
+        Program(
+            f"sigma gradient, mesh, {n}", lambda w: (jax.grad(solve(w)), (w.rows(n, 64),)), n=n, width=64, spread=True
+        ),
+        Program(f"cka, mesh, {n}", cka, n=n, width=128, spread=True),
+        Program(f"loss, shard_map, {batch}", mapped, n=batch, width=1280, spread=True),
+        Program(f"loss, pmap, {batch}", by_pmap, n=batch, width=1280, spread=True),
+    ]
+
+
 def programs() -> list[Program]:
     """All of them."""
-    return alone()
+    return alone() + grids() + on_meshes()
 
 
 # --- compiling -----------------------------------------------------------------------------------------------------
@@ -205,12 +277,21 @@ def targets(kind: str) -> list[Where]:
     """The devices to compile for, one first."""
     if kind == "cuda":
         config = (Path(__file__).parent / "h100.txtpb").read_text()
-        shapes = {"H100": "1x1x1", "8 x H100": "1x2x4"}
+        shapes = {"H100": "1x1x1", "2 x H100": "1x1x2", "8 x H100": "1x2x4"}
         return [
             Where(name, tuple(topologies.get_topology_desc("", "cuda", target_config=config, topology=shape).devices))
             for name, shape in shapes.items()
         ]
-    raise SystemExit(f"no target {kind}")
+
+    def chips(topology: str) -> tuple[Any, ...]:
+        return tuple(topologies.get_topology_desc(topology, "tpu").devices)
+
+    return [
+        Where("v5e", chips("v5e:2x2")[:1]),
+        Where("v6e", chips("v6e:2x2")[:1], NEWER),
+        Where("4 x v5e", chips("v5e:2x2")),
+        Where("16 x v5e", chips("v5e:4x4")),
+    ]
 
 
 @dataclass
@@ -245,7 +326,7 @@ def assumed(places: tuple[hlo.Place, ...]) -> int | None:
 def compile_for(kind: str, function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, float]:
     """The compiled program, and the seconds that it took without tracing."""
     jax.clear_caches()
-    lowered = jax.jit(function).lower(*arguments)
+    lowered = (function if hasattr(function, "lower") else jax.jit(function)).lower(*arguments)
     start = time.perf_counter()
     compiled = lowered.compile(compiler_options=CUDA_OPTIONS if kind == "cuda" else None)
     return compiled, time.perf_counter() - start
@@ -258,26 +339,28 @@ def measure(kind: str, program: Program, where: Where, verbose: bool) -> Measure
     compiled, found.compile_s = compile_for(kind, function, arguments)
     module = hlo.parse(compiled.as_text())
     block = hlo.count(module, assumed)
-    fill(found, compiled, block.total)
+    fill(found, compiled, block.total, kind)
     found.loops = sorted({assumption(loop) for loop in unknown_loops(block)})
     found.failures += broken_promises(program, where, module)
     if program.plain is not None:
         plain, found.plain_compile_s = compile_for(kind, program.plain, arguments)
         total = hlo.count(hlo.parse(plain.as_text()), assumed).total
-        found.plain = {name: getattr(total, name) for name in ("launches", "reads", "bytes", "flops")}
+        names = ("launches", "reads", "bytes", "flops") if kind == "cuda" else ("bytes", "flops")
+        found.plain = {name: getattr(total, name) for name in names}
         found.plain["temporaries"] = plain.memory_analysis().temp_size_in_bytes
     if verbose:
         print("\n".join(hlo.breakdown(block)))
     return found
 
 
-def fill(found: Measured, compiled: Any, total: hlo.Cost) -> None:
+def fill(found: Measured, compiled: Any, total: hlo.Cost, kind: str) -> None:
     """Memory and counts."""
     sizes = compiled.memory_analysis()
     found.temporaries = sizes.temp_size_in_bytes
     found.arguments, found.results = sizes.argument_size_in_bytes, sizes.output_size_in_bytes
-    found.launches, found.reads, found.products = total.launches, total.reads, total.products
-    found.bytes, found.flops = total.bytes, total.flops
+    if kind == "cuda":  # a TPU runs a program as a whole
+        found.launches, found.reads = total.launches, total.reads
+    found.products, found.bytes, found.flops = total.products, total.bytes, total.flops
     found.collectives, found.sent = dict(total.collectives), dict(total.sent)
 
 
@@ -303,9 +386,24 @@ def broken_promises(program: Program, where: Where, module: hlo.Module) -> list[
         mine = -(-program.n // len(where.devices))
         if hlo.largest(module) >= mine * program.n:
             failures.append(f"stores {hlo.largest(module)} numbers, as many as pairs of rows")
-        gathered, allowed = hlo.gathered(module), 4 * 2 * SUBSAMPLE * (program.width + 1)
+        gathered, allowed = hlo.gathered(module), 4 * 4 * SUBSAMPLE * (program.width + 1)
         if gathered > allowed:
-            failures.append(f"gathers {gathered / 1e6:.3g} MB from all devices; a subsample has {allowed / 1e6:.3g} MB")
+            failures.append(f"gathers {gathered / 1e6:.3g} MB from all devices, at most {allowed / 1e6:.3g} MB allowed")
+    return failures
+
+
+def not_falling(measured: Sequence[Measured]) -> list[str]:
+    """Programs that do not take less memory of each device on more devices."""
+    memory: dict[str, list[tuple[int, int]]] = {}
+    for one in measured:
+        if one.devices > 1 and one.arguments:
+            memory.setdefault(one.program, []).append((one.devices, one.arguments + one.temporaries))
+    failures = []
+    for name, sizes in memory.items():
+        sizes.sort()
+        if any(more[1] >= fewer[1] for fewer, more in itertools.pairwise(sizes)):
+            told = ", ".join(f"{size / 1e6:.4g} MB on {number}" for number, size in sizes)
+            failures.append(f"{name}: memory of a device does not fall with their number: {told}")
     return failures
 
 
@@ -371,20 +469,24 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="what each loop launches, and where it comes from")
     parser.add_argument("--list", action="store_true", help="print the names of the programs")
     arguments = parser.parse_args()
+    order = [program.name for program in programs()]
     chosen = [p for p in programs() if not arguments.only or any(word in p.name for word in arguments.only)]
     if arguments.list or not chosen:
-        print("\n".join(program.name for program in programs()))
+        print("\n".join(order))
         raise SystemExit(0 if arguments.list else f"no program {arguments.only}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
 
-    facts, everything = surroundings(), []
+    facts, everything, kept = surroundings(), [], []
+    if arguments.json is not None and arguments.json.exists():  # programs that are not compiled now stay in the file
+        names = {program.name for program in chosen}
+        kept = [one for one in json.loads(arguments.json.read_text())["compiled"] if one["program"] not in names]
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(" | ".join(COLUMNS), flush=True)
     for program in chosen:
         for where in targets(arguments.kind):
-            if program.spread == (len(where.devices) == 1):
+            if not where.takes(program):
                 continue
             try:
                 found = measure(arguments.kind, program, where, arguments.verbose)
@@ -396,15 +498,14 @@ def main() -> None:
             everything.append(found)
             print(" | ".join(cells(found)), *(f"\n  FAILS: {reason}" for reason in found.failures), flush=True)
             if arguments.json is not None:
-                written = {
-                    "kind": arguments.kind,
-                    "surroundings": facts,
-                    "compiled": [asdict(one) for one in everything],
-                }
+                every = sorted(kept + [asdict(one) for one in everything], key=lambda one: order.index(one["program"]))
+                written = {"kind": arguments.kind, "surroundings": facts, "compiled": every}
                 arguments.json.write_text(json.dumps(written, indent=1) + "\n")
-    failed = [one for one in everything if one.failures]
-    print(f"{len(everything)} programs, {len(failed)} fail")
-    sys.exit(bool(failed))
+    print("trips assumed:", "; ".join(sorted({loop for one in everything for loop in one.loops})) or "none")
+    failures = [f"{one.program}, {one.target}: {reason}" for one in everything for reason in one.failures]
+    failures += not_falling(everything)
+    print(f"{len(everything)} compiled, {len(failures)} failures", *failures, sep="\n  ")
+    sys.exit(bool(failures))
 
 
 if __name__ == "__main__":

@@ -15,20 +15,22 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_ON_CHIP = "S(1)"  # in a layout: an array in the fast memory of a TPU's core
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "ragged-all-to-all")
 # Neither a kernel nor a copy.
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier partition-id replica-id "
-    "domain call while conditional async-start async-update async-done copy-done send-done recv-done".split()
-)
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "opt-barrier"),
+    *("partition-id", "replica-id", "domain", "call", "while", "conditional"),
+    *("async-start", "async-update", "async-done", "copy-done", "send-done", "recv-done"),
+}
 _FREE_CALLS = ("AllocateBuffer", "Sharding", "annotate_device_placement", "LayoutConstraint")
 # Operations without arithmetic, in a fused computation.
-_NO_FLOPS = frozenset(
-    "parameter constant tuple get-tuple-element bitcast broadcast reshape transpose copy slice dynamic-slice "
-    "dynamic-update-slice concatenate pad iota gather reverse convert bitcast-convert fusion call while "
-    "conditional custom-call".split()
-)
+_NO_FLOPS = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "broadcast", "reshape", "transpose", "copy"),
+    *("slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "iota", "gather", "reverse", "convert"),
+    *("bitcast-convert", "fusion", "call", "while", "conditional", "custom-call"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,6 @@ class Instruction:
         """The computation that an attribute names."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
         return found[1] if found else None
-
-    @property
-    def trips(self) -> int | None:
-        """How often the body of a `while` runs, where XLA knows."""
-        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.rest)
-        return int(found[1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -96,14 +92,15 @@ class Module:
 
 
 def bytes_of(shape: str) -> float:
-    """Bytes of all arrays of a shape, which may be a tuple."""
-    return sum(_width(kind) * size for kind, size in arrays(shape))
+    """Bytes of all arrays of a shape, which may be a tuple; without those that stay on the chip."""
+    far = _SHAPE.sub(lambda found: "" if _ON_CHIP in (found[3] or "") else found[0], shape)
+    return sum(_width(kind) * size for kind, size in arrays(far))
 
 
 def arrays(shape: str) -> list[tuple[str, int]]:
     """Type and number of elements of each array of a shape."""
     found = _SHAPE.findall(shape)
-    return [(kind, math.prod(int(size) for size in sizes.split(",") if size)) for kind, sizes in found]
+    return [(kind, math.prod(int(size) for size in sizes.split(",") if size)) for kind, sizes, _ in found]
 
 
 def _width(kind: str) -> float:
@@ -295,12 +292,25 @@ def _loop(module: Module, one: Instruction, trips: Trips) -> Loop:
     body, condition = one.called("body"), one.called("condition")
     assert body is not None
     assert condition is not None
-    places, known = module.places(one), one.trips
+    places, known = module.places(one), known_trips(module, one)
     told = known if known is not None else trips(places)
     block = _block(module, body, trips)
     asked = _block(module, condition, trips).total + Cost(reads=1)
     number = 1 if told is None else told
     return Loop(one.name, places, number, known is not None, told is not None, block.total, asked, block)
+
+
+def known_trips(module: Module, one: Instruction) -> int | None:
+    """How often the body of a `while` runs: told by XLA (GPU), or a counter that is compared with a constant (TPU)."""
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest):
+        return int(found[1])
+    body = module.computations[one.called("condition") or ""]
+    root, by_name = body[-1], {part.name: part for part in body}
+    operands = [by_name.get(name) for name in root.operands]
+    if root.opcode == "compare" and "direction=LT" in root.rest and operands[-1] and operands[-1].opcode == "constant":
+        found = re.match(r"\d+", operands[-1].rest)
+        return int(found[0]) if found else None
+    return None
 
 
 def _branch(module: Module, one: Instruction, trips: Trips) -> Loop:
@@ -336,8 +346,10 @@ def products(module: Module, inside: str, one: Instruction) -> int:
     """Products of matrices in an instruction."""
     if one.opcode == "fusion":
         called = one.called("calls")
-        return sum(part.opcode == "dot" for part in module.computations.get(called or "", ()))
-    return int(one.opcode == "dot" or "matmul" in one.rest.split("metadata", 1)[0] or "gemm" in one.rest[:200])
+        return sum(products(module, called or "", part) for part in module.computations.get(called or "", ()))
+    return int(
+        one.opcode in ("dot", "convolution") or "matmul" in one.rest.split("metadata", 1)[0] or "gemm" in one.rest[:200]
+    )
 
 
 def flops(module: Module, inside: str, one: Instruction) -> float:
@@ -351,6 +363,11 @@ def flops(module: Module, inside: str, one: Instruction) -> float:
         left = _SHAPE.search(module.shapes.get((inside, one.operands[0]), ""))
         sizes = [int(size) for size in left[2].split(",") if size] if left else []
         return 2 * arrays(one.shape)[0][1] * math.prod(sizes[axis] for axis in axes)
+    if one.opcode == "convolution":  # a TPU's product: the features of its left side are summed over
+        labels = re.search(r"dim_labels=(\w+)_", one.rest)
+        left = _SHAPE.search(module.shapes.get((inside, one.operands[0]), ""))
+        sizes = left[2].split(",") if left else []
+        return 2 * arrays(one.shape)[0][1] * int(sizes[labels[1].index("f")]) if labels and sizes else 0
     if one.opcode in _NO_FLOPS or one.opcode in _FREE or one.opcode.startswith(_COLLECTIVES):
         return 0
     if one.opcode == "reduce":
@@ -360,7 +377,7 @@ def flops(module: Module, inside: str, one: Instruction) -> float:
 
 def moved(module: Module, inside: str, one: Instruction) -> float:
     """Bytes that a kernel reads and writes; of what it slices or updates only that part."""
-    if one.opcode == "fusion" and (called := one.called("calls")) in module.computations:
+    if one.opcode in ("fusion", "fusion-start") and (called := one.called("calls")) in module.computations:
         return _moved_by_fusion(module, called)
     read = [bytes_of(module.shapes.get((inside, name), "")) for name in one.operands]
     if one.opcode in ("dynamic-slice", "slice", "gather"):
@@ -426,16 +443,16 @@ def _collective(module: Module, one: Instruction) -> Cost:
 
 def result_bytes(one: Instruction) -> float:
     """Bytes of the result of a collective. One that is started holds what it reads too."""
+    each = [_width(kind) * size for kind, size in arrays(one.shape)]
     if one.opcode in ("all-gather-start", "collective-permute-start"):
-        each = [_width(kind) * size for kind, size in arrays(one.shape)]
         return sum(each[len(one.operands) : 2 * len(one.operands)])
-    return one.bytes
+    return sum(each)
 
 
 def gathered(module: Module) -> float:
-    """Bytes of the largest result of an all-gather."""
-    every = (one for one in _every(module) if one.opcode in ("all-gather", "all-gather-start"))
-    return max(map(result_bytes, every), default=0)
+    """Bytes of the largest result of a collective that gives all devices the same."""
+    kinds = ("all-gather", "all-gather-start", "all-reduce", "all-reduce-start")
+    return max((result_bytes(one) for one in _every(module) if one.opcode in kinds), default=0)
 
 
 def largest(module: Module) -> int:
