@@ -44,15 +44,14 @@ import jaxalign
 
 from . import hlo
 
-# Trips of loops of unknown length, by the function that they come from, the innermost that is listed: features without
-# duplicates or outliers, whose distances need no second look.
+# Trips of loops of unknown length, by the function that they come from, the innermost that is listed. Loops that end
+# after one trip at the latest, `when_any`, guard explicit distances: features without duplicates or outliers need none.
+GUARDED = 0
 TRIPS = {
-    "when_any": 0,  # explicit distances: never needed
     "guess_from": 3,  # steps on the subsample
     "find_rate": 1,  # one exact pass
     "_search_stored": 1,  # no second search on explicit distances
-    "lobpcg_standard": 20,  # steps until 20 eigenvectors of an affinity are accurate
-    "_lobpcg_standard_callable": 20,
+    "_iterated": 20,  # steps until 20 eigenvectors of an affinity are accurate
 }
 
 # Launches, host reads and GB that a program may need for an H100: what it needs now, and a few percent. The goals are
@@ -318,8 +317,10 @@ class Measured:
     failures: list[str] = field(default_factory=list)
 
 
-def assumed(places: tuple[hlo.Place, ...]) -> int | None:
+def assumed(places: tuple[hlo.Place, ...], once: bool) -> int | None:
     """Trips of a loop of unknown length."""
+    if once:
+        return GUARDED
     return next((TRIPS[place.function] for place in places if place.function in TRIPS), None)
 
 
@@ -372,6 +373,8 @@ def unknown_loops(block: hlo.Block) -> list[hlo.Loop]:
 
 def assumption(loop: hlo.Loop) -> str:
     """What is assumed of a loop."""
+    if loop.once:
+        return f"guarded: {loop.trips}"
     from_table = [place.function for place in loop.places if place.function in TRIPS]
     name = from_table[0] if from_table else f"{loop.places[0] if loop.places else loop.name} (not in the table)"
     return f"{name}: {loop.trips}"

@@ -221,6 +221,7 @@ class Loop:
     trips: int
     known: bool  # XLA tells the trips
     told: bool  # the assumption was made for this loop
+    once: bool  # it ends after one trip at the latest
     each: Cost  # of one trip, with the loops inside
     condition: Cost
     block: Block
@@ -251,16 +252,16 @@ class Block:
         return sum((loop.total for loop in self.loops), self.own)
 
 
-Trips = Callable[[tuple[Place, ...]], int | None]
+Trips = Callable[[tuple[Place, ...], bool], int | None]
 
 
-def count(module: Module, trips: Trips = lambda places: None) -> Block:
+def count(module: Module, trips: Trips = lambda places, once: None) -> Block:
     """What a program does.
 
     Args:
         module: the program.
-        trips: how often a loop runs whose length XLA does not know, by where it comes from; None: once, and the loop
-            says that nobody told.
+        trips: how often a loop runs whose length XLA does not know, by where it comes from and by whether it ends
+            after one trip at the latest, a branch in disguise; None: once, and the loop says that nobody told.
     """
     return _block(module, module.entry, trips)
 
@@ -293,11 +294,26 @@ def _loop(module: Module, one: Instruction, trips: Trips) -> Loop:
     assert body is not None
     assert condition is not None
     places, known = module.places(one), known_trips(module, one)
-    told = known if known is not None else trips(places)
+    once = ends_after_one(module, one)
+    told = known if known is not None else trips(places, once)
     block = _block(module, body, trips)
     asked = _block(module, condition, trips).total + Cost(reads=1)
     number = 1 if told is None else told
-    return Loop(one.name, places, number, known is not None, told is not None, block.total, asked, block)
+    return Loop(one.name, places, number, known is not None, told is not None, once, block.total, asked, block)
+
+
+def ends_after_one(module: Module, one: Instruction) -> bool:
+    """Whether the condition of a `while` is a part of its state that the body sets to False."""
+    condition, body = (module.computations[one.called(key) or ""] for key in ("condition", "body"))
+    asked = next((part for part in condition if part.root), condition[-1])
+    found = re.search(r"index=(\d+)", asked.rest)
+    by_name, after = {part.name: part for part in body}, next((part for part in body if part.root), body[-1])
+    if asked.opcode != "get-tuple-element" or not found or after.opcode != "tuple":
+        return False
+    part = by_name[after.operands[int(found[1])]]
+    while part.opcode in ("copy", "bitcast", "broadcast", "fusion") and len(part.operands) == 1:
+        part = by_name[part.operands[0]]
+    return part.opcode == "constant" and part.rest.startswith("false")
 
 
 def known_trips(module: Module, one: Instruction) -> int | None:
@@ -321,7 +337,7 @@ def _branch(module: Module, one: Instruction, trips: Trips) -> Loop:
     blocks = [_block(module, name, trips) for name in names]
     block = max(blocks, key=lambda b: (b.total.launches, b.total.bytes), default=Block())
     each = block.total + Cost(reads=1)
-    return Loop(one.name, module.places(one), 1, True, True, each, Cost(), block)
+    return Loop(one.name, module.places(one), 1, True, True, True, each, Cost(), block)
 
 
 def launches(one: Instruction) -> bool:
