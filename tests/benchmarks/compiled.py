@@ -42,7 +42,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxalign
 
-from . import hlo
+from . import hlo, page
 
 # Trips of loops of unknown length, by the function that they come from, the innermost that is listed. Loops that end
 # after one trip at the latest, `when_any`, guard explicit distances: features without duplicates or outliers need none.
@@ -422,35 +422,6 @@ def above_limits(found: Measured) -> list[str]:
 
 # --- printing ------------------------------------------------------------------------------------------------------
 
-COLUMNS = (
-    *("program", "target", "compile s (plain)", "temporaries MB", "in / out MB", "GB (plain)", "GFlop"),
-    *("launches (plain)", "host reads", "products", "collectives"),
-)
-
-
-def cells(found: Measured) -> tuple[str, ...]:
-    """One row of the table."""
-
-    def beside(value: float, name: str, scale: float = 1, digits: str = ".3g") -> str:
-        plain = f" ({found.plain[name] / scale:{digits}})" if name in found.plain else ""
-        return f"{value / scale:{digits}}{plain}"
-
-    plain = "" if found.plain_compile_s is None else f" ({found.plain_compile_s:.2g})"
-    kinds = (f"{n:g} {kind} {found.sent[kind] / 1e6:.3g} MB" for kind, n in sorted(found.collectives.items()))
-    return (
-        found.program,
-        found.target,
-        f"{found.compile_s:.2g}{plain}",
-        beside(found.temporaries, "temporaries", 1e6),
-        f"{found.arguments / 1e6:.3g} / {found.results / 1e6:.3g}",
-        beside(found.bytes, "bytes", 1e9),
-        beside(found.flops, "flops", 1e9),
-        "-" if found.launches is None else beside(found.launches, "launches", digits=".0f"),
-        "-" if found.reads is None else f"{found.reads:g}",
-        "-" if found.products is None else f"{found.products:g}",
-        ", ".join(kinds) or "-",
-    )
-
 
 def surroundings() -> dict[str, str]:
     """When and with what."""
@@ -486,7 +457,7 @@ def main() -> None:
         names = {program.name for program in chosen}
         kept = [one for one in json.loads(arguments.json.read_text())["compiled"] if one["program"] not in names]
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(" | ".join(COLUMNS), flush=True)
+    print(" | ".join(page.COMPILED_COLUMNS), flush=True)
     for program in chosen:
         for where in targets(arguments.kind):
             if not where.takes(program):
@@ -499,7 +470,11 @@ def main() -> None:
                 found = Measured(program.name, where.name, len(where.devices))
                 found.failures.append(f"does not compile: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
             everything.append(found)
-            print(" | ".join(cells(found)), *(f"\n  FAILS: {reason}" for reason in found.failures), flush=True)
+            print(
+                " | ".join(page.compiled_cells(asdict(found))),
+                *(f"\n  FAILS: {reason}" for reason in found.failures),
+                flush=True,
+            )
             if arguments.json is not None:
                 every = sorted(kept + [asdict(one) for one in everything], key=lambda one: order.index(one["program"]))
                 written = {"kind": arguments.kind, "surroundings": facts, "compiled": every}
