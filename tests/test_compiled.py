@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks import hlo
+from benchmarks import compiled, hlo
 
 # As XLA writes them, shortened. A GPU: a kernel, a product, a copy; a loop of 4 trips, whose body has one kernel and
 # whose condition is not launched; a loop that ends by a condition; a loop that is a branch in disguise.
@@ -180,3 +180,40 @@ def test_tpu():
 )
 def test_bytes_of_a_shape(shape, size):
     assert hlo.bytes_of(shape) == size
+
+
+def measured(**facts):
+    return compiled.Measured(**{"program": "sigma", "target": "8 x H100", "devices": 8, **facts})
+
+
+def test_memory_has_to_fall_with_the_number_of_devices():
+    two = measured(devices=2, arguments=100, temporaries=50)
+    assert compiled.not_falling([measured(arguments=25, temporaries=50), two]) == []
+    (failure,) = compiled.not_falling([measured(arguments=100, temporaries=50), two])
+    assert "sigma: memory of a device does not fall" in failure
+    assert compiled.not_falling([two, measured(), measured(program="cka", arguments=200)]) == []  # did not compile
+
+
+def test_limits(monkeypatch):
+    monkeypatch.setattr(compiled, "LIMITS", {"sigma": (10, 2, 0.5)})
+    assert compiled.above_limits(measured(launches=10, reads=2, bytes=0.5e9)) == []
+    assert len(compiled.above_limits(measured(launches=11, reads=3, bytes=0.6e9))) == 3
+    assert compiled.above_limits(measured(target="2 x H100", launches=11, reads=3)) == []
+    assert compiled.above_limits(measured(program="cka", launches=11, reads=3)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "reason"),
+    [
+        (GPU, None, None),
+        (GPU, 40, None),
+        (GPU, 30, "stores 1024 numbers"),
+        (GPU.replace("f32[8,4]", "f64[8,4]"), None, "float64"),
+        (TPU, 1000, None),
+        (TPU.replace("f32[32,8]", "f32[32,8000]"), 1000, "gathers 1.02 MB"),
+    ],
+)
+def test_promises(text, n, reason):
+    program = compiled.Program("any", lambda where: None, n=n, width=8)
+    failures = compiled.broken_promises(program, compiled.Where("one", (None,)), hlo.parse(text))
+    assert (failures == []) if reason is None else reason in failures[0]
