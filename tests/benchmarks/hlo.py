@@ -354,7 +354,8 @@ def _title(module: Module, one: Instruction) -> str:
         target = re.search(r'custom_call_target="([^"]*)"', one.rest)
         what = target[1] if target else what
     places = module.places(one)
-    kind, size = max(arrays(one.shape), key=lambda array: array[1], default=("", 0))
+    every = arrays(one.shape)[:1] if one.opcode == "custom-call" else arrays(one.shape)  # the rest is room to work in
+    kind, size = max(every, key=lambda array: array[1], default=("", 0))
     return f"{what} {kind}[{size}]" + (f" of {places[0]}" if places else "")
 
 
