@@ -20,8 +20,8 @@ from jaxalign import _checks
 
 TileSize = int | Literal["auto"] | None
 
-# Up to this many pairs, 16 MB of float32, are stored: a second pass then needs no second product.
-_STORED_PAIRS = 2**22
+# Up to this many pairs, 16 MB of float32 (64 on an accelerator), are stored: a second pass needs no second product.
+_STORED_PAIRS = {"cpu": 2**22, "other": 2**24}
 # Pairs in a tile: on a CPU it stays in cache, on an accelerator it keeps all cores busy. (docs/pages/performance.md)
 _TILE_PAIRS = {"cpu": 2**20, "other": 2**24}
 # Of several sets each has a tile; smaller ones than this make products slow, as long as all of them are not too many.
@@ -115,7 +115,7 @@ def choose_tiles(
         return may_store, None
     if tile_size != "auto":
         return False, int(tile_size)
-    stored = may_store and n * m * sets <= _STORED_PAIRS
+    stored = may_store and n * m * sets <= _of_backend(_STORED_PAIRS)
     return stored, None if stored else _tile_size(max(n, m), sets, itemsize, by_memory)
 
 
@@ -193,10 +193,14 @@ def _spread(a: Array) -> tuple[Mesh | AbstractMesh, str] | None:
     return sharding.mesh, axis
 
 
+def _of_backend(numbers: dict[str, int]) -> int:
+    return numbers.get(jax.default_backend(), numbers["other"])
+
+
 def _tile_size(rows: int, sets: int, itemsize: int, by_memory: bool) -> int:
     """The fastest size that the memory at hand allows."""
     device = jax.local_devices()[0]
-    pairs = _TILE_PAIRS.get(device.platform, _TILE_PAIRS["other"])
+    pairs = _of_backend(_TILE_PAIRS)
     each = max(pairs // sets, min(_TILE_PAIRS_OF_A_SET, _TILE_PAIRS_OF_ALL // sets))
     size = max(_LEAST_TILE, math.isqrt(each))
     free = _free_memory(device) if by_memory and jax.process_count() == 1 else math.inf  # processes must choose alike

@@ -37,7 +37,8 @@ MAX_PASSES = 64
 # A set larger than this many rows gets its first estimate from about this many rows and columns.
 SUBSAMPLE = 512
 _SUBSAMPLE_RTOL = 1e-3
-_GUESS_STEPS = 3
+# Steps of the search on the subsample: few, where a pass over all pairs is as quick.
+_STEPS = {"stored": 2, "rows of tiles": 4, "tiles": 8}
 # Square distances of 1e-30 and less count as 0 in float32 (a ratio of 1e15 between the largest and the smallest
 # distance). exp(-z) is 0, or as good as, beyond these, while z^_ORDER must not overflow.
 LARGEST_RATE = {"float32": 1e30, "float64": 1e75}
@@ -111,15 +112,16 @@ def first_guess(pairs: Pairs, density: Array, total: Array, idle: Array, by_row:
         off_density = (density * total - own) / jnp.where(total > own, total - own, 1)
     rows, columns = pairs.shape
     many = max(columns, 0 if by_row else rows) >= 2 * SUBSAMPLE
-    return guess_from(pairs.subset(SUBSAMPLE, all_rows=by_row), off_density, idle, by_row, exact=not many)
+    steps = _STEPS["stored" if pairs.distances is not None else "rows of tiles" if by_row else "tiles"]
+    return guess_from(pairs.subset(SUBSAMPLE, all_rows=by_row), off_density, idle, by_row, steps=steps if many else 0)
 
 
-def guess_from(sample: Pairs, off_density: Array, idle: Array, by_row: bool, *, exact: bool) -> Array:
-    """A rate to start from, by a subsample of the pairs, or by all of them (`exact`): then a rough one will do."""
+def guess_from(sample: Pairs, off_density: Array, idle: Array, by_row: bool, *, steps: int = _STEPS["tiles"]) -> Array:
+    """A rate to start from, after so many steps on a subsample of the pairs; 0 where the sample is all of them."""
     count, first, second = sums_over(_plain_moments, sample, None, by_row)
     count = jnp.where(count > 0, count, 1)
     start = _usable(_gamma_rate(first / count, second / count, off_density))
-    if exact:
+    if steps == 0:
         return start
     norm = count * off_density
 
@@ -127,7 +129,7 @@ def guess_from(sample: Pairs, off_density: Array, idle: Array, by_row: bool, *, 
         return advance(search, sums_over(series_moments, sample, search.rate, by_row) / norm[None], _SUBSAMPLE_RTOL)
 
     # Some steps, and not until it converged: a GPU's host would have to look after each.
-    guess = lax.fori_loop(0, _GUESS_STEPS, step, begin(start, idle))
+    guess = lax.fori_loop(0, steps, step, begin(start, idle))
     return _usable(jnp.where(guess.done & ~guess.converged, 1, guess.rate))
 
 

@@ -228,7 +228,8 @@ def varying_like(like: Any, value: Array) -> Array:
 
 def fast_distances(frame: Frame, precision: lax.PrecisionLike = None) -> Array:
     """|a|^2 + |b|^2 - 2 a.b in the frame, clamped at 0, with an exactly zero diagonal of self-distances."""
-    x, other = lax.stop_gradient(_sides(frame))
+    frame = lax.stop_gradient(frame)
+    x, other = _sides(frame)
     return _from_products(frame, squared_norms(x, other), products(x, other, precision))
 
 

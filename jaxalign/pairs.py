@@ -159,7 +159,7 @@ def kernel(d2: Array, rate: Array) -> Array:
 
 def log_kernel(d2: Array, rate: Array) -> Array:
     """The logarithm of `kernel`, which is a number also where the kernel is 0."""
-    return -(rate * d2)
+    return -rate * d2  # not -(rate * d2): XLA would store a product that other terms need too, n x n numbers
 
 
 def kernel_less_one(d2: Array, rate: Array) -> Array:
@@ -277,17 +277,6 @@ class Pairs:
             return usual_count(number, self.frames[0].raw_x)
         return float(number) * self.density  # more than int32 holds, for many rows
 
-    def suspicious(self, rates: tuple[Array | None, ...], rates_of: RatesOf) -> Array:
-        """Whether the fast formula may be too coarse for these rates anywhere on this device."""
-        counted = self.counted(rates_of)
-        asked = zip(self.frames, rates, strict=True)
-        found = [
-            suspicious(norms_of(frame), rate, counted=counted, rooted=self.rooted, axis_name=self.axis_name)
-            for frame, rate in asked
-            if rate is not None
-        ]
-        return jnp.any(jnp.stack(found))
-
     def any(self, condition: Array) -> Array:
         """Whether a condition holds anywhere, on any device: a scalar."""
         return over_devices(lax.psum, jnp.any(condition).astype(jnp.int32), self.axis_name) > 0
@@ -374,12 +363,13 @@ def reduce_pairs(
     blank = _blank_tile(pairs, rates, rates_of, as_row, as_column)
     if pairs.distances is not None:
         return _visit_stored(reduction, pairs, blank, in_blocks)
-    if not pairs.fixed or pairs.trusted or None in rates or jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu" or not pairs.fixed or len(pairs.frames) > 1 or rates[0] is None:
         return _visit_ring(reduction, pairs, blank)[:2]
-    # Whether some tile needs explicit differences is asked once, not in every tile: a host that looks waits for a GPU.
+    # Whether some tile needs explicit differences is asked once, not in every tile, as the host of a GPU has to look.
     quick = _visit_ring(reduction, replace(pairs, trusted=True), blank)[:2]
-    doubtful = pairs.any(pairs.suspicious(rates, rates_of))
-    return when_any(doubtful, lambda _: _visit_ring(reduction, pairs, blank)[:2], quick)
+    norms, counted = norms_of(pairs.frames[0]), blank.counted
+    doubtful = suspicious(norms, rates[0], counted=counted, rooted=pairs.rooted, axis_name=pairs.axis_name)
+    return when_any(pairs.any(doubtful), lambda _: _visit_ring(reduction, pairs, blank)[:2], quick)
 
 
 def reduce_both_sides(

@@ -439,7 +439,7 @@ def _first_rate(job: Job, off_density: float, rooted: bool) -> Array:
 @partial(jax.jit, static_argnames="rooted")
 def _guess(frame: Frame, off_density: Array, rooted: bool) -> Array:
     pairs = Pairs((frame,), skip_self=frame.raw_y is None, rooted=rooted).stored()
-    return guess_from(pairs, off_density, jnp.zeros((), bool), by_row=False, exact=False)
+    return guess_from(pairs, off_density, jnp.zeros((), bool), by_row=False)
 
 
 @partial(jax.jit, static_argnames=("terms", "skip_self", "tile_size", "rooted"))

@@ -467,6 +467,8 @@ def main() -> None:
         raise SystemExit(0 if arguments.list else f"no program {arguments.only}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     jax.config.update("jax_platforms", "cpu")
+    backend = {"cuda": "gpu", "tpu": "tpu"}[arguments.kind]
+    jax.default_backend = lambda: backend  # what is traced may ask for it, and would hear of this machine
     jax.config.update("jax_enable_compilation_cache", False)
 
     facts, everything, kept = surroundings(), [], []

@@ -24,7 +24,7 @@ import jax
 
 from .. import floor
 from ..report import rates_line, run_sections, surroundings
-from .parts import FULL, QUICK, parts
+from .parts import FULL, QUICK, compiled_ahead, parts
 
 
 def main() -> None:
@@ -45,7 +45,8 @@ def main() -> None:
     )
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"{jax.device_count()} device(s); {rates_line(rates)}", flush=True)
-    chosen = {f"device_{name}": every[name] for name in arguments.only or every}
+    ready = compiled_ahead({name: every[name] for name in arguments.only or every})
+    chosen = {f"device_{name}": part for name, part in ready.items()}
     failed = run_sections(chosen, facts, rates, arguments.json, quick=arguments.quick)
     wrong = [name for name in failed if name.endswith("FAILED") or name.startswith("device_correct")]
     sys.exit("wrong or failed: " + "; ".join(wrong) if wrong else 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..timing import Result
@@ -57,7 +58,10 @@ QUICK = Sizes(
 
 
 def parts(sizes: Sizes) -> dict[str, Iterator[Result | str]]:
-    """What there is to do, by name; nothing is done before it is iterated over."""
+    """What there is to do, by name; nothing is done before it is iterated over.
+
+    All but the first begin with `speed.COMPILED`, when what they will time is compiled.
+    """
     return {
         "correct": correct.run(sizes.correct, sizes.correct_large, sizes.correct_tiled),
         "affinity": speed.affinities(sizes.affinity, sizes.width, sizes.rounds),
@@ -70,3 +74,19 @@ def parts(sizes: Sizes) -> dict[str, Iterator[Result | str]]:
         "memory": memory.run(sizes.memory),
         "several": speed.several(sizes.sigma[0], sizes.sigma_width, sizes.slow_rounds),
     }
+
+
+def compiled_ahead(every: dict[str, Iterator[Result | str]]) -> dict[str, Iterable[Result | str]]:
+    """The same parts, compiled side by side while the numbers of the first are checked; then they run one by one."""
+    pool = ThreadPoolExecutor(8)
+    waiting = {name: pool.submit(next, part) for name, part in every.items() if name != "correct"}
+
+    def in_turn(name: str, part: Iterator[Result | str]) -> Iterator[Result | str]:
+        for other in waiting.values():  # nothing is timed beside a compiler
+            other.exception()
+        if name in waiting:
+            first: Future[Result | str] = waiting[name]
+            first.result()  # raises what compiling raised
+        yield from part
+
+    return {name: part if name == "correct" else in_turn(name, part) for name, part in every.items()}

@@ -19,6 +19,7 @@ from ..cuts import blobs
 from ..timing import Result, compare, milliseconds, seconds
 
 DENSITY = 0.05
+COMPILED = "compiled"
 NO_TORCH = "no torch for this device: comparisons with it are left out"
 
 
@@ -78,6 +79,7 @@ def affinities(sizes: tuple[int, ...], d: int, rounds: int) -> Iterator[Result |
         calls += [lambda x=x: given(x, sigma), lambda x=x: auto(x)]
         calls += [lambda x=x: jitted[0](x, sigma), lambda x=x: jitted[1](x)]
     compile_together(*calls)
+    yield COMPILED
     for n, x in sets.items():
         label, work = f"n = {n}, d = {d}", floor.affinity(n, d)
         ours = ("auto", lambda x=x: auto(x)), ("given", lambda x=x: given(x, sigma))
@@ -105,6 +107,7 @@ def sigmas(sizes: tuple[int, ...], d: int, rounds: int) -> Iterator[Result | str
     sets = {n: features(n, d) for n in sizes}
     smallest = sets[min(sizes)]
     compile_together(lambda: gradient(smallest), *(lambda x=x: jaxalign.solve_sigma(x).sigma for x in sets.values()))
+    yield COMPILED
     for n, x in sets.items():
         ours = ("solve_sigma", lambda x=x: jaxalign.solve_sigma(x, density=DENSITY).sigma)
         few = rounds if n < 500_000 else 1
@@ -140,6 +143,7 @@ def losses(batches: tuple[int, ...], d: int, rounds: int) -> Iterator[Result | s
         x = features(n, d)
         pairs[n] = x, jnp.tanh(x[:, : 3 * d // 4]) + 0.5 * features(n, 3 * d // 4)
     compile_together(*(lambda pair=pair: step(*pair) for pair in pairs.values()))
+    yield COMPILED
     for n, (x, y) in pairs.items():
         label = f"loss, batch {n}, d = {d} and {y.shape[1]}"
         once = floor.affinity(n, d, sets=2)  # and a product of its cotangent with the features
@@ -161,6 +165,8 @@ def batch(sets: int, n: int, d: int, rounds: int) -> Iterator[Result | str]:
     """Many sets in one call."""
     x = features(sets, n, d)
     ours, work = ("jaxalign", lambda: auto(x)), floor.affinity(n, d, sets)
+    compile_together(ours[1])
+    yield COMPILED
     tx = torch_array(x)
     if tx is None:
         yield milliseconds(f"batch of {sets} sets ({n}, {d}), auto-scaled", ours[1], rounds, work=work)
@@ -184,6 +190,7 @@ def grid(layers: int, n: int, d: int, rounds: int) -> Iterator[Result | str]:
     ours = ("compare_grid", lambda: jaxalign.compare_grid(*sets, "cka", density=DENSITY).values)
     work, label = floor.grid(layers, n, d), f"{layers} x {layers} CKA grid, n = {n}, d = {d}"
     solved = jaxalign.compare_grid(*sets, "cka", density=DENSITY)
+    yield COMPILED
     tensors = [[torch_array(x) for x in part.values()] for part in sets]
     if tensors[0][0] is None:
         yield milliseconds(label, ours[1], rounds, work=work)
@@ -205,6 +212,8 @@ def permutations(count: int, n: int, rounds: int) -> Iterator[Result | str]:
     def own() -> jax.Array:
         return jaxalign.permutation_test(x, y, key=jax.random.key(0), permutations=count).null
 
+    compile_together(own)
+    yield COMPILED
     result = milliseconds(f"{count} permutations of CKA, n = {n}", own, rounds)
     yield result
     k, m = (torch_array(auto(z)) for z in (x, y))
@@ -226,6 +235,8 @@ def cut(n: int, d: int, rounds: int) -> Iterator[Result | str]:
     x = jnp.asarray(blobs(n, d))
     sigma = float(jaxalign.solve_sigma(x, density=DENSITY).sigma)
     ours = ("normalized_cut", lambda: jaxalign.normalized_cut(x, 20, sigma=sigma, method="lobpcg").eigenvectors)
+    compile_together(ours[1])
+    yield COMPILED
     tx = torch_array(x)
     if tx is None:
         yield milliseconds(f"cut, n = {n}, d = {d}, 20 vectors", ours[1], rounds)
@@ -247,6 +258,7 @@ def cut(n: int, d: int, rounds: int) -> Iterator[Result | str]:
 
 def several(n: int, d: int, rounds: int) -> Iterator[Result | str]:
     """All devices against one."""
+    yield COMPILED  # with the first call: compiling for all devices beside others would wait for these
     devices = jax.device_count()
     if devices == 1:
         yield "one device only"
