@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ import helpers
 import jax
 import numpy as np
 import pytest
+
+import jaxalign
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 240.0  # far more than it takes, so that a busy machine is no failure
@@ -118,3 +121,49 @@ def test_the_table_has_a_line_for_each_process_and_one_for_all_rows(example):
 def test_the_command_line_names_the_fields_of_a_problem(example):
     options = example.parse(["--processes", "3", "--kill", "1"])
     assert {name: getattr(options, name) for name in example.Problem._fields} == example.Problem(3, kill=1)._asdict()
+
+
+def launched(file: Path, environments: list[dict[str, str]], *options: list[str]) -> list[str]:
+    """What the recipes of docs/pages/scaling.md print, one process for each environment."""
+    command = [sys.executable, str(ROOT / "examples" / "sharded_sigma.py"), str(file)]
+    here = {key: value for key, value in os.environ.items() if not key.startswith(("XLA_FLAGS", "JAX_", "SLURM"))}
+    started = [
+        subprocess.Popen(
+            [*command, *(options[k] if options else [])],
+            env={**here, "JAX_PLATFORMS": "cpu", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for k, environment in enumerate(environments)
+    ]
+    said = [process.communicate(timeout=TIMEOUT) for process in started]
+    assert all(process.returncode == 0 for process in started), said
+    return [out for out, _ in said]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.parametrize("launcher", ["one process", "slurm", "coordinator"])
+def test_the_launch_recipes_work_as_written(tmp_path, launcher):
+    x = np.random.default_rng(0).normal(size=(101, 6)).astype(np.float32)  # divides among nothing
+    np.save(tmp_path / "features.npy", x)
+    if launcher == "one process":
+        said = launched(tmp_path / "features.npy", [{"JAX_NUM_CPU_DEVICES": "4"}])
+    elif launcher == "slurm":  # what srun sets; the port of the coordinator follows from the number of the job
+        job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+        ranks = [{"SLURM_PROCID": str(k), "SLURM_LOCALID": str(k), "JAX_NUM_CPU_DEVICES": "2"} for k in range(2)]
+        said = launched(tmp_path / "features.npy", [{**job, **rank} for rank in ranks], *[["--distributed"]] * 2)
+    else:
+        common = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
+        environment = {"JAX_NUM_CPU_DEVICES": "2"}
+        said = launched(tmp_path / "features.npy", [environment] * 2, [*common, "0"], [*common, "1"])
+    lines = "".join(said).splitlines()
+    sigma = float(next(line for line in lines if line.startswith("sigma of 101 samples on 4 devices: ")).split()[-1])
+    np.testing.assert_allclose(sigma, jaxalign.solve_sigma(x).sigma, rtol=2e-6)
+    held = sorted(line.split(": ")[1] for line in lines if ": rows " in line)
+    assert held == sorted(f"rows {26 * k} to {26 * k + 25}, 624 bytes" for k in range(4))

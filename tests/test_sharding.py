@@ -225,6 +225,13 @@ def test_inside_pmap_all_devices_form_the_set(rng):
     assert helpers.relative_error(sigma, expected) < SAME[F32]
 
 
+def test_inside_pmap_the_gradient_is_that_of_the_whole_times_the_devices(rng):
+    x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+    gradient = jax.pmap(jax.grad(local_sigma), axis_name="data")(x.reshape(8, -1, WIDTH)).reshape(x.shape) / 8
+    expected = jax.grad(lambda x: jaxalign.solve_sigma(x, density=0.2).sigma)(x)
+    helpers.assert_close(gradient, expected, SAME[F32])  # of the largest entry
+
+
 def test_inside_vmap_a_sigma_by_row_belongs_to_the_rows_of_the_device(rng):
     x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
     sigma = jax.vmap(local_sigma_by_row, axis_name="data")(x.reshape(8, -1, WIDTH))
