@@ -33,7 +33,7 @@ class Sizes:
         ("loss", 4096, 768),
         ("grid", 10_000, 768),
     )
-    rounds: int = 11
+    rounds: int = 9
     slow_rounds: int = 3
 
 
