@@ -25,8 +25,8 @@ _STORED_PAIRS = {"cpu": 2**22, "other": 2**24}
 # Pairs in a tile: on a CPU it stays in cache, on an accelerator it keeps all cores busy. (docs/pages/performance.md)
 _TILE_PAIRS = {"cpu": 2**20, "other": 2**24}
 # Of several sets each has a tile; smaller ones than this make products slow, as long as all of them are not too many.
-_TILE_PAIRS_OF_A_SET = 2**18
-_TILE_PAIRS_OF_ALL = 2**24
+_TILE_PAIRS_OF_A_SET = {"cpu": 2**18, "other": 2**22}
+_TILE_PAIRS_OF_ALL = {"cpu": 2**24, "other": 2**26}
 # Bytes that are not asked for before they are taken.
 _SURELY_THERE = 2**28
 # What a stored array takes while it is made, in its own size (1.6 times were measured for the affinity).
@@ -201,7 +201,7 @@ def _tile_size(rows: int, sets: int, itemsize: int, by_memory: bool) -> int:
     """The fastest size that the memory at hand allows."""
     device = jax.local_devices()[0]
     pairs = _of_backend(_TILE_PAIRS)
-    each = max(pairs // sets, min(_TILE_PAIRS_OF_A_SET, _TILE_PAIRS_OF_ALL // sets))
+    each = max(pairs // sets, min(_of_backend(_TILE_PAIRS_OF_A_SET), _of_backend(_TILE_PAIRS_OF_ALL) // sets))
     size = max(_LEAST_TILE, math.isqrt(each))
     free = _free_memory(device) if by_memory and jax.process_count() == 1 else math.inf  # processes must choose alike
     while size > _LEAST_TILE and size * size * sets * itemsize * _TILE_ARRAYS > _TILE_SHARE * free:

@@ -48,33 +48,31 @@ from . import hlo, page
 # after one trip at the latest, `when_any`, guard explicit distances: features without duplicates or outliers need none.
 GUARDED = 0
 TRIPS = {
-    "guess_from": 3,  # steps on the subsample
     "find_rate": 1,  # one exact pass
-    "_search_stored": 1,  # no second search on explicit distances
     "_iterated": 20,  # steps until 20 eigenvectors of an affinity are accurate
 }
 
 # Launches, host reads and GB that a program may need for an H100, or for each of eight: what it needs now, and a few
-# percent. The goals are lower: sigma given 6 launches, 0 reads, 0.35 GB; auto-scaled 60, 2, 0.45 GB; the loss at batch
-# 1024 100 launches and 4 reads; sigma of (100000, 64) with tiles of 4096 3000 launches and 10 reads.
+# percent. Goals that are not met yet: sigma given 6 launches and no read; auto-scaled 2 reads and 0.45 GB; the loss at
+# batch 1024 100 launches and 4 reads.
 LIMITS: dict[str, tuple[float, float, float]] = {
-    "affinity, sigma given": (17, 2, 0.454),
-    "affinity, auto-scaled": (454, 10, 0.906),
-    "affinity, gradient": (464, 10, 1.42),
-    "loss 256": (161, 12, 0.0266),
-    "loss 1024": (353, 20, 0.203),
-    "sigma 100000": (9_113, 676, 89.6),
-    "sigma 1000000": (809_588, 62_085, 8640),
-    "sigma gradient 100000": (16_286, 1_346, 340),
-    "operator product 100000": (5_496, 670, 156),
-    "normalized cut": (1_931, 32, 4.71),
-    "grid, one sigma": (68, 6, 0.0497),
-    "grid, products": (412, 62, 1.03),
-    "sigma, mesh, 262144": (8_454, 542, 75.4),
-    "sigma gradient, mesh, 262144": (14_893, 1_078, 287),
-    "cka, mesh, 262144": (25_983, 2_188, 450),
-    "loss, shard_map, 8192": (1_263, 89, 3.18),
-    "loss, pmap, 8192": (1_275, 89, 3.18),
+    "affinity, sigma given": (15, 1, 0.301),
+    "affinity, auto-scaled": (55, 3, 0.524),
+    "affinity, gradient": (63, 3, 1.03),
+    "loss 256": (86, 6, 0.0249),
+    "loss 1024": (124, 6, 0.183),
+    "sigma 100000": (2_898, 3, 45.6),
+    "sigma 1000000": (251_721, 3, 4390),
+    "sigma gradient 100000": (9_805, 338, 296),
+    "operator product 100000": (5_212, 335, 155),
+    "normalized cut": (1_884, 26, 4.45),
+    "grid, one sigma": (32, 3, 0.0391),
+    "grid, products": (380, 38, 1),
+    "sigma, mesh, 262144": (2_476, 3, 38.5),
+    "sigma gradient, mesh, 262144": (8_708, 271, 250),
+    "cka, mesh, 262144": (13_831, 559, 375),
+    "loss, shard_map, 8192": (947, 34, 3.32),
+    "loss, pmap, 8192": (958, 34, 3.32),
 }
 
 SUBSAMPLE = 512  # rows from all devices that may be gathered, about: up to four times as many, of all sets
