@@ -363,12 +363,13 @@ def reduce_pairs(
     blank = _blank_tile(pairs, rates, rates_of, as_row, as_column)
     if pairs.distances is not None:
         return _visit_stored(reduction, pairs, blank, in_blocks)
-    if jax.default_backend() != "gpu" or not pairs.fixed or len(pairs.frames) > 1 or rates[0] is None:
+    rate = rates[0] if len(rates) == 1 else None
+    if jax.default_backend() != "gpu" or not pairs.fixed or rate is None:
         return _visit_ring(reduction, pairs, blank)[:2]
     # Whether some tile needs explicit differences is asked once, not in every tile, as the host of a GPU has to look.
     quick = _visit_ring(reduction, replace(pairs, trusted=True), blank)[:2]
     norms, counted = norms_of(pairs.frames[0]), blank.counted
-    doubtful = suspicious(norms, rates[0], counted=counted, rooted=pairs.rooted, axis_name=pairs.axis_name)
+    doubtful = suspicious(norms, rate, counted=counted, rooted=pairs.rooted, axis_name=pairs.axis_name)
     return when_any(pairs.any(doubtful), lambda _: _visit_ring(reduction, pairs, blank)[:2], quick)
 
 

@@ -39,7 +39,7 @@ def table(section: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in facts.items() if name not in unnamed and v != "not installed")
     lines = [
         f"{facts['date']}, {here}: {rates['flops'] / 1e9:.0f} GFlop/s in products, {rates['exps'] / 1e9:.2g} G "
-        f"exponentials/s, {rates['bytes'] / 1e9:.2g} GB/s; {versions}.",
+        f"exponentials/s, {rates['bytes'] / 1e9:.3g} GB/s; {versions}.",
         "",
         "| case | result | quartiles | target | | | times the floor |",
         "| --- | --- | --- | --- | --- | --- | --- |",
