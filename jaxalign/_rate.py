@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxalign.pairs import Pairs, Reduction, Tile, kernel_terms, reduce_pairs, stacked_over_all, stacked_over_rows
+from jaxalign.pairs import Pairs, Reduction, Tile, kernel_terms, over_rows, reduce_pairs, stacked_over_all
 
 # Sums of A (tD)^k up to this k in one pass; the last one bounds the error of the series.
 _ORDER = 6
@@ -95,7 +95,7 @@ def find_rate(
         if improve is not None:
             values, better = improve(~going(search), search.rate, values)
             again = begin(jnp.where(search.converged, search.rate, 1), idle)
-            search = jax.tree.map(partial(jnp.where, better), again, search)
+            search = jax.tree.map(partial(jnp.where, better), again, search)._replace(passes=search.passes)
         return search, values, going(search)
 
     search, values, _ = lax.while_loop(lambda carry: carry[2], step, (search, values, going(search)))
@@ -169,8 +169,8 @@ def sums_over(
     if not by_row:
         sums = reduce_pairs(Reduction(terms, stacked_over_all), pairs, rates=rates, in_blocks=in_blocks)[0]
     else:  # every row has its own rate, so a term changes when its pair is turned round
-        reduction = Reduction(terms, stacked_over_rows, symmetric=False)
-        sums = reduce_pairs(reduction, pairs, rates=rates, rates_of="rows", in_blocks=in_blocks)[1]
+        reduction = Reduction(terms, over_rows, symmetric=False)
+        sums = jnp.concatenate(reduce_pairs(reduction, pairs, rates=rates, rates_of="rows", in_blocks=in_blocks)[1], -1)
     return jnp.moveaxis(sums, -1, 0)
 
 

@@ -8,16 +8,16 @@ hands every tile to that function. The distances of a tile are
 - or computed from the features when the tile is visited, and again when it is differentiated: memory is a tile and a
   few times the features, never n x m.
 
-Rows that are compared with themselves form a ring of tiles, of which half is visited: tile i meets tile i + k for
-k = 0 .. half way round, and each meeting stands for its mirror image too. Over devices the ring is one: the rows of
-the others come round from neighbour to neighbour. Masks, padding of the last tile and uneven shards are weights.
+Rows that are compared with themselves form a ring of an odd number of tiles, of which half is visited: tile i meets tile
+i + k for k = 0 .. half way round, and each meeting stands for its mirror image too. With several devices, the tiles of
+the others come by, half way round as well. Masks, padding of the last tile and uneven shards are weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -43,6 +43,8 @@ RatesOf = Literal["all", "rows", "columns"]
 
 # Share of the pairs that bear a sum over a kernel, where it is not known: the default density.
 _USUAL_SHARE = 0.05
+# Computes again what reverse mode wants to know; in a loop there is nothing to share with.
+_again = partial(jax.checkpoint, prevent_cse=False)
 # The distances of so many sets are computed side by side.
 _FEW_SETS = 2
 # Stored pairs in a block: 4 MB of float32. (n = 4096 on 2 cores: six sums take 14 ms in such blocks, 94 ms in one.)
@@ -141,12 +143,6 @@ def stacked_over_all(terms: tuple[Array, ...], tile: Tile) -> tuple[Array, Any]:
     """The sums of k terms over all pairs in one array, shape (..., k): a GPU adds up all of them at once."""
     del tile
     return jnp.sum(jnp.stack([jnp.sum(term, -1) for term in terms], -2), -1), ()
-
-
-def stacked_over_rows(terms: tuple[Array, ...], tile: Tile) -> tuple[Any, Array]:
-    """The sums of k terms over each row's pairs in one array, shape (..., r, k)."""
-    del tile
-    return (), jnp.stack([jnp.sum(term, -1) for term in terms], -1)
 
 
 def kernel(d2: Array, rate: Array) -> Array:
@@ -365,12 +361,12 @@ def reduce_pairs(
         return _visit_stored(reduction, pairs, blank, in_blocks)
     rate = rates[0] if len(rates) == 1 else None
     if jax.default_backend() != "gpu" or not pairs.fixed or rate is None:
-        return _visit_ring(reduction, pairs, blank)[:2]
+        return _visit_tiles(reduction, pairs, blank)[:2]
     # Whether some tile needs explicit differences is asked once, not in every tile, as the host of a GPU has to look.
-    quick = _visit_ring(reduction, replace(pairs, trusted=True), blank)[:2]
+    quick = _visit_tiles(reduction, replace(pairs, trusted=True), blank)[:2]
     norms, counted = norms_of(pairs.frames[0]), blank.counted
     doubtful = suspicious(norms, rate, counted=counted, rooted=pairs.rooted, axis_name=pairs.axis_name)
-    return when_any(pairs.any(doubtful), lambda _: _visit_ring(reduction, pairs, blank)[:2], quick)
+    return when_any(pairs.any(doubtful), lambda _: _visit_tiles(reduction, pairs, blank)[:2], quick)
 
 
 def reduce_both_sides(
@@ -384,7 +380,7 @@ def reduce_both_sides(
     assert not pairs.itself
     assert pairs.distances is None
     assert pairs.axis_name is None
-    return _visit_ring(reduction, pairs, _blank_tile(pairs, rates, "all", as_row, as_column), both_sides=True)
+    return _visit_tiles(reduction, pairs, _blank_tile(pairs, rates, "all", as_row, as_column), both_sides=True)
 
 
 def _blank_tile(pairs: Pairs, rates: tuple[Array | None, ...], rates_of: RatesOf, as_row: Any, as_column: Any) -> Tile:
@@ -452,156 +448,150 @@ def _visit_stored(reduction: Reduction, pairs: Pairs, blank: Tile, in_blocks: bo
     )
 
 
-def _visit_ring(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides: bool = False) -> tuple[Any, Any, Any]:
-    """Tile after tile; see the top of the module. Columns are summed up for if `both_sides`, of rows with others.
+class _Meeting(NamedTuple):
+    """What happens where two tiles meet, or many."""
 
-    Three loops: over the devices whose rows come by, over the offsets k between the tiles that meet, over the tiles i
-    here. Reverse mode keeps nothing of a tile; what it keeps of a device that came by is its features.
-    """
-    itself, devices, axis = pairs.itself, pairs.device_count(), pairs.axis_name
-    row, column = blank.row, blank.column
-    n, m = row.sample.shape[0], column.sample.shape[0]
-    here, size = split_rows(n, pairs.tile_size, odd=devices == 1)  # alike for all visits, which then share the copy
-    there, size_y = (here, size) if itself else split_rows(m, pairs.tile_size)
-    blank = blank._replace(weighted=blank.weighted or here * size != n or there * size_y != m)
-    rows = _split(row, here, size)
-    columns = rows if itself else _split(column, there, size_y)
-    ring = here * devices  # tiles in the whole ring, when rows meet themselves
-    # In an even ring, tiles opposite each other would meet from either side. So offsets come in halves of the tiles
-    # here, and of the last offset either side does one.
-    halves = 2 if itself and ring % 2 == 0 and here % 2 == 0 else 1
-    tiles = here // halves
-    other_half = halves == 2 and devices % 2 == 0  # else the two are tiles of the first and of the second half anyway
-    turned = (lax.axis_index(axis) // (devices // 2)).astype(jnp.arange(0).dtype) if other_half else 0
+    reduction: Reduction
+    pairs: Pairs
+    blank: Tile
+    both: bool  # whether sums belong to the rows of both sides
+    itself: bool  # whether both sides are rows of one set: a meeting then stands for its mirror image too
 
-    def meet(some: Side, others: Side, mirror: Array) -> tuple[Any, Any, Any]:
-        tile = _with_distances(pairs, blank._replace(row=some, column=others))
+    def of(self, some: Side, others: Side, mirror: Array | bool) -> tuple[Any, Any, Any]:
+        """Two tiles: totals, sums of the rows of one and of the other: none without `mirror`."""
+        reduction = self.reduction
+        tile = _with_distances(self.pairs, self.blank._replace(row=some, column=others))
         terms = reduction.terms(tile)
         totals, sums = reduction.sums(terms, tile)
-        if not itself and not both_sides:
+        if not self.both:
             return totals, sums, ()
         back = tile.mirrored()
         terms = jax.tree.map(transposed, terms) if reduction.symmetric else reduction.terms(back)
         totals_back, sums_back = reduction.sums(terms, back)
-        if both_sides:
+        if not self.itself:
             return totals, sums, sums_back
-        if reduction.symmetric:
-            totals_back = totals
+        totals_back = totals if reduction.symmetric else totals_back
         totals = jax.tree.map(lambda a, b: a + jnp.where(mirror, b, 0), totals, totals_back)
         nothing = reduction.nothing(sums_back)
         return totals, sums, jax.tree.map(lambda a, b: jnp.where(mirror, a, b), sums_back, nothing)
 
-    meet = jax.checkpoint(meet, prevent_cse=False)  # in a loop there is nothing to share with
-    _, *shapes = jax.eval_shape(meet, _first(rows), _first(columns), jnp.zeros((), bool))
-    start, start_y = (_stacked(reduction.nothing(jax.tree.map(_zeros, shape)), here) for shape in shapes)
+    def half_ring(self, tiles: Side, others: Side, start: Any) -> tuple[Any, Any, Any]:
+        """As many tiles of rows as of others, an odd number: tile i meets tile i + k, for k up to half way round.
 
-    @partial(jax.checkpoint, prevent_cse=False)
-    def offset(k: Array, first: Array | int, first_k: Array, come_by: Side) -> tuple[Any, Any, Any]:
-        """Tiles here, from the first on, each with one that is k further on."""
-        far = first_k + k
-        mirror = (far != 0) & (jnp.asarray(halves == 2) | (2 * far != ring)) if itself else jnp.zeros((), bool)
-        if itself and pairs.fixed:
-            # No copy of what comes by; reverse mode would add up one as large for every tile.
-            def two(i: Array) -> tuple[Any, Any, Any]:
-                some = jax.tree.map(lambda a: a[i], rows)
-                others = jax.tree.map(lambda a: a[(k + i) % come_by.sample.shape[0]], come_by)
-                return meet(some, others, mirror)
+        Each meeting but those of k = 0 stands for its mirror image too. So tiles that meet themselves have all met
+        then; and so have those of two devices, if the other device does the same.
+        """
+        count = tiles.sample.shape[0]
 
-            return lax.map(two, first + jnp.arange(tiles))
-        some = rows if halves == 1 else _some(rows, first, tiles)
-        if itself:
-            others = _some(come_by, k + first, tiles)
-        else:
-            one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, k, 0, keepdims=False), come_by)
-            others = _stacked(one, tiles)
-        return lax.map(lambda two: meet(two[0], two[1], mirror), (some, others))
+        @_again
+        def offset(k: Array) -> tuple[Any, Any, Any]:
+            if self.pairs.fixed:  # no copy of the others; reverse mode would add up one as large for every tile
+                two = lambda i: (_one(tiles, i), _one(others, (i + k) % count))  # noqa: E731
+                return lax.map(lambda i: meet(*two(i), k > 0), jnp.arange(count))
+            return lax.map(lambda two: meet(*two, k > 0), (tiles, _turned(others, k)))
 
-    def over_tiles(parts: Any) -> Any:
-        nothing = reduction.nothing(_first(parts))
-        return lax.scan(lambda carry, part: (reduction.combine(carry, part), None), nothing, parts)[0]
+        def step(sums: tuple[Any, Any], k: Array) -> tuple[tuple[Any, Any], Any]:
+            totals, more, back = offset(k)
+            home = _turned(back, count - k)
+            return (self.reduction.combine(sums[0], more), self.reduction.combine(sums[1], home)), totals
 
-    def offsets(
-        count: int, first_k: Array, come_by: Side, sums: Any, sums_y: Any, *, last: bool = False
-    ) -> tuple[Any, Any, Any]:
-        """Offsets 0 .. count - 1; sums_y has the tiles that come by, and as many more as are met."""
+        meet = _again(self.of)
+        (sums, theirs), totals = lax.scan(step, (start, start), jnp.arange(count // 2 + 1))
+        return _summed(totals), sums, theirs
 
-        def added(sums: Any, more: Any, start: Array | int) -> Any:
-            """More sums for tiles from `start` on."""
-            new = reduction.combine(_some(sums, start, tiles), more)
-            return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, 0), sums, new)
+    def rectangle(self, tiles: Side, others: Side, start: Any) -> tuple[Any, Any, Any]:
+        """All tiles of rows with all of others."""
 
-        def step(carry: tuple[Any, Any], number: Array) -> tuple[tuple[Any, Any], Any]:
-            sums, sums_y = carry
-            k, first = (number, 0) if halves == 1 else (number // 2, (number + turned) % 2 * tiles)
-            totals, more, more_y = offset(k, first, first_k, come_by)
-            sums = reduction.combine(sums, more) if halves == 1 else added(sums, more, first)
-            if not itself:
-                return (sums, ()), (totals, over_tiles(more_y) if both_sides else ())
-            return (sums, added(sums_y, more_y, k + first)), (totals, ())
+        @_again
+        def column(other: Side) -> tuple[Any, Any, Any]:
+            totals, sums, back = lax.map(lambda some: meet(some, other, True), tiles)
+            return totals, sums, self.over_tiles(back)
 
-        steps = count * halves - (1 if last and halves == 2 else 0)
-        (sums, sums_y), (totals, met) = lax.scan(step, (sums, sums_y), jnp.arange(steps))
-        totals = jax.tree.map(lambda t: pairwise_sum(t.reshape(-1, *t.shape[2:])), totals)
-        return totals, sums, sums_y if itself else met
+        def step(sums: Any, other: Side) -> tuple[Any, Any]:
+            totals, more, back = column(other)
+            return self.reduction.combine(sums, more), (totals, back)
 
-    def passed_on(tree: Any) -> Any:
-        """To each device what the next one has."""
-        if axis is None:
-            return tree
-        return lax.ppermute(tree, axis, [((i + 1) % devices, i) for i in range(devices)])
+        meet = _again(self.of)
+        sums, (totals, theirs) = lax.scan(step, start, others)
+        return _summed(totals), sums, theirs
 
-    def sent_home(tree: Any, distance: int) -> Any:
-        if axis is None:
-            return tree
-        return lax.ppermute(tree, axis, [(i, (i + distance) % devices) for i in range(devices)])
+    def over_tiles(self, parts: Any) -> Any:
+        """Sums of the same rows that several tiles gave, combined."""
+        if not jax.tree.leaves(parts):
+            return parts
+        nothing = self.reduction.nothing(_one(parts, 0))
+        return lax.scan(lambda sums, part: (self.reduction.combine(sums, part), None), nothing, parts)[0]
 
-    def device(
-        carry: tuple[Side, Any, Any], r: Array, count: int, *, last: bool = False
-    ) -> tuple[tuple[Side, Any, Any], Any]:
-        come_by, sums, sums_y = carry
-        following = passed_on(come_by)
-        if not itself:
-            totals, sums, _ = offsets(count, r * there, come_by, sums, ())
-            return (following, sums, ()), totals
-        both = come_by  # of one device all is there, and a tile of it can be looked up where it is
-        if not pairs.fixed or devices > 1:
-            both = jax.tree.map(lambda a, b: jnp.concatenate((a, b[: count - 1])), come_by, following)
-        more_y = jax.tree.map(lambda a, b: jnp.concatenate((a, b)), sums_y, start_y)
-        totals, sums, more_y = offsets(count, r * here, both, sums, more_y, last=last)
-        left = jax.tree.map(lambda a: a[:here], more_y)
-        met = jax.tree.map(lambda a: a[here:], more_y)
-        return (following, sums, (left, met)), totals
 
-    if both_sides:
-        totals, sums, met = offsets(there, jnp.asarray(0), columns, start, ())
-        return totals, *(jax.tree.map(lambda r, k=k: _joined(r, k), part) for part, k in ((sums, n), (met, m)))
+def _visit_tiles(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides: bool = False) -> tuple[Any, Any, Any]:
+    """Tile after tile; see the top of the module. Columns are summed up for if `both_sides`, of rows with others.
 
-    wanted = ring // 2 + 1 if itself else there * devices
-    whole, rest = divmod(wanted, here if itself else there)
-    if halves == 2 and rest == 0:
-        whole, rest = whole - 1, here
-    carry, totals = (columns, start, start_y), []
-    if whole:
-
-        def step(carry: tuple[Side, Any, Any], r: Array) -> tuple[tuple[Side, Any, Any], Any]:
-            (come_by, sums, sums_y), totals = device(carry, r, here if itself else there)
-            if itself:
-                sums_y = reduction.combine(passed_on(sums_y[0]), sums_y[1])
-            return (come_by, sums, sums_y), totals
-
-        carry, part = lax.scan(step, carry, jnp.arange(whole))
-        totals.append(jax.tree.map(pairwise_sum, part))
-    if rest:
-        (_, sums, (left, met)), part = device(carry, jnp.asarray(whole), rest, last=True)
-        totals.append(part)
-        sums = reduction.combine(reduction.combine(sums, sent_home(left, whole)), sent_home(met, whole + 1))
+    Reverse mode keeps nothing of a tile; what it keeps of a device that came by is its features.
+    """
+    itself, devices = pairs.itself, pairs.device_count()
+    n, m = blank.row.sample.shape[0], blank.column.sample.shape[0]
+    count, size = split_rows(n, pairs.tile_size, odd=itself)
+    count_y, size_y = (count, size) if itself else split_rows(m, pairs.tile_size)
+    blank = blank._replace(weighted=blank.weighted or count * size != n or count_y * size_y != m)
+    tiles = _split(blank.row, count, size)
+    others = tiles if itself else _split(blank.column, count_y, size_y)
+    meeting = _Meeting(reduction, pairs, blank, both=itself or both_sides, itself=itself)
+    _, shape, _ = jax.eval_shape(meeting.of, _one(tiles, 0), _one(others, 0), False)
+    start = _stacked(reduction.nothing(jax.tree.map(_zeros, shape)), count)
+    if itself:
+        totals, mine, met = meeting.half_ring(tiles, tiles, start)
+        sums = reduction.combine(mine, met)
+        if devices > 1:
+            totals, sums = _around(meeting, tiles, totals, sums, start)
+        met = ()
+    elif devices == 1:
+        totals, sums, met = meeting.rectangle(tiles, others, start)
     else:
-        _, sums, sums_y = carry
-        if itself:
-            sums = reduction.combine(sums, sent_home(sums_y, whole))
-    total = totals[0] if len(totals) == 1 else _add(totals[0], totals[1])
-    total = jax.tree.map(lambda t: over_devices(lax.psum, t, axis), total)
-    return total, jax.tree.map(lambda r: _joined(r, n), sums), ()
+        totals, sums, met = *_all_around(meeting, tiles, others, start), ()
+    totals = jax.tree.map(lambda t: over_devices(lax.psum, t, pairs.axis_name), totals)
+    sums, met = (jax.tree.map(lambda r, k=k: _joined(r, k), part) for part, k in ((sums, n), (met, m)))
+    return totals, sums, met
+
+
+def _around(meeting: _Meeting, tiles: Side, totals: Any, sums: Any, start: Any) -> tuple[Any, Any]:
+    """Tiles with those of all other devices, which come by with the sums that they collect, half way round."""
+    devices, combine = meeting.pairs.device_count(), meeting.reduction.combine
+
+    def met(
+        how: Callable[..., tuple[Any, Any, Any]], carry: tuple[Side, Any, Any]
+    ) -> tuple[tuple[Side, Any, Any], Any]:
+        come_by, theirs, mine = *_passed_on(carry[:2], 1, meeting.pairs), carry[2]
+        totals, more, back = how(tiles, come_by, start)
+        return (come_by, combine(theirs, back), combine(mine, more)), totals
+
+    carry, parts = (tiles, start, sums), [totals]
+    if devices > 2:
+        between = jnp.arange((devices - 1) // 2)
+        carry, part = lax.scan(lambda carry, _: met(meeting.rectangle, carry), carry, between)
+        parts.append(jax.tree.map(pairwise_sum, part))
+    if devices % 2 == 0:  # the device opposite does the other half
+        carry, part = met(meeting.half_ring, carry)
+        parts.append(part)
+    home = _passed_on(carry[1], -(devices // 2), meeting.pairs)
+    return reduce(_add, parts), combine(carry[2], home)
+
+
+def _all_around(meeting: _Meeting, tiles: Side, others: Side, start: Any) -> tuple[Any, Any]:
+    """Tiles with the others of all devices, which come by."""
+
+    def step(carry: tuple[Side, Any], _: Array) -> tuple[tuple[Side, Any], Any]:
+        come_by, sums = carry
+        totals, more, _ = meeting.rectangle(tiles, come_by, start)
+        return (_passed_on(come_by, 1, meeting.pairs), meeting.reduction.combine(sums, more)), totals
+
+    (_, sums), totals = lax.scan(step, (others, start), jnp.arange(meeting.pairs.device_count()))
+    return jax.tree.map(pairwise_sum, totals), sums
+
+
+def _passed_on(tree: Any, distance: int, pairs: Pairs) -> Any:
+    """To each device what the one so many further on has."""
+    devices = pairs.device_count()
+    return lax.ppermute(tree, pairs.axis_name, [((i + distance) % devices, i) for i in range(devices)])
 
 
 def _with_distances(pairs: Pairs, tile: Tile) -> Tile:
@@ -633,13 +623,10 @@ def _with_distances(pairs: Pairs, tile: Tile) -> Tile:
 
 
 def split_rows(n: int, tile_size: int | None, *, odd: bool = False) -> tuple[int, int]:
-    """How many tiles n rows make, and the rows of a tile.
-
-    In a ring of an odd number no two tiles are opposite each other; but tiles that need no padding need no weights.
-    """
+    """How many tiles n rows make, an odd number if told so, and the rows of a tile."""
     count = 1 if tile_size is None else -(-n // tile_size)
-    if odd and count % 2 == 0 and n % count:
-        count += 1
+    if odd:
+        count |= 1
     return count, -(-n // count)
 
 
@@ -671,13 +658,14 @@ def _joined(a: Array, n: int) -> Array:
     return a.reshape(a.shape[:-3] + (-1, a.shape[-1]))[..., :n, :]
 
 
-def _first(tree: Any) -> Any:
-    return jax.tree.map(lambda a: a[0], tree)
+def _one(tree: Any, k: Array | int) -> Any:
+    """One of the tiles."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, k, 0, keepdims=False), tree)
 
 
-def _some(tree: Any, start: Array | int, count: int) -> Any:
-    """Some of the tiles."""
-    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, count, 0), tree)
+def _turned(tree: Any, k: Array) -> Any:
+    """All tiles, beginning with the k-th: where the i-th was is the (i + k)-th."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(jnp.concatenate((a, a)), k, a.shape[0], 0), tree)
 
 
 def _stacked(tree: Any, count: int) -> Any:
@@ -686,6 +674,11 @@ def _stacked(tree: Any, count: int) -> Any:
 
 def _zeros(like: Any) -> Array:
     return varying_like(like, jnp.zeros(like.shape, like.dtype))
+
+
+def _summed(totals: Any) -> Any:
+    """Totals of tiles in two loops, added up."""
+    return jax.tree.map(lambda t: pairwise_sum(t.reshape(-1, *t.shape[2:])), totals)
 
 
 def pairwise_sum(a: Array) -> Array:

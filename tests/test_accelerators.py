@@ -46,13 +46,13 @@ def test_sigma(kind, bandwidth, tile_size):
 
 def test_tiles_are_looked_at_where_distances_may_be_coarse_and_not_where_they_are_not(monkeypatch):
     seen = []
-    visit = jaxalign.pairs._visit_ring
+    visit = jaxalign.pairs._visit_tiles
 
     def counted(reduction, pairs, blank, **options):
         seen.append(pairs.trusted)
         return visit(reduction, pairs, blank, **options)
 
-    monkeypatch.setattr(jaxalign.pairs, "_visit_ring", counted)
+    monkeypatch.setattr(jaxalign.pairs, "_visit_tiles", counted)
     jaxalign.solve_sigma(features("normal", 171), tile_size=61)
     assert True in seen  # the quick visit
     assert False in seen  # the careful one

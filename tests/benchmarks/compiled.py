@@ -68,11 +68,11 @@ LIMITS: dict[str, tuple[float, float, float]] = {
     "normalized cut": (1_884, 26, 4.45),
     "grid, one sigma": (32, 3, 0.0391),
     "grid, products": (380, 38, 1),
-    "sigma, mesh, 262144": (2_476, 3, 38.5),
-    "sigma gradient, mesh, 262144": (8_708, 271, 250),
-    "cka, mesh, 262144": (13_831, 559, 375),
-    "loss, shard_map, 8192": (947, 34, 3.32),
-    "loss, pmap, 8192": (958, 34, 3.32),
+    "sigma, mesh, 262144": (2_850, 3, 39.2),
+    "sigma gradient, mesh, 262144": (10_090, 347, 250),
+    "cka, mesh, 262144": (16_940, 710, 379),
+    "loss, shard_map, 8192": (775, 33, 2.89),
+    "loss, pmap, 8192": (778, 29, 2.87),
 }
 
 SUBSAMPLE = 512  # rows from all devices that may be gathered, about: up to four times as many, of all sets
