@@ -8,9 +8,9 @@ hands every tile to that function. The distances of a tile are
 - or computed from the features when the tile is visited, and again when it is differentiated: memory is a tile and a
   few times the features, never n x m.
 
-Rows that are compared with themselves form a ring of an odd number of tiles, of which half is visited: tile i meets tile
-i + k for k = 0 .. half way round, and each meeting stands for its mirror image too. With several devices, the tiles of
-the others come by, half way round as well. Masks, padding of the last tile and uneven shards are weights.
+Rows that are compared with themselves form a ring of an odd number of tiles, of which half is visited: tile i meets
+tile i + k for k = 0 .. half way round, and each meeting stands for its mirror image too. With several devices, the
+tiles of the others come by, half way round as well. Masks, padding of the last tile and uneven shards are weights.
 """
 
 from __future__ import annotations
