@@ -120,8 +120,13 @@ def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: 
     if not fits:
         raise ValueError(f"{name} of shape {array.shape} does not broadcast to {tuple(shape)}, {meaning}.")
     if isinstance(array, np.ndarray):
-        with np.errstate(over="ignore"):  # inf is refused with the other values
-            return np.broadcast_to(array.astype(dtype), tuple(shape))
+        with np.errstate(over="ignore", under="ignore"):
+            ready = array.astype(dtype)
+        if ((np.isinf(ready) & np.isfinite(array)) | ((ready == 0) & (array != 0))).any():
+            raise ValueError(
+                f"{name} = {shown(value)} is beyond the range of {ready.dtype}, the dtype of the features."
+            )
+        return np.broadcast_to(ready, tuple(shape))
     return jnp.broadcast_to(array.astype(dtype), tuple(shape))
 
 

@@ -35,10 +35,13 @@ def products(x: Array, y: Array, precision: lax.PrecisionLike = None) -> Array:
 
 
 def _worth_halving(x: Array) -> bool:
-    """Whether turning half of the products round is faster than computing them: on a GPU, where a copy costs little."""
+    """Whether turning half of the products round is faster than computing them: on a GPU, where a copy costs little.
+
+    Not where there are several devices: rows may be spread over them, and halves of those would travel.
+    """
     n, d = x.shape[-2:]
     large = _HALVED_ROWS[0] <= n <= _HALVED_ROWS[1] and d >= _HALVED_WIDTH
-    return large and jax.default_backend() == "gpu" and jax.device_count() == 1  # halves of rows that are spread travel
+    return large and jax.default_backend() == "gpu" and jax.device_count() == 1
 
 
 def transposed(a: Array) -> Array:

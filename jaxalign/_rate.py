@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxalign.distances import varying_like
 from jaxalign.pairs import Pairs, Reduction, Tile, kernel_terms, over_rows, reduce_pairs, stacked_over_all
 
 # Sums of A (tD)^k up to this k in one pass; the last one bounds the error of the series.
@@ -73,8 +74,8 @@ def find_rate(
         density: the wanted mean, shape (...) or (..., 1).
         by_row: one rate a row.
         rtol: relative error allowed in the density.
-        improve: (finished, rate, values) -> values, better: where the search has finished and the values turn out to
-            be too coarse for the rate found, better ones, and the search begins again.
+        improve: (finished, rate, values) -> values, better, a scalar bool: where the search has finished and the values
+            are too coarse for the rate that it found, other values, on which all sets are searched again.
 
     Returns:
         The root, and the values in the end.
@@ -86,19 +87,22 @@ def find_rate(
     norm = total * density
     search = begin(first_guess(pairs, density, total, idle, by_row), idle)
 
-    def going(search: Search) -> Array:  # on any device, so that all of them go on until all are done
-        return pairs.any(~search.done) & (search.passes < MAX_PASSES)
+    def going(search: Search, begun: Array) -> Array:  # on any device, so that all of them go on until all are done
+        return pairs.any(~search.done) & (search.passes - begun < MAX_PASSES)
 
-    def step(carry: tuple[Search, Any, Array]) -> tuple[Search, Any, Array]:
-        search, values, _ = carry
+    def step(carry: tuple[Search, Any, Array, Array]) -> tuple[Search, Any, Array, Array]:
+        search, values, begun, _ = carry
         search = advance(search, sums_over(series_moments, at(values), search.rate, by_row) / norm[None], rtol)
         if improve is not None:
-            values, better = improve(~going(search), search.rate, values)
+            values, better = improve(~going(search, begun), search.rate, values)
+            begun = jnp.where(better, search.passes, begun)
             again = begin(jnp.where(search.converged, search.rate, 1), idle)
             search = jax.tree.map(partial(jnp.where, better), again, search)._replace(passes=search.passes)
-        return search, values, going(search)
+        return search, values, begun, going(search, begun)
 
-    search, values, _ = lax.while_loop(lambda carry: carry[2], step, (search, values, going(search)))
+    begun = varying_like(search.rate, jnp.zeros((), jnp.int32))
+    start = search, values, begun, going(search, begun)
+    search, values, *_ = lax.while_loop(lambda carry: carry[3], step, start)
     root = finish(search)
     return root._replace(density=root.density * density), values
 

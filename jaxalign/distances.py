@@ -174,8 +174,8 @@ def make_frame(
         for side, m in plain
     ]
     count = jnp.maximum(over_devices(lax.psum, sum(counts), axis_name), 1)[..., None, None]
-    # Both in one pass over the features. Divided before they are summed up, so that the sum cannot overflow; and the
-    # largest difference from one sample is at least half of the largest from the mean, and at most twice that.
+    # Both in one pass over the features. Divided before they are summed up, so that the sum cannot overflow. In every
+    # channel the largest difference from `start` is at least half of the largest from the mean, and at most twice that.
     rows = [_valid(side - start, m) for side, m in plain]
     means = [jnp.sum(part / count, -2, keepdims=True) for part in rows]
     tops = [jnp.max(jnp.max(jnp.abs(part), -2, keepdims=True), -1, keepdims=True) for part in rows]
@@ -271,7 +271,8 @@ def accurate_distances(
         bad = inaccurate(frame, norms, *rates, distances=fast, counted=counted, rooted=rooted)
         return when_any(bad, lambda state: (explicit_distances(frame), ~state[1]), state)
 
-    # Products go through the loop, not distances: these are then computed where they are used, and not stored.
+    # Products go through the loop, or explicit distances instead of them. So distances by the fast formula are computed
+    # where they are used, and not stored.
     values = products(x, other, precision)
     exact = varying_like(values, jnp.zeros((), bool))
     doubtful = suspicious(norms, *rates, counted=counted, rooted=rooted)

@@ -360,12 +360,12 @@ def reduce_pairs(
     if pairs.distances is not None:
         return _visit_stored(reduction, pairs, blank, in_blocks)
     rate = rates[0] if len(rates) == 1 else None
-    if jax.default_backend() != "gpu" or not pairs.fixed or rate is None:
+    if jax.default_backend() != "gpu" or not pairs.fixed or pairs.rooted or rate is None:
         return _visit_tiles(reduction, pairs, blank)[:2]
     # Whether some tile needs explicit differences is asked once, not in every tile, as the host of a GPU has to look.
     quick = _visit_tiles(reduction, replace(pairs, trusted=True), blank)[:2]
     norms, counted = norms_of(pairs.frames[0]), blank.counted
-    doubtful = suspicious(norms, rate, counted=counted, rooted=pairs.rooted, axis_name=pairs.axis_name)
+    doubtful = suspicious(norms, rate, counted=counted, axis_name=pairs.axis_name)
     return when_any(pairs.any(doubtful), lambda _: _visit_tiles(reduction, pairs, blank)[:2], quick)
 
 
@@ -475,8 +475,8 @@ class _Meeting(NamedTuple):
         nothing = reduction.nothing(sums_back)
         return totals, sums, jax.tree.map(lambda a, b: jnp.where(mirror, a, b), sums_back, nothing)
 
-    def half_ring(self, tiles: Side, others: Side, start: Any) -> tuple[Any, Any, Any]:
-        """As many tiles of rows as of others, an odd number: tile i meets tile i + k, for k up to half way round.
+    def ring(self, tiles: Side, others: Side, start: Any) -> tuple[Any, Any, Any]:
+        """Half a ring of an odd number of tiles of rows and as many others: tile i meets tile i + k, half way round.
 
         Each meeting but those of k = 0 stands for its mirror image too. So tiles that meet themselves have all met
         then; and so have those of two devices, if the other device does the same.
@@ -539,7 +539,7 @@ def _visit_tiles(reduction: Reduction, pairs: Pairs, blank: Tile, *, both_sides:
     _, shape, _ = jax.eval_shape(meeting.of, _one(tiles, 0), _one(others, 0), False)
     start = _stacked(reduction.nothing(jax.tree.map(_zeros, shape)), count)
     if itself:
-        totals, mine, met = meeting.half_ring(tiles, tiles, start)
+        totals, mine, met = meeting.ring(tiles, tiles, start)
         sums = reduction.combine(mine, met)
         if devices > 1:
             totals, sums = _around(meeting, tiles, totals, sums, start)
@@ -570,7 +570,7 @@ def _around(meeting: _Meeting, tiles: Side, totals: Any, sums: Any, start: Any) 
         carry, part = lax.scan(lambda carry, _: met(meeting.rectangle, carry), carry, between)
         parts.append(jax.tree.map(pairwise_sum, part))
     if devices % 2 == 0:  # the device opposite does the other half
-        carry, part = met(meeting.half_ring, carry)
+        carry, part = met(meeting.ring, carry)
         parts.append(part)
     home = _passed_on(carry[1], -(devices // 2), meeting.pairs)
     return reduce(_add, parts), combine(carry[2], home)

@@ -509,3 +509,10 @@ def test_ways_to_compute_that_a_measure_does_not_have():
         with refused(ValueError, "rsa sorts the values of all pairs, on one device", "pearson"):
             of_parts = partial(jaxalign.measures.rsa, compare=comparison, axis_name="data")
             jax.vmap(of_parts, axis_name="data")(X.reshape(2, 12, -1), OTHER.reshape(2, 12, -1))
+
+
+@pytest.mark.parametrize("sigma", [1e300, 1e-300])
+def test_a_number_that_the_dtype_of_the_features_cannot_hold_is_refused(sigma):
+    x = np.eye(4, dtype=np.float32)
+    with pytest.raises(ValueError, match=rf"sigma = {sigma}.* is outside the range of float32".replace("+", r"\+")):
+        jaxalign.mean_density(x, sigma=sigma)

@@ -481,3 +481,15 @@ def test_rows_of_heavy_tails_are_accurate_in_float32(tile_size):
     found = jaxalign.solve_sigma(x, density=0.3, bandwidth="per_row", tile_size=tile_size).sigma
     expected = reference.solve_sigma(x.astype(float), density=0.3, bandwidth="per_row")
     assert helpers.relative_error(found, expected) < 2e-6  # the largest of 150 errors
+
+
+@pytest.mark.parametrize("width", [1e-15, 1e-17, 1e-30])
+def test_a_search_on_explicit_distances_has_as_many_passes_as_the_first(width):
+    rng = np.random.default_rng(0)
+    x = np.concatenate([width * rng.normal(size=(50, 3)), 1 + rng.normal(size=(50, 3))])
+    with jax.enable_x64():
+        stored = jaxalign.solve_sigma(x, density=0.05, tile_size=None)
+        tiled = jaxalign.solve_sigma(x, density=0.05, tile_size=30)
+    helpers.assert_close(
+        stored.sigma, tiled.sigma, 1e-11
+    )  # the solver's tolerance of 1e-13, by the slope of the density
