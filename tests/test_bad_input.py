@@ -514,5 +514,5 @@ def test_ways_to_compute_that_a_measure_does_not_have():
 @pytest.mark.parametrize("sigma", [1e300, 1e-300])
 def test_a_number_that_the_dtype_of_the_features_cannot_hold_is_refused(sigma):
     x = np.eye(4, dtype=np.float32)
-    with pytest.raises(ValueError, match=re.escape(f"sigma = {sigma} is outside the range of float32")):
+    with pytest.raises(ValueError, match=re.escape(f"sigma = {sigma} is beyond the range of float32")):
         jaxalign.mean_density(x, sigma=sigma)
