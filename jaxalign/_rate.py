@@ -78,7 +78,7 @@ def find_rate(
             are too coarse for the rate that it found, other values, on which all sets are searched again.
 
     Returns:
-        The root, and the values in the end.
+        The root, with the passes over the last values, and these.
     """
     pairs = at(values)
     total = pairs.total(by_row=by_row)
@@ -100,11 +100,12 @@ def find_rate(
             search = jax.tree.map(partial(jnp.where, better), again, search)._replace(passes=search.passes)
         return search, values, begun, going(search, begun)
 
-    begun = varying_like(search.rate, jnp.zeros((), jnp.int32))
+    begun = jnp.zeros((), jnp.int32)
+    begun = begun if improve is None else varying_like(search.rate, begun)
     start = search, values, begun, going(search, begun)
-    search, values, *_ = lax.while_loop(lambda carry: carry[3], step, start)
+    search, values, begun, _ = lax.while_loop(lambda carry: carry[3], step, start)
     root = finish(search)
-    return root._replace(density=root.density * density), values
+    return root._replace(density=root.density * density, passes=root.passes - begun), values
 
 
 def first_guess(pairs: Pairs, density: Array, total: Array, idle: Array, by_row: bool) -> Array:
