@@ -20,7 +20,7 @@ BYTES = {"f32": 4, "s32": 4, "pred": 1, "f64": 8, "u32": 4}
 
 
 def permuted_bytes(text: str) -> int:
-    """Bytes of all collective permutes in a program's text: what one device sends in one step of the ring."""
+    """Bytes of all collective permutes in a program's text: what one device sends in one step of each loop."""
     shapes = []
     for line in text.splitlines():
         found = re.search(r"=\s*(\(?[^=]*?)\s*collective-permute(?:-start)?\(", line)
@@ -32,7 +32,7 @@ def permuted_bytes(text: str) -> int:
 def table(n: int, d: int) -> str:
     """Rows of a Markdown table."""
     lines = [
-        "| devices | program | rows held | features held | temporaries | sent a step | all-gathers |",
+        "| devices | program | rows held | features held | temporaries | sent | all-gathers |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for devices in (2, 8, 64):
