@@ -18,17 +18,14 @@ gathers rows from all devices, does not take less memory on more devices, or exc
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
-import platform
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +39,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxalign
 
-from . import hlo, page
+from . import hlo, page, report
 
 # Trips of loops of unknown length, by the function that they come from, the innermost that is listed. Loops that end
 # after one trip at the latest, `when_any`, guard explicit distances: features without duplicates or outliers need none.
@@ -438,17 +435,6 @@ def above_limits(found: Measured) -> list[str]:
 # --- printing ------------------------------------------------------------------------------------------------------
 
 
-def surroundings() -> dict[str, str]:
-    """When and with what."""
-    facts = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "Python": platform.python_version()}
-    for package in ("jax", "jaxlib", "jax-cuda13-plugin", "libtpu"):
-        try:
-            facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {**facts, "jaxalign": jaxalign.__version__}
-
-
 def main() -> None:
     """Parse the arguments, compile, print, write the file, and fail if a promise is broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.compiled", description=__doc__.split("\n")[0])
@@ -469,7 +455,8 @@ def main() -> None:
     jax.default_backend = lambda: backend  # what is traced may ask for it, and would hear of this machine
     jax.config.update("jax_enable_compilation_cache", False)
 
-    facts, everything, kept = surroundings(), [], []
+    packages = ("jax", "jaxlib", "jax-cuda13-plugin" if arguments.kind == "cuda" else "libtpu")
+    facts, everything, kept = report.versions(*packages), [], []
     if arguments.json is not None and arguments.json.exists():  # programs that are not compiled now stay in the file
         names = {program.name for program in chosen}
         kept = [one for one in json.loads(arguments.json.read_text())["compiled"] if one["program"] not in names]

@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
@@ -469,24 +469,25 @@ def result_bytes(one: Instruction) -> float:
 def gathered(module: Module) -> float:
     """Bytes of the largest result of a collective that gives all devices the same."""
     kinds = ("all-gather", "all-gather-start", "all-reduce", "all-reduce-start")
-    return max((result_bytes(one) for one in _every(module) if one.opcode in kinds), default=0)
+    return max((result_bytes(one) for one in every(module) if one.opcode in kinds), default=0)
 
 
 def largest(module: Module) -> int:
     """Elements of the largest array that is stored."""
-    fused = {one.called("calls") for one in _every(module) if one.opcode == "fusion"}
+    fused = {one.called("calls") for one in every(module) if one.opcode == "fusion"}
     stored = (one for name, body in module.computations.items() if name not in fused for one in body)
     return max((size for one in stored for _, size in arrays(one.shape)), default=0)
 
 
-def _every(module: Module) -> Iterator[Instruction]:
+def every(module: Module) -> Iterator[Instruction]:
+    """All instructions of all computations."""
     for body in module.computations.values():
         yield from body
 
 
 def has_type(module: Module, kind: str) -> bool:
     """Whether any array has this type."""
-    return any(found == kind for one in _every(module) for found, _ in arrays(one.shape))
+    return any(found == kind for one in every(module) for found, _ in arrays(one.shape))
 
 
 # --- to read -------------------------------------------------------------------------------------------------------
@@ -497,8 +498,7 @@ def breakdown(block: Block, indent: str = "  ", least: int = 1) -> list[str]:
     lines = [f"{indent}{number:4g} {title}" for title, number in block.kernels.most_common() if number >= least]
     for loop in block.loops:
         trips = "known" if loop.known else "assumed" if loop.told else "NOT IN THE TABLE of assumptions"
-        total, each = loop.total, loop.each
-        own = replace(loop.block.own)
+        total, each, own = loop.total, loop.each, loop.block.own
         lines += [
             f"{indent}loop {loop.name} of {' < '.join(map(str, loop.places[:3]))}",
             f"{indent}  {loop.trips} trips ({trips}), each {each.launches:g} launches ({own.launches:g} its own, "

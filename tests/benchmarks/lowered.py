@@ -5,7 +5,6 @@ python -m tests.benchmarks.lowered [n] [d]      prints the table of docs/pages/s
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 
@@ -16,17 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 import jaxalign
 
-BYTES = {"f32": 4, "s32": 4, "pred": 1, "f64": 8, "u32": 4}
+from . import hlo
 
 
-def permuted_bytes(text: str) -> int:
-    """Bytes of all collective permutes in a program's text: what one device sends in one step of each loop."""
-    shapes = []
-    for line in text.splitlines():
-        found = re.search(r"=\s*(\(?[^=]*?)\s*collective-permute(?:-start)?\(", line)
-        if found:
-            shapes += re.findall(r"(f32|s32|pred|f64|u32)\[([\d,]*)\]", found.group(1))
-    return sum(BYTES[kind] * math.prod(int(size) for size in sizes.split(",") if size) for kind, sizes in shapes)
+def permuted_bytes(module: hlo.Module) -> float:
+    """Bytes of all collective permutes in a program: what one device sends in one step of each loop."""
+    kinds = ("collective-permute", "collective-permute-start")
+    return sum(hlo.result_bytes(one) for one in hlo.every(module) if one.opcode in kinds)
 
 
 def table(n: int, d: int) -> str:
@@ -45,7 +40,7 @@ def table(n: int, d: int) -> str:
             assert f"{n},{n}]" not in text, "an n x n buffer"
             lines.append(
                 f"| {devices} | {name} | {n // devices} | {sizes.argument_size_in_bytes / 1e6:.2f} MB "
-                f"| {sizes.temp_size_in_bytes / 1e6:.2f} MB | {permuted_bytes(text) / 1e6:.2f} MB "
+                f"| {sizes.temp_size_in_bytes / 1e6:.2f} MB | {permuted_bytes(hlo.parse(text)) / 1e6:.2f} MB "
                 f"| {len(re.findall(r' all-gather', text))} |"
             )
     return "\n".join(lines)

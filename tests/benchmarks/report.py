@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -15,34 +16,51 @@ from typing import Any
 
 import jax
 
+from jaxalign import __version__
+
 from .floor import Rates
 from .timing import Result
 
 PACKAGES = (
-    *("jaxalign", "jax", "jaxlib", "numpy", "scipy", "torch", "ncut-pytorch", "pykeops"),
+    *("jax", "jaxlib", "numpy", "scipy", "torch", "ncut-pytorch", "pykeops"),
     *("scikit-learn", "rsatoolbox", "ckatorch", "torchdr"),
 )
 
 
+Sections = Mapping[str, Iterable[Result | str]]
+
+
+def command_line(
+    program: str, description: str, every: Callable[[bool], Sections]
+) -> tuple[Sections, Path | None, bool]:
+    """The sections that are asked for, the file to write, and whether sizes are small; `every` has all, by that."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds, to try that it runs")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="these; the others stay as the file has them")
+    parser.add_argument("--json", type=Path, help="write everything that was measured to this file too")
+    arguments = parser.parse_args()
+    sections = every(arguments.quick)
+    unknown = sorted(set(arguments.only or ()) - set(sections))
+    if unknown:
+        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(sections)}")
+    return {name: sections[name] for name in arguments.only or sections}, arguments.json, arguments.quick
+
+
 def surroundings() -> dict[str, str]:
     """When, where and with what."""
-    facts = {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "processor": processor(),
-        "cores": str(os.cpu_count()),
-        "device": jax.devices()[0].device_kind,
-        "Python": platform.python_version(),
-    }
-    for package in PACKAGES:
+    here = {"processor": processor(), "cores": str(os.cpu_count()), "device": jax.devices()[0].device_kind}
+    return {**here, **versions(*PACKAGES)}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The date, and the versions of Python and of packages."""
+    facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "Python": platform.python_version()}
+    for package in packages:
         try:
             facts[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             facts[package] = "not installed"
-    if facts["jaxalign"] == "not installed":  # run from the source tree
-        from jaxalign import __version__
-
-        facts["jaxalign"] = __version__
-    return facts
+    return {**facts, "jaxalign": __version__}
 
 
 def processor() -> str:
@@ -77,9 +95,7 @@ def times_floor(result: Result, rates: Rates) -> float | None:
     return result.own / 1e3 / rates.floor(result.work)
 
 
-def run_sections(
-    every: Mapping[str, Iterable[Result | str]], facts: dict[str, str], rates: Rates, file: Path | None, *, quick: bool
-) -> list[str]:
+def run_sections(every: Sections, facts: dict[str, str], rates: Rates, file: Path | None, *, quick: bool) -> list[str]:
     """Measure, print and, after each section, write; returns what failed or missed its target.
 
     A section that raises says so, and the next one starts. Sections that a file holds already, and that are not

@@ -84,23 +84,39 @@ def density_in_chunks(x: Any, sigma: float, rows: int = 2048, count: int | None 
     return total / count / x.shape[0]
 
 
-def careful_auto_batch(sets: Any, density: float, steps: int = 24) -> Any:
-    """All sets (k, n, d) at once: distances in one batched product, then bisection of every log sigma in parallel."""
+def bisected_rate(d2: Any, density: float, steps: int = 24) -> Any:
+    """1 / (2 sigma^2) of each matrix of squared distances, all bisected in parallel; no test waits for the device."""
     import torch
 
+    low = d2.mean((-2, -1), keepdim=True).log() / 2 - 5
+    high = low + 8
+    for _ in range(steps):
+        middle = (low + high) / 2
+        above = (d2 * (-0.5 * torch.exp(-2 * middle))).exp_().mean((-2, -1), keepdim=True) > density
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return 0.5 * torch.exp(-low - high)
+
+
+def careful_auto_batch(sets: Any, density: float) -> Any:
+    """All sets (k, n, d) at once: distances in one batched product, then bisection of every log sigma in parallel."""
     squares = (sets * sets).sum(-1)
     d2 = squares[:, :, None] + squares[:, None, :]
     d2.baddbmm_(sets, sets.mT, beta=1.0, alpha=-2.0).clamp_(min=0)
-    low = torch.full((len(sets), 1, 1), -1.0, device=sets.device) + d2.mean((1, 2), keepdim=True).log() / 2 - 4
-    high = low + 8
-    for _ in range(steps):  # no test for the end: that would wait for the device
-        middle = (low + high) / 2
-        above = (d2 * (-0.5 * torch.exp(-2 * middle))).exp_().mean((1, 2), keepdim=True) > density
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return d2.mul_(-0.5 * torch.exp(-low - high)).exp_()
+    return d2.mul_(-bisected_rate(d2, density)).exp_()
 
 
-def loss_and_gradient(x: Any, y: Any, density: float, steps: int = 24) -> tuple[Any, Any]:
+def u_centered(k: Any) -> Any:
+    """A torch kernel centered as the debiased estimator wants it (Szekely & Rizzo 2014); torch can differentiate it."""
+    import torch
+
+    n = len(k)
+    off = 1 - torch.eye(n, device=k.device)
+    k = k * off
+    means = k.sum(1) / (n - 2)
+    return (k - means - means[:, None] + means.sum() / (n - 1)) * off
+
+
+def loss_and_gradient(x: Any, y: Any, density: float) -> tuple[Any, Any]:
     """1 - debiased CKA of two auto-scaled affinities, and its gradient in x; y is a constant target.
 
     Sigma by bisection outside of autograd, then one Newton step inside, whose derivative is the implicit one.
@@ -111,42 +127,24 @@ def loss_and_gradient(x: Any, y: Any, density: float, steps: int = 24) -> tuple[
         squares = (z * z).sum(1)
         d2 = torch.addmm(squares[:, None] + squares, z, z.T, alpha=-2.0).clamp(min=0)
         with torch.no_grad():
-            low, high = d2.mean().log() / 2 - 5, d2.mean().log() / 2 + 3
-            for _ in range(steps):
-                middle = (low + high) / 2
-                above = (d2 * (-0.5 * torch.exp(-2 * middle))).exp_().mean() > density
-                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-            rate = 0.5 * torch.exp(-low - high)
+            rate = bisected_rate(d2, density)
             slope = (torch.exp(-rate * d2) * d2).mean()
         return torch.exp(-(rate + (torch.exp(-rate * d2).mean() - density) / slope) * d2)
 
-    def centered(k: Any) -> Any:
-        n = len(k)
-        off = 1 - torch.eye(n, device=k.device)
-        k = k * off
-        means = k.sum(1) / (n - 2)
-        return (k - means - means[:, None] + means.sum() / (n - 1)) * off
-
     x = x.detach().requires_grad_(True)
-    k = centered(affinity(x))
+    k = u_centered(affinity(x))
     with torch.no_grad():
-        m = centered(affinity(y))
+        m = u_centered(affinity(y))
     loss = 1 - (k * m).sum() / torch.sqrt((k * k).sum() * (m * m).sum())
     loss.backward()
     return loss.detach(), x.grad
 
 
 def permuted_cka_on_device(k: Any, m: Any, permutations: Any) -> Any:
-    """Debiased CKA of two stored torch affinities for each permutation, centred once, without waiting in between."""
+    """Debiased CKA of two stored torch affinities for each permutation, centered once, without waiting in between."""
     import torch
 
-    def centred(k: Any) -> Any:
-        n = len(k)
-        k = k.clone().fill_diagonal_(0)
-        means = k.sum(0) / (n - 2)
-        return (k - means - means[:, None] + means.sum() / (n - 1)).fill_diagonal_(0)
-
-    k, m = centred(k), centred(m)
+    k, m = u_centered(k), u_centered(m)
     size = k.norm() * m.norm()
     return torch.stack([(k * m[p][:, p]).sum() / size for p in permutations])
 

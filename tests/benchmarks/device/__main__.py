@@ -12,10 +12,8 @@ its target.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from pathlib import Path
 
 # Before jax starts: torch works on the same device, so jax takes a part of its memory, at once for even timings.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
@@ -23,31 +21,24 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
 import jax
 
 from .. import floor
-from ..report import rates_line, run_sections, surroundings
+from ..report import command_line, rates_line, run_sections, surroundings
 from .parts import FULL, QUICK, compiled_ahead, parts
 
 
 def main() -> None:
     """Parse the arguments, measure, print, and write the file."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.device", description="jaxalign on this device.")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds, to try that it runs")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="these; the others stay as the file has them")
-    parser.add_argument("--json", type=Path, help="write everything that was measured to this file too")
-    arguments = parser.parse_args()
-    every = parts(QUICK if arguments.quick else FULL)
-    unknown = sorted(set(arguments.only or ()) - set(every))
-    if unknown:
-        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(every)}")
+    chosen, file, quick = command_line(
+        "tests.benchmarks.device", "jaxalign on this device.", lambda quick: parts(QUICK if quick else FULL)
+    )
     facts = surroundings()
-    small = arguments.quick or jax.default_backend() == "cpu"
+    small = quick or jax.default_backend() == "cpu"
     rates = floor.measured(
         512 if small else 8192, in_cache=1 << 17 if small else 1 << 22, copied=1 << (20 if small else 29)
     )
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"{jax.device_count()} device(s); {rates_line(rates)}", flush=True)
-    ready = compiled_ahead({name: every[name] for name in arguments.only or every})
-    chosen = {f"device_{name}": part for name, part in ready.items()}
-    failed = run_sections(chosen, facts, rates, arguments.json, quick=arguments.quick)
+    named = {f"device_{name}": part for name, part in compiled_ahead(chosen).items()}
+    failed = run_sections(named, facts, rates, file, quick=quick)
     wrong = [name for name in failed if name.endswith("FAILED") or name.startswith("device_correct")]
     sys.exit("wrong or failed: " + "; ".join(wrong) if wrong else 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +18,8 @@ from jaxalign.losses import alignment_loss
 
 from ... import reference
 from ... import reference_measures as expected
+from ..cases import density_reached
+from ..rivals import density_in_chunks
 from ..timing import Result
 
 # float32 rounds to 6e-8. The error of a distance is a few times that of |x|^2, and an exponent of 10 makes it ten times
@@ -230,7 +233,7 @@ def large_density(n: int, d: int) -> float:
     """How far the density at the solved sigma is from the wanted one, in float64, relatively."""
     x = features(n, d)
     sigma = float(jaxalign.solve_sigma(x, density=DENSITY, tile_size=None).sigma)
-    return abs(float(np.mean(np.exp(-distances64(x) / (2 * sigma * sigma)))) / DENSITY - 1)
+    return abs(density_reached(x, sigma) / DENSITY - 1)
 
 
 def large_entries(n: int, d: int) -> float:
@@ -250,20 +253,13 @@ def distances64(x: np.ndarray) -> np.ndarray:
 
 
 def tiled_density(n: int, d: int) -> float:
-    """The same where n x n is not stored, with torch in float64 on the device if it is there."""
+    """The same where n x n is not stored, by torch in float64 on the device if it is there."""
     x = features(n, d)
     sigma = float(jaxalign.solve_sigma(x, density=DENSITY, tile_size=min(4096, n // 3)).sigma)
-    x64 = x.astype(np.float64) - x.mean(0, dtype=np.float64)
-    count = min(n, 4096)  # rows of which the density is taken, by numpy
-    try:
+    if importlib.util.find_spec("torch"):
         import torch
 
         if torch.cuda.is_available():
-            from ..rivals import density_in_chunks
-
-            return abs(density_in_chunks(torch.from_numpy(x64).cuda(), sigma) / DENSITY - 1)
-    except ImportError:
-        pass
-    if count < n:
-        raise NotImplementedError("float64 on the host takes minutes for so many pairs: install torch with CUDA")
-    return abs(float(np.mean(np.exp(-distances64(x) / (2 * sigma * sigma)))) / DENSITY - 1)
+            x64 = torch.from_numpy(x.astype(np.float64) - x.mean(0, dtype=np.float64)).cuda()
+            return abs(density_in_chunks(x64, sigma) / DENSITY - 1)
+    return abs(density_reached(x, sigma) / DENSITY - 1)

@@ -21,6 +21,7 @@ import jaxalign
 from jaxalign.losses import alignment_loss
 
 from ..timing import Result
+from .speed import COMPILED
 
 TILE_BYTES = 4 * 4096**2
 
@@ -45,7 +46,7 @@ def run(cases: tuple[tuple[str, int, int], ...]) -> Iterator[Result | str]:
         peak, expected = (float(word) for word in words)
         return Result(f"peak beyond the features: {what}, n = {n}, d = {d}", peak, "MB", peak, peak, "<=", expected)
 
-    yield "compiled"  # each process for itself
+    yield COMPILED  # each process for itself
     free_torch_memory()
     with ThreadPoolExecutor(len(cases)) as pool:
         yield from pool.map(measured, cases)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from ..report import Sections
 from ..timing import Result
 from . import correct, memory, speed
 
@@ -76,12 +77,12 @@ def parts(sizes: Sizes) -> dict[str, Iterator[Result | str]]:
     }
 
 
-def compiled_ahead(every: dict[str, Iterator[Result | str]]) -> dict[str, Iterable[Result | str]]:
+def compiled_ahead(every: Sections) -> Sections:
     """The same parts, compiled side by side while the numbers of the first are checked; then they run one by one."""
     pool = ThreadPoolExecutor(8)
-    waiting = {name: pool.submit(next, part) for name, part in every.items() if name != "correct"}
+    waiting = {name: pool.submit(next, iter(part)) for name, part in every.items() if name != "correct"}
 
-    def in_turn(name: str, part: Iterator[Result | str]) -> Iterator[Result | str]:
+    def in_turn(name: str, part: Iterable[Result | str]) -> Iterator[Result | str]:
         for other in waiting.values():  # nothing is timed beside a compiler
             other.exception()
         if name in waiting:
