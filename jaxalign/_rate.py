@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -95,9 +93,7 @@ def find_rate(
         search = advance(search, sums_over(series_moments, at(values), search.rate, by_row) / norm[None], rtol)
         if improve is not None:
             values, better = improve(~going(search, begun), search.rate, values)
-            begun = jnp.where(better, search.passes, begun)
-            again = begin(jnp.where(search.converged, search.rate, 1), idle)
-            search = jax.tree.map(partial(jnp.where, better), again, search)._replace(passes=search.passes)
+            begun, search = jnp.where(better, search.passes, begun), again(search, better, idle)
         return search, values, begun, going(search, begun)
 
     begun = jnp.zeros((), jnp.int32)
@@ -225,6 +221,18 @@ def begin(start: Array, idle: Array) -> Search:
         done=no | idle,
         converged=no,
         passes=jnp.zeros((), jnp.int32),
+    )
+
+
+def again(search: Search, better: Array, idle: Array) -> Search:
+    """A search that begins once more, if `better`: where it ended at a root, else in the middle of the range."""
+    lowest, highest = _range(search.rate)
+    return search._replace(
+        rate=jnp.where(better & ~search.converged, 1, search.rate),
+        low=jnp.where(better, 0.5 * lowest, search.low),
+        high=jnp.where(better, 2 * highest, search.high),
+        done=jnp.where(better, idle, search.done),
+        converged=search.converged & ~better,
     )
 
 
