@@ -67,7 +67,8 @@ def test_gradients_are_those_of_jax():
     expected = jax.grad(lambda x, y: jaxalign.losses.alignment_loss(x, y, density=0.2))(
         x.detach().numpy(), y.detach().numpy()
     )
-    np.testing.assert_array_equal(x.grad.numpy(), expected)
+    # Not bit by bit: the two are compiled as different programs, which may round sums in another order.
+    np.testing.assert_allclose(x.grad.numpy(), expected, rtol=0, atol=3e-7 * np.abs(expected).max())
     assert y.grad is None or (y.grad == 0).all()
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import jaxalign
 from jaxalign import measures
 from jaxalign.losses import alignment_loss
+from tests import reference
+from tests import reference_measures as expected
 
-from ... import reference
-from ... import reference_measures as expected
 from ..cases import density_reached
 from ..rivals import density_in_chunks
 from ..timing import Result
