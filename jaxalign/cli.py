@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = error.filename or options.get("out") or "where the output goes"
             return _fail(f"the disk is full: {where}. Nothing half-written was left.", 1)
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            from jaxalign._files import too_many_files
+            from jaxalign.files.storage import too_many_files
 
             return _fail(too_many_files(), 1)
         missing = isinstance(error, (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError))
@@ -290,13 +290,13 @@ def _command(name: str) -> Callable[[dict[str, Any]], int]:
         options["tile_size"] = options.get("tile_size") or "auto"
         if options.get("x64"):
             jax.config.update("jax_enable_x64", True)
-        from jaxalign._saved import plain
+        from jaxalign.files.json_values import json_result
         from jaxalign.report import commands
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of libraries that draw and lay out
             found = getattr(commands, name)(options)
-        print(json.dumps(plain(found.data), indent=1) if options.get("json") else found.text)
+        print(json.dumps(json_result(found.data), indent=1) if options.get("json") else found.text)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where an error has its message
         return 0

@@ -11,29 +11,45 @@ import json
 import operator
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
-from jaxalign._files import check_regular, replace_file
-from jaxalign._grid_files import from_blocks, set_by_set
-from jaxalign._grid_memory import Job, in_one_visit
-from jaxalign._plan import TileSize
+from jaxalign._plan import Plan, TileSize, make_plan
 from jaxalign._positions import Positions, check_positions
-from jaxalign._saved import checkpoint_of_one_job, plain, told
 from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
+from jaxalign.bandwidth import check_rtol
+from jaxalign.files.cells import Preparation, compare_cells, compare_cells_of_files
+from jaxalign.files.checkpoint import Checkpoint, locked_checkpoint
+from jaxalign.files.grid import compare_blocks
+from jaxalign.files.json_values import json_option, json_result
+from jaxalign.files.progress import Progress, reporting
+from jaxalign.files.sources import check_block_rows
+from jaxalign.files.storage import check_regular, replace_file
+from jaxalign.files.task import GridResult, GridTask
 from jaxalign.io import named_sets
-from jaxalign.measures._evaluate import Missing, PairMeasure, refuse_spread
+from jaxalign.measures._evaluate import (
+    Missing,
+    PairMeasure,
+    SetMeasure,
+    check_function,
+    check_sets,
+    explain_status,
+    products_of,
+    refuse_spread,
+    values_of,
+)
+from jaxalign.measures._pair_sums import PairFunction, bandwidth_of_jit
 from jaxalign.measures._registry import check_how, specified
-from jaxalign.streaming import Progress, check_block_rows
 
 Features = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | os.PathLike[str]
 
@@ -145,9 +161,9 @@ class ComparisonGrid:
             "rows": self.rows,
             "columns": self.columns,
             "itself": self.itself,
-            "values": plain(np.asarray(self.values)),
-            "sigma": plain(np.asarray(self.sigma)),
-            "options": {name: told(value) for name, value in self.settings},
+            "values": json_result(np.asarray(self.values)),
+            "sigma": json_result(np.asarray(self.sigma)),
+            "options": {name: json_option(value) for name, value in self.settings},
             "samples": self.samples,
             "versions": dict(self.versions),
         }
@@ -266,19 +282,19 @@ def compare_grid(
     check_block_rows(block_rows)
     if filled.get("sigma") is not None:
         filled["sigma"] = _one_a_set(filled["sigma"], len(sets))
-    job = Job([value for _, value in sets], names, len(ours), filled, mask, missing, tile_size, progress)
-    in_memory = not any(isinstance(value, np.memmap) for value in job.sets)
+    task = GridTask([value for _, value in sets], names, len(ours), filled, mask, missing, tile_size, progress)
+    in_memory = not any(isinstance(value, np.memmap) for value in task.features)
     if in_memory and checkpoint is None and block_rows is None:
-        found = in_one_visit(job, specification, mesh, axis_name)
+        result = _compare_in_memory(task, specification, mesh, axis_name)
     elif mesh is not None or axis_name is not None:
         raise ValueError("mesh= is for arrays in memory without a checkpoint; these rows are read block by block.")
     else:
-        with checkpoint_of_one_job(checkpoint):
+        with locked_checkpoint(checkpoint) as path:
             if isinstance(specification, PairMeasure):
-                found = from_blocks(job, specification, block_rows, checkpoint)
+                result = compare_blocks(task, specification, block_rows, path)
             else:
-                found = set_by_set(job, specification, block_rows, checkpoint)
-    values, sigma, samples = found
+                result = compare_cells_of_files(task, specification, block_rows, path)
+    values, sigma, samples = result
     return ComparisonGrid(
         values=values,
         sigma=sigma,
@@ -291,6 +307,44 @@ def compare_grid(
         samples=samples,
         versions=(("jaxalign", __version__), ("jax", jax.__version__), ("numpy", np.__version__)),
     )
+
+
+def _compare_in_memory(
+    task: GridTask, measure: PairMeasure | SetMeasure, mesh: Any = None, axis_name: Any = None
+) -> GridResult:
+    """Arrays in memory, spread over devices or not: in one visit of the pairs, or cell by cell."""
+    named = list(zip(task.names, task.features, strict=True))
+    features, mask = check_sets(named, task.mask, task.missing, measure.least, measure.needs)
+    if isinstance(measure, SetMeasure):
+        prepared = Preparation(task, measure, lambda k: features[k], mask, mesh, axis_name)
+        return compare_cells(prepared, Checkpoint(None, "compare_grid", {}))
+    plan = make_plan(features[0], None, task.tile_size, mesh, axis_name, sets=len(features))
+    plan, function, sigma = replace(plan, fixed=True), measure.function, task.options.get("sigma")
+    if function.solves:
+        alone = make_plan(features[0], None, task.tile_size, mesh, axis_name)
+        sigma = _solve_in_memory(task, features, mask, function, alone)
+        measure = replace(measure, function=replace(function, solves=False))
+    inner = products_of(features, task.split, mask, sigma, None, measure, plan, task.names)
+    values = np.asarray(values_of(inner, measure))
+    sigmas = np.asarray(inner.sigma) if function.needs_sigma else np.full(len(features), np.nan)
+    return GridResult(values, sigmas, int(inner.samples))
+
+
+def _solve_in_memory(
+    task: GridTask, features: tuple[Array, ...], mask: Array | None, function: PairFunction, plan: Plan
+) -> list[Array]:
+    """The bandwidth of each representation."""
+    density = task.options.get("density")
+    _, target = check_function(task.names, features, mask, None, density, function, plan)
+    assert target is not None
+    sigma: list[Array] = []
+    with reporting(task.progress, "sigma", len(features), unit="set") as show:
+        for name, x in zip(task.names, features, strict=True):
+            solution, status = bandwidth_of_jit(x, mask, target, function, check_rtol(None, x.dtype), plan)
+            explain_status(name, status)
+            sigma.append(jnp.where(jnp.isnan(solution), 1, solution))  # of features with nan, whose values become nan
+            show(len(sigma))
+    return sigma
 
 
 # --- what was handed in -----------------------------------------------------------------------------------------------
@@ -320,5 +374,5 @@ def _same_samples(names: list[str], sets: list[tuple[str, Any]]) -> None:
 
 
 def _hashable(value: Any) -> Any:
-    plain = told(value)
-    return tuple(map(_hashable, plain)) if isinstance(plain, list) else plain
+    option = json_option(value)
+    return tuple(map(_hashable, option)) if isinstance(option, list) else option

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import _files, _plan, cli
+from jaxalign import _plan, cli
+from jaxalign.files import storage
 from jaxalign.report import commands
 
 pytest.importorskip("matplotlib", reason='pictures: python -m pip install "jaxalign[viz]"')
@@ -508,7 +509,7 @@ def test_one_run_at_a_time_writes_to_a_folder(command, models, capsys):
     out.mkdir()
     inputs = [] if command == "demo" else [models / "a"]
     more = ["--resume"] if command == "grid" else ["--force"]
-    with _files.locked(out):
+    with storage.locked(out):
         assert run(command, *inputs, *more, "--out", out) == 1
     said = capsys.readouterr().err
     assert f"{out}: another run is working on it" in said

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import _files, streaming
-from jaxalign._files import locked, replace_file
+from jaxalign import streaming
+from jaxalign.files import storage
+from jaxalign.files.storage import locked, replace_file
 
 X = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 
@@ -32,7 +33,7 @@ def test_no_link_is_followed(tmp_path, monkeypatch):
     # Not even where the name is guessed.
     monkeypatch.setattr(secrets, "token_hex", lambda length: "0")
     replace_file(out / "layers.png", b"")
-    (out / f"{_files.PREFIX}{_files._tag(out / 'layers.png')}-0.new").symlink_to(victim)
+    (out / f"{storage.PREFIX}{storage._tag(out / 'layers.png')}-0.new").symlink_to(victim)
     with pytest.raises(FileExistsError):
         replace_file(out / "layers.png", b"content")
     assert victim.read_text() == "mine"
@@ -74,7 +75,7 @@ with runpy.run_path(sys.argv[1])["locked"](Path(sys.argv[2])):
 def test_a_lock_ends_with_its_process(kind, tmp_path):
     path = tmp_path if kind == "folder" else tmp_path / "state"
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, _files.__file__, str(path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, storage.__file__, str(path)], stdout=subprocess.PIPE, text=True
     )
     with holder:
         assert holder.stdout.readline() == "locked\n"
@@ -82,8 +83,8 @@ def test_a_lock_ends_with_its_process(kind, tmp_path):
             pass
         holder.send_signal(signal.SIGKILL)
     # What was not complete when it was killed is removed; another job's files are not.
-    tag, other = ("*" if kind == "folder" else _files._tag(path)), tmp_path / f"{_files.PREFIX}other-1.new"
-    (tmp_path / f"{_files.PREFIX}{tag.replace('*', 'any')}-0.new").write_bytes(b"")
+    tag, other = ("*" if kind == "folder" else storage._tag(path)), tmp_path / f"{storage.PREFIX}other-1.new"
+    (tmp_path / f"{storage.PREFIX}{tag.replace('*', 'any')}-0.new").write_bytes(b"")
     other.write_bytes(b"")
     with locked(path):
         assert len(list(tmp_path.iterdir())) == (2 if kind == "file" else 1)
@@ -92,7 +93,7 @@ def test_a_lock_ends_with_its_process(kind, tmp_path):
 
 def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
     """Between opening a lock file and locking it, its last holder may remove it: the name then stands for another."""
-    lock, taken = _files._lock, []
+    lock, taken = storage._lock, []
 
     def lock_late(descriptor):
         if not taken:
@@ -100,7 +101,7 @@ def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
         taken.append(descriptor)
         lock(descriptor)
 
-    monkeypatch.setattr(_files, "_lock", lock_late)
+    monkeypatch.setattr(storage, "_lock", lock_late)
     with locked(tmp_path / "state"):
         assert len(taken) == 2
         with pytest.raises(BlockingIOError), locked(tmp_path / "state"):

@@ -328,7 +328,7 @@ def test_a_job_goes_on_after_the_free_memory_has_changed(x64, measure, tmp_path,
 
 
 def test_sets_that_do_not_fit_are_looked_at_again(x64, monkeypatch):
-    monkeypatch.setattr(jaxalign._grid_memory, "_KEPT_BYTES", 1)
+    monkeypatch.setattr(jaxalign.files.cells, "_KEPT_BYTES", 1)
     grid = compare_grid(layers(), layers("de", 1), "procrustes")
     helpers.assert_close(grid.values, one_by_one(layers(), layers("de", 1), "procrustes"), 1e-12)
 

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import helpers
@@ -18,6 +17,7 @@ import pytest
 
 import jaxalign
 from jaxalign import streaming
+from jaxalign.files.sources import open_pairs, open_source
 
 ROOT = Path(__file__).parent.parent
 ROWS, WIDTH, MASK = helpers.ROWS, helpers.WIDTH, helpers.MASK
@@ -282,11 +282,23 @@ def test_a_job_may_be_stopped_after_every_pair(job, tmp_path):
     assert resume(job, path) == (whole, 0)
 
 
+def contents(path):
+    """The arrays of a checkpoint."""
+    with np.load(path) as archive:
+        return dict(archive)
+
+
+def write(path, arrays):
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
 # A program that ends itself with the signal that cannot be caught, in the middle of its second visit after the first.
 KILLED = """
 import os, signal, sys
 import numpy as np
 from jaxalign import streaming
+from jaxalign.files.sources import open_pairs, open_source
 path, rows, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
 class Rows(list):
@@ -311,7 +323,7 @@ def test_a_job_that_is_killed_visits_one_pair_again_at_most(tmp_path):
         [sys.executable, "-c", KILLED, str(path), str(rows), str(kills)], env=environment, timeout=120, check=False
     )
     assert ended.returncode == -signal.SIGKILL
-    assert json.loads(path.read_text())  # whole, whenever the kill comes
+    assert contents(path)  # whole, whenever the kill comes
     result, visits = resume(JOBS["solve_sigma"], path)
     np.testing.assert_allclose(result, whole, rtol=1e-7)  # this process has eight devices, that one had one
     # Visits of the killed job that were reported, and those of this one: no more than one pair in both.
@@ -330,11 +342,15 @@ def test_a_checkpoint_that_was_not_written_to_the_end_is_refused(tmp_path):
         assert path.read_bytes() == whole[:cut]  # left for who wants to look at it
 
 
-@pytest.mark.parametrize("content", [b"\x93NUMPY\xff", b"[]", b"{}", b"null", b'{"state": 1, "check": 2}', b"text"])
+# The last as before sigma and grids had one format.
+OTHER_FILES = [b"\x93NUMPY\xff", b"[]", b"text", b'{"check": 1, "state": {"done": 3, "sums": []}}']
+
+
+@pytest.mark.parametrize("content", OTHER_FILES)
 def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     path = tmp_path / "job"
     path.write_bytes(content)
-    with refused(ValueError, str(path), "truncated or not a checkpoint", "name another file"):
+    with refused(ValueError, str(path), "truncated or not a checkpoint", "as this version writes", "name another file"):
         resume(JOBS["solve_sigma"], path)
     assert path.read_bytes() == content
 
@@ -342,39 +358,36 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
 def test_a_checkpoint_with_a_changed_number_is_refused(tmp_path):
     path = tmp_path / "job"
     stop_after(JOBS["solve_sigma"], path, 3)
-    content = json.loads(path.read_text())
-    content["state"]["sums"][1][0] *= 1 + 1e-9
-    path.write_text(json.dumps(content))
-    with refused(ValueError, str(path), "is damaged", "checksum"):
+    content, number = path.read_bytes(), contents(path)["totals"][1].tobytes()
+    assert content.count(number) == 1
+    path.write_bytes(content.replace(number, number[:-1] + bytes([number[-1] ^ 1])))
+    with refused(ValueError, str(path), "truncated or not a checkpoint"):
         resume(JOBS["solve_sigma"], path)
-
-
-SEARCH = ("rate", "low", "high", "density", "slope", "done", "converged", "passes")
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"search": 3},
-        {"search": dict.fromkeys(SEARCH[1:], 1.0)},
-        {"search": dict.fromkeys(SEARCH, "x")},
-        {"done": "x"},
-        {"done": -1},
-        {"done": 0},
-        {"done": 1000},
-        {"sums": 3},
-        {"sums": [[1.0]]},
-        {"sums": [[1.0, 0.0]]},
-        {"sums": []},
-        {"sums": [["a", "b"]]},
+        {"search": np.array(3.0)},
+        {"search": np.ones(7)},
+        {"search": np.full(8, "x")},
+        {"done": np.array("x")},
+        {"done": np.array(-1)},
+        {"done": np.array(1000)},
+        {"done": np.array(3.0)},
+        {"totals": np.array(3.0)},
+        {"totals": np.ones((7, 2))},
+        {"totals": np.ones(7, np.float32)},
+        {"lost": np.ones(0)},
+        {"more": np.ones(7)},
+        {"totals": None},
     ],
-    ids=str,
+    ids=lambda change: str(change).replace("\n", ""),
 )
-def test_a_checkpoint_with_a_right_checksum_and_other_contents_is_refused(change, tmp_path):
+def test_a_checkpoint_of_the_same_job_with_other_contents_is_refused(change, tmp_path):
     path = tmp_path / "job"
     stop_after(JOBS["solve_sigma"], path, 3)
-    state = {**json.loads(path.read_text())["state"], **change}
-    path.write_text(json.dumps({"state": state, "check": zlib.crc32(json.dumps(state, sort_keys=True).encode())}))
+    write(path, {name: array for name, array in {**contents(path), **change}.items() if array is not None})
     with refused(ValueError, str(path), "truncated or not a checkpoint", "Delete it"):
         resume(JOBS["solve_sigma"], path)
 
@@ -405,13 +418,15 @@ def test_a_checkpoint_of_another_job_is_refused(what, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+@pytest.mark.parametrize(("key", "other"), [("version", "0.0.0"), ("format", None)])
+def test_a_checkpoint_of_another_version_is_refused(key, other, tmp_path):
     path = tmp_path / "job"
     stop_after(JOBS["solve_sigma"], path, 2)
-    state = json.loads(path.read_text())["state"]
-    state["identity"]["version"] = "0.0.0"
-    path.write_text(json.dumps({"state": state, "check": zlib.crc32(json.dumps(state, sort_keys=True).encode())}))
-    with refused(ValueError, "belongs to another job", "version (there '0.0.0'", jaxalign.__version__):
+    arrays = contents(path)
+    identity = json.loads(str(arrays["identity"]))
+    expected, identity[key] = identity[key], other
+    write(path, {**arrays, "identity": json.dumps(identity)})
+    with refused(ValueError, "belongs to another job", f"{key} (there {other!r}, here {expected!r})"):
         resume(JOBS["solve_sigma"], path)
 
 
@@ -648,9 +663,9 @@ def test_bad_tile_size(tile_size):
 def test_a_job_does_not_depend_on_the_free_memory(monkeypatch):
     # Or it could not go on from its checkpoint after other programs have started or ended.
     x = np.zeros((70_000, 40), np.float32)
-    before = streaming.open_rows(x, None, None, None, "include", None, "auto").identity
+    before = open_pairs(open_source("x", x), None, "include", "auto").identity
     monkeypatch.setattr(jaxalign._plan, "_free_memory", lambda device: 30_000.0)
-    assert streaming.open_rows(x, None, None, None, "include", None, "auto").identity == before
+    assert open_pairs(open_source("x", x), None, "include", "auto").identity == before
     assert len(before["blocks"][0]) == 2
 
 

@@ -20,19 +20,18 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 
 # A module imports from lower layers only. What a layer is for stands in the docstring of its module.
 LAYERS = [
-    {"_files", "_linalg", "_typing", "_version"},
-    {"_checks", "_saved"},
+    {"_linalg", "_typing", "_version"},
+    {"_checks"},
     {"_plan", "_positions"},
-    {"io"},
     {"distances", "sharding"},
     {"_directions", "pairs"},
     {"_rate"},
     {"bandwidth"},
     {"affinity"},
-    {"operators", "streaming"},
+    {"operators"},
     {"alignment", "measures"},
-    {"_grid_memory"},
-    {"_grid_files"},
+    {"files"},
+    {"io", "streaming"},
     {"grid", "inference", "losses", "spectral"},
     {"colors"},
 ]
@@ -51,6 +50,8 @@ HEAVY = (
     "onnxruntime",
     "PIL",
     "skimage",
+    "h5py",
+    "pyarrow",
 )
 PUBLIC = {name: value for name, value in vars(jaxalign).items() if inspect.isfunction(value)}
 

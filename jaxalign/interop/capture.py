@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _checks
-from jaxalign._files import partial_name
+from jaxalign.files.progress import Progress, reporting
+from jaxalign.files.storage import partial_name
 from jaxalign.interop import _networks
 from jaxalign.io import file_names
-from jaxalign.streaming import Progress, reporter
 
 _BEGINNING = 256  # samples, of an order that is looked at
 _TOKENS = ("all", "mean", "max", "first", "last")
@@ -114,10 +114,10 @@ def capture_features(
     wanted = _select(layers, network.names, type(model).__name__)
     batches, total = _batches(inputs, _checks.whole("batch_size", batch_size))
     channels = network.channel_axis if channel_axis is None else channel_axis
-    report = reporter(progress, "features", total, unit="sample")
     done = 0
     with ExitStack() as stack:
         places = file_names(wanted)
+        report = stack.enter_context(reporting(progress, "features", total, unit="sample"))
         kept = {name: stack.enter_context(_Kept(name, out, places[name])) for name in wanted}
         run = stack.enter_context(network.listening(tuple(dict.fromkeys(wanted.values()))))
         for batch in batches:
@@ -132,7 +132,6 @@ def capture_features(
                 kept[name].append(_positions(layer, features, tokens, prefix_tokens, grid, channels, real))
             done += count
             report(done)
-        report(-1)
         if not done:
             raise ValueError("inputs has no sample. (A generator that was gone through before has none left.)")
         for one in kept.values():

@@ -15,9 +15,9 @@ from jaxalign import plots
 from jaxalign._draw import BLUE as RIGHT
 from jaxalign._draw import ORANGE as NEAR
 from jaxalign._draw import VERMILION as WRONG
-from jaxalign._files import replace_file
 from jaxalign.affinity import rbf_affinity
 from jaxalign.alignment import correspondence
+from jaxalign.files.storage import replace_file
 from jaxalign.report.baselines import variance_sigma
 from jaxalign.report.demo import AUTO_SCALED, CSLS, DECORRELATED, PATCH_NETWORKS, VARIANCE, DigitReport, PatchReport
 

@@ -6,18 +6,13 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import secrets
 import stat
 import sys
-import zipfile
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 # What begins so is not output: locks, and files that are not complete.
 PREFIX = ".jaxalign-"
@@ -143,71 +138,3 @@ def _lock(descriptor: int) -> None:
             raise
         except OSError:  # a file system without locks: better two jobs at once than none
             return
-
-
-# --- arrays in files, before they are read ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An array as its file describes it.
-
-    Attributes:
-        dtype: once loaded; words where numpy has no such dtype.
-        shape: of the array.
-        load: reads it.
-        nbytes: memory that loading takes; None: the size of the array.
-    """
-
-    dtype: np.dtype[Any] | str
-    shape: tuple[int, ...]
-    load: Callable[[], np.ndarray]
-    nbytes: int | None = None
-
-    @property
-    def needed(self) -> int:
-        """Bytes of memory that loading takes."""
-        if self.nbytes is not None or isinstance(self.dtype, str):
-            return self.nbytes or 0
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@contextlib.contextmanager
-def open_npz(path: Path) -> Generator[dict[str, Stored], None, None]:
-    """The arrays of an .npz file by their headers: a small file may hold many gigabytes of zeros."""
-    check_regular(path)
-    with zipfile.ZipFile(path) as archive:
-        arrays: dict[str, Stored] = {}
-        for member in archive.infolist():
-            # numpy writes no others, and Python inflates them without a limit.
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{member.filename!r} is compressed in a way that numpy does not write.")
-            array = _member(archive, member)
-            name = member.filename.removesuffix(".npy")
-            if array is not None:
-                if name in arrays:
-                    raise ValueError(f"two arrays are named {name!r}.")
-                arrays[name] = array
-        yield arrays
-
-
-def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored | None:
-    """An array in an archive; None for what is no array of numbers or text."""
-    readers = {b"\x01\x00": np.lib.format.read_array_header_1_0, b"\x02\x00": np.lib.format.read_array_header_2_0}
-    with archive.open(member) as file:
-        start = file.read(len(np.lib.format.MAGIC_PREFIX) + 2)
-        version = start[-2:]
-        if not start.startswith(np.lib.format.MAGIC_PREFIX) or version not in readers:
-            return None
-        shape, _, dtype = readers[version](file)
-        room = member.file_size - file.tell()
-    if dtype.hasobject:
-        raise ValueError(f"{member.filename!r} holds Python objects.")
-    if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize > room:
-        raise ValueError(f"{member.filename!r} claims shape {shape} of {dtype}, which is more than it holds.")
-
-    def load() -> np.ndarray:
-        with archive.open(member) as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-
-    return Stored(dtype, shape, load)

@@ -1,0 +1,101 @@
+"""The one checkpoint format: an .npz file of the arrays that a job has finished, and of what they were made from.
+
+The file is replaced in one step, so it is whole whenever the job is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxalign import _checks
+from jaxalign._version import __version__
+from jaxalign.files.readers import open_npz
+from jaxalign.files.storage import check_regular, locked, replace_file
+
+State = dict[str, np.ndarray]
+
+_FORMAT = 2  # 1: JSON of sigma and density, .npz of grids without this number
+_WAY_OUT = "Delete it to start again, or name another file."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file for the state of a job."""
+
+    path: Path | None  # None saves nothing
+    task: str  # the function that writes it
+    inputs: dict[str, Any]  # what the state was made from, as JSON holds it: checksums of features, and options
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        identity = {"format": _FORMAT, "version": __version__, "task": self.task, **self.inputs}
+        return json.loads(json.dumps(identity))  # tuples become lists, as in the file
+
+    def load(self, initial: State) -> State:
+        """The state in the file, or the initial one; raises for another job and for arrays unlike the initial ones."""
+        if self.path is None or not self.path.exists():
+            return dict(initial)
+        check_regular(self.path)
+        try:
+            with open_npz(self.path) as arrays:
+                identity = dict(json.loads(str(arrays.pop("identity").load())))
+                if identity == self._identity:
+                    if _layout(arrays) != _layout(initial):
+                        raise ValueError
+                    return {name: stored.load() for name, stored in arrays.items()}
+        except Exception:  # whatever a damaged archive raises
+            raise self.damaged() from None
+        raise ValueError(
+            f"checkpoint {self.path} belongs to another job; what differs: {self._differences(identity)}. {_WAY_OUT}"
+        )
+
+    def save(self, state: State) -> None:
+        """Replace the file."""
+        if self.path is not None:
+            content = io.BytesIO()
+            arrays: dict[str, Any] = {"identity": np.asarray(json.dumps(self._identity)), **state}
+            np.savez(content, **arrays)
+            replace_file(self.path, content.getvalue())
+
+    def remove(self) -> None:
+        """Delete the file of a job that is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def damaged(self) -> ValueError:
+        """The error for a file with contents that the task does not write."""
+        what = f"a checkpoint of {self.task} as this version writes it"
+        return ValueError(f"checkpoint {self.path} is truncated or not {what}. {_WAY_OUT}")
+
+    def _differences(self, identity: Mapping[str, Any]) -> str:
+        ours, shown = self._identity, _checks.shown
+        return ", ".join(
+            f"{key} (there {shown(identity.get(key))}, here {shown(ours.get(key))})"
+            for key in {**ours, **identity}
+            if identity.get(key) != ours.get(key)
+        )
+
+
+def _layout(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: (array.dtype, array.shape) for name, array in arrays.items()}
+
+
+@contextlib.contextmanager
+def locked_checkpoint(path: str | os.PathLike[str] | None) -> Generator[Path | None, None, None]:
+    """Keep a checkpoint to one job; raises before any work if another job writes to it, or nothing can be written."""
+    path = None if path is None else Path(path)
+    if path is not None and path.is_dir():
+        raise IsADirectoryError(f"checkpoint {path} is a folder: name a file in it.")
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"checkpoint {path}: there is no folder {path.parent}.")
+    with locked(path):
+        yield path

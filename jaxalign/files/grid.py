@@ -1,0 +1,221 @@
+"""Grids of measures by pairs of samples: two blocks of rows of every representation are visited at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxalign import _checks
+from jaxalign._plan import choose_tiles, usual_block_rows
+from jaxalign.bandwidth import rate_of
+from jaxalign.distances import Frame
+from jaxalign.files.checkpoint import Checkpoint, State, locked_checkpoint
+from jaxalign.files.progress import Reporting, reporting
+from jaxalign.files.sigma import solve_rows
+from jaxalign.files.sources import Block, RowPairs, open_pairs, open_source, rows_are_finite
+from jaxalign.files.task import GridResult, GridTask
+from jaxalign.files.visit import BlockSums, read_ahead, totals_of, visit, zero_sums
+from jaxalign.measures._evaluate import PairMeasure, values_of
+from jaxalign.measures._pair_sums import (
+    Centring,
+    Facts,
+    PairFunction,
+    Sums,
+    centred,
+    largest_square,
+    sums_of,
+    typical_rate,
+)
+from jaxalign.pairs import Pairs, Reduction, Tile, over_rows, reduce_both_sides, reduce_pairs
+
+
+def compare_blocks(task: GridTask, measure: PairMeasure, block_rows: int | None, checkpoint: Path | None) -> GridResult:
+    """A grid of representations of which two blocks are on the device at a time, and a third is being read."""
+    _checks.choice("missing", task.missing, ("raise", "omit", "propagate"))
+    widths = sum(value.shape[1] for value in task.features)
+    size = block_rows or min(task.num_samples, usual_block_rows(widths * 8))
+    mask, complete = _complete(task, size)
+    num_samples = task.num_samples if mask is None else int(mask.sum())
+    if num_samples < measure.least:
+        raise ValueError(f"{measure.needs} needs at least {measure.least} samples; {num_samples} are left.")
+    result = GridResult(np.full(task.shape, np.nan), np.full(len(task.names), np.nan), num_samples)
+    rows, columns = ([at for at, k in enumerate(side) if k in complete] for side in (range(task.split), task.columns))
+    if rows and columns:
+        values, sigma = _compare_complete(task.subset(complete), measure, size, mask, checkpoint)
+        result.values[np.ix_(rows, columns)] = values
+        result.sigma[complete] = sigma
+    return result
+
+
+def _complete(task: GridTask, block_rows: int) -> tuple[np.ndarray | None, list[int]]:
+    """The mask of the samples that count, and the representations without missing values in these."""
+    mask = _checks.row_mask("mask", task.mask, (task.num_samples,))
+    mask, every = None if mask is None else np.asarray(mask), list(range(len(task.names)))
+    if task.missing == "raise":  # which is done when all rows are read
+        return mask, every
+    finite = [rows_are_finite(value, block_rows) for value in task.features]
+    if task.missing == "omit":
+        return np.logical_and.reduce(finite) & (True if mask is None else mask), every
+    return mask, [k for k in every if finite[k][slice(None) if mask is None else mask].all()]
+
+
+def _compare_complete(
+    task: GridTask, measure: PairMeasure, block_rows: int, mask: np.ndarray | None, checkpoint: Path | None
+) -> tuple[Array, np.ndarray]:
+    """Values, and the sigma of each representation."""
+    pairs = _open(task, measure.function, block_rows, mask)
+    inputs = {**task.inputs(measure.name), "features": [features.identity for features in pairs]}
+    saved = Checkpoint(checkpoint, "compare_grid", inputs)
+    number, num_products, rows = len(pairs), math.prod(task.shape), max(pairs[0].x.sizes)
+    width = num_products if measure.centring == "difference" else number
+    zero = zero_sums(num_products + number, task.num_samples, width)
+    state = _with_sigma(saved.load({"sigma": np.full(number, np.nan), **zero}), task, pairs, measure.function, saved)
+    itemsize = pairs[0].dtype.itemsize
+    tile = choose_tiles(task.tile_size, rows, rows, number, itemsize, may_store=False, by_memory=False)[1]
+    terms = _Terms(measure.function, measure.centring, task.split, tile)
+    state, shift, facts = _visit(terms, pairs, state, saved, partial(reporting, task.progress, "pairs"))
+    cross, diagonal = np.split(totals_of(state), [num_products])
+    sums = Sums(*(jnp.asarray(a, shift.dtype) for a in (cross.reshape(task.shape), diagonal, state["rows"])))
+    inner = centred(sums, shift, facts, task.split, measure.centring, measure.function)
+    saved.remove()
+    return values_of(inner, measure), state["sigma"]
+
+
+def _open(task: GridTask, function: PairFunction, block_rows: int, mask: np.ndarray | None) -> list[RowPairs]:
+    diagonal = function.diagonal if function.solves else "include"
+    pairs: list[RowPairs] = []
+    for name, value in zip(task.names, task.features, strict=True):
+        source = open_source(name, value, mask, block_rows, function.rows)
+        pairs.append(open_pairs(source, None, diagonal, task.tile_size))
+    if len({features.dtype for features in pairs}) > 1:
+        dtypes = ", ".join(str(features.dtype) for features in pairs)
+        raise ValueError(f"all sets must have the same dtype; got {dtypes}.")
+    return pairs
+
+
+def _with_sigma(
+    state: State, task: GridTask, pairs: list[RowPairs], function: PairFunction, saved: Checkpoint
+) -> State:
+    """The state with the bandwidth of every representation; each that is solved for is saved."""
+    if not function.needs_sigma:
+        return state
+    if not function.solves:
+        return {**state, "sigma": np.asarray([task.sigma_of(k) for k in range(len(pairs))], np.float64)}
+    beside = None if saved.path is None else saved.path.with_name(saved.path.name + ".sigma")
+    density = float(task.options["density"])  # as JSON holds it
+    with reporting(task.progress, "sigma", len(pairs), unit="set") as show:
+        for k, features in enumerate(pairs):
+            if np.isnan(state["sigma"][k]):
+                try:
+                    with locked_checkpoint(beside):
+                        solution = solve_rows(features, density, checkpoint=beside, euclidean=function.rooted)
+                except ValueError as error:
+                    raise ValueError(f"{task.names[k]}: {error}") from None
+                state["sigma"][k] = float(solution.sigma)
+                saved.save(state)
+            show(k + 1)
+    return state
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What is summed over the pairs of samples."""
+
+    function: PairFunction
+    centering: Centring
+    split: int  # representations that are rows of the grid
+    tile_size: int | None
+
+
+def _visit(
+    terms: _Terms, pairs: list[RowPairs], state: State, saved: Checkpoint, report: Reporting
+) -> tuple[State, Array, Facts]:
+    """The state with all sums, what values are shifted by in them, and the facts that centering needs."""
+    dtype, sources = pairs[0].dtype, [features.x for features in pairs]
+    sample = Block(slice(0), tuple(features.sample[0] for features in pairs), None)
+    sigma = jnp.asarray(state["sigma"], dtype)
+    gammas = _gammas(_frames(pairs, sample), jnp.nan_to_num(sigma, nan=1.0), terms.function)
+    means, squares = np.zeros((sources[0].num_rows, len(pairs)), dtype), np.zeros(len(pairs), dtype)
+    for block in read_ahead(sources, range(len(sources[0].sizes))):
+        means[block.rows], largest = _row_means(_frames(pairs, block, sample), gammas, terms.function)
+        squares = np.maximum(squares, largest)
+    weights = np.ones(len(means), dtype) if sources[0].mask is None else sources[0].mask.astype(dtype)
+    shift = _shift_of(means, weights[:, None], terms.centering)
+
+    def sum_pairs(x: Block, y: Block | None) -> BlockSums:
+        shifts = jnp.asarray(shift[x.rows]), None if y is None else jnp.asarray(shift[y.rows])
+        return BlockSums(*_sum_blocks(_frames(pairs, x, y), gammas, *shifts, terms))
+
+    state = visit(sum_pairs, sources, None, state, saved, report)
+    facts = Facts(
+        weights=jnp.asarray(weights),
+        scales=jnp.stack([features.scale[0, 0] for features in pairs]),
+        sizes=jnp.asarray(squares),
+        usable=jnp.ones(len(pairs), bool),
+        status=jnp.zeros(len(pairs), jnp.int32),
+        sigma=sigma,
+    )
+    return state, jnp.asarray(shift), facts
+
+
+def _shift_of(means: np.ndarray, weights: np.ndarray, centering: Centring) -> np.ndarray:
+    """What f_ij is shifted by, from its row means: the sums are then as accurate as those of centered matrices."""
+    half = 0.5 * np.sum(means * weights, 0, dtype=np.float64) / weights.sum(dtype=np.float64)
+    if centering in ("none", "difference"):
+        return np.zeros_like(means)
+    return ((half if centering == "pearson" else means - half) * weights).astype(means.dtype)
+
+
+def _frames(pairs: list[RowPairs], x: Block, y: Block | None = None) -> tuple[Frame, ...]:
+    others, mask_y = ((None,) * len(pairs), None) if y is None else (y.features, y.mask)
+    every = zip(pairs, x.features, others, strict=True)
+    return tuple(features.frame(rows, other, x.mask, mask_y) for features, rows, other in every)
+
+
+@partial(jax.jit, static_argnames="function")
+def _gammas(frames: tuple[Frame, ...], sigma: Array, function: PairFunction) -> tuple[Array | None, ...]:
+    if function.needs_sigma:
+        every = enumerate(frames)
+        return tuple(rate_of(sigma[k][None, None], frame, rooted=function.rooted) for k, frame in every)
+    return tuple(typical_rate(frame, None) if function.rooted else None for frame in frames)
+
+
+@partial(jax.jit, static_argnames="function")
+def _row_means(
+    frames: tuple[Frame, ...], gammas: tuple[Array | None, ...], function: PairFunction
+) -> tuple[Array, Array]:
+    """About the row means of f_ij, (b, L + M), and the largest square of a row, (L + M,)."""
+    means: list[Array] = []
+    for frame, gamma in zip(frames, gammas, strict=True):
+
+        def terms(tile: Tile, frame: Frame = frame) -> Array:
+            return tile.weigh(function.of(tile.distances[0], tile.rates[0], frame.scale))
+
+        pairs = Pairs((frame,), fixed=True, rooted=function.rooted)
+        _, rows = reduce_pairs(Reduction(terms, over_rows), pairs, rates=(gamma,))
+        means.append(rows[..., 0] / frame.raw_other.shape[-2])
+    return jnp.stack(means, -1), jnp.stack([largest_square(frame) for frame in frames])
+
+
+@partial(jax.jit, static_argnames="terms")
+def _sum_blocks(
+    frames: tuple[Frame, ...], gammas: tuple[Array | None, ...], shift: Array, shift_y: Array | None, terms: _Terms
+) -> tuple[Any, Any, Any]:
+    """The fields of `BlockSums`; without totals for "difference"."""
+    function, is_self = terms.function, shift_y is None
+    pairs = Pairs(frames, None, is_self, terms.tile_size, fixed=True, rooted=function.rooted)
+    reduction = sums_of(frames, terms.split, function, terms.centering)
+    if is_self:
+        totals, rows = reduce_pairs(reduction, pairs, rates=gammas, as_row=shift, as_column=shift)
+        columns = 0
+    else:
+        totals, rows, columns = reduce_both_sides(reduction, pairs, rates=gammas, as_row=shift, as_column=shift_y)
+    return jnp.concatenate([jnp.ravel(total) for total in totals]) if totals else 0, rows, columns

@@ -1,0 +1,148 @@
+"""Sigma and density of rows that are read block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxalign._rate import MAX_PASSES, Search, advance, begin, finish, guess_from, series_moments, sums_over
+from jaxalign.bandwidth import (
+    CONVERGED,
+    INFEASIBLE,
+    NOT_CONVERGED,
+    SigmaSolution,
+    check_rtol,
+    raise_if_failed,
+    rate_of,
+    sigma_of,
+)
+from jaxalign.distances import Frame
+from jaxalign.files.checkpoint import Checkpoint, State
+from jaxalign.files.progress import Progress, reporting
+from jaxalign.files.sources import Block, RowPairs
+from jaxalign.files.visit import BlockSums, totals_of, visit, zero_sums
+from jaxalign.pairs import Pairs, Tile, kernel_terms
+
+Terms = Callable[[Tile], tuple[Array, ...]]
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Functions of a tile that are summed over all pairs."""
+
+    of: Callable[[Tile], tuple[Array, ...]]
+    pairs: RowPairs
+    euclidean: bool = False
+
+    def zero_sums(self) -> State:
+        """The state of a visit before its first pair of blocks."""
+        x, y = self.pairs.sample
+        sums = partial(_sum_terms, self.of, skip_self=False, tile_size=None, euclidean=self.euclidean)
+        return zero_sums(jax.eval_shape(sums, self.pairs.frame(x, y), jnp.ones((), self.pairs.dtype)).size)
+
+    def sum(self, gamma: Array, state: State, checkpoint: Checkpoint, progress: Progress, number: int) -> State:
+        """All sums, at a gamma: the pass of a number."""
+        pairs = self.pairs
+
+        def sum_pairs(x: Block, y: Block | None) -> BlockSums:
+            (rows,), (others,), mask_y = x.features, (None,) if y is None else y.features, y and y.mask
+            frame, skip_self = pairs.frame(rows, others, x.mask, mask_y), pairs.skip_self and y is None
+            return BlockSums(_sum_terms(self.of, frame, gamma, skip_self, pairs.tile_size, self.euclidean))
+
+        report = partial(reporting, progress, number, label=f"pass {number}")
+        return visit(sum_pairs, [pairs.x], pairs.y and [pairs.y], state, checkpoint, report)
+
+
+@partial(jax.jit, static_argnames=("terms", "skip_self", "tile_size", "euclidean"))
+def _sum_terms(
+    terms: Any, frame: Frame, gamma: Array, skip_self: bool, tile_size: int | None, euclidean: bool
+) -> Array:
+    pairs = Pairs((frame,), None, skip_self, tile_size, fixed=True, rooted=euclidean)
+    return sums_over(terms, pairs, gamma, by_row=False)
+
+
+def density_of_rows(pairs: RowPairs, sigma: float, checkpoint: Path | None, progress: Progress) -> Array:
+    """`streaming.mean_density` of opened rows."""
+    saved = Checkpoint(checkpoint, "mean_density", {**pairs.identity, "sigma": sigma})
+    terms = _Terms(_kernel_only, pairs)
+    gamma = rate_of(jnp.full((1, 1), sigma, pairs.dtype), pairs.frame(pairs.sample[0]))[0, 0]
+    state = terms.sum(gamma, saved.load(terms.zero_sums()), saved, progress, 1)
+    saved.remove()
+    return jnp.asarray(totals_of(state)[0] / pairs.total, pairs.dtype)
+
+
+def _kernel_only(tile: Tile) -> tuple[Array]:
+    return (kernel_terms(tile),)
+
+
+def solve_rows(
+    pairs: RowPairs,
+    density: float,
+    rtol: float | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress = False,
+    *,
+    euclidean: bool = False,
+) -> SigmaSolution:
+    """`streaming.solve_sigma` of opened rows; `euclidean`: of the Laplacian kernel."""
+    _check_reachable(density, pairs)
+    rtol = check_rtol(rtol, pairs.dtype)
+    inputs = {**pairs.identity, "density": density, "rtol": rtol, "euclidean": euclidean}
+    saved = Checkpoint(checkpoint, "solve_sigma", inputs)
+    target, moments = density * pairs.total, _Terms(series_moments, pairs, euclidean)
+    search, zero = _first_search(pairs, target, euclidean), moments.zero_sums()
+    state = saved.load({"search": _pack(search), **zero})
+    search = _unpack(state["search"], search)
+    while not bool(search.done) and int(search.passes) < MAX_PASSES:
+        state = moments.sum(search.rate, state, saved, progress, int(search.passes) + 1)
+        search = _advance(search, jnp.asarray(totals_of(state) / target, pairs.dtype), rtol)
+        state = {"search": _pack(search), **zero}
+        saved.save(state)
+    saved.remove()
+    root = finish(search)
+    status = jnp.asarray(CONVERGED if bool(root.converged) else INFEASIBLE if bool(root.infeasible) else NOT_CONVERGED)
+    raise_if_failed(status)
+    sigma = sigma_of(root.rate, pairs.scale[0, 0], rooted=euclidean)
+    return SigmaSolution(sigma, root.density * jnp.asarray(density, pairs.dtype), root.passes, status)
+
+
+_advance = jax.jit(advance, static_argnames="rtol")
+
+
+def _check_reachable(density: float, pairs: RowPairs) -> None:
+    least = pairs.diagonal_sum / pairs.total
+    if density <= least:
+        n = f"n = {pairs.diagonal_sum:.0f}"
+        raise ValueError(
+            f"density = {density} cannot be reached with {n} samples: the ones on the diagonal alone "
+            f'give {least:.4g}. Ask for a density above that, or leave the diagonal out with diagonal="exclude".'
+        )
+
+
+def _first_search(pairs: RowPairs, target: float, euclidean: bool) -> Search:
+    """A search from the gamma of the sample, without pairs of a sample with itself."""
+    density = (target - pairs.diagonal_sum) / (pairs.total - pairs.diagonal_sum)
+    gamma = _guess_gamma(pairs.frame(*pairs.sample), jnp.asarray(density, pairs.dtype), euclidean)
+    return begin(gamma, jnp.zeros((), bool))
+
+
+@partial(jax.jit, static_argnames="euclidean")
+def _guess_gamma(frame: Frame, density: Array, euclidean: bool) -> Array:
+    pairs = Pairs((frame,), skip_self=frame.raw_y is None, rooted=euclidean).stored()
+    return guess_from(pairs, density, jnp.zeros((), bool), by_row=False)
+
+
+def _pack(search: Search) -> np.ndarray:
+    return np.array([float(value) for value in search])  # a float64 holds a float, a bool and a count exactly
+
+
+def _unpack(values: np.ndarray, like: Search) -> Search:
+    return Search(*(jnp.asarray(value, field.dtype) for value, field in zip(values, like, strict=True)))

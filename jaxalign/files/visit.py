@@ -1,0 +1,104 @@
+"""The one visit of pairs of blocks: of density, sigma and grids.
+
+Two blocks are on the device, and the next one is read while their pairs are visited. What has been summed up is saved
+after every pair of blocks, so that a job that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxalign.files.checkpoint import Checkpoint, State
+from jaxalign.files.progress import Reporting
+from jaxalign.files.sources import Block, Source, load_block, to_device
+from jaxalign.pairs import half_ring
+
+
+class BlockSums(NamedTuple):
+    """Sums over the pairs of two blocks x and y, or of a block with itself."""
+
+    totals: Any  # (k,), over all pairs
+    rows: Any = 0  # (rows of x, r), over the pairs of each row
+    columns: Any = 0  # (rows of y, r), over those of each row of y
+
+
+def zero_sums(num_totals: int, num_rows: int = 0, width: int = 0) -> State:
+    """The state of a visit before its first pair of blocks: float64 `totals` and `rows` as in `BlockSums`.
+
+    `done` counts pairs of blocks, `lost` is what rounding took from the totals.
+    """
+    totals = np.zeros(num_totals)
+    return {"done": np.asarray(0), "totals": totals, "lost": totals, "rows": np.zeros((num_rows, width))}
+
+
+def visit(
+    sum_pairs: Callable[[Block, Block | None], BlockSums],
+    x: Sequence[Source],
+    y: Sequence[Source] | None,
+    state: State,
+    checkpoint: Checkpoint,
+    report: Reporting,
+) -> State:
+    """Sum over the pairs of blocks that are not in `state` yet.
+
+    Args:
+        sum_pairs: of a block of x with one of y, or with itself (None).
+        x: representations of the same samples.
+        y: the other side of the pairs; None: x. Each pair of blocks then stands for its mirror image too.
+        state: `zero_sums`, or that of a job that was interrupted; what else it holds is saved with it.
+        checkpoint: to save it in.
+        report: `reporting` of a number of pairs of blocks.
+    """
+    plan, others = (list(half_ring(len(x[0].sizes))), x) if y is None else (_rectangle(x[0], y[0]), y)
+    done = int(state["done"])
+    if not 0 <= done <= len(plan):
+        raise checkpoint.damaged()
+    columns = read_ahead(others, [j for _, j, _ in plan[done:]])
+    row: tuple[int, Block] | None = None
+    with report(len(plan)) as show, closing(columns):
+        show(done)
+        for (i, j, is_mirrored), column in zip(plan[done:], columns, strict=True):
+            on_diagonal = y is None and i == j
+            if row is None or row[0] != i:
+                row = i, column if on_diagonal else to_device(x, i, load_block(x, i))
+            sums = sum_pairs(row[1], None if on_diagonal else column)
+            state = _add(state, sums, row[1].rows, column.rows if is_mirrored else None)
+            checkpoint.save(state)
+            show(int(state["done"]))
+    return state
+
+
+def _rectangle(x: Source, y: Source) -> list[tuple[int, int, bool]]:
+    return [(i, j, False) for i in range(len(x.sizes)) for j in range(len(y.sizes))]
+
+
+def read_ahead(sources: Sequence[Source], order: Sequence[int]) -> Generator[Block, None, None]:
+    """Blocks in an order, the next one being read in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        reading = [pool.submit(load_block, sources, i) for i in order[:1]]
+        for k, i in enumerate(order):
+            loaded = reading.pop().result()
+            reading = [pool.submit(load_block, sources, following) for following in order[k + 1 : k + 2]]
+            yield to_device(sources, i, loaded)
+
+
+def _add(state: State, sums: BlockSums, rows: slice, mirrored: slice | None) -> State:
+    """The state with the sums over a pair of blocks, and over its mirror image; `rows` are changed in place."""
+    new = np.asarray(sums.totals, np.float64) * (1 if mirrored is None else 2)
+    old, total = state["totals"], state["totals"] + new
+    # Compensated sums (Neumaier 1974).
+    lost = np.where(np.abs(old) >= np.abs(new), (old - total) + new, (new - total) + old)
+    state["rows"][rows] += np.asarray(sums.rows, np.float64)
+    if mirrored is not None:
+        state["rows"][mirrored] += np.asarray(sums.columns, np.float64)
+    return {**state, "done": np.asarray(state["done"] + 1), "totals": total, "lost": state["lost"] + lost}
+
+
+def totals_of(state: State) -> np.ndarray:
+    """The totals of a visit, (k,)."""
+    return state["totals"] + state["lost"]
