@@ -290,13 +290,13 @@ def _command(name: str) -> Callable[[dict[str, Any]], int]:
         options["tile_size"] = options.get("tile_size") or "auto"
         if options.get("x64"):
             jax.config.update("jax_enable_x64", True)
-        from jaxalign.files.json_values import json_result
+        from jaxalign.files.storage import json_value
         from jaxalign.report import commands
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of libraries that draw and lay out
             found = getattr(commands, name)(options)
-        print(json.dumps(json_result(found.data), indent=1) if options.get("json") else found.text)
+        print(json.dumps(json_value(found.data), indent=1) if options.get("json") else found.text)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where an error has its message
         return 0

@@ -23,19 +23,17 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
-from jaxalign._plan import Plan, TileSize, make_plan
+from jaxalign._plan import TileSize, make_plan
 from jaxalign._positions import Positions, check_positions
 from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
 from jaxalign.bandwidth import check_rtol
-from jaxalign.files.cells import Preparation, compare_cells, compare_cells_of_files
+from jaxalign.files.cells import GridResult, GridTask, Preparation, compare_cells
 from jaxalign.files.checkpoint import Checkpoint, locked_checkpoint
-from jaxalign.files.grid import compare_blocks
-from jaxalign.files.json_values import json_option, json_result
-from jaxalign.files.progress import Progress, reporting
+from jaxalign.files.grid import compare_files
 from jaxalign.files.sources import check_block_rows
-from jaxalign.files.storage import check_regular, replace_file
-from jaxalign.files.task import GridResult, GridTask
+from jaxalign.files.storage import check_regular, json_value, replace_file
+from jaxalign.files.visit import Progress, reporting
 from jaxalign.io import named_sets
 from jaxalign.measures._evaluate import (
     Missing,
@@ -48,7 +46,7 @@ from jaxalign.measures._evaluate import (
     refuse_spread,
     values_of,
 )
-from jaxalign.measures._pair_sums import PairFunction, bandwidth_of_jit
+from jaxalign.measures._pair_sums import bandwidth_of_jit
 from jaxalign.measures._registry import check_how, specified
 
 Features = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | os.PathLike[str]
@@ -161,9 +159,9 @@ class ComparisonGrid:
             "rows": self.rows,
             "columns": self.columns,
             "itself": self.itself,
-            "values": json_result(np.asarray(self.values)),
-            "sigma": json_result(np.asarray(self.sigma)),
-            "options": {name: json_option(value) for name, value in self.settings},
+            "values": json_value(np.asarray(self.values)),
+            "sigma": json_value(np.asarray(self.sigma)),
+            "options": {name: json_value(value) for name, value in self.settings},
             "samples": self.samples,
             "versions": dict(self.versions),
         }
@@ -248,7 +246,8 @@ def compare_grid(
         mesh: spread rows over devices (and processes), see `jaxalign.solve_sigma`. For arrays in memory.
         axis_name: the axis of the mesh.
         block_rows: rows in a block of what is read from files; None: so many that a block of all sets takes 256 MB.
-            Measures by pairs hold two blocks in memory, the others what 1 GB holds of whole sets, two at least.
+            Measures by pairs hold two blocks in memory and read a third; others hold what 1 GB holds of whole sets, two
+            at least.
         checkpoint: a file for what is finished, to go on from if it is there; removed at the end. One that belongs to
             other features or options is refused. (A kernel of your own is told by its name and a few of its values.)
         progress: True shows a bar (needs tqdm); or a function of (stage, done, total).
@@ -277,12 +276,11 @@ def compare_grid(
     sides = (("features", ours), ("other", theirs))
     rows = check_positions({f"{side}[{name!r}]": a for side, named in sides for name, a in named.items()}, positions)
     names = list(ours) if other is None else list(rows)
-    sets = list(zip(names, rows.values(), strict=True))
-    _same_samples(names, sets)
+    _check_same_samples(names, list(rows.values()))
     check_block_rows(block_rows)
     if filled.get("sigma") is not None:
-        filled["sigma"] = _one_a_set(filled["sigma"], len(sets))
-    task = GridTask([value for _, value in sets], names, len(ours), filled, mask, missing, tile_size, progress)
+        filled["sigma"] = _sigma_per_representation(filled["sigma"], len(rows))
+    task = GridTask(list(rows.values()), names, len(ours), filled, mask, missing, tile_size, progress)
     in_memory = not any(isinstance(value, np.memmap) for value in task.features)
     if in_memory and checkpoint is None and block_rows is None:
         result = _compare_in_memory(task, specification, mesh, axis_name)
@@ -290,10 +288,7 @@ def compare_grid(
         raise ValueError("mesh= is for arrays in memory without a checkpoint; these rows are read block by block.")
     else:
         with locked_checkpoint(checkpoint) as path:
-            if isinstance(specification, PairMeasure):
-                result = compare_blocks(task, specification, block_rows, path)
-            else:
-                result = compare_cells_of_files(task, specification, block_rows, path)
+            result = compare_files(task, specification, block_rows, path)
     values, sigma, samples = result
     return ComparisonGrid(
         values=values,
@@ -317,12 +312,23 @@ def _compare_in_memory(
     features, mask = check_sets(named, task.mask, task.missing, measure.least, measure.needs)
     if isinstance(measure, SetMeasure):
         prepared = Preparation(task, measure, lambda k: features[k], mask, mesh, axis_name)
-        return compare_cells(prepared, Checkpoint(None, "compare_grid", {}))
+        values = compare_cells(prepared, Checkpoint(None, "compare_grid", {}))
+        num_samples = task.num_samples if mask is None else int(_checks.on_host(mask).sum())
+        return GridResult(values, np.full(len(features), np.nan), num_samples)
     plan = make_plan(features[0], None, task.tile_size, mesh, axis_name, sets=len(features))
     plan, function, sigma = replace(plan, fixed=True), measure.function, task.options.get("sigma")
     if function.solves:
         alone = make_plan(features[0], None, task.tile_size, mesh, axis_name)
-        sigma = _solve_in_memory(task, features, mask, function, alone)
+        density = task.options.get("density")
+        target = check_function(task.names, features, mask, None, density, function, alone)[1]
+        assert target is not None
+        sigma = []
+        with reporting(task.progress, "sigma", len(features), unit="set") as show:
+            for name, x in zip(task.names, features, strict=True):
+                solution, status = bandwidth_of_jit(x, mask, target, function, check_rtol(None, x.dtype), alone)
+                explain_status(name, status)
+                sigma.append(jnp.where(jnp.isnan(solution), 1, solution))  # nan features: their values become nan
+                show(len(sigma))
         measure = replace(measure, function=replace(function, solves=False))
     inner = products_of(features, task.split, mask, sigma, None, measure, plan, task.names)
     values = np.asarray(values_of(inner, measure))
@@ -330,43 +336,24 @@ def _compare_in_memory(
     return GridResult(values, sigmas, int(inner.samples))
 
 
-def _solve_in_memory(
-    task: GridTask, features: tuple[Array, ...], mask: Array | None, function: PairFunction, plan: Plan
-) -> list[Array]:
-    """The bandwidth of each representation."""
-    density = task.options.get("density")
-    _, target = check_function(task.names, features, mask, None, density, function, plan)
-    assert target is not None
-    sigma: list[Array] = []
-    with reporting(task.progress, "sigma", len(features), unit="set") as show:
-        for name, x in zip(task.names, features, strict=True):
-            solution, status = bandwidth_of_jit(x, mask, target, function, check_rtol(None, x.dtype), plan)
-            explain_status(name, status)
-            sigma.append(jnp.where(jnp.isnan(solution), 1, solution))  # of features with nan, whose values become nan
-            show(len(sigma))
-    return sigma
-
-
 # --- what was handed in -----------------------------------------------------------------------------------------------
 
 
-def _one_a_set(sigma: Any, sets: int) -> tuple[Any, ...] | Any:
-    """One bandwidth, or a tuple of one a set."""
-    if np.ndim(sigma) == 0 and not isinstance(sigma, (tuple, list)):
-        each = (sigma,)
-    else:
-        each = tuple(sigma)
-        if len(each) != sets:
-            raise ValueError(f"sigma must be one number, or one for each of the {sets} sets; got {len(each)}.")
-    for one in each:
-        _checks.parameter("sigma", one, np.float32, (), "one number a set")
-        _checks.positive("sigma", one)
-    return sigma if np.ndim(sigma) == 0 else tuple(float(one) for one in each)
+def _sigma_per_representation(sigma: Any, number: int) -> tuple[Any, ...] | Any:
+    """One bandwidth for all, or a tuple of one per representation."""
+    is_single = np.ndim(sigma) == 0
+    values = (sigma,) if is_single else tuple(sigma)
+    if not is_single and len(values) != number:
+        raise ValueError(f"sigma must be one number, or one for each of the {number} sets; got {len(values)}.")
+    for value in values:
+        _checks.parameter("sigma", value, np.float32, (), "one number a set")
+        _checks.positive("sigma", value)
+    return sigma if is_single else tuple(map(float, values))
 
 
-def _same_samples(names: list[str], sets: list[tuple[str, Any]]) -> None:
-    n = sets[0][1].shape[0]
-    for name, (_, value) in zip(names, sets, strict=True):
+def _check_same_samples(names: list[str], features: list[Any]) -> None:
+    n = features[0].shape[0]
+    for name, value in zip(names, features, strict=True):
         if value.shape[0] != n:
             raise ValueError(
                 f"all sets must hold the same samples, row by row: {names[0]} has {n} rows, {name} {value.shape[0]}."
@@ -374,5 +361,5 @@ def _same_samples(names: list[str], sets: list[tuple[str, Any]]) -> None:
 
 
 def _hashable(value: Any) -> Any:
-    option = json_option(value)
+    option = json_value(value)
     return tuple(map(_hashable, option)) if isinstance(option, list) else option

@@ -86,18 +86,19 @@ def read_features(path: str | Path) -> dict[str, FeatureSet]:
     if not path.is_dir():
         if path.suffix.lower() not in READERS:
             raise ValueError(f"{path}: features are read from {', '.join(READERS)}, or a folder of such files.")
-        return {one.name: one for one in _of_file(path, alone=True)}
-    every = (one for one in path.iterdir() if one.suffix.lower() in READERS and one.is_file())
-    files = sorted((one for one in every if not one.name.startswith(".")), key=natural)
+        return {features.name: features for features in _of_file(path, alone=True)}
+    entries = (entry for entry in path.iterdir() if entry.suffix.lower() in READERS and entry.is_file())
+    files = sorted((entry for entry in entries if not entry.name.startswith(".")), key=natural)
     if not files:
         raise ValueError(f"the folder {path} holds no features: no file with {', '.join(READERS)}.")
-    found: dict[str, FeatureSet] = {}
+    named: dict[str, FeatureSet] = {}
     for file in files:
-        for one in _of_file(file, alone=False):
-            if one.name in found:
-                raise ValueError(f"{found[one.name].path} and {one.path} both hold a set named {one.name!r}.")
-            found[one.name] = one
-    return found
+        for features in _of_file(file, alone=False):
+            if features.name in named:
+                paths = f"{named[features.name].path} and {features.path}"
+                raise ValueError(f"{paths} both hold a set named {features.name!r}.")
+            named[features.name] = features
+    return named
 
 
 def named_sets(argument: str, features: Any) -> dict[str, Any]:
@@ -109,43 +110,47 @@ def named_sets(argument: str, features: Any) -> dict[str, Any]:
     elif isinstance(features, (np.ndarray, jax.Array)):
         raise TypeError(f"{argument} must be named sets, as {{'name': array}}; got an array of shape {features.shape}.")
     else:
-        given: list[Any] = list(features) if isinstance(features, Iterable) else [None]
-        if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in given):
+        pairs = list(features) if isinstance(features, Iterable) else [()]  # pyright: ignore[reportAssignmentType]
+        if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
             got = _checks.shown(features)
             raise TypeError(f"{argument} must be a mapping, pairs of (name, array), or a folder; got {got}.")
-        pairs = [(name, value) for name, value in given]
     if not pairs:
         raise ValueError(f"{argument} is empty: at least one named set of features is needed.")
-    found: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for name, value in pairs:
         if not isinstance(name, str):
             raise TypeError(f"{argument}: names must be strings; got {_checks.shown(name)}.")
-        if name in found:
+        if name in arrays:
             raise ValueError(f"{argument}: the name {name!r} stands for two sets; names must differ.")
-        if isinstance(value, (str, os.PathLike)):
-            inside = _read_named(f"{argument}[{name!r}]", Path(value))
-            if len(inside) > 1:
-                raise ValueError(
-                    f"{argument}[{name!r}]: {value} holds {len(inside)} sets, {', '.join(map(repr, inside))}: one is "
-                    f"needed. All of them are {argument} = {str(value)!r}."
-                )
-            value = next(iter(inside.values()))
-        if isinstance(value, FeatureSet):
-            path, value = value.path, value.values
-            if value.dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
-                again = _checks.as_floats(f"np.load({str(path)!r})", value)
-                again = f"once for all: np.save({str(path)!r}, {again})"
-                raise TypeError(
-                    f"{argument}[{name!r}]: {path} is float64, but jax is set to 32 bits and would narrow it without a "
-                    'word. Either jax.config.update("jax_enable_x64", True) at the start of the program, or '
-                    f"{again if path.suffix.lower() == '.npy' else 'store it as float32'}."
-                )
-        _checks.refuse_foreign(f"{argument}[{name!r}]", value, is_features=True)
-        if not isinstance(value, (np.ndarray, jax.Array)):
-            kind = type(value).__name__
-            raise TypeError(f"{argument}[{name!r}] must be an array or a path to a file; got {kind}.")
-        found[name] = value
-    return found
+        arrays[name] = _array_of(argument, name, value)
+    return arrays
+
+
+def _array_of(argument: str, name: str, value: Any) -> Any:
+    """The array of a named set, which may be a path or have been read."""
+    label = f"{argument}[{name!r}]"
+    if isinstance(value, (str, os.PathLike)):
+        path, (value, *others) = value, _read_named(label, Path(value)).values()
+        if others:
+            names = ", ".join(repr(features.name) for features in (value, *others))
+            raise ValueError(
+                f"{label}: {path} holds {1 + len(others)} sets, {names}: one is needed. All of them are {argument} = "
+                f"{str(path)!r}."
+            )
+    if isinstance(value, FeatureSet):
+        path, value = value.path, value.values
+        if value.dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+            narrowed = _checks.as_floats(f"np.load({str(path)!r})", value)
+            save = f"once for all: np.save({str(path)!r}, {narrowed})"
+            raise TypeError(
+                f"{label}: {path} is float64, but jax is set to 32 bits and would narrow it without a word. Either "
+                'jax.config.update("jax_enable_x64", True) at the start of the program, or '
+                f"{save if path.suffix.lower() == '.npy' else 'store it as float32'}."
+            )
+    _checks.refuse_foreign(label, value, is_features=True)
+    if not isinstance(value, (np.ndarray, jax.Array)):
+        raise TypeError(f"{label} must be an array or a path to a file; got {type(value).__name__}.")
+    return value
 
 
 def _of_file(path: Path, *, alone: bool) -> Iterator[FeatureSet]:
@@ -177,15 +182,15 @@ def file_name(name: str) -> str:
 
 def file_names(names: Iterable[str]) -> dict[str, str]:
     """Names as files', no two the same, also where a file system does not tell capitals from small letters."""
-    found: dict[str, str] = {}
+    labels: dict[str, str] = {}
     taken: set[str] = set()
     for name in names:
         plain, k = file_name(name), 1
         while (label := plain if k == 1 else f"{plain}~{k}").lower() in taken:
             k += 1
         taken.add(label.lower())
-        found[name] = label
-    return found
+        labels[name] = label
+    return labels
 
 
 def printable(name: str) -> str:

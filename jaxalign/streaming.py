@@ -18,9 +18,9 @@ from jaxalign import _checks
 from jaxalign._plan import TileSize
 from jaxalign.bandwidth import Diagonal, SigmaSolution
 from jaxalign.files.checkpoint import locked_checkpoint
-from jaxalign.files.progress import Progress
 from jaxalign.files.sigma import density_of_rows, solve_rows
 from jaxalign.files.sources import Rows, Source, open_pairs, open_source
+from jaxalign.files.visit import Progress
 
 
 def solve_sigma(

@@ -1,71 +1,93 @@
-"""Grids of measures that look at one representation at a time, and then at two: cell by cell."""
+"""What a grid compares; and grids of measures that look at one representation at a time, and then at two."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxalign import _checks
-from jaxalign._plan import Plan, make_plan, usual_block_rows
+from jaxalign._plan import make_plan
 from jaxalign.files.checkpoint import Checkpoint
-from jaxalign.files.progress import reporting
-from jaxalign.files.sources import checksum_of, rows_are_finite
-from jaxalign.files.task import GridResult, GridTask
-from jaxalign.measures._evaluate import (
-    SetMeasure,
-    check_function,
-    check_sets,
-    combine_sets,
-    explain_status,
-    prepare_set,
-)
+from jaxalign.files.storage import json_value
+from jaxalign.files.visit import Progress, reporting
+from jaxalign.measures._evaluate import Missing, SetMeasure, check_function, combine_sets, explain_status, prepare_set
 
 # Prepared representations are kept up to so many bytes, and two at least.
 _KEPT_BYTES = 2**30
 
 
-def compare_cells_of_files(
-    task: GridTask, measure: SetMeasure, block_rows: int | None, checkpoint: Path | None
-) -> GridResult:
-    """A grid of representations that are each read as a whole when their turn comes."""
-    rows = block_rows or usual_block_rows(max(value.shape[1] for value in task.features) * 8)
-    mask = _valid_samples(task, rows)
-    least = [(task.names[0], np.zeros((task.num_samples, 1), np.float32))]
-    check_sets(least, mask, "raise", measure.least, measure.needs)
-    checksums = [checksum_of(value, rows) for value in task.features]
-    checksums += [] if mask is None else [checksum_of(mask, task.num_samples)]
-    saved = Checkpoint(checkpoint, "compare_grid", {**task.inputs(measure.name), "checksums": checksums})
+@dataclass(frozen=True)
+class GridTask:
+    """What is compared with what, and how."""
 
-    def load(k: int) -> Array:
-        features = [(task.names[k], np.asarray(task.features[k]))]
-        return check_sets(features, mask, "propagate", 1, measure.name)[0][0]
+    features: list[Any]  # (n, d) of each representation, those of the rows of the grid first
+    names: list[str]
+    split: int  # how many of them are rows of the grid; all: they are its columns too
+    options: dict[str, Any]  # of the measure
+    mask: Any
+    missing: Missing
+    tile_size: Any
+    progress: Progress
 
-    return compare_cells(Preparation(task, measure, load, mask), saved)
+    @property
+    def num_samples(self) -> int:
+        """Rows of every representation."""
+        return self.features[0].shape[0]
+
+    @property
+    def columns(self) -> range:
+        """The representations that are columns of the grid."""
+        return range(self.split, len(self.names)) if len(self.names) > self.split else range(self.split)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the grid."""
+        return self.split, len(self.columns)
+
+    def sigma_of(self, k: int) -> Any:
+        """The sigma that the options give a representation."""
+        sigma = self.options.get("sigma")
+        return sigma[k] if isinstance(sigma, (tuple, list)) else sigma
+
+    def subset(self, numbers: Sequence[int], mask: np.ndarray | None) -> GridTask:
+        """The task of some of the representations, and of the samples of a mask."""
+        return replace(
+            self,
+            features=[self.features[k] for k in numbers],
+            names=[self.names[k] for k in numbers],
+            split=sum(k < self.split for k in numbers),
+            options={**self.options, "sigma": [self.sigma_of(k) for k in numbers]},
+            mask=mask,
+        )
+
+    def inputs(self, measure: str) -> dict[str, Any]:
+        """What a checkpoint is compared by, beside the features."""
+        return {
+            "measure": measure,
+            "options": {name: json_value(value) for name, value in self.options.items()},
+            # A few values of a function of distances: two with one name may differ.
+            "kernels": {
+                name: np.asarray(value(jnp.logspace(-3, 3, 13))).tolist()
+                for name, value in self.options.items()
+                if callable(value)
+            },
+            "names": self.names,
+            "split": self.split,
+            "missing": self.missing,
+        }
 
 
-def _valid_samples(task: GridTask, block_rows: int) -> Array | None:
-    """The mask of the samples that count; raises for nan and inf among them if they are not to be left out."""
-    _checks.choice("missing", task.missing, ("raise", "omit", "propagate"))
-    mask = _checks.row_mask("mask", task.mask, (task.num_samples,))
-    finite = [rows_are_finite(value, block_rows) for value in task.features]
-    if task.missing == "omit":
-        return jnp.asarray(np.logical_and.reduce(finite) & (True if mask is None else np.asarray(mask)))
-    for name, is_finite in zip(task.names, finite, strict=True):
-        usable = is_finite if mask is None else is_finite | ~np.asarray(mask)
-        if task.missing == "raise" and not usable.all():
-            raise ValueError(
-                f"{name} has nan or inf in row {int(np.argmin(usable))}. "
-                'missing="omit" leaves out samples that are missing in any set.'
-            )
-    return mask
+class GridResult(NamedTuple):
+    """The numbers of a grid."""
+
+    values: np.ndarray
+    sigma: np.ndarray  # of each representation
+    num_samples: int  # that counted
 
 
 @dataclass(frozen=True)
@@ -97,19 +119,13 @@ class Preparation:
         return prepared
 
 
-@partial(jax.jit, static_argnames=("measure", "plan"))
-def _prepare_set(x: Any, mask: Any, sigma: Any, density: Any, measure: SetMeasure, plan: Plan) -> Any:
-    return prepare_set(x, mask, sigma, density, measure, plan)
+_prepare_set = jax.jit(prepare_set, static_argnames=("measure", "plan"))
+_combine_sets = jax.jit(combine_sets, static_argnames="measure")
 
 
-@partial(jax.jit, static_argnames="measure")
-def _combine_sets(x: Any, y: Any, mask: Any, measure: SetMeasure) -> Array:
-    return combine_sets(x, y, mask, measure)
-
-
-def compare_cells(prepared: Preparation, checkpoint: Checkpoint) -> GridResult:
-    """Look at every two representations; every cell that is done is saved."""
-    task, measure, mask = prepared.task, prepared.measure, prepared.mask
+def compare_cells(prepared: Preparation, checkpoint: Checkpoint) -> np.ndarray:
+    """The values of every two representations; every cell that is done is saved."""
+    task, measure = prepared.task, prepared.measure
     state = checkpoint.load({"values": np.full(task.shape, np.nan), "done": np.zeros(task.shape, bool)})
     values, done = state["values"], state["done"]
     with reporting(task.progress, measure.name, values.size, unit="comparison") as show:
@@ -117,10 +133,8 @@ def compare_cells(prepared: Preparation, checkpoint: Checkpoint) -> GridResult:
             # To and fro, so that what was used last comes first if not all can be kept.
             for j, column in list(enumerate(task.columns))[:: 1 if i % 2 == 0 else -1]:
                 if not done[i, j]:
-                    values[i, j] = _combine_sets(prepared[i], prepared[column], mask, measure)
+                    values[i, j] = _combine_sets(prepared[i], prepared[column], prepared.mask, measure)
                     done[i, j] = True
                     checkpoint.save(state)
                 show(int(done.sum()))
-    checkpoint.remove()
-    num_samples = task.num_samples if mask is None else int(_checks.on_host(mask).sum())
-    return GridResult(values, np.full(len(task.names), np.nan), num_samples)
+    return values

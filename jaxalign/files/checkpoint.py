@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Checkpoint:
     task: str  # the function that writes it
     inputs: dict[str, Any]  # what the state was made from, as JSON holds it: checksums of features, and options
 
-    @property
+    @cached_property
     def _identity(self) -> dict[str, Any]:
         identity = {"format": _FORMAT, "version": __version__, "task": self.task, **self.inputs}
         return json.loads(json.dumps(identity))  # tuples become lists, as in the file
@@ -52,11 +53,16 @@ class Checkpoint:
                     if _layout(arrays) != _layout(initial):
                         raise ValueError
                     return {name: stored.load() for name, stored in arrays.items()}
+        except PermissionError:
+            raise
         except Exception:  # whatever a damaged archive raises
             raise self.damaged() from None
-        raise ValueError(
-            f"checkpoint {self.path} belongs to another job; what differs: {self._differences(identity)}. {_WAY_OUT}"
+        different = ", ".join(
+            f"{key} (there {_checks.shown(identity.get(key))}, here {_checks.shown(self._identity.get(key))})"
+            for key in {**self._identity, **identity}
+            if identity.get(key) != self._identity.get(key)
         )
+        raise ValueError(f"checkpoint {self.path} belongs to another job; what differs: {different}. {_WAY_OUT}")
 
     def save(self, state: State) -> None:
         """Replace the file."""
@@ -75,14 +81,6 @@ class Checkpoint:
         """The error for a file with contents that the task does not write."""
         what = f"a checkpoint of {self.task} as this version writes it"
         return ValueError(f"checkpoint {self.path} is truncated or not {what}. {_WAY_OUT}")
-
-    def _differences(self, identity: Mapping[str, Any]) -> str:
-        ours, shown = self._identity, _checks.shown
-        return ", ".join(
-            f"{key} (there {shown(identity.get(key))}, here {shown(ours.get(key))})"
-            for key in {**ours, **identity}
-            if identity.get(key) != ours.get(key)
-        )
 
 
 def _layout(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Grids of measures by pairs of samples: two blocks of rows of every representation are visited at a time."""
+"""Grids of representations in files: of measures by pairs of samples from blocks of rows, of others cell by cell."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from jaxalign import _checks
 from jaxalign._plan import choose_tiles, usual_block_rows
 from jaxalign.bandwidth import rate_of
 from jaxalign.distances import Frame
+from jaxalign.files.cells import GridResult, GridTask, Preparation, compare_cells
 from jaxalign.files.checkpoint import Checkpoint, State, locked_checkpoint
-from jaxalign.files.progress import Reporting, reporting
 from jaxalign.files.sigma import solve_rows
 from jaxalign.files.sources import Block, RowPairs, open_pairs, open_source, rows_are_finite
-from jaxalign.files.task import GridResult, GridTask
-from jaxalign.files.visit import BlockSums, read_ahead, totals_of, visit, zero_sums
-from jaxalign.measures._evaluate import PairMeasure, values_of
+from jaxalign.files.visit import BlockSums, Reporting, read_ahead, reporting, totals_of, visit, zero_sums
+from jaxalign.measures._evaluate import PairMeasure, SetMeasure, check_sets, values_of
 from jaxalign.measures._pair_sums import (
     Centring,
     Facts,
@@ -37,8 +36,10 @@ from jaxalign.measures._pair_sums import (
 from jaxalign.pairs import Pairs, Reduction, Tile, over_rows, reduce_both_sides, reduce_pairs
 
 
-def compare_blocks(task: GridTask, measure: PairMeasure, block_rows: int | None, checkpoint: Path | None) -> GridResult:
-    """A grid of representations of which two blocks are on the device at a time, and a third is being read."""
+def compare_files(
+    task: GridTask, measure: PairMeasure | SetMeasure, block_rows: int | None, checkpoint: Path | None
+) -> GridResult:
+    """A grid of which two blocks of all rows, or two representations, are in memory at a time."""
     _checks.choice("missing", task.missing, ("raise", "omit", "propagate"))
     widths = sum(value.shape[1] for value in task.features)
     size = block_rows or min(task.num_samples, usual_block_rows(widths * 8))
@@ -49,7 +50,7 @@ def compare_blocks(task: GridTask, measure: PairMeasure, block_rows: int | None,
     result = GridResult(np.full(task.shape, np.nan), np.full(len(task.names), np.nan), num_samples)
     rows, columns = ([at for at, k in enumerate(side) if k in complete] for side in (range(task.split), task.columns))
     if rows and columns:
-        values, sigma = _compare_complete(task.subset(complete), measure, size, mask, checkpoint)
+        values, sigma = _compare_complete(task.subset(complete, mask), measure, size, checkpoint)
         result.values[np.ix_(rows, columns)] = values
         result.sigma[complete] = sigma
     return result
@@ -68,13 +69,39 @@ def _complete(task: GridTask, block_rows: int) -> tuple[np.ndarray | None, list[
 
 
 def _compare_complete(
-    task: GridTask, measure: PairMeasure, block_rows: int, mask: np.ndarray | None, checkpoint: Path | None
-) -> tuple[Array, np.ndarray]:
+    task: GridTask, measure: PairMeasure | SetMeasure, block_rows: int, checkpoint: Path | None
+) -> tuple[Any, Any]:
     """Values, and the sigma of each representation."""
-    pairs = _open(task, measure.function, block_rows, mask)
+    is_by_pairs, function = isinstance(measure, PairMeasure), measure.function
+    diagonal = function.diagonal if is_by_pairs and function.solves else "include"
+    direction = function.rows if is_by_pairs else None
+    pairs: list[RowPairs] = []
+    for name, value in zip(task.names, task.features, strict=True):
+        source = open_source(name, value, task.mask, block_rows, direction)
+        pairs.append(open_pairs(source, None, diagonal, task.tile_size))
     inputs = {**task.inputs(measure.name), "features": [features.identity for features in pairs]}
     saved = Checkpoint(checkpoint, "compare_grid", inputs)
+    if isinstance(measure, PairMeasure):
+        values, sigma = _compare_blocks(task, measure, pairs, saved)
+    else:
+        mask, sigma = None if task.mask is None else jnp.asarray(task.mask), np.nan
+
+        def load(k: int) -> Array:
+            features = [(task.names[k], np.asarray(task.features[k]))]
+            return check_sets(features, mask, "propagate", 1, measure.name)[0][0]
+
+        values = compare_cells(Preparation(task, measure, load, mask), saved)
+    saved.remove()
+    return values, sigma
+
+
+def _compare_blocks(
+    task: GridTask, measure: PairMeasure, pairs: list[RowPairs], saved: Checkpoint
+) -> tuple[Array, np.ndarray]:
     number, num_products, rows = len(pairs), math.prod(task.shape), max(pairs[0].x.sizes)
+    dtypes = [str(features.dtype) for features in pairs]
+    if len(set(dtypes)) > 1:
+        raise ValueError("all sets must have the same dtype; got " + ", ".join(dtypes) + ".")
     width = num_products if measure.centring == "difference" else number
     zero = zero_sums(num_products + number, task.num_samples, width)
     state = _with_sigma(saved.load({"sigma": np.full(number, np.nan), **zero}), task, pairs, measure.function, saved)
@@ -85,20 +112,7 @@ def _compare_complete(
     cross, diagonal = np.split(totals_of(state), [num_products])
     sums = Sums(*(jnp.asarray(a, shift.dtype) for a in (cross.reshape(task.shape), diagonal, state["rows"])))
     inner = centred(sums, shift, facts, task.split, measure.centring, measure.function)
-    saved.remove()
     return values_of(inner, measure), state["sigma"]
-
-
-def _open(task: GridTask, function: PairFunction, block_rows: int, mask: np.ndarray | None) -> list[RowPairs]:
-    diagonal = function.diagonal if function.solves else "include"
-    pairs: list[RowPairs] = []
-    for name, value in zip(task.names, task.features, strict=True):
-        source = open_source(name, value, mask, block_rows, function.rows)
-        pairs.append(open_pairs(source, None, diagonal, task.tile_size))
-    if len({features.dtype for features in pairs}) > 1:
-        dtypes = ", ".join(str(features.dtype) for features in pairs)
-        raise ValueError(f"all sets must have the same dtype; got {dtypes}.")
-    return pairs
 
 
 def _with_sigma(

@@ -90,10 +90,6 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored | None:
     return Stored(dtype, shape, load)
 
 
-# What a reader opens: the arrays of a file by name, of which nothing is loaded yet.
-Opened = contextlib.AbstractContextManager[dict[str, Stored]]
-
-
 def _is_features(array: Stored) -> bool:
     if isinstance(array.dtype, str) or not 2 <= len(array.shape) <= 4 or 0 in array.shape:
         return False
@@ -375,7 +371,8 @@ def _of_tensor(tensor: Any) -> Stored:
     return Stored(dtype, tuple(tensor.shape), load, nbytes=0 if is_ready else None)
 
 
-READERS: dict[str, Callable[[Path], Opened]] = {
+# What a reader yields are the arrays of a file by name, of which nothing is loaded yet.
+READERS: dict[str, Callable[[Path], contextlib.AbstractContextManager[dict[str, Stored]]]] = {
     ".npy": _npy,
     ".npz": open_npz,
     ".safetensors": _safetensors,

@@ -13,30 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxalign import bandwidth
 from jaxalign._rate import MAX_PASSES, Search, advance, begin, finish, guess_from, series_moments, sums_over
-from jaxalign.bandwidth import (
-    CONVERGED,
-    INFEASIBLE,
-    NOT_CONVERGED,
-    SigmaSolution,
-    check_rtol,
-    raise_if_failed,
-    rate_of,
-    sigma_of,
-)
+from jaxalign.bandwidth import SigmaSolution
 from jaxalign.distances import Frame
 from jaxalign.files.checkpoint import Checkpoint, State
-from jaxalign.files.progress import Progress, reporting
 from jaxalign.files.sources import Block, RowPairs
-from jaxalign.files.visit import BlockSums, totals_of, visit, zero_sums
+from jaxalign.files.visit import BlockSums, Progress, reporting, totals_of, visit, zero_sums
 from jaxalign.pairs import Pairs, Tile, kernel_terms
-
-Terms = Callable[[Tile], tuple[Array, ...]]
 
 
 @dataclass(frozen=True)
 class _Terms:
-    """Functions of a tile that are summed over all pairs."""
+    """Terms of a tile that are summed over all pairs of rows."""
 
     of: Callable[[Tile], tuple[Array, ...]]
     pairs: RowPairs
@@ -73,7 +62,7 @@ def density_of_rows(pairs: RowPairs, sigma: float, checkpoint: Path | None, prog
     """`streaming.mean_density` of opened rows."""
     saved = Checkpoint(checkpoint, "mean_density", {**pairs.identity, "sigma": sigma})
     terms = _Terms(_kernel_only, pairs)
-    gamma = rate_of(jnp.full((1, 1), sigma, pairs.dtype), pairs.frame(pairs.sample[0]))[0, 0]
+    gamma = bandwidth.rate_of(jnp.full((1, 1), sigma, pairs.dtype), pairs.frame(pairs.sample[0]))[0, 0]
     state = terms.sum(gamma, saved.load(terms.zero_sums()), saved, progress, 1)
     saved.remove()
     return jnp.asarray(totals_of(state)[0] / pairs.total, pairs.dtype)
@@ -94,11 +83,13 @@ def solve_rows(
 ) -> SigmaSolution:
     """`streaming.solve_sigma` of opened rows; `euclidean`: of the Laplacian kernel."""
     _check_reachable(density, pairs)
-    rtol = check_rtol(rtol, pairs.dtype)
+    rtol = bandwidth.check_rtol(rtol, pairs.dtype)
     inputs = {**pairs.identity, "density": density, "rtol": rtol, "euclidean": euclidean}
     saved = Checkpoint(checkpoint, "solve_sigma", inputs)
     target, moments = density * pairs.total, _Terms(series_moments, pairs, euclidean)
-    search, zero = _first_search(pairs, target, euclidean), moments.zero_sums()
+    off_diagonal = (target - pairs.diagonal_sum) / (pairs.total - pairs.diagonal_sum)
+    search = _first_search(pairs.frame(*pairs.sample), jnp.asarray(off_diagonal, pairs.dtype), euclidean)
+    zero = moments.zero_sums()
     state = saved.load({"search": _pack(search), **zero})
     search = _unpack(state["search"], search)
     while not bool(search.done) and int(search.passes) < MAX_PASSES:
@@ -108,9 +99,10 @@ def solve_rows(
         saved.save(state)
     saved.remove()
     root = finish(search)
-    status = jnp.asarray(CONVERGED if bool(root.converged) else INFEASIBLE if bool(root.infeasible) else NOT_CONVERGED)
-    raise_if_failed(status)
-    sigma = sigma_of(root.rate, pairs.scale[0, 0], rooted=euclidean)
+    failure = bandwidth.INFEASIBLE if bool(root.infeasible) else bandwidth.NOT_CONVERGED
+    status = jnp.asarray(bandwidth.CONVERGED if bool(root.converged) else failure)
+    bandwidth.raise_if_failed(status)
+    sigma = bandwidth.sigma_of(root.rate, pairs.scale[0, 0], rooted=euclidean)
     return SigmaSolution(sigma, root.density * jnp.asarray(density, pairs.dtype), root.passes, status)
 
 
@@ -127,17 +119,12 @@ def _check_reachable(density: float, pairs: RowPairs) -> None:
         )
 
 
-def _first_search(pairs: RowPairs, target: float, euclidean: bool) -> Search:
-    """A search from the gamma of the sample, without pairs of a sample with itself."""
-    density = (target - pairs.diagonal_sum) / (pairs.total - pairs.diagonal_sum)
-    gamma = _guess_gamma(pairs.frame(*pairs.sample), jnp.asarray(density, pairs.dtype), euclidean)
-    return begin(gamma, jnp.zeros((), bool))
-
-
 @partial(jax.jit, static_argnames="euclidean")
-def _guess_gamma(frame: Frame, density: Array, euclidean: bool) -> Array:
+def _first_search(frame: Frame, density: Array, euclidean: bool) -> Search:
+    """A search from the gamma of a sample, without pairs of a sample with itself."""
     pairs = Pairs((frame,), skip_self=frame.raw_y is None, rooted=euclidean).stored()
-    return guess_from(pairs, density, jnp.zeros((), bool), by_row=False)
+    nowhere = jnp.zeros((), bool)
+    return begin(guess_from(pairs, density, nowhere, by_row=False), nowhere)
 
 
 def _pack(search: Search) -> np.ndarray:

@@ -21,7 +21,7 @@ from jaxalign._linalg import power_of_two
 from jaxalign._plan import check_tile_size, choose_tiles, usual_block_rows
 from jaxalign._rate import SUBSAMPLE
 from jaxalign.distances import Frame
-from jaxalign.files.storage import check_regular
+from jaxalign.files.readers import open_npy
 
 Rows = Any  # a path to a .npy file, an array or memory map (n, d), or a sequence of arrays (n_i, d)
 
@@ -154,9 +154,8 @@ _Blocks = tuple[Callable[[int], np.ndarray], tuple[int, ...]]  # that read a blo
 
 
 def _memory_map(name: str, path: Path) -> np.ndarray:
-    check_regular(path)
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return open_npy(path)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{name}: {path} is not a complete .npy file of numbers ({error}).") from None
 
@@ -303,18 +302,7 @@ def _check_sides(x: Source, y: Source | None, diagonal: Any) -> None:
         raise ValueError(f"{x.name} has n = {x.num_rows} sample(s); at least 2 are needed.")
 
 
-# --- without distances -----------------------------------------------------------------------------------------------
-
-
 def rows_are_finite(values: Any, block_rows: int) -> np.ndarray:
     """Whether each row of (n, d) holds neither nan nor inf, shape (n,)."""
     starts = range(0, values.shape[0], block_rows)
     return np.concatenate([np.isfinite(np.asarray(values[i : i + block_rows])).all(1) for i in starts])
-
-
-def checksum_of(values: Any, block_rows: int) -> int:
-    """A checksum of (n, d)."""
-    checksum = 0
-    for i in range(0, values.shape[0], block_rows):
-        checksum = zlib.crc32(np.asarray(values[i : i + block_rows]).tobytes(), checksum)
-    return checksum

@@ -10,9 +10,12 @@ import os
 import secrets
 import stat
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 # What begins so is not output: locks, and files that are not complete.
 PREFIX = ".jaxalign-"
@@ -32,6 +35,22 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply for JSON of jaxalign.") from None
+
+
+def json_value(value: Any) -> Any:
+    """A value as JSON holds it: nan and inf as None, a function by its name."""
+    if isinstance(value, Mapping):
+        return {str(name): json_value(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(part) for part in value]
+    if isinstance(value, (np.ndarray, jax.Array, np.generic)):
+        return json_value(np.asarray(value).tolist())
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if callable(value):
+        named = value if hasattr(value, "__qualname__") else type(value)  # not repr, which holds an address
+        return f"{named.__module__}.{named.__qualname__}"
+    return str(value) if isinstance(value, Path) else value
 
 
 def hash_of(path: Path) -> str:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxalign.files.checkpoint import Checkpoint, State
-from jaxalign.files.progress import Reporting
 from jaxalign.files.sources import Block, Source, load_block, to_device
 from jaxalign.pairs import half_ring
+
+Progress = bool | Callable[[Any, int, int], None]
+Reporting = Callable[[int], AbstractContextManager[Callable[[int], Any]]]  # `reporting` of a total
 
 
 class BlockSums(NamedTuple):
@@ -54,8 +56,9 @@ def visit(
         checkpoint: to save it in.
         report: `reporting` of a number of pairs of blocks.
     """
-    plan, others = (list(half_ring(len(x[0].sizes))), x) if y is None else (_rectangle(x[0], y[0]), y)
-    done = int(state["done"])
+    others, blocks = x if y is None else y, range(len(x[0].sizes))
+    plan = half_ring(len(blocks)) if y is None else ((i, j, False) for i in blocks for j in range(len(y[0].sizes)))
+    plan, done = list(plan), int(state["done"])
     if not 0 <= done <= len(plan):
         raise checkpoint.damaged()
     columns = read_ahead(others, [j for _, j, _ in plan[done:]])
@@ -71,10 +74,6 @@ def visit(
             checkpoint.save(state)
             show(int(state["done"]))
     return state
-
-
-def _rectangle(x: Source, y: Source) -> list[tuple[int, int, bool]]:
-    return [(i, j, False) for i in range(len(x.sizes)) for j in range(len(y.sizes))]
 
 
 def read_ahead(sources: Sequence[Source], order: Sequence[int]) -> Generator[Block, None, None]:
@@ -102,3 +101,23 @@ def _add(state: State, sums: BlockSums, rows: slice, mirrored: slice | None) -> 
 def totals_of(state: State) -> np.ndarray:
     """The totals of a visit, (k,)."""
     return state["totals"] + state["lost"]
+
+
+@contextmanager
+def reporting(
+    progress: Progress, stage: Any, total: int, *, label: str | None = None, unit: str = "block pair"
+) -> Generator[Callable[[int], Any], None, None]:
+    """A function to call with the number of units that are done, while the stage lasts."""
+    if progress is False:
+        yield lambda done: None
+    elif callable(progress):
+        yield lambda done: progress(stage, done, total)
+    else:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            raise ImportError(
+                'progress=True needs tqdm: pip install "jaxalign[cli]", or give a function of (stage, done, total).'
+            ) from None
+        with tqdm(total=total, desc=label or str(stage), unit=unit) as bar:
+            yield lambda done: bar.update(done - bar.n)

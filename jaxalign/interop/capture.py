@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _checks
-from jaxalign.files.progress import Progress, reporting
 from jaxalign.files.storage import partial_name
+from jaxalign.files.visit import Progress, reporting
 from jaxalign.interop import _networks
 from jaxalign.io import file_names
 

@@ -30,10 +30,9 @@ from jaxalign._version import __version__
 from jaxalign.alignment import PUBLISHED, RECOMMENDED, Alignment, align
 from jaxalign.bandwidth import mean_density, solve_sigma
 from jaxalign.colors import rgb
-from jaxalign.files.json_values import json_result
 from jaxalign.files.readers import open_npy
 from jaxalign.files.sources import rows_are_finite
-from jaxalign.files.storage import PREFIX, hash_of, locked, read_json, replace_file
+from jaxalign.files.storage import PREFIX, hash_of, json_value, locked, read_json, replace_file
 from jaxalign.grid import ComparisonGrid, compare_grid
 from jaxalign.inference import permutation_test
 from jaxalign.report.baselines import standardized
@@ -162,7 +161,7 @@ def provenance(options: Mapping[str, Any], *given: Input) -> dict[str, Any]:
         "versions": {"jaxalign": __version__, "jax": jax.__version__, "numpy": np.__version__},
         "python": platform.python_version(),
         "devices": [str(device.device_kind) for device in jax.devices()],
-        "options": json_result(options),
+        "options": json_value(options),
         "command": shlex.join(sys.argv[1:]),
         "sha256": {path: found for one in given for path, found in one.hashes.items()},
         "notes": list(dict.fromkeys(note for one in given for note in one.notes)),
@@ -257,7 +256,7 @@ def write_manifest(path: Path, data: Mapping[str, Any], files: Iterable[Path]) -
 
 def write_json(path: Path, content: Any) -> Path:
     """Plain data as a file, in one step; nan as null."""
-    replace_file(path, json.dumps(json_result(content), indent=1, allow_nan=False).encode())
+    replace_file(path, json.dumps(json_value(content), indent=1, allow_nan=False).encode())
     return path
 
 
@@ -567,7 +566,7 @@ def _grid(
         figures |= _colors_of_best(compared, ours, theirs, pictures, options)
     shown = {name: content for name, content in figures.items() if name != "grid"}
     contents = {f"{name}.png": content for name, content in figures.items()}
-    contents["report.html"] = page(json_result(data), shown, tuple(job["notes"])).encode(errors="backslashreplace")
+    contents["report.html"] = page(json_value(data), shown, tuple(job["notes"])).encode(errors="backslashreplace")
     for name, content in contents.items():
         replace_file(out / name, content)
     data["files"] = list(contents)
