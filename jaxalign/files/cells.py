@@ -56,14 +56,12 @@ class GridTask:
 
     def subset(self, numbers: Sequence[int], mask: np.ndarray | None) -> GridTask:
         """The task of some of the representations, and of the samples of a mask."""
-        return replace(
-            self,
-            features=[self.features[k] for k in numbers],
-            names=[self.names[k] for k in numbers],
-            split=sum(k < self.split for k in numbers),
-            options={**self.options, "sigma": [self.sigma_of(k) for k in numbers]},
-            mask=mask,
-        )
+        options = dict(self.options)
+        if isinstance(options.get("sigma"), (tuple, list)):
+            options["sigma"] = [self.sigma_of(k) for k in numbers]
+        features, names = [self.features[k] for k in numbers], [self.names[k] for k in numbers]
+        split = sum(k < self.split for k in numbers)
+        return replace(self, features=features, names=names, split=split, options=options, mask=mask)
 
     def inputs(self, measure: str) -> dict[str, Any]:
         """What a checkpoint is compared by, beside the features."""

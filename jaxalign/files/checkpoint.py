@@ -57,10 +57,10 @@ class Checkpoint:
             raise
         except Exception:  # whatever a damaged archive raises
             raise self.damaged() from None
+        keys = [key for key in {**self._identity, **identity} if identity.get(key) != self._identity.get(key)]
         different = ", ".join(
             f"{key} (there {_checks.shown(identity.get(key))}, here {_checks.shown(self._identity.get(key))})"
-            for key in {**self._identity, **identity}
-            if identity.get(key) != self._identity.get(key)
+            for key in (keys[:1] if "format" in keys else keys)
         )
         raise ValueError(f"checkpoint {self.path} belongs to another job; what differs: {different}. {_WAY_OUT}")
 

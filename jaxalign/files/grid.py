@@ -79,8 +79,8 @@ def _compare_complete(
     for name, value in zip(task.names, task.features, strict=True):
         source = open_source(name, value, task.mask, block_rows, direction)
         pairs.append(open_pairs(source, None, diagonal, task.tile_size))
-    inputs = {**task.inputs(measure.name), "features": [features.identity for features in pairs]}
-    saved = Checkpoint(checkpoint, "compare_grid", inputs)
+    identities = {f"features of {name}": features.identity for name, features in zip(task.names, pairs, strict=True)}
+    saved = Checkpoint(checkpoint, "compare_grid", {**task.inputs(measure.name), **identities})
     if isinstance(measure, PairMeasure):
         values, sigma = _compare_blocks(task, measure, pairs, saved)
     else:
