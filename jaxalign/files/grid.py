@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def _compare_complete(
     pairs: list[RowPairs] = []
     for name, value in zip(task.names, task.features, strict=True):
         source = open_source(name, value, task.mask, block_rows, direction)
+        source = replace(source, way_out='missing="omit" leaves out samples that are missing in any set.')
         pairs.append(open_pairs(source, None, diagonal, task.tile_size))
     identities = {f"features of {name}": features.identity for name, features in zip(task.names, pairs, strict=True)}
     saved = Checkpoint(checkpoint, "compare_grid", {**task.inputs(measure.name), **identities})

@@ -48,6 +48,7 @@ class Source:
     dtype: Any  # and of the computation
     mask: np.ndarray | None  # (n,), True = a valid sample
     direction: _directions.Rows | None  # rows get unit length
+    way_out: str = "Remove these samples, or exclude them with mask=."  # for nan and inf
 
     @cached_property
     def slices(self) -> list[slice]:
@@ -238,8 +239,7 @@ def _summarize(source: Source) -> _Summary:
         invalid = ~np.isfinite(rows).all(1)
         if invalid.any():
             raise ValueError(
-                f"{source.name} has nan or inf in row {numbers.start + valid[invalid][0]} (block {i}). "
-                "Remove these samples, or exclude them with mask=."
+                f"{source.name} has nan or inf in row {numbers.start + valid[invalid][0]} (block {i}). {source.way_out}"
             )
         sample.append(rows[(count + np.arange(len(rows))) % step == 0])
         count += len(rows)
