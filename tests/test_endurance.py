@@ -77,8 +77,7 @@ def test_memory_that_grows_is_noticed(keep):
     x, kept = jnp.asarray(sets(1, n=N)[0]), []
 
     def calls(number):
-        for _ in range(number):
-            kept.append(keep(jaxalign.rbf_affinity(x, sigma=1.0)))
+        kept.extend(keep(jaxalign.rbf_affinity(x, sigma=1.0)) for _ in range(number))
 
     arrays, memory = growth(calls, CALLS)
     assert arrays >= MOST_ARRAYS or memory >= MOST_MEMORY
