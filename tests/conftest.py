@@ -24,6 +24,10 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jax
 # Test processes run side by side: threads of OpenMP (torch, scikit-learn) in each would wait for each other's turn.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Nothing is read from the cache of the user's commands, nor written to it, here or by programs that tests start.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+jax.config.update("jax_enable_compilation_cache", False)
+
 # Before anything starts the backend: the number of devices cannot change afterwards.
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of the suite's time, and slower programs are no matter here.
