@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo", _command("show_demo"),
         "align real networks on the features that ship with the library",
         "Align four real networks on digits and on photographs (the features ship with the library), print\n"
-        "how well held-out samples correspond, and draw it. About a minute on two cores.",
+        "how well held-out samples correspond, and draw it. Half a minute on two cores, less the next time.",
         "jaxalign demo --out pictures",
     )  # fmt: skip
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures (default: ./demo)")
