@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -28,7 +29,7 @@ def keep_compiled(*, enabled: bool = True) -> str | None:
     if not enabled:
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    config = jax.config
+    config: Any = jax.config
     if not config.jax_enable_compilation_cache or config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
         return None
     try:
