@@ -25,11 +25,19 @@ _FORMATS = """files: .npy .npz .safetensors .h5 .parquet .pt (tensors only), or 
 (n, tokens, d) or maps (n, h, w, d), channels last"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def main(arguments: Sequence[str] | None = None, *, keep_compiled: bool = False) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        arguments: default: those of the program.
+        keep_compiled: whether jax keeps what it compiles in the user's cache folder, which is a setting of the process.
+    """
     options = vars(_parser().parse_args(arguments))
     command: Callable[[dict[str, Any]], int] = options.pop("run")
+    cached = not options.pop("no_cache")
     try:
+        if keep_compiled:
+            _keep_compiled(enabled=cached, quiet=options["quiet"])
         return command(options)
     except KeyboardInterrupt:
         out = options.get("out")
@@ -62,7 +70,7 @@ def entry() -> None:
     if isinstance(sys.stdout, TextIOWrapper):  # names may have letters that the terminal has not
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code: Any = main()
+        code: Any = main(keep_compiled=True)
     except SystemExit as stopped:  # --help, and options that argparse refuses
         code = stopped.code
     for stream in (sys.stdout, sys.stderr):
@@ -81,6 +89,14 @@ def _open_many_files() -> None:
         most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
         if resource.RLIM_INFINITY != soft < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _keep_compiled(*, enabled: bool, quiet: bool) -> None:
+    from jaxalign.report import cache
+
+    why_not = cache.keep_compiled(enabled=enabled)
+    if why_not is not None and not quiet:
+        print(f"jaxalign: {why_not}", file=sys.stderr)
 
 
 def _flush(stream: Any, code: Any) -> Any:
@@ -122,13 +138,14 @@ def _parser() -> argparse.ArgumentParser:
         )
         one.set_defaults(run=run)
         one.add_argument("--quiet", action="store_true", help="no progress bar")
+        one.add_argument("--no-cache", action="store_true", help="compile anew what an earlier run compiled")
         return one
 
     demo = add(
         "demo", _command("show_demo"),
         "align real networks on the features that ship with the library",
         "Align four real networks on digits and on photographs (the features ship with the library), print\n"
-        "how well held-out samples correspond, and draw it. About a minute on two cores.",
+        "how well held-out samples correspond, and draw it. Half a minute on two cores, less the next time.",
         "jaxalign demo --out pictures",
     )  # fmt: skip
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures (default: ./demo)")

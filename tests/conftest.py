@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import itertools
 import os
 import sys
 import tempfile
@@ -24,6 +23,10 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jax
 
 # Test processes run side by side: threads of OpenMP (torch, scikit-learn) in each would wait for each other's turn.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Nothing is read from the cache of the user's commands, nor written to it, here or by programs that tests start.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+jax.config.update("jax_enable_compilation_cache", False)
 
 # Before anything starts the backend: the number of devices cannot change afterwards.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -51,19 +54,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jaxalign")
 
 
-# A compiled program maps a few pieces of memory, of which Linux lets a process have 65530 by default; with more of them
-# the compiler crashes.
-MANY_MAPS = 30_000
-finished = itertools.count(1)
+def pytest_configure(config: pytest.Config) -> None:
+    import memory
 
-
-@pytest.fixture(autouse=True)
-def few_compiled_programs() -> Iterator[None]:
-    """Drop what was compiled before there is too much of it."""
-    yield
-    maps = Path("/proc/self/maps")
-    if next(finished) % 16 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
-        jax.clear_caches()
+    config.pluginmanager.register(memory.Watch(), "jaxalign-memory")
 
 
 @pytest.fixture

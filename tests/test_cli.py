@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,7 +23,7 @@ import pytest
 import jaxalign
 from jaxalign import _plan, cli
 from jaxalign.files import storage
-from jaxalign.report import commands
+from jaxalign.report import cache, commands
 
 pytest.importorskip("matplotlib", reason='pictures: python -m pip install "jaxalign[viz]"')
 pytestmark = pytest.mark.usefixtures("usual_promotion")
@@ -642,3 +644,134 @@ def test_sets_larger_than_the_memory_are_refused_before_the_work(models, monkeyp
     for arguments in (("compare", x, x), ("align", x, *out), ("ncut", x, *out), ("grid", models / "half.npy", *out)):
         assert run(*arguments) == 1
         assert re.search(r"(layer2|half) takes 1\.68e-06 GB of memory, and there are 1e-07 GB", capsys.readouterr().err)
+
+
+# --- the compilation cache -------------------------------------------------------------------------------------------
+
+
+class Config(SimpleNamespace):
+    """Of jax, as a user has it who has set nothing."""
+
+    jax_enable_compilation_cache = True
+    jax_compilation_cache_dir = None
+
+    def update(self, name, value):
+        setattr(self, name, value)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Settings of jax, and a cache folder, that are not those of the tests."""
+    config = Config()
+    monkeypatch.setattr(cache, "jax", SimpleNamespace(config=config))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "linux")
+    return config
+
+
+def test_programs_are_kept_for_the_next_run(models):
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(models / "cache")}
+    environment |= {"LOCALAPPDATA": str(models / "cache"), "HOME": str(models / "cache")}
+    command = [sys.executable, "-m", "jaxalign.cli", "info", str(models / "a" / "layer2.npy"), "--quiet"]
+
+    def kept():
+        return {path for path in (models / "cache").rglob("*") if path.is_file()}
+
+    def output(*options):
+        done = subprocess.run([*command, *options], env=environment, check=True, capture_output=True, text=True)
+        assert done.stderr == ""
+        return done.stdout
+
+    expected = output("--no-cache")
+    assert not kept()
+    assert output() == expected
+    first = kept()
+    assert first
+    assert all("jaxalign" in path.parts for path in first)
+    assert output() == expected
+    assert kept() == first  # all were found
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(models / "own")
+    assert output() == expected
+    assert kept() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("jax_compilation_cache_dir", "own"), ("jax_enable_compilation_cache", False)]
+)
+def test_a_cache_that_the_user_has_set_is_respected(name, value, config, tmp_path):
+    config.update(name, value)
+    before = dict(vars(config))
+    assert cache.keep_compiled() is None
+    assert vars(config) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_cache_nothing_is_set_but_that(config, tmp_path):
+    assert cache.keep_compiled(enabled=False) is None
+    assert vars(config) == {"jax_enable_compilation_cache": False}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="permissions of POSIX")
+def test_a_cache_folder_is_private(config, tmp_path):
+    assert cache.keep_compiled() is None
+    folder = Path(config.jax_compilation_cache_dir)
+    assert folder.parent == tmp_path / "jaxalign"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    config.jax_compilation_cache_dir = None
+    assert "can be written by others" in cache.keep_compiled()
+    assert config.jax_compilation_cache_dir is None
+
+
+def test_a_cache_folder_that_cannot_be_made_breaks_nothing(config, tmp_path, monkeypatch, capsys):
+    (tmp_path / "jaxalign").write_text("in the way")
+    monkeypatch.setattr(commands, "info", lambda options: commands.Found({}, "text"))
+    for quiet, lines in ((["--quiet"], 0), ([], 1)):
+        assert cli.main(["info", "x.npy", *quiet], keep_compiled=True) == 0
+        printed = capsys.readouterr()
+        assert printed.out == "text\n"
+        assert printed.err.count("\n") == lines
+    assert printed.err.startswith("jaxalign: compiled programs are not kept for the next run: ")
+    assert config.jax_compilation_cache_dir is None
+
+    def no_home():
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(cache, "user_folder", no_home)
+    assert "no home" in cache.keep_compiled()
+
+
+@pytest.mark.parametrize(
+    ("system", "environment", "expected"),
+    [
+        ("linux", {}, ".cache/jaxalign"),
+        ("linux", {"XDG_CACHE_HOME": "relative"}, ".cache/jaxalign"),
+        ("darwin", {}, "Library/Caches/jaxalign"),
+        ("win32", {}, "AppData/Local/jaxalign"),
+        ("win32", {"LOCALAPPDATA": "/home/someone/local"}, "local/jaxalign"),
+    ],
+)
+def test_the_cache_is_where_the_system_keeps_such_files(system, environment, expected, monkeypatch):
+    monkeypatch.setattr(sys, "platform", system)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/someone"))
+    assert cache.user_folder() == Path("/home/someone") / expected
+
+
+def test_the_oldest_programs_are_removed_where_there_are_too_many(tmp_path):
+    for k in range(6):
+        (tmp_path / str(k)).write_bytes(bytes(100))
+        os.utime(tmp_path / str(k), (k, k))
+    cache.trim(tmp_path, most=600, least=250)
+    assert len(list(tmp_path.iterdir())) == 6
+    cache.trim(tmp_path, most=599, least=250)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+
+
+def test_the_library_sets_no_cache():
+    code = "import jax, jaxalign, jaxalign.report.commands; print(jax.config.jax_compilation_cache_dir)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "None\n"

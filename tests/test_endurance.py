@@ -1,10 +1,11 @@
 """Many calls, at once and one after another: threads agree, memory does not grow, nothing is compiled twice.
 
-JAXALIGN_FUZZ=20000 in the environment makes 10 000 calls of 1000, and kills a job 50 times and not once.
+JAXALIGN_FUZZ=20000 in the environment makes 1000 rounds of calls and not 100, and kills a job 50 times and not once.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from memory import resident, resident_after_trimming
 
 import jaxalign
 from jaxalign import _plan
@@ -39,14 +41,24 @@ def test_threads_find_what_one_finds():
         np.testing.assert_allclose(list(pool.map(everything, some)), expected, rtol=1e-6)
 
 
-def resident():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1e3
+def growth(calls, number):
+    """How many more arrays of JAX are alive after so many calls, and by how many MB the memory of the process grew."""
+    calls(number // 2)  # compiles, and fills whatever is kept once
+    arrays, memory = len(jax.live_arrays()), resident_after_trimming()
+    calls(number)
+    gc.collect()
+    return len(jax.live_arrays()) - arrays, resident_after_trimming() - memory
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of the process from Linux")
+# Large enough that an n x n array kept per call is far above what the memory of a process varies by.
+N, CALLS = 300, 1_000 if NIGHTLY else 100
+MOST_ARRAYS, MOST_MEMORY = 10, N * N * 4 * CALLS / 1e6 / 3
+linux = pytest.mark.skipif(not resident(), reason="reads the memory of the process from Linux")
+
+
+@linux
 def test_memory_does_not_grow_with_calls():
-    x = sets(1)[0]
+    x = sets(1, n=N)[0]
 
     def calls(number):
         for k in range(number):
@@ -54,10 +66,23 @@ def test_memory_does_not_grow_with_calls():
             jaxalign.solve_sigma(x, density=0.1 + 0.1 * (k % 5))
             jaxalign.compare(x, x + np.float32(k), density=0.2)
 
-    calls(50)
-    before = resident()
-    calls(10_000 if NIGHTLY else 300)
-    assert resident() - before < 20  # MB; an n x n array a call would be 2 to 60
+    arrays, memory = growth(calls, CALLS)
+    assert arrays < MOST_ARRAYS
+    assert memory < MOST_MEMORY
+
+
+@linux
+@pytest.mark.parametrize("keep", [jnp.asarray, jnp.sum, np.array], ids=["arrays", "scalars", "copies outside of JAX"])
+def test_memory_that_grows_is_noticed(keep):
+    x, kept = jnp.asarray(sets(1, n=N)[0]), []
+
+    def calls(number):
+        kept.extend(keep(jaxalign.rbf_affinity(x, sigma=1.0)) for _ in range(number))
+
+    arrays, memory = growth(calls, CALLS)
+    assert arrays >= MOST_ARRAYS or memory >= MOST_MEMORY
+    if keep is np.array:  # these are seen by their memory alone
+        assert memory >= MOST_MEMORY
 
 
 def test_values_never_recompile_and_shapes_do_once(caplog):

@@ -6,6 +6,7 @@ them do not. JAXALIGN_FUZZ=20000 in the environment tries so many cases in all i
 
 from __future__ import annotations
 
+import collections
 import os
 from typing import NamedTuple
 
@@ -64,18 +65,23 @@ LAYOUTS = {
 }
 
 
+ANY = (normal, normal, heavy, clusters, duplicates, constant, integers)
+VARIED = tuple(make for make in ANY if make is not constant)
+
+
 @st.composite
-def features(draw, n=None, finite=None):
+def features(draw, n=None, finite=False, makes=ANY):
+    """Features of any kind; if finite, of numbers that their dtype can hold."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     n = draw(st.sampled_from(ROWS)) if n is None else n
-    make = draw(st.sampled_from((normal, normal, heavy, clusters, duplicates, constant, integers)))
+    make = draw(st.sampled_from(makes))
     x = make(rng, n, draw(st.sampled_from(WIDTHS)))
-    # Powers of two: what was equal stays equal.
-    x = x * 2.0 ** draw(st.integers(-60, 60))
     dtype = draw(st.sampled_from((np.float32, np.float32, np.float32, np.float16)))
+    # Powers of two: what was equal stays equal.
+    x = x * 2.0 ** draw(st.integers(-8, 2) if finite and dtype == np.float16 else st.integers(-60, 60))
     with np.errstate(over="ignore"):
         x = x.astype(dtype)
-    if finite is not True and draw(st.integers(0, 9)) == 0:
+    if not finite and draw(st.integers(0, 9)) == 0:
         x[rng.integers(n), rng.integers(x.shape[1])] = draw(st.sampled_from((np.nan, np.inf, -np.inf)))
     return LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](x)
 
@@ -184,29 +190,66 @@ MEASURES = {
 }
 
 
+def varies(x):
+    """Whether the distances between samples differ, beyond rounding: what all measures need."""
+    distances = reference.squared_distances(exactly(x))
+    return np.ptp(distances[~np.eye(len(x), dtype=bool)]) >= 1e-6 * distances.max()
+
+
+def test_measures():
+    reached = collections.Counter()
+
+    @fuzz
+    @hypothesis.given(st.data())
+    def compare_with_the_reference(data):
+        x, y = (data.draw(features(12, finite=True, makes=VARIED)) for _ in "xy")
+        name = data.draw(st.sampled_from(sorted(MEASURES)))
+        chosen, of = MEASURES[name]
+        reached["tried"] += 1
+        if not (varies(x) and varies(y)):
+            return
+        expected = of(*(exactly(one) / np.abs(exactly(one)).max() for one in (x, y)))
+        found = float(jaxalign.compare(x, y, name, **chosen))
+        assert -1.001 <= found <= 1.001
+        np.testing.assert_allclose(found, expected, atol=5e-3)
+        reached[name] += 1
+
+    compare_with_the_reference()
+    compared = sum(reached[name] for name in MEASURES)
+    assert compared >= 0.9 * reached["tried"], reached
+    assert min(reached[name] for name in MEASURES) >= 0.2 * compared, reached
+
+
 @fuzz
 @hypothesis.given(st.data())
-def test_measures(data):
-    n = data.draw(st.sampled_from(ROWS))
-    x, y = data.draw(features(n)), data.draw(features(data.draw(st.sampled_from((n, n, n, *ROWS)))))
-    name = data.draw(st.sampled_from(sorted(MEASURES)))
-    chosen, of = MEASURES[name]
-    try:
-        found = float(jaxalign.compare(x, y, name, **chosen))
-    except REFUSALS as error:
-        lacking = len(x) < 4 or len(x) != len(y) or not usable(x, None) or not usable(y, None)
-        if not lacking and "coincide" not in str(error) and "density" not in str(error):
-            raise
-        return
-    assert np.isfinite(found)
-    assert -1.001 <= found <= 1.001
-    distances = [reference.squared_distances(exactly(one)) for one in (x, y)]
-    if any(np.ptp(d[~np.eye(n, dtype=bool)]) < 1e-6 * d.max() for d in distances):
-        return  # nothing varies: documented to be 0, and the reference divides by it
-    with np.errstate(all="ignore"):
-        expected = of(*(exactly(one) / np.abs(exactly(one)).max() for one in (x, y)))
-    if np.isfinite(expected) and n >= 5:
-        np.testing.assert_allclose(found, expected, atol=5e-3)
+def test_measures_of_features_without_variation(data):
+    x, y = data.draw(features(12, finite=True, makes=(constant,))), data.draw(features(12, finite=True))
+    if data.draw(st.booleans()):
+        x, y = y, x
+    for name in ("rsa", "distance_correlation"):
+        assert float(jaxalign.compare(x, y, name, **MEASURES[name][0])) == 0
+    assert float(jaxalign.compare(x, y, "cka", kernel="linear")) == 0
+    with pytest.raises(ValueError, match="coincide"):  # no sigma gives the density
+        jaxalign.compare(x, y, "cka", density=0.5)
+
+
+@fuzz
+@hypothesis.given(st.data())
+def test_measures_refuse_what_they_cannot_compare(data):
+    wrong = data.draw(st.sampled_from(("missing", "other samples", "few samples")))
+    n = 2 if wrong == "few samples" else 12
+    x, y = (data.draw(features(n, finite=True, makes=VARIED)) for _ in "xy")
+    if wrong == "missing":
+        y = np.array(y)
+        y[data.draw(st.integers(0, n - 1)), -1] = data.draw(st.sampled_from((np.nan, np.inf, -np.inf)))
+    if wrong == "other samples":
+        y = y[: data.draw(st.integers(4, n - 1))]
+    names = ("cka", "rsa") if wrong == "few samples" else sorted(MEASURES)
+    name = data.draw(st.sampled_from(names))
+    if data.draw(st.booleans()):
+        x, y = y, x
+    with pytest.raises(REFUSALS):
+        jaxalign.compare(x, y, name, **MEASURES[name][0])
 
 
 @fuzz

@@ -8,14 +8,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxalign.alignment import PUBLISHED, RECOMMENDED, align, correspondence
+from jaxalign.alignment import PUBLISHED, RECOMMENDED, align
 from jaxalign.datasets import DigitFeatures, PatchFeatures, load_digit_features, load_patch_features
-from jaxalign.report.baselines import best_ridge, variance_scaled_rows
+from jaxalign.report.baselines import (
+    best_ridge,
+    compiled_correspondence,
+    padded,
+    prepare_ridge,
+    variance_scaled_rows,
+)
 
 Score = tuple[float, float, float]  # top-1, top-5, mean reciprocal rank
 AUTO_SCALED, PER_ROW, DECORRELATED = (
@@ -55,22 +62,43 @@ class Rows:
 def relative_rows(features: Mapping[str, np.ndarray], landmarks: np.ndarray, tick: Callable[[str], None]) -> Rows:
     """Relative features under every method, of the samples that are not landmarks."""
     n = len(next(iter(features.values())))
+    features = same_width(features)
     queries = np.setdiff1d(np.arange(n), landmarks)
     by_method, sigma = {}, {}
     tick(VARIANCE)
     by_method[VARIANCE] = {name: variance_scaled_rows(x, landmarks, queries) for name, x in features.items()}
-    for method, options in METHODS.items():
+    indices = tuple(landmarks.tolist())
+    for method in METHODS:
         tick(method)
-        alignment = align(features, landmarks=landmarks, **options)
-        by_method[method] = {name: np.asarray(rows)[queries] for name, rows in alignment.features.items()}
+        aligned = {name: _align_one(x, indices, method) for name, x in features.items()}
+        by_method[method] = {name: np.asarray(rows)[queries] for name, (rows, _) in aligned.items()}
         if method == AUTO_SCALED:
-            sigma = {name: float(value) for name, value in alignment.sigma.items()}
+            sigma = {name: float(bandwidth) for name, (_, bandwidth) in aligned.items()}
     return Rows(by_method, sigma, landmarks, queries)
+
+
+@partial(jax.jit, static_argnames=("landmarks", "method"))
+def _align_one(x: jax.Array, landmarks: tuple[int, ...], method: str) -> tuple[jax.Array, jax.Array]:
+    """Relative features and sigma of one network.
+
+    `align` with given landmarks treats networks independently: one by one, all of them share one compiled program.
+    """
+    alignment = align({"x": x}, landmarks=np.array(landmarks), **METHODS[method])
+    return alignment.features["x"], alignment.sigma["x"]
+
+
+def same_width(features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Features with channels of zeros added, so that all have one shape and programs are compiled once.
+
+    A channel of zeros changes no distance, and no mean or variance of another channel.
+    """
+    width = max(x.shape[1] for x in features.values())
+    return {name: padded(x, width) for name, x in features.items()}
 
 
 def score(rows: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], csls: int | None = None) -> Score:
     """Mean scores over pairs of sets, looked up in both directions."""
-    found = [correspondence(rows[a], rows[b], csls=csls) for a, b in _both_ways(pairs)]
+    found = [compiled_correspondence(rows[a], rows[b], csls) for a, b in _both_ways(pairs)]
     top1, top5, mrr = ([float(getattr(one, part)) for one in found] for part in ("top1", "top5", "mrr"))
     return float(np.mean(top1)), float(np.mean(top5)), float(np.mean(mrr))
 
@@ -79,9 +107,12 @@ def ridge_score(
     features: Mapping[str, np.ndarray], rows: Rows, pairs: Sequence[tuple[str, str]], csls: int | None = None
 ) -> Score:
     """Mean scores of the fitted map over pairs of sets, in both directions."""
-    found = [
-        best_ridge(features[a], features[b], rows.landmarks, rows.queries, csls=csls) for a, b in _both_ways(pairs)
-    ]
+    width = max(x.shape[1] for x in features.values())
+    sides = {
+        name: prepare_ridge(features[name], rows.landmarks, rows.queries, width)
+        for name in dict.fromkeys(itertools.chain(*pairs))
+    }
+    found = [best_ridge(sides[a], sides[b], csls) for a, b in _both_ways(pairs)]
     top1, top5, mrr = np.mean(found, 0)
     return float(top1), float(top5), float(mrr)
 

@@ -15,11 +15,18 @@ from jaxalign import plots
 from jaxalign._draw import BLUE as RIGHT
 from jaxalign._draw import ORANGE as NEAR
 from jaxalign._draw import VERMILION as WRONG
-from jaxalign.affinity import rbf_affinity
-from jaxalign.alignment import correspondence
 from jaxalign.files.storage import replace_file
-from jaxalign.report.baselines import variance_sigma
-from jaxalign.report.demo import AUTO_SCALED, CSLS, DECORRELATED, PATCH_NETWORKS, VARIANCE, DigitReport, PatchReport
+from jaxalign.report.baselines import compiled_affinity, compiled_correspondence, variance_sigma
+from jaxalign.report.demo import (
+    AUTO_SCALED,
+    CSLS,
+    DECORRELATED,
+    PATCH_NETWORKS,
+    VARIANCE,
+    DigitReport,
+    PatchReport,
+    same_width,
+)
 
 _DPI = 150
 
@@ -34,7 +41,7 @@ def correspondences(report: PatchReport, picture: int, a: str, b: str, number: i
     parts = [figure.add_subfigure(upper), figure.add_subfigure(lower)]
     for (title, method), part in zip(methods.items(), parts, strict=True):
         axes = part.subplots(1, 2, gridspec_kw={"wspace": 0.25})
-        found = correspondence(rows.by_method[method][a], rows.by_method[method][b])
+        found = compiled_correspondence(rows.by_method[method][a], rows.by_method[method][b])
         plots.matches(image, image, here, found.index, report.data.grid, shown=number, axes=axes)
         for ax, name in zip(axes, (a, b), strict=True):
             ax.set_title(name, fontsize=11)
@@ -82,7 +89,7 @@ def matched_digits(report: DigitReport, a: str, b: str, number: int = 14) -> Fig
         draw(axes[0, k], images[query], "0.5")
     label(axes[0, 0], f"query in\n{a}")
     for line, (name, (method, csls)) in enumerate(methods.items(), 1):
-        found = correspondence(rows.by_method[method][a], rows.by_method[method][b], csls=csls)
+        found = compiled_correspondence(rows.by_method[method][a], rows.by_method[method][b], csls)
         index = np.asarray(found.index)
         for k, query in enumerate(shown):
             match = index[query]
@@ -105,10 +112,10 @@ def affinities(report: DigitReport, a: str, b: str) -> Figure:
     figure = Figure(figsize=(9.2, 8.6), layout="constrained")
     axes = figure.subplots(2, 2)
     picture = None
-    for column, name in enumerate((a, b)):
-        x = report.data.features[name][chosen]
-        variance = rbf_affinity(x, sigma=variance_sigma(x))
-        for line, (title, affinity) in enumerate(((VARIANCE, variance), ("auto-scaled RBF", rbf_affinity(x)))):
+    features = same_width({name: report.data.features[name][chosen] for name in (a, b)})
+    for column, (name, x) in enumerate(features.items()):
+        variance = compiled_affinity(x, sigma=variance_sigma(x))
+        for line, (title, affinity) in enumerate(((VARIANCE, variance), ("auto-scaled RBF", compiled_affinity(x)))):
             ax = axes[line, column]
             picture = ax.imshow(
                 np.asarray(affinity), norm=PowerNorm(0.5, 0, 1), cmap="viridis", interpolation="nearest"
