@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
 
+from jaxalign._linalg import smallest
 from jaxalign._typing import AnyArray
 
 HALF_DTYPES = (jnp.float16, jnp.bfloat16)
@@ -307,11 +308,6 @@ def _row_facts(value: jax.Array) -> jax.Array:
     facts = (~jnp.isfinite(value), size != 0, size >= least)
     bits = (_NOT_FINITE, _NONZERO, _NORMAL)
     return jnp.stack([fact.any(-1).astype(jnp.uint8) * bit for fact, bit in zip(facts, bits, strict=True)]).sum(0)
-
-
-def smallest(dtype: Any) -> float:
-    """The size below which features lose digits as numbers become subnormal."""
-    return 2.0**10 * float(jnp.finfo(dtype).tiny)
 
 
 _FEW = 6  # entries that a message shows

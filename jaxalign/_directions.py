@@ -9,7 +9,8 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxalign._linalg import power_of_two, scaled, unit
-from jaxalign.distances import Frame, make_frame, over_devices
+from jaxalign.core.devices import over_devices
+from jaxalign.core.features import CenteredFeatures, center_features, valid_rows
 
 Rows = Literal["cosine", "correlation"]
 
@@ -19,11 +20,11 @@ def unit_rows(x: Array, mask: Array | None, rows: Rows | None) -> Array:
     if rows is None:
         return x
     units = unit(less_row_mean(scaled(x, -1)[0]) if rows == "correlation" else x, nothing=jnp.nan)
-    return units if mask is None else jnp.where(mask[..., None], units, 0)
+    return valid_rows(units, mask)
 
 
-def unit_frame(x: Array, mask: Array | None, rows: Rows | None, axis_name: str | None = None) -> Frame:
-    """The frame of `unit_rows`, accurate also where all rows have about one direction, as with a large offset.
+def unit_features(x: Array, mask: Array | None, rows: Rows | None, axis_name: str | None = None) -> CenteredFeatures:
+    """Centered `unit_rows`, accurate also where all rows have about one direction, as with a large offset.
 
     There x_i / |x_i| is rounded by as much as the directions differ. With the mean m of the rows and z_i = x_i - m,
 
@@ -32,12 +33,10 @@ def unit_frame(x: Array, mask: Array | None, rows: Rows | None, axis_name: str |
     in which nothing is lost; the constant m / |m| changes no distance.
     """
     if rows is None:
-        return make_frame(x, None, mask, None, axis_name)
-    if mask is not None:
-        x = jnp.where(mask[..., None], x, 0)
-    top = over_devices(lax.pmax, jnp.max(jnp.abs(lax.stop_gradient(x)), (-2, -1), keepdims=True), axis_name)
-    x = x * power_of_two(top)[1]
-    mean = make_frame(x, None, mask, None, axis_name).centre
+        return center_features(x, None, mask, None, axis_name)
+    x = valid_rows(x, mask)
+    x = x * power_of_two(over_devices(lax.pmax, jnp.max(jnp.abs(lax.stop_gradient(x))), axis_name))[1]
+    mean = center_features(x, None, mask, None, axis_name).center
     z = x - mean
     directions = unit_rows(x, None, rows)  # of the rows as they are: of short ones z keeps nothing
     if rows == "correlation":
@@ -50,13 +49,12 @@ def unit_frame(x: Array, mask: Array | None, rows: Rows | None, axis_name: str |
     length = jnp.sqrt(jnp.where(near, square, 1))
     along = jnp.sum(z * (2 * mean + z), -1, keepdims=True) / (length * (size + length))
     directions = jnp.where(near, z / length - mean_direction * along, directions - mean_direction)
-    frame = make_frame(directions, None, mask, None, axis_name)
+    features = center_features(directions, None, mask, None, axis_name)
     # Rows that are multiples of each other have one direction; what is left is rounding.
     spread = jnp.where(near, jnp.abs(z) / length, 1)
-    spread = spread if mask is None else jnp.where(mask[..., None], spread, 0)
-    spread = over_devices(lax.pmax, lax.stop_gradient(jnp.max(spread, (-2, -1), keepdims=True)), axis_name)
-    one_direction = frame.scale <= 16 * float(jnp.finfo(x.dtype).eps) * spread
-    return frame._replace(raw_x=jnp.where(one_direction, frame.centre, frame.raw_x))
+    spread = over_devices(lax.pmax, lax.stop_gradient(jnp.max(valid_rows(spread, mask))), axis_name)
+    one_direction = features.scale <= 16 * float(jnp.finfo(x.dtype).eps) * spread
+    return features._replace(raw_x=jnp.where(one_direction, features.center, features.raw_x))
 
 
 def less_row_mean(x: Array) -> Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 # Products of so many rows of such a width with themselves are worth halving on a GPU; of more rows, they need too much
@@ -97,6 +98,11 @@ def power_of_two(size: Array) -> tuple[Array, Array]:
     return lax.optimization_barrier(
         tuple(lax.bitcast_convert_type(e, size.dtype) for e in (exponent, 2 * zero - exponent))
     )
+
+
+def smallest(dtype: DTypeLike) -> float:
+    """The size below which features lose digits as numbers become subnormal."""
+    return 2.0**10 * float(jnp.finfo(dtype).tiny)
 
 
 def exact_sum(a: Array, b: Array) -> tuple[Array, Array]:

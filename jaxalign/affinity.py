@@ -11,11 +11,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
-from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, in_auto_mode
-from jaxalign._typing import AnyArray
-from jaxalign.bandwidth import (
-    CONVERGED,
-    NON_FINITE,
+from jaxalign._memory import check_stored
+from jaxalign._problem import (
     Bandwidth,
     Diagonal,
     check_density,
@@ -23,12 +20,13 @@ from jaxalign.bandwidth import (
     check_rtol,
     check_sigma,
     explain_failure,
-    pairs_of,
-    rate_of,
-    solve_pairs,
 )
-from jaxalign.distances import accurate_distances, check_stored, make_frame, same_row
-from jaxalign.pairs import kernel
+from jaxalign._typing import AnyArray
+from jaxalign.core.bandwidth import CONVERGED, NON_FINITE, gamma_of, pairs_of, solve_pairs
+from jaxalign.core.devices import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, batched, in_auto_mode
+from jaxalign.core.features import accurate_distances, attach_derivative, center_features
+from jaxalign.core.features import diagonal as on_diagonal
+from jaxalign.core.tiles import kernel
 
 
 def rbf_affinity(
@@ -83,7 +81,7 @@ def rbf_affinity(
     problem = check_problem(x, y, mask, mask_y, diagonal)
     if zero_diagonal and y is not None:
         raise ValueError("zero_diagonal=True has no meaning with y: row i and column i are different samples.")
-    given, by_row = (None, bandwidth == "per_row") if sigma is None else check_sigma(sigma, problem)
+    given, per_row = (None, bandwidth == "per_row") if sigma is None else check_sigma(sigma, problem)
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
     target = None if sigma is not None else check_density(density, problem, bandwidth)
     check_stored("the affinity", problem.x, problem.y)
@@ -95,9 +93,8 @@ def rbf_affinity(
         problem.mask,
         problem.mask_y,
         diagonal,
-        bandwidth,
+        per_row,
         zero_diagonal,
-        by_row,
         precision,
         check_rtol(None, problem.x.dtype),
     )
@@ -105,7 +102,7 @@ def rbf_affinity(
     return affinity
 
 
-@partial(jax.jit, static_argnums=(6, 7, 8, 9, 10, 11))
+@partial(jax.jit, static_argnames=("diagonal", "per_row", "zero_diagonal", "precision", "rtol"))
 def _rbf_affinity(
     x: Array,
     y: Array | None,
@@ -114,9 +111,8 @@ def _rbf_affinity(
     mask: Array | None,
     mask_y: Array | None,
     diagonal: Diagonal,
-    bandwidth: Bandwidth,
+    per_row: bool,
     zero_diagonal: bool,
-    by_row: bool,
     precision: lax.PrecisionLike,
     rtol: float,
 ) -> tuple[Array, Array]:
@@ -130,26 +126,32 @@ def _rbf_affinity(
         mask: Array | None,
         mask_y: Array | None,
     ) -> tuple[Array, Array]:
-        frame = make_frame(x, y, mask, mask_y)
+        features = center_features(x, y, mask, mask_y)
         if density is not None:
-            solution, pairs, rate = solve_pairs(frame, density, diagonal, bandwidth, rtol, precision)
-            status = solution.status
+            skip_self = diagonal == "exclude"
+            solution, pairs = solve_pairs(
+                features, density, rtol, skip_self=skip_self, per_row=per_row, precision=precision
+            )
+            assert pairs.distances is not None
+            (distances,), gamma, status = pairs.distances, solution.gamma, solution.status
+            gamma = gamma[:, None] if per_row else gamma
         else:
             assert sigma is not None
-            rate = rate_of(sigma, frame)
-            counted = pairs_of(frame, None, diagonal).counted("rows" if by_row else "all")
-            pairs = pairs_of(frame, accurate_distances(frame, rate, counted=counted, precision=precision), diagonal)
-            status = jnp.where(frame.finite, CONVERGED, NON_FINITE).astype(jnp.int32)
-            rate = jnp.where(frame.finite[..., None, None], rate, jnp.nan)
-        assert pairs.distances is not None
-        affinity = kernel(pairs.distances[0], rate)
-        if frame.mask is not None:
-            affinity = jnp.where(frame.mask[..., :, None], affinity, 0)
-        if frame.other_mask is not None:
-            affinity = jnp.where(frame.other_mask[..., None, :], affinity, 0)
+            gamma = gamma_of(sigma[:, None] if per_row else sigma, features.scale)
+            pairs_in_sum = pairs_of(features, None, skip_self=False).pairs_in_sum("row" if per_row else "all")
+            distances = accurate_distances(features, gamma, pairs_in_sum=pairs_in_sum, precision=precision)
+            distances = attach_derivative(features, distances)
+            status = jnp.where(features.finite, CONVERGED, NON_FINITE).astype(jnp.int32)
+            gamma = jnp.where(features.finite, gamma, jnp.nan)
+        affinity = kernel(distances, gamma)
+        if features.mask is not None:
+            affinity = jnp.where(features.mask[:, None], affinity, 0)
+        if features.column_mask is not None:
+            affinity = jnp.where(features.column_mask[None], affinity, 0)
         if zero_diagonal:
-            affinity = jnp.where(same_row(affinity.shape), 0, affinity)
+            affinity = jnp.where(on_diagonal(affinity.shape), 0, affinity)
         return affinity, status
 
-    rows = (ROWS_SECOND_LAST, ROWS_LAST if sigma is None and bandwidth == "per_row" else NO_ROWS)
+    rows = (ROWS_SECOND_LAST, ROWS_LAST if sigma is None and per_row else NO_ROWS)
+    compute = batched(compute, x.ndim - 2)
     return in_auto_mode(compute, x, y, sigma, density, mask, mask_y, result_rows=rows)

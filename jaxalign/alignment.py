@@ -29,7 +29,9 @@ from jaxalign._linalg import matmul, power_of_two, products, root, scaled, unit
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
-from jaxalign.distances import centered_columns, make_frame, same_row, squared_distances
+from jaxalign.core.features import center_features, centered_columns
+from jaxalign.core.features import diagonal as on_diagonal
+from jaxalign.distances import squared_distances
 
 Channels = Literal["standardize", "whiten"]
 Metric = Literal["correlation", "cosine", "euclidean"]
@@ -318,23 +320,22 @@ def _check_own_share(density: Any, block: Array) -> None:
 def _fit_channels(x: Array, channels: Channels | None) -> _Channels:
     if channels is None:
         return _Channels()
-    frame = make_frame(x, None)
+    features = center_features(x)
     if channels == "standardize":
-        return _Channels(frame.centre, _spread(x, rounding=0.0))
-    x = centered_columns(x, None)  # in the unit of the frame
+        return _Channels(features.center, _spread(x, rounding=0.0))
+    x = centered_columns(x, None)  # in scaled units
     covariance = matmul(x.T, x) / x.shape[0]
     shrinkage = jnp.trace(covariance) / x.shape[1]
     shrinkage = jnp.where(shrinkage > 0, shrinkage, 1)
     # Any root of the inverse gives the same distances; the Cholesky factor has derivatives also at equal eigenvalues.
-    return _Channels(
-        frame.centre, frame.scale, jnp.linalg.cholesky(covariance + shrinkage * jnp.eye(x.shape[1], dtype=x.dtype))
-    )
+    factor = jnp.linalg.cholesky(covariance + shrinkage * jnp.eye(x.shape[1], dtype=x.dtype))
+    return _Channels(features.center, features.scale[None, None], factor)
 
 
 def _spread(x: Array, rounding: float) -> Array:
     """Standard deviation of each column, 1 where it is below `rounding` times the largest entry: shape (1, d)."""
     noise = rounding * jnp.max(jnp.abs(x), 0, keepdims=True)
-    x, size = scaled(x - make_frame(x, None).centre, 0)
+    x, size = scaled(x - center_features(x).center, 0)
     std = root(jnp.mean((x - jnp.mean(x, 0, keepdims=True)) ** 2, 0, keepdims=True)) * size
     return jnp.where(std > noise, std, 1)
 
@@ -543,7 +544,7 @@ def _correspondence(a: Array, b: Array, metric: Metric, csls: int | None) -> Cor
         # fused.
         similarity = 2 * similarity - (hub_a[..., :, None] + hub_b[..., None, :])
     true = jnp.diagonal(similarity, axis1=-2, axis2=-1)
-    rank = jnp.sum(jnp.where(same_row(similarity.shape), False, similarity >= true[..., None]), -1)
+    rank = jnp.sum(jnp.where(on_diagonal(similarity.shape[-2:]), False, similarity >= true[..., None]), -1)
     # Of nan no comparison holds, so a rank of nan would be the best.
     finite = (jnp.isfinite(a) & jnp.isfinite(b)).all((-2, -1))
     rank = jnp.where(finite[..., None], rank, a.shape[-2])

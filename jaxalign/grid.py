@@ -25,9 +25,9 @@ from jaxtyping import Array, Bool, Float
 from jaxalign import _checks
 from jaxalign._plan import TileSize, make_plan
 from jaxalign._positions import Positions, check_positions
+from jaxalign._problem import check_rtol
 from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
-from jaxalign.bandwidth import check_rtol
 from jaxalign.files.cells import GridResult, GridTask, Preparation, compare_cells
 from jaxalign.files.checkpoint import Checkpoint, locked_checkpoint
 from jaxalign.files.grid import compare_files
@@ -316,7 +316,7 @@ def _compare_in_memory(
         num_samples = task.num_samples if mask is None else int(_checks.on_host(mask).sum())
         return GridResult(values, np.full(len(features), np.nan), num_samples)
     plan = make_plan(features[0], None, task.tile_size, mesh, axis_name, sets=len(features))
-    plan, function, sigma = replace(plan, fixed=True), measure.function, task.options.get("sigma")
+    plan, function, sigma = replace(plan, differentiable=False), measure.function, task.options.get("sigma")
     if function.solves:
         alone = make_plan(features[0], None, task.tile_size, mesh, axis_name)
         density = task.options.get("density")

@@ -23,10 +23,12 @@ from jaxtyping import Array
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul
-from jaxalign._plan import STORED, check_room
+from jaxalign._memory import check_room
+from jaxalign._plan import STORED
 from jaxalign._positions import Positions, check_positions
-from jaxalign.bandwidth import check_rtol
+from jaxalign._problem import check_rtol
 from jaxalign.io import named_sets
+from jaxalign.measures._centering import CENTERINGS, Centering
 from jaxalign.measures._evaluate import (
     Missing,
     PairMeasure,
@@ -37,7 +39,7 @@ from jaxalign.measures._evaluate import (
     explain_status,
     prepare_set,
 )
-from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, centred_matrix, facts_of, prepare, rounding
+from jaxalign.measures._pair_sums import Inner, PairFunction, facts_of, prepare, rounding
 from jaxalign.measures._registry import specified
 
 # Fewer samples are resampled to mostly copies of each other.
@@ -417,7 +419,7 @@ def _finite_pairs(sets: tuple[Array, ...], split: int) -> Array:
 
 
 def _is_product(measure: PairMeasure | SetMeasure) -> bool:
-    return isinstance(measure, PairMeasure) and measure.centring != "difference"
+    return isinstance(measure, PairMeasure) and measure.centering is not None
 
 
 # --- pair matrices --------------------------------------------------------------------------------------------------
@@ -434,28 +436,28 @@ def pair_matrices(
     check_room("the pair matrices", shape, sets[0], "Test fewer samples, drawn at random: x[rows], y[rows].")
     for k, (name, x) in enumerate(zip(names, sets, strict=True)):
         own = None if sigmas is None else sigmas[..., k]
-        matrix, unit, status = _pair_matrix(
-            x, own, target, measure.function, measure.centring, check_rtol(None, x.dtype)
-        )
+        assert measure.centering is not None
+        rtol = check_rtol(None, x.dtype)
+        matrix, unit, status = _pair_matrix(x, own, target, measure.function, measure.centering, rtol)
         explain_status(name, status)
         found.append((matrix, unit))
     matrices, units = (jnp.stack(parts) for parts in zip(*found, strict=True))
     return matrices, units
 
 
-@partial(jax.jit, static_argnames=("function", "centring", "rtol"))
+@partial(jax.jit, static_argnames=("function", "centering", "rtol"))
 def _pair_matrix(
-    x: Array, sigma: Array | None, density: Array | None, function: PairFunction, centring: Centring, rtol: float
+    x: Array, sigma: Array | None, density: Array | None, function: PairFunction, centering: Centering, rtol: float
 ) -> tuple[Array, Array, Array]:
-    one = prepare(x, None, sigma, density, function, rtol, STORED)
-    assert one.pairs.distances is not None
-    frame = one.pairs.frames[0]
-    f = function.of(one.pairs.distances[0], one.rate, frame.scale)
+    prepared = prepare(x, None, sigma, density, function, rtol, STORED)
+    assert prepared.pairs.distances is not None
+    scale = prepared.features.scale
+    f = function.of(prepared.pairs.distances[0], prepared.gamma, scale)
     # In its own unit, so that neither squares nor products overflow.
-    matrix = centred_matrix(f, centring)
+    matrix = centering.matrix(f)
     count, size = jnp.asarray(x.shape[0], x.dtype), jnp.max(jnp.abs(f), -1, keepdims=True)
-    constant = _norms(matrix) <= rounding(facts_of([one], function), size, function, count)[0]
-    return jnp.where(constant, 0, matrix), function.unit(frame.scale)[0, 0], one.status
+    constant = _norms(matrix) <= rounding(facts_of([prepared], function), size, function, count)[0]
+    return jnp.where(constant, 0, matrix), function.unit(scale), prepared.status
 
 
 def _norms(matrices: Array) -> Array:
@@ -529,14 +531,14 @@ def _recomputed(
     """The value, (L, M), and those of permutations, (m, L, M), each computed anew from what was found of each set."""
     order = _permutations(key, number + 1, sets[0].shape[0])
     if isinstance(measure, PairMeasure):  # distances of affinities
-        plain = replace(measure, centring="none")
+        plain = replace(measure, centering=CENTERINGS["none"])
         values = _recomputed_differences(pair_matrices(sets, options, plain, names)[0], order, split, measure)
     else:
         sigma, target = check_function(
             names, sets, None, options.get("sigma"), options.get("density"), measure.function, STORED
         )
         for k in range(len(sets)):
-            found = _part(sets[k], None if sigma is None else sigma[..., k], target, measure)
+            found = _part(sets[k], None if sigma is None else sigma[k], target, measure)
             explain_status(names[k], found.status)
         values = _recomputed_sets(sets, sigma, target, order, split, measure)
     return values[0], values[1:]
@@ -547,7 +549,7 @@ def _recomputed_sets(
     sets: tuple[Array, ...], sigma: Array | None, density: Array | None, order: Array, split: int, measure: SetMeasure
 ) -> Array:
     def part(k: int, x: Array) -> Any:
-        return prepare_set(x, None, None if sigma is None else sigma[..., k], density, measure, STORED)
+        return prepare_set(x, None, None if sigma is None else sigma[k], density, measure, STORED)
 
     fixed = [part(k, sets[k]) for k in range(split)]
 
@@ -650,7 +652,8 @@ def _resampled(
     counts = jax.vmap(lambda row: jnp.bincount(row, length=n))(drawn)
     dtype = ready[0].dtype
     weights = jnp.concatenate((jnp.ones((1, n), dtype), 1 - jnp.eye(n, dtype=dtype), counts.astype(dtype)))
-    if isinstance(specification, PairMeasure) and specification.centring in ("debiased", "pearson", "none"):
+    centering = specification.centering if isinstance(specification, PairMeasure) else None
+    if isinstance(specification, PairMeasure) and centering is not None and centering.has_bootstrap:
         matrices, units = pair_matrices(ready, filled, specification, names)
         parts = [
             jnp.where(
@@ -673,48 +676,14 @@ def _resampled(
 @partial(jax.jit, static_argnames="measure")
 def _weighted_values(f: Array, g: Array, units: Array, weights: Array, measure: PairMeasure) -> Array:
     """The measure with samples weighted by w, (b, n): sums over different samples only."""
-    cross, own_f, own_g = (_weighted_product(a, b, weights, measure.centring) for a, b in ((f, g), (f, f), (g, g)))
+    assert measure.centering is not None
+    bootstrap = partial(measure.centering.bootstrap, weights=weights)
+    cross, own_f, own_g = bootstrap(f, g), bootstrap(f, f), bootstrap(g, g)
     own = (own_f[:, None], own_g[:, None])
     each = (jnp.full_like(own[0], units[0]), jnp.full_like(own[1], units[1]))
     # `finish` of hsic divides by n (n - 3): the weighted product is already that many times the mean.
     inner = Inner.of(cross[:, None, None], own, each, jnp.full(cross.shape, f.shape[0], cross.dtype))
     return measure.finish(inner)[:, 0, 0]
-
-
-def _weighted_product(f: Array, g: Array, w: Array, centring: Centring) -> Array:
-    """N (n - 3) times the weighted estimate of the centred product, (b,), of matrices whose diagonals are zero.
-
-    Debiased: the mean of f_ij g_ij - 2 f_ij g_ik + f_ij g_kl over different i, j, k, l, weighted by w_i w_j w_k w_l;
-    with all weights 1 it is the estimator of Song et al. 2012.
-    """
-    n = f.shape[0]
-
-    def through(matrix: Array, left: Array, right: Array) -> Array:
-        return jnp.sum(left * matmul(right, matrix), -1)
-
-    s1, s2, s3, s4 = (jnp.sum(w**k, -1) for k in (1, 2, 3, 4))
-    product = f * g
-    same = through(product, w, w)
-    if centring != "debiased":
-        pairs = s1**2 - s2
-        mean_f, mean_g = through(f, w, w) / pairs, through(g, w, w) / pairs
-        return n * (n - 1) * (same / pairs - (mean_f * mean_g if centring == "pearson" else 0))
-
-    def rows(matrix: Array, right: Array) -> Array:
-        return matmul(right, matrix)
-
-    w2, w3 = w**2, w**3
-    f1, g1, f2, g2 = rows(f, w), rows(g, w), rows(f, w2), rows(g, w2)
-    p2, p3 = rows(product, w2), rows(product, w3)
-    # Sums over different i, j, k, l of w_i w_j w_k w_l times f_ij g_ij, f_ij g_ik and f_ij g_kl.
-    w2_same = jnp.sum(w2 * p2, -1)
-    two = (s1**2 - s2) * same - 4 * s1 * jnp.sum(w * p2, -1) + 4 * jnp.sum(w * p3, -1) + 2 * w2_same
-    triple = jnp.sum(w * (f1 * g1 - p2), -1)
-    at_i = jnp.sum(w2 * (f1 * g1 - p2), -1)
-    three = s1 * triple - at_i - jnp.sum(w * (f2 * g1 - p3), -1) - jnp.sum(w * (f1 * g2 - p3), -1)
-    four = through(f, w, w) * through(g, w, w) - 4 * at_i - 2 * w2_same
-    quadruples = s1**4 - 6 * s1**2 * s2 + 3 * s2**2 + 8 * s1 * s3 - 6 * s4
-    return n * (n - 3) * (two - 2 * three + four) / quadruples
 
 
 def _interval(resampled: Array, value: Array, left_out: Array, level: float, method: Any) -> Interval:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxalign import _checks
-from jaxalign._plan import check_bytes
+from jaxalign._memory import check_bytes
 from jaxalign._positions import Positions, rows_of
 from jaxalign.files.readers import READERS, read_arrays
 

@@ -30,11 +30,14 @@ from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import unit
-from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, STORED, Plan, TileSize, make_plan, on_mesh
+from jaxalign._plan import STORED, Plan, TileSize, make_plan
+from jaxalign._problem import Diagonal, check_rtol
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
-from jaxalign.bandwidth import CONVERGED, Diagonal, check_rtol, is_bandwidth
-from jaxalign.distances import over_devices
+from jaxalign.core.bandwidth import CONVERGED, is_bandwidth
+from jaxalign.core.devices import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, on_mesh, over_devices
+from jaxalign.core.tiles import Reduction, Tile, log_kernel
+from jaxalign.measures._centering import CENTERINGS
 from jaxalign.measures._evaluate import MASKED, check_function, check_sets
 from jaxalign.measures._pair_sums import (
     PairFunction,
@@ -46,7 +49,6 @@ from jaxalign.measures._pair_sums import (
     usable,
     visit_pairs,
 )
-from jaxalign.pairs import Reduction, Tile, log_kernel
 
 Measure = Literal["cka", "affinity", "kl", "infonce"]
 ReductionOf = Literal["mean", "sum", "none"]
@@ -339,7 +341,7 @@ def _pair_loss(
 ) -> Array:
     rtol = check_rtol(None, x.dtype)
     if measure == "cka":
-        inner = pair_products((x, y), 1, mask, sigmas, density, function, "debiased", rtol, plan)
+        inner = pair_products((x, y), 1, mask, sigmas, density, function, CENTERINGS["debiased"], rtol, plan)
         loss = jnp.where(inner.usable, 1 - inner.ratio(), jnp.nan)[..., 0, 0]
         return jnp.where(inner.samples >= _LEAST["cka"], loss, 0)
     of_rows = _affinity_rows if measure == "affinity" else _divergence_rows
@@ -353,8 +355,8 @@ def _pair_loss(
         weights = real.astype(rows.dtype)
         each = jnp.where(real, rows, 0)
         both = usable(prepared[0], function) & usable(prepared[1], function)
-        each = jnp.where(both[..., None], each, jnp.nan)
-        total, count = (over_devices(lax.psum, jnp.sum(a, -1), plan.axis_name) for a in (each, weights))
+        each = jnp.where(both, each, jnp.nan)
+        total, count = (over_devices(lax.psum, jnp.sum(a), plan.axis_name) for a in (each, weights))
         return each, total if reduction == "sum" else total / jnp.maximum(count, 1)
 
     rows = (ROWS_SECOND_LAST, ROWS_LAST, NO_ROWS, NO_ROWS)
@@ -363,13 +365,13 @@ def _pair_loss(
 
 
 def _affinity_rows(prepared: list[Prepared], function: PairFunction, plan: Plan) -> Array:
-    """mean_j (A_ij - B_ij)^2, (..., n)."""
-    count = prepared[0].pairs.total(by_row=True) + 1  # the pair with itself, at which they agree, counts
-    return squared_differences(prepared, function, plan)[..., 0] / count
+    """mean_j (A_ij - B_ij)^2, (n,)."""
+    count = prepared[0].pairs.total(per_row=True) + 1  # the pair with itself, at which they agree, counts
+    return squared_differences(prepared, function, plan)[:, 0] / count
 
 
 class _LogSums(NamedTuple):
-    """Of each row, with l the log affinities of the target, k those of the other; (..., r, 1)."""
+    """Of each row, with l the log affinities of the target, k those of the other; (r,)."""
 
     top: Array  # largest l
     total: Array  # sum exp(l - top)
@@ -379,24 +381,24 @@ class _LogSums(NamedTuple):
 
 
 def _divergence_rows(prepared: list[Prepared], function: PairFunction, plan: Plan) -> Array:
-    """sum_j P_ij log(P_ij / Q_ij), (..., n); sums of exponentials relative to the largest, which never vanish."""
+    """sum_j P_ij log(P_ij / Q_ij), (n,); sums of exponentials relative to the largest, which never vanish."""
     del function  # the logarithm of the RBF kernel
-    keep = Reduction(_logarithms, _log_sums, combine=_log_sums_of_both, nothing=_no_log_sums)
+    keep = Reduction(_logarithms, _log_sums, combine=_log_sums_of_both, init=_no_log_sums)
     found = visit_pairs(keep, prepared, plan)[1]
     some = (found.total > 0) & (found.other_total > 0)
     total, other = (jnp.where(some, a, 1) for a in (found.total, found.other_total))
     log_ratio = jnp.log(other) - jnp.log(total) + jnp.where(some, found.other_top - found.top, 0)
-    return jnp.where(some, found.differences / total + log_ratio, 0)[..., 0]
+    return jnp.where(some, found.differences / total + log_ratio, 0)
 
 
 def _logarithms(tile: Tile) -> tuple[Array, Array]:
     """Of both affinities; -inf for pairs that do not count."""
-    counts = tile.weigh(jnp.ones_like(tile.distances[0])) > 0
+    counts = tile.apply_weights(jnp.ones_like(tile.distances[0])) > 0
 
     def log(k: int) -> Array:
-        rate = tile.rates[k]
-        assert rate is not None
-        return jnp.where(counts, log_kernel(tile.distances[k], rate), -jnp.inf)
+        gamma = tile.gammas[k]
+        assert gamma is not None
+        return jnp.where(counts, log_kernel(tile.distances[k], gamma), -jnp.inf)
 
     return log(0), log(1)
 
@@ -407,12 +409,11 @@ def _log_sums(terms: tuple[Array, Array], tile: Tile) -> tuple[tuple[()], _LogSu
     own, target = (jnp.where(counts, logs, 0) for logs in terms)
 
     def relative(logs: Array) -> tuple[Array, Array]:
-        top = jnp.max(jnp.where(counts, logs, _LOG_NOTHING), -1, keepdims=True)
-        top = lax.stop_gradient(top)
-        return top, jnp.where(counts, jnp.exp(logs - top), 0)
+        top = lax.stop_gradient(jnp.max(jnp.where(counts, logs, _LOG_NOTHING), 1))
+        return top, jnp.where(counts, jnp.exp(logs - top[:, None]), 0)
 
     (top, p), (other_top, q) = relative(target), relative(own)
-    total, differences, other = (jnp.sum(a, -1, keepdims=True) for a in (p, p * (target - own), q))
+    total, differences, other = (jnp.sum(a, 1) for a in (p, p * (target - own), q))
     return (), _LogSums(top, total, differences, other_top, other)
 
 

@@ -16,10 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul
-from jaxalign._plan import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, Plan, TileSize, gathered, is_shared, make_plan, on_mesh
-from jaxalign._typing import AnyArray
-from jaxalign.affinity import rbf_affinity
-from jaxalign.bandwidth import (
+from jaxalign._plan import Plan, TileSize, is_shared, make_plan
+from jaxalign._problem import (
     Bandwidth,
     Diagonal,
     check_density,
@@ -27,12 +25,15 @@ from jaxalign.bandwidth import (
     check_rtol,
     check_sigma,
     explain_failure,
-    pairs_of,
-    rate_of,
-    solve_checked,
 )
-from jaxalign.distances import accurate_distances, make_frame, over_devices
-from jaxalign.pairs import Reduction, Tile, kernel, kernel_terms, reduce_pairs, usual_count
+from jaxalign._typing import AnyArray
+from jaxalign.affinity import rbf_affinity
+from jaxalign.bandwidth import solve_checked
+from jaxalign.core.bandwidth import gamma_of, pairs_of
+from jaxalign.core.devices import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, batched, gathered, on_mesh, over_devices
+from jaxalign.core.features import accurate_distances, attach_derivative, center_features
+from jaxalign.core.reduce import reduce_pairs
+from jaxalign.core.tiles import Reduction, Tile, kernel, kernel_terms
 
 
 def affinity_operator(
@@ -92,22 +93,21 @@ def affinity_operator(
         target = check_density(density, problem, bandwidth, plan)
         solution = solve_checked(problem, target, bandwidth, check_rtol(None, problem.x.dtype), plan, precision)
         explain_failure(solution.status, problem)
-        by_row = bandwidth == "per_row"
-        found = solution.sigma[..., None] if by_row else solution.sigma[..., None, None]
-        if by_row and problem.mask is not None:  # nan there, which would reach the other rows
-            found = jnp.where(problem.mask[..., None], found, 1)
+        per_row, bandwidths = bandwidth == "per_row", solution.sigma
+        if per_row and problem.mask is not None:  # nan there, which would reach the other rows
+            bandwidths = jnp.where(problem.mask, bandwidths, 1)
     else:
-        given, by_row = check_sigma(sigma, problem)
-        found = jnp.asarray(given)
+        given, per_row = check_sigma(sigma, problem)
+        bandwidths = jnp.asarray(given)
         _checks.finite_rows("x", problem.x, problem.mask, differences=True)
         if problem.y is not None:
             _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
     return AffinityOperator(
         *problem[:4],
-        found,
+        bandwidths,
         left=None,
         right=None,
-        by_row=by_row,
+        per_row=per_row,
         zero_diagonal=zero_diagonal,
         transposed=False,
         plan=plan,
@@ -117,8 +117,8 @@ def affinity_operator(
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("x", "y", "mask", "mask_y", "row_sigma", "left", "right"),
-    meta_fields=("by_row", "zero_diagonal", "transposed", "plan", "precision"),
+    data_fields=("x", "y", "mask", "mask_y", "bandwidths", "left", "right"),
+    meta_fields=("per_row", "zero_diagonal", "transposed", "plan", "precision"),
 )
 @dataclass(frozen=True)
 class AffinityOperator:
@@ -132,10 +132,10 @@ class AffinityOperator:
     y: Array | None
     mask: Array | None
     mask_y: Array | None
-    row_sigma: Array  # (..., 1, 1) or (..., n, 1)
+    bandwidths: Array  # (...) or (..., n), 1 in masked rows
     left: Array | None  # (..., rows, 1)
     right: Array | None  # (..., columns, 1)
-    by_row: bool  # whether every row of x has its own sigma
+    per_row: bool  # whether every row of x has its own sigma
     zero_diagonal: bool
     transposed: bool
     plan: Plan
@@ -162,10 +162,9 @@ class AffinityOperator:
     @property
     def sigma(self) -> Array:
         """The bandwidth, in units of the features, shape (...) or, one a row of x, (..., n) with nan where masked."""
-        if not self.by_row:
-            return self.row_sigma[..., 0, 0]
-        sigma = self.row_sigma[..., 0]
-        return sigma if self.mask is None else jnp.where(self.mask, sigma, jnp.nan)
+        if not self.per_row or self.mask is None:
+            return self.bandwidths
+        return jnp.where(self.mask, self.bandwidths, jnp.nan)
 
     @property
     def T(self) -> AffinityOperator:  # noqa: N802 (as in numpy)
@@ -280,7 +279,7 @@ class AffinityOperator:
 
     @property
     def _symmetric(self) -> bool:
-        return self.y is None and not self.by_row
+        return self.y is None and not self.per_row
 
 
 def inverse_root(degrees: Array) -> Array:
@@ -298,53 +297,52 @@ def _product(a: AffinityOperator, v: Array) -> Array:
     """A v, v (..., m, k)."""
 
     def local(x: Array, y: Array | None, mask: Any, mask_y: Any, sigma: Array, v: Array) -> Array:
-        frame = make_frame(x, y, mask, mask_y, a.plan.axis_name)
-        rate = rate_of(sigma, frame)
-        pairs = pairs_of(frame, None, "exclude" if a.zero_diagonal else "include", a.plan, a.precision)
-        reduction = Reduction(kernel_terms, _times_column_values, symmetric=not a.by_row)
-        rates_of = "all" if not a.by_row else "columns" if a.transposed else "rows"
-        _, product = reduce_pairs(reduction, pairs, rates=(rate,), rates_of=rates_of, as_column=v)
-        return jnp.where(frame.finite[..., None, None], product, jnp.nan)
+        features = center_features(x, y, mask, mask_y, a.plan.axis_name)
+        gamma = gamma_of(sigma, features.scale)
+        pairs = pairs_of(features, None, skip_self=a.zero_diagonal, plan=a.plan, precision=a.precision)
+        reduction = Reduction(kernel_terms, _times_column_values, symmetric=not a.per_row)
+        gamma_per = "all" if not a.per_row else "column" if a.transposed else "row"
+        _, product = reduce_pairs(reduction, pairs, gammas=(gamma,), gamma_per=gamma_per, as_column=v)
+        return jnp.where(features.finite, product, jnp.nan)
 
     v = v if a.right is None else v * a.right
     sides = (a.x, a.y, a.mask, a.mask_y)
     if a.transposed and a.y is not None:
         sides = (a.y, a.x, a.mask_y, a.mask)
-    sigma_rows = ROWS_SECOND_LAST if a.by_row else NO_ROWS
-    rows = (sigma_rows, ROWS_SECOND_LAST)
-    product = on_mesh(local, a.plan, sides, (a.row_sigma, v), rows, ROWS_SECOND_LAST)
+    rows = (ROWS_LAST if a.per_row else NO_ROWS, ROWS_SECOND_LAST)
+    product = on_mesh(local, a.plan, sides, (a.bandwidths, v), rows, ROWS_SECOND_LAST)
     return product if a.left is None else product * a.left
 
 
 @jax.jit
 def _rows(a: AffinityOperator, index: Array) -> Array:
     """Selected rows."""
-    frame = make_frame(a.x, a.y, a.mask, a.mask_y)
-    rate = rate_of(a.row_sigma, frame)
-    number = jnp.arange(a.x.shape[-2], dtype=jnp.int32)
-    few = frame._replace(raw_y=frame.raw_other, mask_y=frame.other_mask)
-    if a.y is None:
-        few = few._replace(sample=number, sample_y=number)
-    if a.transposed and a.y is not None:
-        few = few._replace(raw_x=few.raw_y, raw_y=few.raw_x, mask=few.mask_y, mask_y=few.mask)
-    few = few._replace(
-        raw_x=jnp.take(few.raw_x, index, -2),
-        mask=None if few.mask is None else jnp.take(few.mask, index, -1),
-        sample=None if few.sample is None else jnp.take(few.sample, index, -1),
-    )
-    if a.by_row:
-        rate = jnp.swapaxes(rate, -1, -2) if a.transposed else jnp.take(rate, index, -2)
-    counted = usual_count(frame.raw_other.shape[-2], frame.raw_x)
-    pairs = pairs_of(few, accurate_distances(few, rate, counted=counted, precision=a.precision), "include")
-    assert pairs.distances is not None
-    rows = kernel(pairs.distances[0], rate)
-    if few.mask is not None:
-        rows = jnp.where(few.mask[..., :, None], rows, 0)
-    if few.mask_y is not None:
-        rows = jnp.where(few.mask_y[..., None, :], rows, 0)
-    same = few.same()
-    if a.zero_diagonal and same is not None:
-        rows = jnp.where(same, 0, rows)
+
+    def select(x: Array, y: Array | None, mask: Any, mask_y: Any, sigma: Array) -> Array:
+        features = center_features(x, y, mask, mask_y)
+        gamma = gamma_of(sigma, features.scale)
+        part = features._replace(raw_y=features.raw_columns, mask_y=features.column_mask)
+        if features.is_self:
+            number = jnp.arange(x.shape[0], dtype=jnp.int32)
+            part = part._replace(sample=number, sample_y=number)
+        elif a.transposed:
+            part = part._replace(raw_x=part.raw_y, raw_y=part.raw_x, mask=part.mask_y, mask_y=part.mask)
+        part = part._replace(
+            raw_x=part.raw_x[index],
+            mask=None if part.mask is None else part.mask[index],
+            sample=None if part.sample is None else part.sample[index],
+        )
+        if a.per_row:
+            gamma = gamma[None] if a.transposed else gamma[index][:, None]
+        pairs_in_sum = pairs_of(features, None, skip_self=False).pairs_in_sum("row")
+        distances = accurate_distances(part, gamma, pairs_in_sum=pairs_in_sum, precision=a.precision)
+        rows = kernel(attach_derivative(part, distances), gamma)
+        rows = rows if part.mask is None else jnp.where(part.mask[:, None], rows, 0)
+        rows = rows if part.mask_y is None else jnp.where(part.mask_y[None], rows, 0)
+        same = part.same_sample()
+        return jnp.where(same, 0, rows) if a.zero_diagonal and same is not None else rows
+
+    rows = batched(select, a.x.ndim - 2)(a.x, a.y, a.mask, a.mask_y, a.bandwidths)
     rows = rows if a.left is None else rows * jnp.take(a.left, index, -2)
     return rows if a.right is None else rows * jnp.swapaxes(a.right, -1, -2)
 
@@ -354,9 +352,9 @@ def _counts(a: AffinityOperator, axis: int | None) -> Array:
     """Pairs that count, of all or over an axis, at least 1."""
 
     def local(x: Array, y: Array | None, mask: Any, mask_y: Any) -> Array:
-        frame = make_frame(x, y, mask, mask_y, a.plan.axis_name)
-        pairs = pairs_of(frame, None, "exclude" if a.zero_diagonal else "include", a.plan)
-        return jnp.maximum(pairs.total(by_row=axis is not None), 1)
+        features = center_features(x, y, mask, mask_y, a.plan.axis_name)
+        pairs = pairs_of(features, None, skip_self=a.zero_diagonal, plan=a.plan)
+        return jnp.maximum(pairs.total(per_row=axis is not None), 1)
 
     sides = (a.x, a.y, a.mask, a.mask_y)
     over_columns = axis is not None and (axis - a.ndim if axis >= 0 else axis) == -2

@@ -319,7 +319,7 @@ def _product(source: Source, v: Array) -> Array:
     """A v, of the symmetric part of A."""
     if isinstance(source, AffinityOperator):
         product = source @ v
-        return (product + source.T @ v) / 2 if source.by_row else product
+        return (product + source.T @ v) / 2 if source.per_row else product
     return matmul(source, v)
 
 

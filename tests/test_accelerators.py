@@ -14,6 +14,7 @@ import reference
 
 import jaxalign
 from jaxalign import _linalg, _plan
+from jaxalign.core import reduce as reduce_module
 
 N, WIDTH = 167, 7
 
@@ -46,13 +47,13 @@ def test_sigma(kind, bandwidth, tile_size):
 
 def test_tiles_are_looked_at_where_distances_may_be_coarse_and_not_where_they_are_not(monkeypatch):
     seen = []
-    visit = jaxalign.pairs._visit_tiles
+    visit = reduce_module.visit_tiles
 
-    def counted(reduction, pairs, blank, **options):
-        seen.append(pairs.trusted)
-        return visit(reduction, pairs, blank, **options)
+    def counted(reduction, pairs, tile, **options):
+        seen.append(pairs.fast_only)
+        return visit(reduction, pairs, tile, **options)
 
-    monkeypatch.setattr(jaxalign.pairs, "_visit_tiles", counted)
+    monkeypatch.setattr(reduce_module, "visit_tiles", counted)
     jaxalign.solve_sigma(features("normal", 171), tile_size=61)
     assert True in seen  # the quick visit
     assert False in seen  # the careful one

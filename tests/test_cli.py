@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import _plan, cli
+from jaxalign import _memory, cli
 from jaxalign.files import storage
 from jaxalign.report import cache, commands
 
@@ -636,8 +636,8 @@ def test_the_program_opens_as_many_files_as_it_may():
 def test_sets_larger_than_the_memory_are_refused_before_the_work(models, monkeypatch, capsys):
     for name in ("align", "compare_grid", "normalized_cut"):
         monkeypatch.setattr(commands, name, lambda *args, **kwargs: 1 / 0)
-    monkeypatch.setattr(_plan, "_SURELY_THERE", 0)
-    monkeypatch.setattr(_plan, "_room", lambda: 100.0)
+    monkeypatch.setattr(_memory, "_SURELY_THERE", 0)
+    monkeypatch.setattr(_memory, "_room", lambda: 100.0)
     x = models / "a" / "layer2.npy"
     out = ("--out", models / "out")
     np.save(models / "half.npy", np.load(x).astype(np.float16))

@@ -21,7 +21,7 @@ import pytest
 from memory import resident, resident_after_trimming
 
 import jaxalign
-from jaxalign import _plan
+from jaxalign import _memory
 
 NIGHTLY = int(os.environ.get("JAXALIGN_FUZZ", "1000")) > 1000
 
@@ -134,14 +134,14 @@ def test_jobs_that_are_killed_lose_nothing_finished(tmp_path):
 
 def test_only_what_is_surely_too_large_is_refused(monkeypatch):
     x = jnp.ones((20_000, 2))
-    assert _plan._room() > 0
-    monkeypatch.setattr(_plan, "_room", lambda: 1.5 * 4 * 20_000**2)
-    _plan.check_room("A", (20_000, 20_000), x, "")
-    monkeypatch.setattr(_plan, "_room", lambda: 1.5 * 4 * 20_000**2 - 1)
+    assert _memory._room() > 0
+    monkeypatch.setattr(_memory, "_room", lambda: 1.5 * 4 * 20_000**2)
+    _memory.check_room("A", (20_000, 20_000), x, "")
+    monkeypatch.setattr(_memory, "_room", lambda: 1.5 * 4 * 20_000**2 - 1)
     with pytest.raises(MemoryError, match=r"A of shape \(20000, 20000\) would take 2.4 GB"):
-        _plan.check_room("A", (20_000, 20_000), x, "")
-    _plan.check_room("A", (2000, 2000), x, "")  # not looked at
-    jax.jit(lambda x: _plan.check_room("A", (20_000, 20_000), x, ""))(x)  # nor under a trace
+        _memory.check_room("A", (20_000, 20_000), x, "")
+    _memory.check_room("A", (2000, 2000), x, "")  # not looked at
+    jax.jit(lambda x: _memory.check_room("A", (20_000, 20_000), x, ""))(x)  # nor under a trace
 
 
 LIMITED = """

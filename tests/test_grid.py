@@ -323,7 +323,7 @@ def test_a_job_goes_on_after_the_free_memory_has_changed(x64, measure, tmp_path,
 
     with pytest.raises(KeyboardInterrupt):
         run(progress=stop)
-    monkeypatch.setattr(jaxalign._plan, "_free_memory", lambda device: 30_000.0)
+    monkeypatch.setattr(jaxalign._plan, "free_memory", lambda device: 30_000.0)
     helpers.assert_close(run().values, compare_grid(layers(), measure=measure).values, 1e-11)
 
 

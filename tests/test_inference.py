@@ -12,7 +12,8 @@ import scipy.stats
 
 import jaxalign
 from jaxalign import bootstrap, compare, noise_ceiling, paired_difference, permutation_test
-from jaxalign.inference import _permuted_products, _weighted_product
+from jaxalign.inference import _permuted_products
+from jaxalign.measures._centering import CENTERINGS
 
 KEY = jax.random.key(0)
 
@@ -133,7 +134,7 @@ def test_weighted_products_are_means_over_different_samples(x64):
     x, y, _ = sets(7)
     f, g = (reference.kernel_matrix(a, "linear") * (1 - np.eye(7)) for a in (x, y))
     for w in ([1.0, 2, 0, 1, 3, 0, 1], [1.0] * 7, [2.0, 1, 1, 1, 1, 1, 0]):
-        found = _weighted_product(jnp.asarray(f), jnp.asarray(g), jnp.asarray([w]), "debiased")[0] / (7 * 4)
+        found = CENTERINGS["debiased"].bootstrap(jnp.asarray(f), jnp.asarray(g), jnp.asarray([w]))[0] / (7 * 4)
         helpers.assert_close(found, reference.hsic_by_counting(f, g, np.asarray(w)), 1e-10)
 
 

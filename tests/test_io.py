@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import _plan, io, streaming
+from jaxalign import _memory, io, streaming
 from jaxalign.io import read_features
 
 X = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
@@ -386,12 +386,12 @@ def deflated_pt(path):
 def test_what_is_larger_than_the_memory_is_refused_unread(write, tmp_path, monkeypatch):
     path = tmp_path / ("x." + write.__name__.removesuffix("_of_zeros").rpartition("_")[2])
     write(path)
-    monkeypatch.setattr(_plan, "_SURELY_THERE", 0)
-    monkeypatch.setattr(_plan, "_room", lambda: 4.1e6)
+    monkeypatch.setattr(_memory, "_SURELY_THERE", 0)
+    monkeypatch.setattr(_memory, "_room", lambda: 4.1e6)
     if write is not parquet_of_zeros:  # which takes twice as much while it is read
         (found,) = read_features(path).values()
         assert found.values.nbytes == 4_000_000
-    monkeypatch.setattr(_plan, "_room", lambda: 3.9e6)
+    monkeypatch.setattr(_memory, "_room", lambda: 3.9e6)
     tracemalloc.start()
     with pytest.raises(MemoryError, match=r"x\.\w+: its \w+ take 0\.004 GB.*and there are 0\.0039 GB\. Save them as"):
         read_features(path)
@@ -402,8 +402,8 @@ def test_what_is_larger_than_the_memory_is_refused_unread(write, tmp_path, monke
 
 def test_what_is_not_features_is_not_loaded(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "x.npz", x=X, labels=np.zeros((2000, 500), int))
-    monkeypatch.setattr(_plan, "_SURELY_THERE", 0)
-    monkeypatch.setattr(_plan, "_room", lambda: 1e4)
+    monkeypatch.setattr(_memory, "_SURELY_THERE", 0)
+    monkeypatch.setattr(_memory, "_room", lambda: 1e4)
     assert list(read_features(tmp_path / "x.npz")) == ["x"]
 
 
@@ -488,8 +488,8 @@ def test_raw_bytes_are_explained(tmp_path):
 def test_a_copy_in_another_byte_order_has_to_fit(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", X.astype(">f4"))
     (found,) = read_features(tmp_path / "x.npy").values()
-    monkeypatch.setattr(_plan, "_SURELY_THERE", 0)
-    monkeypatch.setattr(_plan, "_room", lambda: 100.0)
+    monkeypatch.setattr(_memory, "_SURELY_THERE", 0)
+    monkeypatch.setattr(_memory, "_room", lambda: 100.0)
     with pytest.raises(MemoryError, match="Save it in the byte order of this machine"):
         found.rows()
 

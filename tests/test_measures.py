@@ -14,7 +14,9 @@ import rsatoolbox
 import scipy.stats
 
 import jaxalign
-from jaxalign import distances, measures
+from jaxalign import measures
+from jaxalign.core.features import center_features
+from jaxalign.core.resolved import exact_distances
 from jaxalign.measures import _rsa
 
 N = 24
@@ -430,9 +432,9 @@ def test_neighbors_at_equal_distances_of_whole_numbers_come_in_order(tile_size):
 
 def test_exact_sums_of_squares_have_more_digits_than_the_dtype():
     x = np.float32(np.random.default_rng(0).normal(size=(40, 33)) + 1e4)
-    frame = distances.make_frame(jnp.asarray(x), None)
-    high, low = jax.jit(distances.exact_distances)(frame)
-    found = (np.asarray(high, float) + np.asarray(low, float)) * float(frame.scale[0, 0]) ** 2
+    features = center_features(jnp.asarray(x))
+    high, low = jax.jit(exact_distances)(features)
+    found = (np.asarray(high, float) + np.asarray(low, float)) * float(features.scale) ** 2
     off = ~np.eye(40, dtype=bool)
     np.testing.assert_allclose(found[off], reference.sq_distances(x.astype(float))[off], rtol=1e-10)
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxalign
-from jaxalign import _rate
 from jaxalign import bandwidth as bw
+from jaxalign.core.bandwidth import _series_root
 
 ROWS, OTHER_ROWS, WIDTH, MASK = helpers.ROWS, helpers.OTHER_ROWS, helpers.WIDTH, helpers.MASK
 seeds = st.integers(0, 2**32 - 1)
@@ -219,7 +219,7 @@ def test_the_series_in_the_rate_bounds_its_own_error(rng):
     level = np.array([0.5, 0.8, 0.95, 1.05, 1.2, 2.0])  # wanted densities, in units of the one at this rate
     density = level * np.exp(-z).mean()
     moments = [np.mean(np.exp(-z) * z**k) / density for k in range(7)]
-    s, value, slope, bound = (np.asarray(a) for a in _rate._series_root(jnp.asarray(moments)))
+    s, value, slope, bound = (np.asarray(a) for a in _series_root(jnp.asarray(moments)))
     there = np.outer(1 + s, z)
     error = np.abs(np.exp(-there).mean(-1) / density - value)
     np.testing.assert_array_equal(s > 0, level < 1)

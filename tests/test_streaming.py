@@ -664,7 +664,7 @@ def test_a_job_does_not_depend_on_the_free_memory(monkeypatch):
     # Or it could not go on from its checkpoint after other programs have started or ended.
     x = np.zeros((70_000, 40), np.float32)
     before = open_pairs(open_source("x", x), None, "include", "auto").identity
-    monkeypatch.setattr(jaxalign._plan, "_free_memory", lambda device: 30_000.0)
+    monkeypatch.setattr(jaxalign._plan, "free_memory", lambda device: 30_000.0)
     assert open_pairs(open_source("x", x), None, "include", "auto").identity == before
     assert len(before["blocks"][0]) == 2
 

@@ -20,9 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxalign
-from jaxalign import pairs as pairs_module
-from jaxalign.distances import make_frame
-from jaxalign.pairs import Pairs, Reduction, half_ring, kernel, over_all, over_rows, reduce_pairs
+from jaxalign.core import reduce as reduce_module
+from jaxalign.core.features import center_features
+from jaxalign.core.reduce import reduce_pairs
+from jaxalign.core.ring import half_ring_of_blocks, pairwise_sum, split_rows
+from jaxalign.core.tiles import Pairs, Reduction, kernel, kernel_terms, over_all, over_rows
 
 ROWS, OTHER_ROWS, WIDTH = helpers.ROWS, helpers.OTHER_ROWS, helpers.WIDTH
 ODD = ROWS - 1
@@ -256,7 +258,7 @@ def test_the_program_of_all_pairs_at_once_has_such_an_array():
 
 @pytest.mark.parametrize("count", range(1, 14))
 def test_in_half_a_ring_every_two_tiles_meet_once(count):
-    met = list(half_ring(count))
+    met = list(half_ring_of_blocks(count))
     unordered = sorted(tuple(sorted((i, j))) for i, j, _ in met)
     assert unordered == [(i, j) for i in range(count) for j in range(i, count)]
     assert all(stands_for_both == (i != j) for i, j, stands_for_both in met)
@@ -265,7 +267,7 @@ def test_in_half_a_ring_every_two_tiles_meet_once(count):
 
 @given(n=st.integers(1, 300), tile_size=st.none() | st.integers(1, 400), odd=st.booleans())
 def test_tiles_hold_all_rows_and_none_is_larger_than_asked_for(n, tile_size, odd):
-    count, size = pairs_module.split_rows(n, tile_size, odd=odd)
+    count, size = split_rows(n, tile_size, odd=odd)
     assert count * size >= n
     assert 1 <= size <= (n if tile_size is None else tile_size)
     least = 1 if tile_size is None else -(-n // tile_size)
@@ -277,14 +279,14 @@ def test_tiles_hold_all_rows_and_none_is_larger_than_asked_for(n, tile_size, odd
 @given(count=st.integers(1, 17), seed=st.integers(0, 2**32 - 1))
 def test_a_pairwise_sum_of_whole_numbers_is_exact(count, seed):
     a = np.random.default_rng(seed).integers(-1000, 1000, (count, 2)).astype(np.float32)
-    assert np.array_equal(jax.jit(pairs_module.pairwise_sum)(a), a.sum(0))
+    assert np.array_equal(jax.jit(pairwise_sum)(a), a.sum(0))
 
 
 def test_the_error_of_a_pairwise_sum_grows_with_the_logarithm_of_the_number_of_terms(rng):
     a = rng.uniform(1, 2, 2**16 + 3).astype(np.float32)
     exact = a.astype(np.float64).sum()
     one_by_one = np.cumsum(a)[-1]
-    error = abs(float(jax.jit(pairs_module.pairwise_sum)(a)) / exact - 1)
+    error = abs(float(jax.jit(pairwise_sum)(a)) / exact - 1)
     assert error < 17 * np.finfo(np.float32).eps / 2
     assert error < 0.1 * abs(one_by_one / exact - 1)
 
@@ -292,7 +294,7 @@ def test_the_error_of_a_pairwise_sum_grows_with_the_logarithm_of_the_number_of_t
 # --- any reduction --------------------------------------------------------------------------------------------------
 
 NEAREST = 3
-RATES = (0.3, 0.7)
+GAMMAS = (0.3, 0.7)
 WIDER = 7
 
 
@@ -314,22 +316,22 @@ def nobody(like):
 
 
 def nearest_in_tile(distances, tile):
-    index = jnp.broadcast_to(tile.column.sample[:, 0], distances.shape)
+    index = jnp.broadcast_to(tile.column.sample[None], distances.shape)
     shape = (*distances.shape[:-1], NEAREST)  # a tile may have fewer columns
     return (), merged((distances, index), nobody((jnp.zeros(shape, distances.dtype), jnp.zeros(shape, index.dtype))))
 
 
 def distances_that_count(tile):
-    return jnp.where(tile.weigh(jnp.ones_like(tile.distances[0])) > 0, tile.distances[0], jnp.inf)
+    return jnp.where(tile.apply_weights(jnp.ones_like(tile.distances[0])) > 0, tile.distances[0], jnp.inf)
 
 
 def product_of_kernels(tile):
-    return tile.weigh(kernel(tile.distances[0], tile.rates[0]) * kernel(tile.distances[1], tile.rates[1]))
+    return tile.apply_weights(kernel(tile.distances[0], tile.gammas[0]) * kernel(tile.distances[1], tile.gammas[1]))
 
 
 def weighted_product(tile):
     """What changes when a pair is turned round: the square of the row's value times the column's."""
-    values = tile.row.as_row**2 * jnp.swapaxes(tile.column.as_column, -1, -2)
+    values = tile.row.as_row[:, None] ** 2 * tile.column.as_column[None]
     return product_of_kernels(tile) * values
 
 
@@ -340,32 +342,32 @@ def total_and_row_sums(terms, tile):
 REDUCTIONS = {
     "symmetric": Reduction(product_of_kernels, total_and_row_sums),
     "asymmetric": Reduction(weighted_product, total_and_row_sums, symmetric=False),
-    "nearest": Reduction(distances_that_count, nearest_in_tile, combine=merged, nothing=nobody),
+    "nearest": Reduction(distances_that_count, nearest_in_tile, combine=merged, init=nobody),
 }
 
 
 def reduced(x, y, mask, mask_y, values, values_y, *, stored, axis_name=None, **options):
     """Every reduction over the pairs of two feature sets: the first `WIDTH` columns and the `WIDER` others."""
-    frames = tuple(
-        make_frame(x[:, part], None if y is None else y[:, part], mask, mask_y, axis_name)
+    features = tuple(
+        center_features(x[:, part], None if y is None else y[:, part], mask, mask_y, axis_name)
         for part in (slice(WIDTH), slice(WIDTH, None))
     )
-    pairs = Pairs(frames, axis_name=axis_name, **options)
+    pairs = Pairs(features, axis_name=axis_name, **options)
     if stored:
         pairs = pairs.stored()
-    rates = tuple(rate * frame.scale**2 for rate, frame in zip(RATES, frames, strict=True))
-    one, column = values[:, None], (values if y is None else values_y)[:, None]
+    gammas = tuple(gamma * part.scale**2 for gamma, part in zip(GAMMAS, features, strict=True))
+    column = values if y is None else values_y
     found = {
-        name: reduce_pairs(reduction, pairs, rates=rates, as_row=one, as_column=column)
+        name: reduce_pairs(reduction, pairs, gammas=gammas, as_row=values, as_column=column)
         for name, reduction in REDUCTIONS.items()
     }
     distances, index = found["nearest"][1]
     return {
         "total": found["symmetric"][0],
-        "row sums": found["symmetric"][1][:, 0],
+        "row sums": found["symmetric"][1],
         "asymmetric total": found["asymmetric"][0],
-        "asymmetric row sums": found["asymmetric"][1][:, 0],
-        "nearest": (distances * frames[0].scale ** 2, index),
+        "asymmetric row sums": found["asymmetric"][1],
+        "nearest": (distances * features[0].scale ** 2, index),
     }
 
 
@@ -377,7 +379,7 @@ def expected_of(x, y, mask, mask_y, values, values_y, skip_self):
         counted = counted * (1 - np.eye(len(x)))
     first = reference.squared_distances(x[:, :WIDTH], y[:, :WIDTH])
     second = reference.squared_distances(x[:, WIDTH:], y[:, WIDTH:])
-    product = counted * np.exp(-RATES[0] * first - RATES[1] * second)
+    product = counted * np.exp(-GAMMAS[0] * first - GAMMAS[1] * second)
     weighted = product * np.outer(values**2, values_y)
     away = np.where(counted > 0, first, np.inf)
     order = np.argsort(away, -1)[:, :NEAREST]
@@ -436,7 +438,7 @@ def test_a_reduction_over_tiles_is_its_definition(rows, tile_size, other, masked
 )
 @pytest.mark.usefixtures("x64")
 def test_a_reduction_over_stored_distances_is_its_definition(rows, other, masked, pairs_per_block, rng, monkeypatch):
-    monkeypatch.setattr(pairs_module, "_PAIRS_PER_BLOCK", pairs_per_block)
+    monkeypatch.setattr(reduce_module, "_PAIRS_PER_BLOCK", pairs_per_block)
     problem = two_feature_sets(rng, rows, other, masked)
     fn = jax.jit(lambda *args: reduced(*args, stored=True, skip_self=not other))
     assert_reduced(fn(*problem), expected_of(*problem, not other))
@@ -464,45 +466,45 @@ def test_a_reduction_over_a_named_axis_is_its_definition(devices, tile_size, oth
 
 @pytest.mark.parametrize("tile_size", [4, None])
 @pytest.mark.usefixtures("x64")
-def test_rates_by_row_are_those_of_the_row_or_if_told_so_of_the_column(tile_size, rng):
+def test_gammas_per_row_are_those_of_the_row_or_of_the_column(tile_size, rng):
     x = rng.normal(size=(ODD, WIDTH))
-    rate = rng.uniform(0.1, 2, (ODD, 1))
-    affinity = np.exp(-rate * reference.squared_distances(x))
+    gamma = rng.uniform(0.1, 2, ODD)
+    affinity = np.exp(-gamma[:, None] * reference.squared_distances(x))
 
     @jax.jit
-    def sums(x, rate):
-        frame = make_frame(x, None)
-        pairs = Pairs((frame,), tile_size=tile_size)
+    def sums(x, gamma):
+        features = center_features(x)
+        pairs = Pairs((features,), tile_size=tile_size)
         pairs = pairs.stored() if tile_size is None else pairs
-        reduction = Reduction(pairs_module.kernel_terms, over_rows, symmetric=False)
+        reduction = Reduction(kernel_terms, over_rows, symmetric=False)
         return [
-            reduce_pairs(reduction, pairs, rates=(rate * frame.scale**2,), rates_of=which)[1][:, 0]
-            for which in ("rows", "columns")
+            reduce_pairs(reduction, pairs, gammas=(gamma * features.scale**2,), gamma_per=which)[1]
+            for which in ("row", "column")
         ]
 
-    by_row, by_column = sums(x, rate)
-    helpers.assert_close(by_row, affinity.sum(1), 1e-12)
-    helpers.assert_close(by_column, affinity.sum(0), 1e-12)
+    per_row, per_column = sums(x, gamma)
+    helpers.assert_close(per_row, affinity.sum(1), 1e-12)
+    helpers.assert_close(per_column, affinity.sum(0), 1e-12)
 
 
 @pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.usefixtures("x64")
 def test_a_subset_is_of_every_so_manieth_row_and_column_and_never_of_a_row_with_itself(stored, rng):
     x, y, mask = rng.normal(size=(ROWS, WIDTH)), rng.normal(size=(OTHER_ROWS, WIDTH)), helpers.MASK
-    reduction = Reduction(pairs_module.kernel_terms, over_rows, symmetric=False)
+    reduction = Reduction(kernel_terms, over_rows, symmetric=False)
     for size, all_rows, other in ((6, False, False), (6, True, False), (100, False, False), (4, False, True)):
 
         def sums(x, y, mask, size=size, all_rows=all_rows):
-            frame = make_frame(x, y, mask, None)
-            pairs = Pairs((frame,)).stored() if stored else Pairs((frame,))
+            features = center_features(x, y, mask)
+            pairs = Pairs((features,)).stored() if stored else Pairs((features,))
             few = pairs.subset(size, all_rows=all_rows)
-            return reduce_pairs(reduction, few, rates=(RATES[0] * frame.scale**2,))[1][:, 0]
+            return reduce_pairs(reduction, few, gammas=(GAMMAS[0] * features.scale**2,))[1]
 
         rows = np.arange(ROWS)[:: 1 if all_rows else max(1, ROWS // size)]
         others = y if other else x
         columns = np.arange(len(others))[:: max(1, len(others) // size)]
         counted = mask[rows, None] & (other | mask[columns % ROWS] & (rows[:, None] != columns))
-        affinity = np.exp(-RATES[0] * reference.squared_distances(x[rows], others[columns]))
+        affinity = np.exp(-GAMMAS[0] * reference.squared_distances(x[rows], others[columns]))
         found = jax.jit(sums)(x, y if other else None, mask)
         helpers.assert_close(found, (counted * affinity).sum(1), 1e-12)
 

@@ -16,6 +16,7 @@ import jaxalign
 ROWS, OTHER_ROWS, WIDTH = helpers.ROWS, helpers.OTHER_ROWS, helpers.WIDTH
 RTOL = helpers.tolerance(np.float32).density
 
+
 # Everything as a function of (x, y) and of one number.
 PAIR = {
     "squared_distances": lambda x, y, s: jaxalign.squared_distances(x, y) * s,

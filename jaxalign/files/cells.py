@@ -111,7 +111,7 @@ class Preparation:
         plan = make_plan(x, None, self.task.tile_size, self.mesh, self.axis_name)
         density = self.task.options.get("density")
         sigmas, target = check_function([name], (x,), self.mask, self.task.sigma_of(k), density, function, plan)
-        sigma = None if sigmas is None else sigmas[..., 0]
+        sigma = None if sigmas is None else sigmas[0]
         prepared = _prepare_set(x, self.mask, sigma, target, self.measure, plan)
         explain_status(name, prepared.status)
         return prepared

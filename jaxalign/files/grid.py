@@ -15,25 +15,25 @@ from jaxtyping import Array
 
 from jaxalign import _checks
 from jaxalign._plan import choose_tiles, usual_block_rows
-from jaxalign.bandwidth import rate_of
-from jaxalign.distances import Frame
+from jaxalign.core.bandwidth import gamma_of
+from jaxalign.core.features import CenteredFeatures
+from jaxalign.core.reduce import reduce_both_sides, reduce_pairs
+from jaxalign.core.tiles import Pairs, Reduction, Tile, inverse_rms_distance, over_rows
 from jaxalign.files.cells import GridResult, GridTask, Preparation, compare_cells
 from jaxalign.files.checkpoint import Checkpoint, State, locked_checkpoint
 from jaxalign.files.sigma import solve_rows
 from jaxalign.files.sources import Block, RowPairs, open_pairs, open_source, rows_are_finite
 from jaxalign.files.visit import BlockSums, Reporting, read_ahead, reporting, totals_of, visit, zero_sums
+from jaxalign.measures._centering import Centering
 from jaxalign.measures._evaluate import PairMeasure, SetMeasure, check_sets, values_of
 from jaxalign.measures._pair_sums import (
-    Centring,
     Facts,
     PairFunction,
     Sums,
-    centred,
+    centered_products,
     largest_square,
     sums_of,
-    typical_rate,
 )
-from jaxalign.pairs import Pairs, Reduction, Tile, over_rows, reduce_both_sides, reduce_pairs
 
 
 def compare_files(
@@ -103,16 +103,16 @@ def _compare_blocks(
     dtypes = [str(features.dtype) for features in pairs]
     if len(set(dtypes)) > 1:
         raise ValueError("all sets must have the same dtype; got " + ", ".join(dtypes) + ".")
-    width = num_products if measure.centring == "difference" else number
+    width = num_products if measure.centering is None else number
     zero = zero_sums(num_products + number, task.num_samples, width)
     state = _with_sigma(saved.load({"sigma": np.full(number, np.nan), **zero}), task, pairs, measure.function, saved)
     itemsize = pairs[0].dtype.itemsize
     tile = choose_tiles(task.tile_size, rows, rows, number, itemsize, may_store=False, by_memory=False)[1]
-    terms = _Terms(measure.function, measure.centring, task.split, tile)
+    terms = _Terms(measure.function, measure.centering, task.split, tile)
     state, shift, facts = _visit(terms, pairs, state, saved, partial(reporting, task.progress, "pairs"))
     cross, diagonal = np.split(totals_of(state), [num_products])
     sums = Sums(*(jnp.asarray(a, shift.dtype) for a in (cross.reshape(task.shape), diagonal, state["rows"])))
-    inner = centred(sums, shift, facts, task.split, measure.centring, measure.function)
+    inner = centered_products(sums, shift, facts, task.split, measure.centering, measure.function)
     return values_of(inner, measure), state["sigma"]
 
 
@@ -131,7 +131,7 @@ def _with_sigma(
             if np.isnan(state["sigma"][k]):
                 try:
                     with locked_checkpoint(beside):
-                        solution = solve_rows(features, density, checkpoint=beside, euclidean=function.rooted)
+                        solution = solve_rows(features, density, checkpoint=beside, euclidean=function.euclidean)
                 except ValueError as error:
                     raise ValueError(f"{task.names[k]}: {error}") from None
                 state["sigma"][k] = float(solution.sigma)
@@ -145,7 +145,7 @@ class _Terms:
     """What is summed over the pairs of samples."""
 
     function: PairFunction
-    centering: Centring
+    centering: Centering | None
     split: int  # representations that are rows of the grid
     tile_size: int | None
 
@@ -157,22 +157,22 @@ def _visit(
     dtype, sources = pairs[0].dtype, [features.x for features in pairs]
     sample = Block(slice(0), tuple(features.sample[0] for features in pairs), None)
     sigma = jnp.asarray(state["sigma"], dtype)
-    gammas = _gammas(_frames(pairs, sample), jnp.nan_to_num(sigma, nan=1.0), terms.function)
+    gammas = _gammas(_centered(pairs, sample), jnp.nan_to_num(sigma, nan=1.0), terms.function)
     means, squares = np.zeros((sources[0].num_rows, len(pairs)), dtype), np.zeros(len(pairs), dtype)
     for block in read_ahead(sources, range(len(sources[0].sizes))):
-        means[block.rows], largest = _row_means(_frames(pairs, block, sample), gammas, terms.function)
+        means[block.rows], largest = _row_means(_centered(pairs, block, sample), gammas, terms.function)
         squares = np.maximum(squares, largest)
     weights = np.ones(len(means), dtype) if sources[0].mask is None else sources[0].mask.astype(dtype)
     shift = _shift_of(means, weights[:, None], terms.centering)
 
     def sum_pairs(x: Block, y: Block | None) -> BlockSums:
         shifts = jnp.asarray(shift[x.rows]), None if y is None else jnp.asarray(shift[y.rows])
-        return BlockSums(*_sum_blocks(_frames(pairs, x, y), gammas, *shifts, terms))
+        return BlockSums(*_sum_blocks(_centered(pairs, x, y), gammas, *shifts, terms))
 
     state = visit(sum_pairs, sources, None, state, saved, report)
     facts = Facts(
         weights=jnp.asarray(weights),
-        scales=jnp.stack([features.scale[0, 0] for features in pairs]),
+        scales=jnp.stack([features.scale for features in pairs]),
         sizes=jnp.asarray(squares),
         usable=jnp.ones(len(pairs), bool),
         status=jnp.zeros(len(pairs), jnp.int32),
@@ -181,56 +181,61 @@ def _visit(
     return state, jnp.asarray(shift), facts
 
 
-def _shift_of(means: np.ndarray, weights: np.ndarray, centering: Centring) -> np.ndarray:
+def _shift_of(means: np.ndarray, weights: np.ndarray, centering: Centering | None) -> np.ndarray:
     """What f_ij is shifted by, from its row means: the sums are then as accurate as those of centered matrices."""
-    half = 0.5 * np.sum(means * weights, 0, dtype=np.float64) / weights.sum(dtype=np.float64)
-    if centering in ("none", "difference"):
+    if centering is None:
         return np.zeros_like(means)
-    return ((half if centering == "pearson" else means - half) * weights).astype(means.dtype)
+    half = 0.5 * np.sum(means * weights, 0, dtype=np.float64) / weights.sum(dtype=np.float64)
+    shift = centering.shift(jnp.asarray(means), jnp.asarray(half.astype(means.dtype))[None])
+    return np.asarray(shift) * weights
 
 
-def _frames(pairs: list[RowPairs], x: Block, y: Block | None = None) -> tuple[Frame, ...]:
+def _centered(pairs: list[RowPairs], x: Block, y: Block | None = None) -> tuple[CenteredFeatures, ...]:
     others, mask_y = ((None,) * len(pairs), None) if y is None else (y.features, y.mask)
     every = zip(pairs, x.features, others, strict=True)
-    return tuple(features.frame(rows, other, x.mask, mask_y) for features, rows, other in every)
+    return tuple(features.centered(rows, other, x.mask, mask_y) for features, rows, other in every)
 
 
 @partial(jax.jit, static_argnames="function")
-def _gammas(frames: tuple[Frame, ...], sigma: Array, function: PairFunction) -> tuple[Array | None, ...]:
+def _gammas(features: tuple[CenteredFeatures, ...], sigma: Array, function: PairFunction) -> tuple[Array | None, ...]:
     if function.needs_sigma:
-        every = enumerate(frames)
-        return tuple(rate_of(sigma[k][None, None], frame, rooted=function.rooted) for k, frame in every)
-    return tuple(typical_rate(frame, None) if function.rooted else None for frame in frames)
+        scales = enumerate(part.scale for part in features)
+        return tuple(gamma_of(sigma[k], scale, euclidean=function.euclidean) for k, scale in scales)
+    return tuple(inverse_rms_distance(part, None) if function.euclidean else None for part in features)
 
 
 @partial(jax.jit, static_argnames="function")
 def _row_means(
-    frames: tuple[Frame, ...], gammas: tuple[Array | None, ...], function: PairFunction
+    features: tuple[CenteredFeatures, ...], gammas: tuple[Array | None, ...], function: PairFunction
 ) -> tuple[Array, Array]:
     """About the row means of f_ij, (b, L + M), and the largest square of a row, (L + M,)."""
     means: list[Array] = []
-    for frame, gamma in zip(frames, gammas, strict=True):
+    for part, gamma in zip(features, gammas, strict=True):
 
-        def terms(tile: Tile, frame: Frame = frame) -> Array:
-            return tile.weigh(function.of(tile.distances[0], tile.rates[0], frame.scale))
+        def terms(tile: Tile, scale: Array = part.scale) -> Array:
+            return tile.apply_weights(function.of(tile.distances[0], tile.gammas[0], scale))
 
-        pairs = Pairs((frame,), fixed=True, rooted=function.rooted)
-        _, rows = reduce_pairs(Reduction(terms, over_rows), pairs, rates=(gamma,))
-        means.append(rows[..., 0] / frame.raw_other.shape[-2])
-    return jnp.stack(means, -1), jnp.stack([largest_square(frame) for frame in frames])
+        pairs = Pairs((part,), differentiable=False, euclidean=function.euclidean)
+        _, rows = reduce_pairs(Reduction(terms, over_rows), pairs, gammas=(gamma,))
+        means.append(rows / part.raw_columns.shape[0])
+    return jnp.stack(means, 1), jnp.stack([largest_square(part) for part in features])
 
 
 @partial(jax.jit, static_argnames="terms")
 def _sum_blocks(
-    frames: tuple[Frame, ...], gammas: tuple[Array | None, ...], shift: Array, shift_y: Array | None, terms: _Terms
+    features: tuple[CenteredFeatures, ...],
+    gammas: tuple[Array | None, ...],
+    shift: Array,
+    shift_y: Array | None,
+    terms: _Terms,
 ) -> tuple[Any, Any, Any]:
-    """The fields of `BlockSums`; without totals for "difference"."""
+    """The fields of `BlockSums`; without totals of differences."""
     function, is_self = terms.function, shift_y is None
-    pairs = Pairs(frames, None, is_self, terms.tile_size, fixed=True, rooted=function.rooted)
-    reduction = sums_of(frames, terms.split, function, terms.centering)
+    pairs = Pairs(features, None, is_self, terms.tile_size, differentiable=False, euclidean=function.euclidean)
+    reduction = sums_of(tuple(part.scale for part in features), terms.split, function, terms.centering)
     if is_self:
-        totals, rows = reduce_pairs(reduction, pairs, rates=gammas, as_row=shift, as_column=shift)
+        totals, rows = reduce_pairs(reduction, pairs, gammas=gammas, as_row=shift, as_column=shift)
         columns = 0
     else:
-        totals, rows, columns = reduce_both_sides(reduction, pairs, rates=gammas, as_row=shift, as_column=shift_y)
+        totals, rows, columns = reduce_both_sides(reduction, pairs, gammas=gammas, as_row=shift, as_column=shift_y)
     return jnp.concatenate([jnp.ravel(total) for total in totals]) if totals else 0, rows, columns

@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._plan import check_bytes
+from jaxalign._memory import check_bytes
 from jaxalign.files.storage import check_regular, too_many_files
 
 _BY_BLOCKS = "Save them as .npy files: compare_grid and `jaxalign grid` read those block by block."

@@ -13,14 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxalign import bandwidth
-from jaxalign._rate import MAX_PASSES, Search, advance, begin, finish, guess_from, series_moments, sums_over
+from jaxalign._problem import check_rtol, raise_if_failed
 from jaxalign.bandwidth import SigmaSolution
-from jaxalign.distances import Frame
+from jaxalign.core.bandwidth import (
+    CONVERGED,
+    INFEASIBLE,
+    MAX_PASSES,
+    NOT_CONVERGED,
+    Search,
+    advance,
+    begin,
+    gamma_of,
+    guess_from,
+    moments,
+    sigma_of,
+    sums_over,
+)
+from jaxalign.core.features import CenteredFeatures
+from jaxalign.core.tiles import Pairs, Tile, kernel_terms
 from jaxalign.files.checkpoint import Checkpoint, State
 from jaxalign.files.sources import Block, RowPairs
 from jaxalign.files.visit import BlockSums, Progress, reporting, totals_of, visit, zero_sums
-from jaxalign.pairs import Pairs, Tile, kernel_terms
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class _Terms:
         """The state of a visit before its first pair of blocks."""
         x, y = self.pairs.sample
         sums = partial(_sum_terms, self.of, skip_self=False, tile_size=None, euclidean=self.euclidean)
-        return zero_sums(jax.eval_shape(sums, self.pairs.frame(x, y), jnp.ones((), self.pairs.dtype)).size)
+        return zero_sums(jax.eval_shape(sums, self.pairs.centered(x, y), jnp.ones((), self.pairs.dtype)).size)
 
     def sum(self, gamma: Array, state: State, checkpoint: Checkpoint, progress: Progress, number: int) -> State:
         """All sums, at a gamma: the pass of a number."""
@@ -43,8 +56,8 @@ class _Terms:
 
         def sum_pairs(x: Block, y: Block | None) -> BlockSums:
             (rows,), (others,), mask_y = x.features, (None,) if y is None else y.features, y and y.mask
-            frame, skip_self = pairs.frame(rows, others, x.mask, mask_y), pairs.skip_self and y is None
-            return BlockSums(_sum_terms(self.of, frame, gamma, skip_self, pairs.tile_size, self.euclidean))
+            features, skip_self = pairs.centered(rows, others, x.mask, mask_y), pairs.skip_self and y is None
+            return BlockSums(_sum_terms(self.of, features, gamma, skip_self, pairs.tile_size, self.euclidean))
 
         report = partial(reporting, progress, number, label=f"pass {number}")
         return visit(sum_pairs, [pairs.x], pairs.y and [pairs.y], state, checkpoint, report)
@@ -52,17 +65,17 @@ class _Terms:
 
 @partial(jax.jit, static_argnames=("terms", "skip_self", "tile_size", "euclidean"))
 def _sum_terms(
-    terms: Any, frame: Frame, gamma: Array, skip_self: bool, tile_size: int | None, euclidean: bool
+    terms: Any, features: CenteredFeatures, gamma: Array, skip_self: bool, tile_size: int | None, euclidean: bool
 ) -> Array:
-    pairs = Pairs((frame,), None, skip_self, tile_size, fixed=True, rooted=euclidean)
-    return sums_over(terms, pairs, gamma, by_row=False)
+    pairs = Pairs((features,), None, skip_self, tile_size, differentiable=False, euclidean=euclidean)
+    return sums_over(terms, pairs, gamma, per_row=False)
 
 
 def density_of_rows(pairs: RowPairs, sigma: float, checkpoint: Path | None, progress: Progress) -> Array:
     """`streaming.mean_density` of opened rows."""
     saved = Checkpoint(checkpoint, "mean_density", {**pairs.identity, "sigma": sigma})
     terms = _Terms(_kernel_only, pairs)
-    gamma = bandwidth.rate_of(jnp.full((1, 1), sigma, pairs.dtype), pairs.frame(pairs.sample[0]))[0, 0]
+    gamma = gamma_of(jnp.asarray(sigma, pairs.dtype), pairs.scale)
     state = terms.sum(gamma, saved.load(terms.zero_sums()), saved, progress, 1)
     saved.remove()
     return jnp.asarray(totals_of(state)[0] / pairs.total, pairs.dtype)
@@ -83,27 +96,26 @@ def solve_rows(
 ) -> SigmaSolution:
     """`streaming.solve_sigma` of opened rows; `euclidean`: of the Laplacian kernel."""
     _check_reachable(density, pairs)
-    rtol = bandwidth.check_rtol(rtol, pairs.dtype)
+    rtol = check_rtol(rtol, pairs.dtype)
     inputs = {**pairs.identity, "density": density, "rtol": rtol, "euclidean": euclidean}
     saved = Checkpoint(checkpoint, "solve_sigma", inputs)
-    target, moments = density * pairs.total, _Terms(series_moments, pairs, euclidean)
+    target, terms = density * pairs.total, _Terms(moments, pairs, euclidean)
     off_diagonal = (target - pairs.diagonal_sum) / (pairs.total - pairs.diagonal_sum)
-    search = _first_search(pairs.frame(*pairs.sample), jnp.asarray(off_diagonal, pairs.dtype), euclidean)
-    zero = moments.zero_sums()
+    search = _first_search(pairs.centered(*pairs.sample), jnp.asarray(off_diagonal, pairs.dtype), euclidean)
+    zero = terms.zero_sums()
     state = saved.load({"search": _pack(search), **zero})
     search = _unpack(state["search"], search)
     while not bool(search.done) and int(search.passes) < MAX_PASSES:
-        state = moments.sum(search.rate, state, saved, progress, int(search.passes) + 1)
+        state = terms.sum(search.gamma, state, saved, progress, int(search.passes) + 1)
         search = _advance(search, jnp.asarray(totals_of(state) / target, pairs.dtype), rtol)
         state = {"search": _pack(search), **zero}
         saved.save(state)
     saved.remove()
-    root = finish(search)
-    failure = bandwidth.INFEASIBLE if bool(root.infeasible) else bandwidth.NOT_CONVERGED
-    status = jnp.asarray(bandwidth.CONVERGED if bool(root.converged) else failure)
-    bandwidth.raise_if_failed(status)
-    sigma = bandwidth.sigma_of(root.rate, pairs.scale[0, 0], rooted=euclidean)
-    return SigmaSolution(sigma, root.density * jnp.asarray(density, pairs.dtype), root.passes, status)
+    failure = INFEASIBLE if bool(search.infeasible) else NOT_CONVERGED
+    raise_if_failed(jnp.asarray(CONVERGED if bool(search.converged) else failure))
+    sigma = sigma_of(search.gamma, pairs.scale, euclidean=euclidean)
+    reached = search.density * jnp.asarray(density, pairs.dtype)
+    return SigmaSolution(sigma, reached, search.passes, jnp.asarray(CONVERGED))
 
 
 _advance = jax.jit(advance, static_argnames="rtol")
@@ -120,11 +132,11 @@ def _check_reachable(density: float, pairs: RowPairs) -> None:
 
 
 @partial(jax.jit, static_argnames="euclidean")
-def _first_search(frame: Frame, density: Array, euclidean: bool) -> Search:
+def _first_search(features: CenteredFeatures, density: Array, euclidean: bool) -> Search:
     """A search from the gamma of a sample, without pairs of a sample with itself."""
-    pairs = Pairs((frame,), skip_self=frame.raw_y is None, rooted=euclidean).stored()
+    pairs = Pairs((features,), skip_self=features.is_self, euclidean=euclidean).stored()
     nowhere = jnp.zeros((), bool)
-    return begin(guess_from(pairs, density, nowhere, by_row=False), nowhere)
+    return begin(guess_from(pairs, density, nowhere, per_row=False), nowhere)
 
 
 def _pack(search: Search) -> np.ndarray:

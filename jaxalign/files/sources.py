@@ -19,8 +19,8 @@ from jaxtyping import Array
 from jaxalign import _checks, _directions
 from jaxalign._linalg import power_of_two
 from jaxalign._plan import check_tile_size, choose_tiles, usual_block_rows
-from jaxalign._rate import SUBSAMPLE
-from jaxalign.distances import Frame
+from jaxalign.core.bandwidth import SUBSAMPLE
+from jaxalign.core.features import CenteredFeatures
 from jaxalign.files.readers import open_npy
 
 Rows = Any  # a path to a .npy file, an array or memory map (n, d), or a sequence of arrays (n_i, d)
@@ -195,7 +195,7 @@ class RowPairs:
     x: Source
     y: Source | None  # None: x
     center: Array  # (1, d), the mean of the valid rows
-    scale: Array  # (1, 1), a power of two
+    scale: Array  # (), a power of two
     inverse: Array
     sample: tuple[Array, Array | None]  # rows of x and of y
     total: float  # weight of all pairs that count
@@ -209,9 +209,11 @@ class RowPairs:
         """Of the computation."""
         return self.x.dtype
 
-    def frame(self, x: Array, y: Array | None = None, mask: Array | None = None, mask_y: Array | None = None) -> Frame:
-        """The frame of rows against others; None: against themselves."""
-        return Frame(x, y, mask, mask_y, self.center, self.scale, self.inverse, jnp.ones((), bool))
+    def centered(
+        self, x: Array, y: Array | None = None, mask: Array | None = None, mask_y: Array | None = None
+    ) -> CenteredFeatures:
+        """Rows against others; None: against themselves."""
+        return CenteredFeatures(x, y, mask, mask_y, self.center, self.scale, self.inverse, jnp.ones((), bool))
 
 
 class _Summary(NamedTuple):
@@ -257,7 +259,7 @@ def open_pairs(x: Source, y: Source | None, diagonal: Any, tile_size: Any) -> Ro
     summaries = [_summarize(side) for side in sides]
     center = sum(summary.total for summary in summaries) / sum(side.num_valid for side in sides)
     largest = max(float(np.max(np.maximum(part.most - center, center - part.least))) for part in summaries)
-    scale, inverse = power_of_two(jnp.full((1, 1), largest, x.dtype))
+    scale, inverse = power_of_two(jnp.asarray(largest, x.dtype))
     skip_self, n, m = diagonal == "exclude", float(sides[0].num_valid), float(sides[-1].num_valid)
     rows = max(size for side in sides for size in side.sizes)
     tile = choose_tiles(tile_size, rows, rows, 1, x.dtype.itemsize, may_store=False, by_memory=False)[1]

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxalign.core.ring import half_ring_of_blocks
 from jaxalign.files.checkpoint import Checkpoint, State
 from jaxalign.files.sources import Block, Source, load_block, to_device
-from jaxalign.pairs import half_ring
 
 Progress = bool | Callable[[Any, int, int], None]
 Reporting = Callable[[int], AbstractContextManager[Callable[[int], Any]]]  # `reporting` of a total
@@ -57,7 +57,8 @@ def visit(
         report: `reporting` of a number of pairs of blocks.
     """
     others, blocks = x if y is None else y, range(len(x[0].sizes))
-    plan = half_ring(len(blocks)) if y is None else ((i, j, False) for i in blocks for j in range(len(y[0].sizes)))
+    rectangle = ((i, j, False) for i in blocks for j in range(len(others[0].sizes)))
+    plan = half_ring_of_blocks(len(blocks)) if y is None else rectangle
     plan, done = list(plan), int(state["done"])
     if not 0 <= done <= len(plan):
         raise checkpoint.damaged()

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float
 from jaxalign import _checks
 from jaxalign._linalg import root
 from jaxalign._plan import TileSize
+from jaxalign._problem import Diagonal
 from jaxalign._typing import AnyArray
-from jaxalign.bandwidth import Diagonal
 from jaxalign.measures._evaluate import Missing, PairMeasure, evaluate
 from jaxalign.measures._pair_sums import Inner, PairFunction
 
@@ -81,7 +81,7 @@ def affinity_distance_measure(solves: bool, diagonal: Any, result: Any) -> PairM
     _checks.choice("result", result, ("frobenius", "rows"))
     function = PairFunction("rbf", solves=solves, diagonal=diagonal)
     finish = _frobenius if result == "frobenius" else _rows
-    return PairMeasure("affinity_distance", function, "difference", finish, 2)
+    return PairMeasure("affinity_distance", function, None, finish, 2)
 
 
 def _frobenius(inner: Inner) -> Array:

@@ -13,18 +13,14 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxalign import _checks
+from jaxalign._memory import check_stored
 from jaxalign._plan import Plan, TileSize, is_shared, make_plan
-from jaxalign.bandwidth import (
-    CONVERGED,
-    NON_FINITE,
-    check_density,
-    check_problem,
-    check_rtol,
-    is_bandwidth,
-    raise_if_failed,
-)
-from jaxalign.distances import check_stored
-from jaxalign.measures._pair_sums import Centring, Inner, PairFunction, pair_products_jit
+from jaxalign._problem import check_density, check_problem, check_rtol, raise_if_failed
+from jaxalign.core.bandwidth import CONVERGED, NON_FINITE, is_bandwidth
+from jaxalign.core.devices import batched
+from jaxalign.core.features import valid_rows
+from jaxalign.measures._centering import Centering
+from jaxalign.measures._pair_sums import Inner, PairFunction, pair_products_jit
 
 Missing = Literal["raise", "omit", "propagate"]
 # What to do about missing samples where there is no option `missing`.
@@ -33,19 +29,19 @@ MASKED = "Leave such samples out with mask=."
 
 @dataclass(frozen=True)
 class PairMeasure:
-    """A measure by centred inner products of pair functions.
+    """A measure by centered inner products of pair functions.
 
     Attributes:
         name: as users know it.
         function: what a pair gives.
-        centring: of the matrices.
+        centering: of the matrices; None: their differences are compared, not their products.
         finish: from the inner products to values (..., L, M).
         least: samples that it needs.
     """
 
     name: str
     function: PairFunction
-    centring: Centring
+    centering: Centering | None
     finish: Callable[[Inner], Array]
     least: int
 
@@ -210,7 +206,7 @@ def products_of(
     """The inner products of checked sets."""
     sigmas, target = check_function(names, sets, mask, sigma, density, measure.function, plan)
     rtol = check_rtol(None, sets[0].dtype)
-    inner = pair_products_jit(sets, split, mask, sigmas, target, measure.function, measure.centring, rtol, plan)
+    inner = pair_products_jit(sets, split, mask, sigmas, target, measure.function, measure.centering, rtol, plan)
     for k, name in enumerate(names):
         explain_status(name, inner.status[..., k])
     return inner
@@ -244,33 +240,36 @@ def _evaluate_sets(
     measure: SetMeasure,
     plan: Plan,
 ) -> tuple[Array, Array | None, Array | None]:
-    parts = [
-        prepare_set(rows, mask, None if sigmas is None else sigmas[..., k], density, measure, plan)
-        for k, rows in enumerate((x, y))
-    ]
-    value = combine_sets(parts[0], parts[1], mask, measure)
-    return value.astype(x.dtype), parts[0].status, parts[1].status
+    def evaluate_pair(
+        x: Array, y: Array, mask: Array | None, sigmas: Array | None, density: Array | None
+    ) -> tuple[Array, Array | None, Array | None]:
+        parts = [
+            prepare_set(rows, mask, None if sigmas is None else sigmas[k], density, measure, plan)
+            for k, rows in enumerate((x, y))
+        ]
+        value = combine_sets(parts[0], parts[1], mask, measure)
+        return value.astype(x.dtype), parts[0].status, parts[1].status
+
+    return batched(evaluate_pair, x.ndim - 2)(x, y, mask, sigmas, density)
 
 
 class Part(NamedTuple):
-    """What one set gave."""
+    """What one representation gave."""
 
     content: Any
-    status: Array | None  # (...)
-    usable: Array  # (...)
+    status: Array | None  # ()
+    usable: Array  # ()
 
 
 def prepare_set(
     x: Array, mask: Array | None, sigma: Array | None, density: Array | None, measure: SetMeasure, plan: Plan
 ) -> Part:
-    """Look at one set."""
+    """Look at one representation, (n, d)."""
+    x = valid_rows(x, mask)
+    content, status = measure.prepare(x, Setting(mask, sigma, density, check_rtol(None, x.dtype), plan))
+    usable = jnp.isfinite(x).all()
     if mask is not None:
-        x = jnp.where(mask[..., None], x, 0)
-    rtol = check_rtol(None, x.dtype)
-    content, status = measure.prepare(x, Setting(mask, sigma, density, rtol, plan))
-    usable = jnp.isfinite(x).all((-1, -2))
-    if mask is not None:
-        usable &= jnp.sum(mask, -1) >= measure.least
+        usable &= jnp.sum(mask) >= measure.least
     if status is not None:
         usable &= status == CONVERGED
     if sigma is not None:
@@ -279,7 +278,7 @@ def prepare_set(
 
 
 def combine_sets(x: Part, y: Part, mask: Array | None, measure: SetMeasure) -> Array:
-    """The value of two of them, (...)."""
+    """The value of two of them."""
     return jnp.where(x.usable & y.usable, measure.combine(x.content, y.content, mask), jnp.nan)
 
 

@@ -24,8 +24,9 @@ from jaxtyping import Array, Bool, Float
 from jaxalign import _checks
 from jaxalign._linalg import arccos, bounded
 from jaxalign._plan import TileSize, make_plan
+from jaxalign._problem import Diagonal
 from jaxalign._typing import AnyArray
-from jaxalign.bandwidth import Diagonal
+from jaxalign.measures._centering import CENTERINGS
 from jaxalign.measures._evaluate import Missing, PairMeasure, check_sets, evaluate, products_of
 from jaxalign.measures._pair_sums import Form, Inner, PairFunction, correlation
 
@@ -321,7 +322,8 @@ def hsic_measure(kernel: Any, solves: bool, diagonal: Any, estimator: Any) -> Pa
     _checks.choice("estimator", estimator, tuple(_LEAST))
     factor = 0.25 if kernel == "linear" else 1.0
     finish = partial(_covariance, estimator=estimator, factor=factor)
-    return PairMeasure("hsic", kernel_function(kernel, solves, diagonal), estimator, finish, _LEAST[estimator])
+    function = kernel_function(kernel, solves, diagonal)
+    return PairMeasure("hsic", function, CENTERINGS[estimator], finish, _LEAST[estimator])
 
 
 @_checks.cached
@@ -331,7 +333,8 @@ def cka_measure(kernel: Any, solves: bool, diagonal: Any, estimator: Any, result
     _checks.choice("result", result, ("similarity", "angular"))
     low = 0.0 if estimator == "biased" and isinstance(kernel, str) else -1.0  # kernels by name are positive definite
     finish = partial(_ratio, low=low, angular=result == "angular")
-    return PairMeasure("cka", kernel_function(kernel, solves, diagonal), estimator, finish, _LEAST[estimator])
+    function = kernel_function(kernel, solves, diagonal)
+    return PairMeasure("cka", function, CENTERINGS[estimator], finish, _LEAST[estimator])
 
 
 @_checks.cached
@@ -339,7 +342,7 @@ def distance_correlation_measure(estimator: Any, squared: bool) -> PairMeasure:
     """The measure behind `distance_correlation`."""
     _checks.choice("estimator", estimator, ("debiased", "biased"))
     finish = partial(_ratio if squared else _signed_root, low=0.0 if estimator == "biased" else -1.0)
-    return PairMeasure("distance_correlation", PairFunction("root"), estimator, finish, _LEAST[estimator])
+    return PairMeasure("distance_correlation", PairFunction("root"), CENTERINGS[estimator], finish, _LEAST[estimator])
 
 
 def _covariance(inner: Inner, estimator: Estimator, factor: float) -> Array:

@@ -17,14 +17,16 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
-from jaxalign._directions import unit_frame
+from jaxalign._directions import unit_features
 from jaxalign._linalg import bounded, matmul
-from jaxalign._plan import ROWS_SECOND_LAST, Plan, TileSize, make_plan, on_mesh
+from jaxalign._plan import Plan, TileSize, make_plan
 from jaxalign._typing import AnyArray
-from jaxalign.distances import has_ties
+from jaxalign.core.devices import ROWS_SECOND_LAST, on_mesh
+from jaxalign.core.reduce import reduce_pairs
+from jaxalign.core.resolved import has_ties
+from jaxalign.core.tiles import Pairs, Reduction, Tile, inverse_rms_distance
 from jaxalign.measures._evaluate import MASKED, Missing, SetMeasure, Setting, check_directions, check_sets, evaluate
-from jaxalign.measures._pair_sums import ORDER, PairFunction, correlation, typical_rate
-from jaxalign.pairs import Pairs, Reduction, Tile, reduce_pairs
+from jaxalign.measures._pair_sums import ORDER, PairFunction, correlation
 
 Metric = Literal["euclidean", "cosine", "correlation"]
 
@@ -246,11 +248,11 @@ def neighbors(x: Array, mask: Array | None, k: int, function: PairFunction, plan
     """Numbers of the k nearest, (..., n, k)."""
 
     def local(x: Array, _y: None, mask: Array | None, _mask_y: None) -> Array:
-        frame = unit_frame(x, mask, function.rows, plan.axis_name)
-        rate = jnp.where(has_ties(frame, plan.axis_name), jnp.inf, ORDER * typical_rate(frame, plan.axis_name))
-        pairs = Pairs((frame,), None, True, plan.tile_size, plan.axis_name, fixed=True, rooted=True)
-        keep = Reduction(_candidates, partial(_nearest, k=k), combine=_nearer, nothing=_nobody)
-        return reduce_pairs(keep, pairs, rates=(rate,))[1].sample
+        features = unit_features(x, mask, function.rows, plan.axis_name)
+        ties, gamma = has_ties(features, plan.axis_name), ORDER * inverse_rms_distance(features, plan.axis_name)
+        pairs = Pairs((features,), None, True, plan.tile_size, plan.axis_name, differentiable=False, euclidean=True)
+        keep = Reduction(_candidates, partial(_nearest, k=k), combine=_nearer, init=_nobody)
+        return reduce_pairs(keep, pairs, gammas=(jnp.where(ties, jnp.inf, gamma),))[1].sample
 
     return on_mesh(local, plan, (lax.stop_gradient(x), None, mask, None), result_rows=ROWS_SECOND_LAST)
 
@@ -265,14 +267,14 @@ class _Near(NamedTuple):
 
 def _candidates(tile: Tile) -> Array:
     (distance,) = tile.distances
-    return jnp.where(tile.weigh(jnp.ones_like(distance)) > 0, distance, jnp.inf)
+    return jnp.where(tile.apply_weights(jnp.ones_like(distance)) > 0, distance, jnp.inf)
 
 
 def _nearest(distances: Array, tile: Tile, k: int) -> tuple[tuple[()], _Near]:
-    some = min(k, distances.shape[-1])
-    negative, place = lax.top_k(-distances, some)  # the first of equal ones
-    sample = jnp.where(jnp.isfinite(negative), jnp.take(tile.column.sample[:, 0], place), _NOBODY)
-    more = [(0, 0)] * (distances.ndim - 1) + [(0, k - some)]
+    found = min(k, distances.shape[1])
+    negative, place = lax.top_k(-distances, found)  # the first of equal ones
+    sample = jnp.where(jnp.isfinite(negative), tile.column.sample[place], _NOBODY)
+    more = [(0, 0), (0, k - found)]
     return (), _Near(jnp.pad(-negative, more, constant_values=jnp.inf), jnp.pad(sample, more, constant_values=_NOBODY))
 
 
@@ -314,25 +316,22 @@ class _Local(NamedTuple):
 def _local_kernel(x: Array, setting: Setting, k: int, function: PairFunction) -> tuple[_Local, None]:
     samples = neighbors(x, setting.mask, k, function, setting.plan)
     mask = setting.mask
-    weights = jnp.ones(x.shape[:-1], x.dtype) if mask is None else mask.astype(x.dtype)
-    weights = weights[..., None] / jnp.maximum(jnp.sum(weights, -1), 1)[..., None, None]
+    weights = jnp.ones(x.shape[0], x.dtype) if mask is None else mask.astype(x.dtype)
+    weights = weights[:, None] / jnp.maximum(jnp.sum(weights), 1)
     # Unit rows u, less their mean w, have u_i.(u_j - mean u) = w_i.w_j - (|w_j|^2 - mean |w|^2) / 2, which also keeps
     # its digits where all directions are nearly one.
-    rows = unit_frame(x, mask, "cosine").x
-    rows = rows - jnp.sum(rows * weights, -2, keepdims=True)
-    squares = jnp.sum(rows * rows, -1, keepdims=True)
-    squares = (squares - jnp.sum(squares * weights, -2, keepdims=True)) / 2
+    rows = unit_features(x, mask, "cosine").x
+    rows = rows - jnp.sum(rows * weights, 0, keepdims=True)
+    squares = jnp.sum(rows * rows, 1)
+    squares = (squares - jnp.sum(squares * weights[:, 0])) / 2
 
-    def one_set(rows: Array, squares: Array, samples: Array) -> Array:
-        def one_row(row: Array, near: Array) -> Array:
-            others, less = (jnp.take(a, near, 0, mode="clip") for a in (rows, squares))
-            return jnp.where(near == _NOBODY, 0, matmul(others, row) - less[:, 0])
+    def at_neighbors(row: Array, nearest: Array) -> Array:
+        others, less = (jnp.take(a, nearest, 0, mode="clip") for a in (rows, squares))
+        return jnp.where(nearest == _NOBODY, 0, matmul(others, row) - less)
 
-        together = max(1, _GATHERED // (k * rows.shape[-1]))
-        return lax.map(lambda pair: jax.checkpoint(one_row)(*pair), (rows, samples), batch_size=together)
-
-    flat = (a.reshape(-1, *a.shape[-2:]) for a in (rows, squares, samples))
-    return _Local(samples, jax.vmap(one_set)(*flat).reshape(samples.shape)), None
+    together = max(1, _GATHERED // (k * rows.shape[1]))
+    kernel = lax.map(lambda pair: jax.checkpoint(at_neighbors)(*pair), (rows, samples), batch_size=together)
+    return _Local(samples, kernel), None
 
 
 def _local_alignment(x: _Local, y: _Local, mask: Array | None) -> Array:

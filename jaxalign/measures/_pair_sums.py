@@ -1,14 +1,14 @@
 """Measures that are inner products of pair functions: HSIC, CKA, RSA, distance correlation, distances of affinities.
 
 Each set of features gives every pair of samples a number f_ij, a function of their squared distance: a kernel, or a
-dissimilarity. What is compared are those matrices, after some centring, and all that the centred inner products need
+dissimilarity. What is compared are those matrices, after some centering, and all that the centered inner products need
 are a few sums over the pairs i != j, which `pair_sums` gathers for any number of sets in one visit:
 
     P_kl = sum f^k_ij f^l_ij       r^k_i = sum_j f^k_ij
 
-Where the centring takes away what depends on one sample only, f_ij may be shifted by any a_i + a_j beforehand. The row
-means over a subsample of columns do: the sums are then as accurate as those of centred matrices, without a pass for
-the centring.
+Where the centering removes what depends on one sample only, f_ij may be shifted by any a_i + a_j beforehand. The row
+means over a subsample of columns do: the sums are then as accurate as those of centered matrices, without a pass for
+the centering.
 """
 
 from __future__ import annotations
@@ -23,22 +23,25 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxalign._directions import Rows, unit_frame
+from jaxalign._directions import Rows, unit_features
 from jaxalign._linalg import bounded, root
-from jaxalign._plan import NO_ROWS, ROWS_SECOND_LAST, Plan, on_mesh
-from jaxalign.bandwidth import CONVERGED, Diagonal, is_bandwidth, rate_of, solve_pairs
-from jaxalign.distances import (
-    Frame,
+from jaxalign._plan import Plan
+from jaxalign._problem import Diagonal
+from jaxalign.core.bandwidth import CONVERGED, gamma_of, is_bandwidth, solve_pairs
+from jaxalign.core.devices import NO_ROWS, ROWS_SECOND_LAST, on_mesh, over_devices
+from jaxalign.core.features import (
+    CenteredFeatures,
     accurate_distances,
-    attach_gradient,
+    attach_derivative,
     fast_distances,
-    over_devices,
-    resolved_distances,
+    valid_rows,
 )
-from jaxalign.pairs import Pairs, Reduction, Tile, kernel, kernel_less_one, over_rows, reduce_pairs
+from jaxalign.core.reduce import reduce_pairs
+from jaxalign.core.resolved import resolved_distances
+from jaxalign.core.tiles import Pairs, Reduction, Tile, inverse_rms_distance, kernel, kernel_less_one, over_rows, smooth
+from jaxalign.measures._centering import Centering, PairSums
 
 Form = Literal["rbf", "laplacian", "one_minus_rbf", "squared", "root"]
-Centring = Literal["debiased", "biased", "lange", "pearson", "none", "whitened_pearson", "difference"]
 
 # Distances this many times below the typical one are still right to 1e-4: for what depends on their order.
 ORDER = 60.0
@@ -60,7 +63,7 @@ class PairFunction:
         diagonal: whether the ones on the diagonal count in that density.
         tolerant: where no sigma reaches the density because samples coincide, all count as alike.
         fixed_sigma: a sigma that is found counts as a constant when differentiated.
-        wide: sigma may be far above all distances: the kernel less 1 is taken, which centring does not see.
+        wide: sigma may be far above all distances: the kernel less 1 is taken, which centering does not see.
     """
 
     form: Form | Callable[[Array], Array]
@@ -72,7 +75,7 @@ class PairFunction:
     wide: bool = False
 
     @property
-    def rooted(self) -> bool:
+    def euclidean(self) -> bool:
         """Whether it is a function of distances that are not squared."""
         return self.form in ("laplacian", "root")
 
@@ -81,16 +84,16 @@ class PairFunction:
         """Whether there is a bandwidth, given or found."""
         return self.form in ("rbf", "laplacian", "one_minus_rbf")
 
-    def of(self, distances: Array, rate: Array | None, scale: Array) -> Array:
-        """f_ij from distances and a rate in units of a frame."""
+    def of(self, distances: Array, gamma: Array | None, scale: Array) -> Array:
+        """f_ij from distances and a gamma in scaled units."""
         if callable(self.form):
-            return _smooth(self.form, distances * scale * scale)
+            return smooth(self.form, distances * scale * scale)
         if not self.needs_sigma:
             return distances
-        assert rate is not None
+        assert gamma is not None
         if self.form == "one_minus_rbf":
-            return -kernel_less_one(distances, rate)
-        return kernel_less_one(distances, rate) if self.wide else kernel(distances, rate)
+            return -kernel_less_one(distances, gamma)
+        return kernel_less_one(distances, gamma) if self.wide else kernel(distances, gamma)
 
     def unit(self, scale: Array) -> Array:
         """What f_ij is measured in."""
@@ -98,19 +101,11 @@ class PairFunction:
         return scale * scale if self.form == "squared" else scale if self.form == "root" else one
 
 
-def _smooth(kernel: Callable[[Array], Array], distances: Array) -> Array:
-    """A kernel of squared distances; where it has no derivative at distance 0, as exp(-sqrt(D)), that is taken as 0."""
-    zero = jnp.zeros((1,) * distances.ndim, distances.dtype)
-    value, slope = jax.jvp(kernel, (zero,), (jnp.ones_like(zero),))
-    cusp = (distances == 0) & ~jnp.isfinite(slope)
-    return jnp.where(cusp, value, kernel(jnp.where(cusp, 1, distances)))
-
-
 class Inner(NamedTuple):
-    """Centred inner products between x-sets and y-sets, and of each with itself, over all pairs; f in its units."""
+    """Centered inner products between x-sets and y-sets, and of each with itself, over all pairs; f in its units."""
 
-    cross: Array  # (..., L, M); of "difference": sum_ij (f_ij - g_ij)^2
-    roots: Array  # (..., L, M): of "difference" sum_i sqrt(sum_j (f_ij - g_ij)^2)
+    cross: Array  # (..., L, M); of differences: sum_ij (f_ij - g_ij)^2
+    roots: Array  # (..., L, M): of differences sum_i sqrt(sum_j (f_ij - g_ij)^2)
     own_x: Array  # (..., L)
     own_y: Array  # (..., M)
     unit_x: Array  # (..., L)
@@ -148,9 +143,9 @@ def correlation(cross: Array, own_x: Array, own_y: Array) -> Array:
 class Sums(NamedTuple):
     """What one visit of the pairs gathers; f_ij is shifted by shift_i + shift_j."""
 
-    cross: Array  # (..., L, M)
-    own: Array  # (..., L + M)
-    rows: Array  # (..., n, L + M); of "difference" sum_j (f_ij - g_ij)^2, (..., n, L M)
+    cross: Array  # (L, M)
+    own: Array  # (L + M,)
+    rows: Array  # (n, L + M); of differences sum_j (f_ij - g_ij)^2, (n, L M)
 
 
 def pair_products(
@@ -160,7 +155,7 @@ def pair_products(
     sigmas: Array | None,
     density: Array | None,
     function: PairFunction,
-    centring: Centring,
+    centering: Centering | None,
     rtol: float,
     plan: Plan,
 ) -> Inner:
@@ -173,17 +168,17 @@ def pair_products(
         sigmas: (..., L + M), in units of the features.
         density: (...).
         function: what a pair gives.
-        centring: of the matrices.
+        centering: of the matrices; None: their differences are compared, not their products.
         rtol: of the density.
         plan: how pairs are visited.
     """
 
     def local(x: Array, _y: None, mask: Array | None, _mask_y: None, others: Any, sigmas: Any, density: Any) -> Inner:
         prepared = prepare_sets((x, *others), mask, sigmas, density, function, rtol, plan)
-        shift = _shifts(prepared, function, centring)
-        sums = _visit(prepared, shift, split, function, centring, plan)
+        shift = _shifts(prepared, function, centering)
+        sums = _visit(prepared, shift, split, function, centering, plan)
         facts = facts_of(prepared, function, plan.axis_name)
-        return centred(sums, shift, facts, split, centring, function, plan.axis_name)
+        return centered_products(sums, shift, facts, split, centering, function, plan.axis_name)
 
     first, *others = sets
     return on_mesh(
@@ -202,28 +197,33 @@ def bandwidth_of(
     """The sigma of one set at a density, and its status, (...): what `pair_products` finds for itself, one by one."""
 
     def local(x: Array, _y: None, mask: Array | None, _mask_y: None, density: Array) -> tuple[Array, Array]:
-        one = prepare(x, mask, None, density, function, rtol, plan)
-        return one.sigma, one.status
+        prepared = prepare(x, mask, None, density, function, rtol, plan)
+        return prepared.sigma, prepared.status
 
     return on_mesh(local, plan, (x, None, mask, None), (density,), (NO_ROWS,), (NO_ROWS, NO_ROWS))
 
 
 bandwidth_of_jit = partial(jax.jit, static_argnames=("function", "rtol", "plan"))(bandwidth_of)
 
-pair_products_jit = partial(jax.jit, static_argnames=("split", "function", "centring", "rtol", "plan"))(pair_products)
+pair_products_jit = partial(jax.jit, static_argnames=("split", "function", "centering", "rtol", "plan"))(pair_products)
 
 
 class Prepared(NamedTuple):
-    """A set of features, ready to be visited."""
+    """A representation, ready to be visited."""
 
-    pairs: Pairs  # of this set alone
-    rate: Array | None  # (..., 1, 1)
-    sigma: Array  # (...)
-    status: Array  # (...)
+    pairs: Pairs  # of this representation alone
+    gamma: Array | None  # ()
+    sigma: Array  # ()
+    status: Array  # ()
+
+    @property
+    def features(self) -> CenteredFeatures:
+        """The representation itself."""
+        return self.pairs.features[0]
 
 
 def prepare(
-    rows: Array,
+    x: Array,
     mask: Array | None,
     sigma: Array | None,
     density: Array | None,
@@ -233,49 +233,49 @@ def prepare(
     *,
     resolved: bool = False,
 ) -> Prepared:
-    """A set's pairs and its bandwidth, given or solved for. `resolved`: each stored distance is right by itself."""
-    if mask is not None:
-        rows = jnp.where(mask[..., None], rows, 0)
-    frame = unit_frame(rows, mask, function.rows, plan.axis_name)
-    batch, dtype = frame.finite.shape, rows.dtype
-    converged = jnp.full(batch, CONVERGED, jnp.int32)
+    """The pairs of rows (n, d) and a bandwidth; each stored distance is right by itself if `resolved`."""
+    features = unit_features(valid_rows(x, mask), mask, function.rows, plan.axis_name)
+    converged = jnp.full((), CONVERGED, jnp.int32)
     if function.solves:
         assert density is not None
-        solution, pairs, rate = solve_pairs(
-            frame,
+        solution, pairs = solve_pairs(
+            features,
             density,
-            function.diagonal,
-            "global",
             rtol,
+            skip_self=function.diagonal == "exclude",
             plan=plan,
-            rooted=function.rooted,
-            tolerant=function.tolerant,
+            euclidean=function.euclidean,
+            duplicates_allowed=function.tolerant,
         )
+        gamma, sigma = solution.gamma, solution.sigma
         if function.fixed_sigma:
-            solution, rate = replace(solution, sigma=lax.stop_gradient(solution.sigma)), lax.stop_gradient(rate)
+            gamma, sigma = lax.stop_gradient((gamma, sigma))
         # Pairs of a sample with itself are left out: those are known.
-        return Prepared(replace(pairs, skip_self=True), rate, solution.sigma, solution.status)
+        return Prepared(replace(pairs, skip_self=True), gamma, sigma, solution.status)
     if function.needs_sigma:
         assert sigma is not None
-        sigmas = sigma[..., None, None]
-        rate = rate_of(sigmas, frame, rooted=function.rooted)
-        accuracy = rate
+        gamma = gamma_of(sigma, features.scale, euclidean=function.euclidean)
     else:
-        rate, sigma = None, jnp.zeros(batch, dtype)
-        accuracy = typical_rate(frame, plan.axis_name) if function.rooted else None
-    distances = None
-    if plan.stored:
-        counted = Pairs((frame,)).counted("all")
-        if resolved and not function.needs_sigma:
-            distances = resolved_distances(frame)
-        elif accuracy is None:
-            distances = fast_distances(frame)
-        else:
-            distances = accurate_distances(frame, accuracy, counted=counted, rooted=function.rooted)
-        distances = attach_gradient(frame, distances)
-        distances = (root(distances) if function.rooted else distances,)
-    pairs = Pairs((frame,), distances, True, plan.tile_size, plan.axis_name, rooted=function.rooted)
-    return Prepared(pairs, accuracy, sigma, converged)
+        gamma, sigma = None, jnp.zeros((), x.dtype)
+        gamma = inverse_rms_distance(features, plan.axis_name) if function.euclidean else None
+    stored = _stored(features, gamma, function, resolved) if plan.stored else None
+    pairs = Pairs((features,), stored, True, plan.tile_size, plan.axis_name, euclidean=function.euclidean)
+    return Prepared(pairs, gamma, sigma, converged)
+
+
+def _stored(
+    features: CenteredFeatures, gamma: Array | None, function: PairFunction, resolved: bool
+) -> tuple[Array, ...]:
+    """Distances of all pairs, accurate enough for a gamma, or each by itself."""
+    if resolved and not function.needs_sigma:
+        distances = resolved_distances(features)
+    elif gamma is None:
+        distances = fast_distances(features)
+    else:
+        pairs_in_sum = Pairs((features,)).pairs_in_sum("all")
+        distances = accurate_distances(features, gamma, pairs_in_sum=pairs_in_sum, euclidean=function.euclidean)
+    distances = attach_derivative(features, distances)
+    return (root(distances) if function.euclidean else distances,)
 
 
 def prepare_sets(
@@ -287,288 +287,212 @@ def prepare_sets(
     rtol: float,
     plan: Plan,
 ) -> list[Prepared]:
-    """Each of several sets, with its own sigma of (..., sets) or a density for all."""
+    """Each of several representations, with its own sigma of (sets,) or a density for all."""
     return [
-        prepare(rows, mask, None if sigmas is None else sigmas[..., k], density, function, rtol, plan)
+        prepare(rows, mask, None if sigmas is None else sigmas[k], density, function, rtol, plan)
         for k, rows in enumerate(sets)
     ]
 
 
-def usable(one: Prepared, function: PairFunction) -> Array:
-    """Whether a set is finite and has a bandwidth, if it needs one, (...): else what it gives is nan."""
-    found = one.pairs.frames[0].finite & (one.status == CONVERGED)
-    return found & is_bandwidth(one.sigma) if function.needs_sigma else found
+def usable(prepared: Prepared, function: PairFunction) -> Array:
+    """Whether a representation is finite and has a bandwidth, if it needs one: else what it gives is nan."""
+    ready = prepared.features.finite & (prepared.status == CONVERGED)
+    return ready & is_bandwidth(prepared.sigma) if function.needs_sigma else ready
 
 
-def _squares(frame: Frame) -> Array:
-    x = lax.stop_gradient(frame.x)
-    return jnp.sum(x * x, -1)
+def _squares(features: CenteredFeatures) -> Array:
+    x = lax.stop_gradient(features.x)
+    return jnp.sum(x * x, 1)
 
 
-def typical_rate(frame: Frame, axis_name: str | None) -> Array:
-    """1 / the root mean square distance: distances are to be accurate in proportion to it. (..., 1, 1)."""
-    total = over_devices(lax.psum, jnp.sum(_squares(frame), -1), axis_name)
-    count = over_devices(lax.psum, jnp.sum(frame_weights(frame), -1), axis_name)
-    mean = 2 * total / jnp.maximum(count, 1)
-    return jnp.where(mean > 0, lax.rsqrt(jnp.where(mean > 0, mean, 1)), 1)[..., None, None]
+def row_weights(features: CenteredFeatures) -> Array:
+    """1 for a valid sample, (n,)."""
+    return Pairs((features,)).weights()[0]
 
 
-def frame_weights(frame: Frame) -> Array:
-    """1 for a real row, (..., n)."""
-    return Pairs((frame,)).weights()[0]
-
-
-def _shifts(prepared: list[Prepared], function: PairFunction, centring: Centring) -> Array:
-    """a_i of every set, (..., n, L + M): about the row means less half the mean, or half the mean where that is all."""
+def _shifts(prepared: list[Prepared], function: PairFunction, centering: Centering | None) -> Array:
+    """a_i of every representation, (n, L + M): about the row means less half the mean, or half the mean alone."""
     shifts = []
-    for one in prepared:
-        frame = one.pairs.frames[0]
-        weights = frame_weights(frame)
-        if centring in ("none", "difference"):
+    for part in prepared:
+        weights = row_weights(part.features)
+        if centering is None or not centering.may_shift:
             shifts.append(jnp.zeros_like(weights))
             continue
-        sample = lax.stop_gradient(one.pairs.subset(_COLUMNS_OF_SHIFTS, all_rows=True))
-        rate = lax.stop_gradient(one.rate)
-        scale = frame.scale
+        sample = lax.stop_gradient(part.pairs.subset(_COLUMNS_OF_SHIFTS, all_rows=True))
+        gamma, scale = lax.stop_gradient(part.gamma), part.features.scale
 
         def terms(tile: Tile, scale: Array = scale) -> tuple[Array, Array]:
-            f = function.of(tile.distances[0], tile.rates[0], scale)
-            return tile.weigh(f), tile.weigh(jnp.ones_like(f))
+            f = function.of(tile.distances[0], tile.gammas[0], scale)
+            return tile.apply_weights(f), tile.apply_weights(jnp.ones_like(f))
 
-        _, (total, count) = reduce_pairs(Reduction(terms, over_rows), sample, rates=(rate,))
-        mean = (total / jnp.maximum(count, 1))[..., 0] * weights
-        number = over_devices(lax.psum, jnp.sum(weights, -1, keepdims=True), one.pairs.axis_name)
-        overall = over_devices(lax.psum, jnp.sum(mean, -1, keepdims=True), one.pairs.axis_name)
+        _, (total, count) = reduce_pairs(Reduction(terms, over_rows), sample, gammas=(gamma,))
+        mean = total / jnp.maximum(count, 1) * weights
+        number, overall = (over_devices(lax.psum, jnp.sum(a), part.pairs.axis_name) for a in (weights, mean))
         half = 0.5 * overall / jnp.maximum(number, 1)
-        shifts.append(half * weights if centring == "pearson" else mean - half * weights)
-    return lax.stop_gradient(jnp.stack(shifts, -1))
+        shifts.append(centering.shift(mean, half) * weights)
+    return lax.stop_gradient(jnp.stack(shifts, 1))
 
 
 def _visit(
-    prepared: list[Prepared], shift: Array, split: int, function: PairFunction, centring: Centring, plan: Plan
+    prepared: list[Prepared], shift: Array, split: int, function: PairFunction, centering: Centering | None, plan: Plan
 ) -> Sums:
-    frames = tuple(one.pairs.frames[0] for one in prepared)
-    totals, rows = visit_pairs(sums_of(frames, split, function, centring), prepared, plan, shift)
-    cross, own = totals or (rows, rows)  # no totals of "difference"
+    scales = tuple(part.features.scale for part in prepared)
+    totals, rows = visit_pairs(sums_of(scales, split, function, centering), prepared, plan, shift)
+    cross, own = totals or (rows, rows)  # no totals of differences
     return Sums(cross, own, rows)
 
 
 def squared_differences(prepared: list[Prepared], function: PairFunction, plan: Plan) -> Array:
-    """sum_j (f_ij - g_ij)^2 of two sets, (..., n, 1)."""
-    return _visit(prepared, _shifts(prepared, function, "difference"), 1, function, "difference", plan).rows
+    """sum_j (f_ij - g_ij)^2 of two representations, (n, 1)."""
+    return _visit(prepared, _shifts(prepared, function, None), 1, function, None, plan).rows
 
 
 def visit_pairs(reduction: Reduction, prepared: list[Prepared], plan: Plan, values: Any = ()) -> tuple[Any, Any]:
-    """Reduce over the pairs i != j of all sets together; `values` are what rows and columns bring along."""
-    stored = tuple(one.pairs.distances[0] for one in prepared if one.pairs.distances is not None)
-    first = prepared[0].pairs
-    frames = tuple(one.pairs.frames[0] for one in prepared)
-    pairs = replace(first, frames=frames, distances=stored or None, fixed=plan.fixed)
-    rates = tuple(one.rate for one in prepared)
-    return reduce_pairs(reduction, pairs, rates=rates, as_row=values, as_column=values, in_blocks=False)
+    """Reduce over the pairs i != j of all representations together; `values` are what rows and columns bring along."""
+    stored = tuple(part.pairs.distances[0] for part in prepared if part.pairs.distances is not None)
+    pairs = replace(
+        prepared[0].pairs,
+        features=tuple(part.features for part in prepared),
+        distances=stored or None,
+        differentiable=plan.differentiable,
+    )
+    gammas = tuple(part.gamma for part in prepared)
+    return reduce_pairs(reduction, pairs, gammas=gammas, as_row=values, as_column=values, in_blocks=False)
 
 
-def sums_of(frames: tuple[Frame, ...], split: int, function: PairFunction, centring: Centring) -> Reduction:
-    """What is summed up over the pairs: totals (cross, own) and rows of `Sums`; shifts come as values of the rows."""
+def sums_of(scales: tuple[Array, ...], split: int, function: PairFunction, centering: Centering | None) -> Reduction:
+    """What is summed over the pairs: totals (cross, own) and rows of `Sums`; shifts come as values of the rows."""
 
     def terms(tile: Tile) -> tuple[Array, ...]:
-        def one(k: int) -> Array:
-            f = function.of(tile.distances[k], tile.rates[k], frames[k].scale)
-            columns = jnp.swapaxes(tile.column.as_column[..., k : k + 1], -1, -2)
-            return tile.weigh(f - tile.row.as_row[..., k : k + 1] - columns)
+        def term(k: int) -> Array:
+            f = function.of(tile.distances[k], tile.gammas[k], scales[k])
+            return tile.apply_weights(f - tile.row.as_row[:, k : k + 1] - tile.column.as_column[:, k][None])
 
-        return tuple(one(k) for k in range(len(frames)))
+        return tuple(term(k) for k in range(len(scales)))
 
     def sums(terms: tuple[Array, ...], tile: Tile) -> tuple[Any, Array]:
         del tile
         x, y = terms[:split], terms[split:] or terms
-        if centring == "difference":
-            squares = [jnp.sum((a - b) ** 2, -1) for a in x for b in y]
-            return (), jnp.stack(squares, -1)
-        own = jnp.stack([_total(term * term) for term in terms], -1)
-        rows = jnp.stack([jnp.sum(term, -1) for term in terms], -1)
-        return (_products(x, y), own), rows
+        if centering is None:
+            return (), jnp.stack([jnp.sum((a - b) ** 2, 1) for a in x for b in y], 1)
+        own = jnp.stack([_total(term * term) for term in terms])
+        return (_products(x, y), own), jnp.stack([jnp.sum(term, 1) for term in terms], 1)
 
     return Reduction(terms, sums)
 
 
 def _total(term: Array) -> Array:
-    return jnp.sum(jnp.sum(term, -1), -1)
+    return jnp.sum(jnp.sum(term, 1))
 
 
 def _products(x: tuple[Array, ...], y: tuple[Array, ...]) -> Array:
     if len(x) * len(y) <= _FEW_PRODUCTS:
-        return jnp.stack([jnp.stack([_total(a * b) for b in y], -1) for a in x], -2)
+        return jnp.stack([jnp.stack([_total(a * b) for b in y]) for a in x])
     # Row by row: the partial sums keep digits that one long sum would lose.
-    by_row = jnp.einsum("...rlc,...rmc->...rlm", jnp.stack(x, -2), jnp.stack(y, -2), precision=lax.Precision.HIGHEST)
-    return jnp.sum(by_row, -3)
+    per_row = jnp.einsum("rlc,rmc->rlm", jnp.stack(x, 1), jnp.stack(y, 1), precision=lax.Precision.HIGHEST)
+    return jnp.sum(per_row, 0)
 
 
 class Facts(NamedTuple):
-    """What the finish needs to know of the sets, beside the sums."""
+    """What the finish needs to know of the representations, beside the sums."""
 
-    weights: Array  # (..., n): 1 a real row
-    scales: Array  # (..., L + M), of the frames
-    sizes: Array  # (..., L + M): largest squared length of a row, in units of the frame
-    usable: Array  # (..., L + M): see `usable`
-    status: Array  # (..., L + M)
-    sigma: Array  # (..., L + M)
+    weights: Array  # (n,): 1 for a valid sample
+    scales: Array  # (L + M,)
+    sizes: Array  # (L + M,): largest squared length of a row, in scaled units
+    usable: Array  # (L + M,): see `usable`
+    status: Array  # (L + M,)
+    sigma: Array  # (L + M,)
 
 
 def facts_of(prepared: list[Prepared], function: PairFunction, axis_name: str | None = None) -> Facts:
-    frames = [one.pairs.frames[0] for one in prepared]
     return Facts(
-        weights=frame_weights(frames[0]),
-        scales=jnp.stack([frame.scale[..., 0, 0] for frame in frames], -1),
-        sizes=jnp.stack([over_devices(lax.pmax, largest_square(frame), axis_name) for frame in frames], -1),
-        usable=jnp.stack([usable(one, function) for one in prepared], -1),
-        status=jnp.stack([one.status for one in prepared], -1),
-        sigma=jnp.stack([one.sigma for one in prepared], -1),
+        weights=row_weights(prepared[0].features),
+        scales=jnp.stack([part.features.scale for part in prepared]),
+        sizes=jnp.stack([over_devices(lax.pmax, largest_square(part.features), axis_name) for part in prepared]),
+        usable=jnp.stack([usable(part, function) for part in prepared]),
+        status=jnp.stack([part.status for part in prepared]),
+        sigma=jnp.stack([part.sigma for part in prepared]),
     )
 
 
-def largest_square(frame: Frame) -> Array:
-    """The largest squared length of a row, (...)."""
-    return jnp.max(_squares(frame), -1)
+def largest_square(features: CenteredFeatures) -> Array:
+    """The largest squared length of a row."""
+    return jnp.max(_squares(features))
 
 
-def centred(
+def centered_products(
     sums: Sums,
     shift: Array,
     facts: Facts,
     split: int,
-    centring: Centring,
+    centering: Centering | None,
     function: PairFunction,
     axis_name: str | None = None,
 ) -> Inner:
-    """The inner products of centred matrices, from the sums over their pairs off the diagonal."""
-    number = facts.scales.shape[-1]
-    count = over_devices(lax.psum, jnp.sum(facts.weights, -1), axis_name)
-    units = function.unit(facts.scales)
-    shape = (*count.shape, split, number - split or split)
+    """The inner products of centered matrices, from the sums over their pairs off the diagonal."""
+    number = facts.scales.shape[0]
+    count = over_devices(lax.psum, jnp.sum(facts.weights), axis_name)
     sides = (slice(None, split), slice(split, None) if number > split else slice(None, split))
-    if centring == "difference":
-        squares = over_devices(lax.psum, jnp.sum(sums.rows, -2), axis_name).reshape(shape)
-        roots = over_devices(lax.psum, jnp.sum(root(sums.rows), -2), axis_name).reshape(shape)
-        nothing = jnp.zeros((*count.shape, number), roots.dtype)
-        return _inner_of(squares, roots, nothing, units, count, facts, sides)
+    if centering is None:
+        shape = (split, number - split or split)
+        squares = over_devices(lax.psum, jnp.sum(sums.rows, 0), axis_name).reshape(shape)
+        roots = over_devices(lax.psum, jnp.sum(root(sums.rows), 0), axis_name).reshape(shape)
+        return _inner_of(squares, roots, jnp.zeros(number, roots.dtype), function, count, facts, sides)
 
-    one = jnp.ones_like(facts.scales)
-    itself = function.of(jnp.zeros_like(one), one, one)  # f_ii
-    on_diagonal = (itself[..., None, :] - 2 * shift) * facts.weights[..., None]
+    ones = jnp.ones_like(facts.scales)
+    f_ii = function.of(jnp.zeros_like(ones), ones, ones)
+    diagonals = (f_ii[None] - 2 * shift) * facts.weights[:, None]
 
-    def inner(products: Array, k: Any, m: Any) -> Array:
-        return _inner(
+    def inner(products: Array, k: slice, m: slice) -> Array:
+        pairs = PairSums(
             products,
-            (sums.rows[..., k], sums.rows[..., m]),
-            (on_diagonal[..., k], on_diagonal[..., m]),
-            (shift[..., k], shift[..., m]),
-            facts.weights[..., None],
-            count[..., None, None],
-            centring,
+            (sums.rows[:, k], sums.rows[:, m]),
+            (diagonals[:, k], diagonals[:, m]),
+            (shift[:, k], shift[:, m]),
+            facts.weights[:, None],
+            count,
             axis_name,
         )
+        return centering.inner(pairs)
 
-    each = [slice(k, k + 1) for k in range(number)]
-    own = jnp.stack([inner(sums.own[..., k, None], k, k)[..., 0, 0] for k in each], -1)
+    own = [inner(sums.own[k, None, None], slice(k, k + 1), slice(k, k + 1))[0, 0] for k in range(number)]
+    own = jnp.stack(own)
     varies = own > rounding(facts, shift, function, count, axis_name)
-    own = jnp.where(varies, own, 0)
-    both = varies[..., sides[0], None] & varies[..., None, sides[1]]
+    both = varies[sides[0], None] & varies[None, sides[1]]
     cross = jnp.where(both, inner(sums.cross, *sides), 0)
-    return _inner_of(cross, jnp.zeros_like(cross), own, units, count, facts, sides)
+    return _inner_of(cross, jnp.zeros_like(cross), jnp.where(varies, own, 0), function, count, facts, sides)
 
 
 def rounding(facts: Facts, shift: Array, function: PairFunction, count: Array, axis_name: str | None = None) -> Array:
-    """<F, F> that rounding alone gives a centered matrix, (..., L + M): below it a representation does not vary.
+    """<F, F> that rounding alone gives a centered matrix, (L + M,): below it a representation does not vary.
 
     f_ij are all the same, for instance of equidistant samples.
     """
     one = jnp.ones_like(facts.scales)
-    size = jnp.sqrt(facts.sizes) if function.rooted else facts.sizes
+    size = jnp.sqrt(facts.sizes) if function.euclidean else facts.sizes
     if function.needs_sigma:
         size = one
         if function.wide:  # at most 1 - exp of the largest distance, 4 times the largest square
             relative = facts.scales / facts.sigma
-            largest = 2 * relative * jnp.sqrt(facts.sizes) if function.rooted else 2 * relative**2 * facts.sizes
+            largest = 2 * relative * jnp.sqrt(facts.sizes) if function.euclidean else 2 * relative**2 * facts.sizes
             size = lax.stop_gradient(-kernel_less_one(largest, one))
     if callable(function.form):
-        size = over_devices(lax.pmax, jnp.max(jnp.abs(lax.stop_gradient(shift)), -2), axis_name)
-    return (8 * float(jnp.finfo(size.dtype).eps) * size * count[..., None]) ** 2
+        size = over_devices(lax.pmax, jnp.max(jnp.abs(lax.stop_gradient(shift)), 0), axis_name)
+    return (8 * float(jnp.finfo(size.dtype).eps) * size * count) ** 2
 
 
 def _inner_of(
-    cross: Array, roots: Array, own: Array, units: Array, count: Array, facts: Facts, sides: tuple[slice, slice]
+    cross: Array,
+    roots: Array,
+    own: Array,
+    function: PairFunction,
+    count: Array,
+    facts: Facts,
+    sides: tuple[slice, slice],
 ) -> Inner:
-    x, y = sides
-    both = facts.usable[..., x, None] & facts.usable[..., None, y]
+    (x, y), units = sides, function.unit(facts.scales)
+    both = facts.usable[x, None] & facts.usable[None, y]
     return Inner(
-        cross, roots, own[..., x], own[..., y], units[..., x], units[..., y],
+        cross, roots, own[x], own[y], units[x], units[y],
         samples=count, status=facts.status, sigma=facts.sigma, usable=both,
     )  # fmt: skip
-
-
-def _inner(
-    products: Array,
-    rows: tuple[Array, Array],
-    on_diagonal: tuple[Array, Array],
-    shifts: tuple[Array, Array],
-    weights: Array,
-    n: Array,
-    centring: Centring,
-    axis_name: str | None,
-) -> Array:
-    """One inner product for each entry of `products` (..., L, M), from rows and diagonals (..., n, L), (..., n, M)."""
-
-    def dot(a: Array, b: Array) -> Array:
-        product = jnp.einsum("...nl,...nm->...lm", a, b, precision=lax.Precision.HIGHEST)
-        return over_devices(lax.psum, product, axis_name)
-
-    def total(a: Array) -> Array:
-        return over_devices(lax.psum, jnp.sum(a, -2), axis_name)
-
-    def outer(a: Array, b: Array) -> Array:
-        return a[..., :, None] * b[..., None, :]
-
-    r, s = rows
-    if centring == "none":
-        return products
-    if centring == "pearson":
-        return products - outer(total(r), total(s)) / (n * (n - 1))
-    if centring == "debiased":  # Song et al. 2012, eq. 5, without its 1 / (n (n - 3))
-        return products + outer(total(r), total(s)) / ((n - 1) * (n - 2)) - 2 / (n - 2) * dot(r, s)
-    d, e = on_diagonal
-    r, s = r + d, s + e
-    full = products + dot(d, e) - 2 / n * dot(r, s) + outer(total(r), total(s)) / n**2  # tr(H K H L)
-    if centring == "lange":  # without the diagonals of H K H and H L H
-        ours = (d - 2 / n * r + total(r)[..., None, :] / n**2) * weights
-        theirs = (e - 2 / n * s + total(s)[..., None, :] / n**2) * weights
-        full = full - dot(ours, theirs)
-    if centring == "whitened_pearson":  # the matrix less its mean off the diagonal, H (D - m (1 1' - I)) H
-        a, b = shifts
-        pairs = n[..., 0] * (n[..., 0] - 1)
-        mean = (total(rows[0]) + 2 * (n[..., 0] - 1) * total(a)) / pairs
-        mean_y = (total(rows[1]) + 2 * (n[..., 0] - 1) * total(b)) / pairs
-        full = full - (n - 1) * outer(mean, mean_y)
-    return full
-
-
-def centred_matrix(f: Array, centring: Centring) -> Array:
-    """A matrix f (n, n) so centred that its inner products with others are those of `_inner`; not of "difference"."""
-    assert centring != "difference"
-    n = f.shape[-1]
-    off = ~jnp.eye(n, dtype=bool)
-    if centring == "none":
-        return jnp.where(off, f, 0)
-    if centring in ("pearson", "whitened_pearson"):
-        f = jnp.where(off, f - jnp.sum(jnp.where(off, f, 0)) / (n * (n - 1)), 0)
-        if centring == "pearson":
-            return f
-    if centring == "debiased":  # Székely & Rizzo 2014, eq. 2.2
-        f = f - jnp.mean(f)  # only for the digits
-        f = jnp.where(off, f, 0)
-        rows = jnp.sum(f, -1, keepdims=True) / (n - 2)
-        f = f - rows - rows.T + jnp.sum(rows) / (n - 1)
-        return jnp.where(off, f, 0)
-    rows = jnp.mean(f, -1, keepdims=True)
-    f = f - rows - rows.T + jnp.mean(rows)
-    return jnp.where(off, f, 0) if centring == "lange" else f

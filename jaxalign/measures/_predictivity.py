@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxalign import _checks
 from jaxalign._linalg import matmul, transposed
 from jaxalign._typing import AnyArray
-from jaxalign.distances import centered_columns
+from jaxalign.core.features import centered_columns
 from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
 from jaxalign.measures._spectra import ALL, kept, narrowed
 

@@ -8,7 +8,6 @@ The representational dissimilarity matrix (RDM) of a set holds a dissimilarity f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -22,20 +21,16 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
-from jaxalign._directions import unit_frame
+from jaxalign._directions import unit_features
 from jaxalign._linalg import bounded
+from jaxalign._memory import check_stored
 from jaxalign._plan import STORED, TileSize
+from jaxalign._problem import Diagonal, check_density, check_problem, check_rtol, explain_failure
 from jaxalign._typing import AnyArray
-from jaxalign.bandwidth import Diagonal, check_density, check_problem, check_rtol, explain_failure
-from jaxalign.distances import (
-    check_stored,
-    exact_distances,
-    fast_distances,
-    has_ties,
-    resolved_distances,
-    unresolved,
-    when_any,
-)
+from jaxalign.core.devices import batched
+from jaxalign.core.features import CenteredFeatures, fast_distances, when_any
+from jaxalign.core.resolved import are_unresolved, exact_distances, has_ties, resolved_distances
+from jaxalign.measures._centering import CENTERINGS
 from jaxalign.measures._evaluate import (
     MASKED,
     Missing,
@@ -59,11 +54,12 @@ _FUNCTIONS: dict[str, dict[str, Any]] = {
     "cosine": {"form": "squared", "rows": "cosine"},
     "affinity": {"form": "one_minus_rbf"},
 }
-_CENTRINGS: dict[str, Any] = {
-    "pearson": "pearson",
-    "cosine": "none",
-    "whitened_cosine": "biased",
-    "whitened_pearson": "whitened_pearson",
+# The centering behind each comparison that is an inner product.
+_COMPARISONS = {
+    "pearson": CENTERINGS["pearson"],
+    "cosine": CENTERINGS["none"],
+    "whitened_cosine": CENTERINGS["biased"],
+    "whitened_pearson": CENTERINGS["whitened_pearson"],
 }
 
 
@@ -183,10 +179,10 @@ def rsa(
 def rsa_measure(rdm: Any, compare: Any, solves: bool, diagonal: Any) -> PairMeasure | SetMeasure:
     """The measure behind `rsa`."""
     _checks.choice("rdm", rdm, tuple(_FUNCTIONS))
-    _checks.choice("compare", compare, (*_CENTRINGS, "spearman", "kendall"))
+    _checks.choice("compare", compare, (*_COMPARISONS, "spearman", "kendall"))
     function = _function(rdm, solves, diagonal)
-    if compare in _CENTRINGS:
-        return PairMeasure("rsa", function, _CENTRINGS[compare], Inner.ratio, 3)
+    if compare in _COMPARISONS:
+        return PairMeasure("rsa", function, _COMPARISONS[compare], Inner.ratio, 3)
     combine = {"spearman": _spearman, "kendall": _kendall}[compare]
     # All dissimilarities of the same rows are in the order of their squared distances, at any sigma; far pairs would
     # tie at 1 by rounding.
@@ -203,70 +199,59 @@ def _function(kind: str, solves: bool, diagonal: Any) -> PairFunction:
 def _rdm(
     x: Array, mask: Array | None, sigma: Array | None, density: Array | None, function: PairFunction, rtol: float
 ) -> tuple[Array, Array]:
-    return dissimilarities(x, mask, sigma, density, function, rtol)
-
-
-def dissimilarities(
-    x: Array,
-    mask: Array | None,
-    sigma: Array | None,
-    density: Array | None,
-    function: PairFunction,
-    rtol: float,
-) -> tuple[Array, Array]:
     """f_ij of all pairs, stored, and the status of sigma."""
-    one = prepare(x, mask, sigma, density, function, rtol, STORED, resolved=True)
-    frame = one.pairs.frames[0]
-    assert one.pairs.distances is not None
-    scale = frame.scale
-    values = function.of(one.pairs.distances[0], one.rate, scale)
-    if function.form in ("squared", "root"):
-        # Of rows of unit length 1 - cos is half the squared distance.
-        values = values * scale if function.form == "root" else values * scale * scale
-        values = values / 2 if function.rows is not None else values
-    values = jnp.where(frame.finite[..., None, None], values, jnp.nan)
-    if mask is not None:
-        values = jnp.where(mask[..., :, None] & mask[..., None, :], values, 0)
-    return values, one.status
+
+    def dissimilarities(
+        x: Array, mask: Array | None, sigma: Array | None, density: Array | None
+    ) -> tuple[Array, Array]:
+        prepared = prepare(x, mask, sigma, density, function, rtol, STORED, resolved=True)
+        features, distances = prepared.features, prepared.pairs.distances
+        assert distances is not None
+        values = function.of(distances[0], prepared.gamma, features.scale)
+        if function.form in ("squared", "root"):
+            values = values * features.scale if function.form == "root" else values * features.scale * features.scale
+            # Of rows of unit length 1 - cos is half the squared distance.
+            values = values / 2 if function.rows is not None else values
+        values = jnp.where(features.finite, values, jnp.nan)
+        if mask is not None:
+            values = jnp.where(mask[:, None] & mask[None], values, 0)
+        return values, prepared.status
+
+    return batched(dissimilarities, x.ndim - 2)(x, mask, sigma, density)
 
 
 # --- comparisons of order --------------------------------------------------------------------------------------------
 
 
 def _ordered(x: Array, setting: Setting, function: PairFunction) -> tuple[Array, None]:
-    """Integers in the order of the squared distances of all pairs i < j, (..., n (n - 1) / 2); see `_ranked`."""
+    """Integers in the order of the squared distances of all pairs i < j, (n (n - 1) / 2,); see `_ranked`."""
     mask = setting.mask
-    frame = lax.stop_gradient(unit_frame(x, mask, function.rows))
-    first, second = np.triu_indices(x.shape[-2], 1)
+    features = lax.stop_gradient(unit_features(x, mask, function.rows))
+    first, second = np.triu_indices(x.shape[0], 1)
     # Many distances that need resolving are those within tight clusters; those between clusters are then nearly equal,
     # and those of whole numbers quite.
-    near = jnp.sum(unresolved(frame, fast_distances(frame)), (-2, -1)) > x.shape[-2]
+    close = jnp.sum(are_unresolved(features, fast_distances(features))) > x.shape[0]
 
-    def exactly(_: Array) -> Array:
-        return dense_ranks(*(part[..., first, second] for part in exact_distances(frame)))
+    def exact_order(_: Array, features: CenteredFeatures) -> Array:
+        return dense_ranks(*(part[first, second] for part in exact_distances(features)))
 
-    pairs = resolved_distances(frame)[..., first, second]
-    keys = when_any(near.any() | has_ties(frame).any(), exactly, ordered_integers(pairs))
-    counts = jnp.ones(pairs.shape, bool) if mask is None else mask[..., first] & mask[..., second]
-    largest = jnp.max(jnp.where(counts, pairs, -jnp.inf), -1, keepdims=True)
-    smallest = jnp.min(jnp.where(counts, pairs, jnp.inf), -1, keepdims=True)
+    pairs = resolved_distances(features)[first, second]
+    keys = when_any(close | has_ties(features), exact_order, ordered_integers(pairs), features)
+    counts = jnp.ones(pairs.shape, bool) if mask is None else mask[first] & mask[second]
+    largest = jnp.max(jnp.where(counts, pairs, -jnp.inf))
+    smallest = jnp.min(jnp.where(counts, pairs, jnp.inf))
     equidistant = largest - smallest <= 16 * float(jnp.finfo(x.dtype).eps) * largest  # what differs is rounding
     return jnp.where(counts, jnp.where(equidistant, 0, keys), jnp.iinfo(keys.dtype).max), None
 
 
-def _over_batch(fn: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
-    flat = jax.vmap(fn)(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
-    return flat.reshape(x.shape[:-1])
-
-
 def _spearman(x: Array, y: Array, mask: Array | None) -> Array:
     del mask
-    return _over_batch(spearman, x, y)
+    return spearman(x, y)
 
 
 def _kendall(x: Array, y: Array, mask: Array | None) -> Array:
     del mask
-    return _over_batch(kendall, x, y)
+    return kendall(x, y)
 
 
 def spearman(x: Array, y: Array) -> Array:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import io, sharding, streaming
-from jaxalign._plan import check_bytes
+from jaxalign._memory import check_bytes
 from jaxalign._version import __version__
 from jaxalign.alignment import PUBLISHED, RECOMMENDED, Alignment, align
 from jaxalign.bandwidth import mean_density, solve_sigma

@@ -45,7 +45,7 @@ from . import hlo, page, report
 # after one trip at the latest, `when_any`, guard explicit distances: features without duplicates or outliers need none.
 GUARDED = 0
 TRIPS = {
-    "find_rate": 1,  # one exact pass
+    "find_gamma": 1,  # one exact pass
     "_iterated": 20,  # steps until 20 eigenvectors of an affinity are accurate
 }
 
@@ -217,7 +217,7 @@ def grids() -> list[Program]:
 
     def one_sigma(where: Where) -> Built:
         from jaxalign._plan import STORED
-        from jaxalign.bandwidth import check_rtol
+        from jaxalign._problem import check_rtol
         from jaxalign.measures._hsic import cka_measure
         from jaxalign.measures._pair_sums import bandwidth_of
 
@@ -226,12 +226,12 @@ def grids() -> list[Program]:
 
     def products(where: Where) -> Built:
         from jaxalign._plan import Plan
-        from jaxalign.bandwidth import check_rtol
+        from jaxalign._problem import check_rtol
         from jaxalign.measures._hsic import cka_measure
         from jaxalign.measures._pair_sums import pair_products
 
         function, rtol = cka_measure("rbf", False, "include", "debiased").function, check_rtol(None, jnp.float32)
-        plan = Plan(False, 1000, fixed=True)
+        plan = Plan(False, 1000, differentiable=False)
 
         def inner(sigmas: jax.Array, *sets: jax.Array) -> Any:
             return pair_products(sets, 6, None, sigmas, None, function, "debiased", rtol, plan)

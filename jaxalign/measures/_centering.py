@@ -1,0 +1,233 @@
+"""How the matrix of a pair function is centered: one small object each, that says everything about it.
+
+Matrices are never formed: the inner product of two centered ones follows from sums over the pairs i != j, see
+`PairSums`. Where the centering removes what depends on one sample only, f_ij may be shifted by any a_i + a_j before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxalign._linalg import matmul
+from jaxalign.core.devices import over_devices
+
+
+class PairSums(NamedTuple):
+    """Sums over the pairs i != j of L matrices f and M matrices g, shifted, and their diagonals."""
+
+    products: Array  # (L, M): sum f_ij g_ij
+    rows: tuple[Array, Array]  # (n, L), (n, M): sum_j f_ij
+    diagonals: tuple[Array, Array]  # (n, L), (n, M): f_ii
+    shifts: tuple[Array, Array]  # (n, L), (n, M)
+    weights: Array  # (n, 1): 1 for a valid sample
+    number: Array  # (): valid samples of all devices
+    axis_name: str | None
+
+    def dot(self, a: Array, b: Array) -> Array:
+        """A' b over the samples of all devices."""
+        return over_devices(lax.psum, matmul(a.T, b), self.axis_name)
+
+    def total(self, a: Array) -> Array:
+        """The sum over the samples of all devices."""
+        return over_devices(lax.psum, jnp.sum(a, 0), self.axis_name)
+
+    def product_of_totals(self) -> Array:
+        """Of the sums over all pairs."""
+        first, second = map(self.total, self.rows)
+        return jnp.outer(first, second)
+
+    def double_centered(self) -> Array:
+        """tr(H F H G), diagonals included."""
+        (d, e), n = self.diagonals, self.number
+        r, s = (rows + diagonal for rows, diagonal in zip(self.rows, self.diagonals, strict=True))
+        totals = jnp.outer(self.total(r), self.total(s))
+        return self.products + self.dot(d, e) - 2 / n * self.dot(r, s) + totals / n**2
+
+
+def _off_diagonal(f: Array) -> Array:
+    return jnp.where(jnp.eye(f.shape[0], dtype=bool), 0, f)
+
+
+def _double_centered(f: Array) -> Array:
+    rows = jnp.mean(f, 1, keepdims=True)
+    return f - rows - rows.T + jnp.mean(rows)
+
+
+def _less_mean(f: Array) -> Array:
+    """A matrix less its mean off the diagonal, there."""
+    n = f.shape[0]
+    return _off_diagonal(f - jnp.sum(_off_diagonal(f)) / (n * (n - 1)))
+
+
+@dataclass(frozen=True)
+class Centering:
+    """None: the matrix off its diagonal, as it is. The others differ from this."""
+
+    may_shift: ClassVar[bool] = False  # whether a_i + a_j added to f_ij changes nothing
+    has_bootstrap: ClassVar[bool] = True  # whether there is an estimate that copies of a sample do not inflate
+
+    def shift(self, means: Array, half: Array) -> Array:
+        """What f may be shifted by, from the means of its rows and half of the mean of all."""
+        del half
+        return jnp.zeros_like(means)
+
+    def inner(self, sums: PairSums) -> Array:
+        """The inner products of the centered matrices, (L, M)."""
+        return sums.products
+
+    def matrix(self, f: Array) -> Array:
+        """A matrix (n, n) so centered that inner products with others are those of `inner`."""
+        return _off_diagonal(f)
+
+    def bootstrap(self, f: Array, g: Array, weights: Array) -> Array:
+        """The inner product of matrices with zero diagonals, with samples weighted: weights (b, n), result (b,)."""
+        return self.means(f, g, weights)[0] * f.shape[0] * (f.shape[0] - 1)
+
+    def means(self, f: Array, g: Array, weights: Array) -> tuple[Array, Array]:
+        """Weighted means over different samples: of f g, and of f times that of g."""
+        pairs = jnp.sum(weights, 1) ** 2 - jnp.sum(weights**2, 1)
+        product, first, second = (_through(a, weights, weights) / pairs for a in (f * g, f, g))
+        return product, first * second
+
+
+@dataclass(frozen=True)
+class Pearson(Centering):
+    """Less the mean off the diagonal: the inner product is a covariance over pairs."""
+
+    may_shift: ClassVar[bool] = True
+
+    def shift(self, means: Array, half: Array) -> Array:
+        """See `Centering`."""
+        return jnp.broadcast_to(half, means.shape)
+
+    def inner(self, sums: PairSums) -> Array:
+        """See `Centering`."""
+        return sums.products - sums.product_of_totals() / (sums.number * (sums.number - 1))
+
+    def matrix(self, f: Array) -> Array:
+        """See `Centering`."""
+        return _less_mean(f)
+
+    def bootstrap(self, f: Array, g: Array, weights: Array) -> Array:
+        """See `Centering`."""
+        product, product_of_means = self.means(f, g, weights)
+        return f.shape[0] * (f.shape[0] - 1) * (product - product_of_means)
+
+
+@dataclass(frozen=True)
+class Biased(Centering):
+    """H F H, diagonal included (Gretton et al. 2005)."""
+
+    may_shift: ClassVar[bool] = True
+    has_bootstrap: ClassVar[bool] = False
+
+    def shift(self, means: Array, half: Array) -> Array:
+        """See `Centering`."""
+        return means - half
+
+    def inner(self, sums: PairSums) -> Array:
+        """See `Centering`."""
+        return sums.double_centered()
+
+    def matrix(self, f: Array) -> Array:
+        """See `Centering`."""
+        return _double_centered(f)
+
+
+@dataclass(frozen=True)
+class Lange(Biased):
+    """H F H without its diagonal (Lange et al. 2023)."""
+
+    def inner(self, sums: PairSums) -> Array:
+        """See `Centering`."""
+        n = sums.number
+
+        def diagonal(rows: Array, on_diagonal: Array) -> Array:
+            rows = rows + on_diagonal
+            return (on_diagonal - 2 / n * rows + sums.total(rows)[None] / n**2) * sums.weights
+
+        return sums.double_centered() - sums.dot(*map(diagonal, sums.rows, sums.diagonals))
+
+    def matrix(self, f: Array) -> Array:
+        """See `Centering`."""
+        return _off_diagonal(_double_centered(f))
+
+
+@dataclass(frozen=True)
+class WhitenedPearson(Biased):
+    """H (D - m (1 1' - I)) H: the matrix less its mean m off the diagonal, then H on both sides (Diedrichsen 2021)."""
+
+    def inner(self, sums: PairSums) -> Array:
+        """See `Centering`."""
+        n = sums.number
+
+        def mean(rows: Array, shift: Array) -> Array:
+            return (sums.total(rows) + 2 * (n - 1) * sums.total(shift)) / (n * (n - 1))
+
+        first, second = map(mean, sums.rows, sums.shifts)
+        return sums.double_centered() - (n - 1) * jnp.outer(first, second)
+
+    def matrix(self, f: Array) -> Array:
+        """See `Centering`."""
+        return _double_centered(_less_mean(f))
+
+
+@dataclass(frozen=True)
+class Debiased(Biased):
+    """U-centered (Székely & Rizzo 2014): the unbiased estimator (Song et al. 2012, eq. 5), times n (n - 3)."""
+
+    has_bootstrap: ClassVar[bool] = True
+
+    def inner(self, sums: PairSums) -> Array:
+        """See `Centering`."""
+        n = sums.number
+        return sums.products + sums.product_of_totals() / ((n - 1) * (n - 2)) - 2 / (n - 2) * sums.dot(*sums.rows)
+
+    def matrix(self, f: Array) -> Array:
+        """See `Centering`; Székely & Rizzo 2014, eq. 2.2."""
+        n = f.shape[0]
+        f = _off_diagonal(f - jnp.mean(f))  # the mean only for the digits
+        rows = jnp.sum(f, 1, keepdims=True) / (n - 2)
+        return _off_diagonal(f - rows - rows.T + jnp.sum(rows) / (n - 1))
+
+    def bootstrap(self, f: Array, g: Array, weights: Array) -> Array:
+        """N (n - 3) times the mean of f_ij g_ij - 2 f_ij g_ik + f_ij g_kl over different i, j, k, l.
+
+        Weighted by w_i w_j w_k w_l; with all weights 1 it is the estimator of Song et al. 2012.
+        """
+        n, w, w2, w3 = f.shape[0], weights, weights**2, weights**3
+        s1, s2, s3, s4 = (jnp.sum(w**k, 1) for k in (1, 2, 3, 4))
+        product = f * g
+        same = _through(product, w, w)
+        f1, g1, f2, g2 = matmul(w, f), matmul(w, g), matmul(w2, f), matmul(w2, g)
+        p2, p3 = matmul(w2, product), matmul(w3, product)
+        # Sums over different i, j, k, l of w_i w_j w_k w_l times f_ij g_ij, f_ij g_ik and f_ij g_kl.
+        w2_same = jnp.sum(w2 * p2, 1)
+        two = (s1**2 - s2) * same - 4 * s1 * jnp.sum(w * p2, 1) + 4 * jnp.sum(w * p3, 1) + 2 * w2_same
+        triple = jnp.sum(w * (f1 * g1 - p2), 1)
+        at_i = jnp.sum(w2 * (f1 * g1 - p2), 1)
+        three = s1 * triple - at_i - jnp.sum(w * (f2 * g1 - p3), 1) - jnp.sum(w * (f1 * g2 - p3), 1)
+        four = _through(f, w, w) * _through(g, w, w) - 4 * at_i - 2 * w2_same
+        quadruples = s1**4 - 6 * s1**2 * s2 + 3 * s2**2 + 8 * s1 * s3 - 6 * s4
+        return n * (n - 3) * (two - 2 * three + four) / quadruples
+
+
+def _through(matrix: Array, left: Array, right: Array) -> Array:
+    """left_b' matrix right_b, (b,)."""
+    return jnp.sum(left * matmul(right, matrix), 1)
+
+
+# By the names that estimators and comparisons have for users.
+CENTERINGS: dict[str, Centering] = {
+    "none": Centering(),
+    "pearson": Pearson(),
+    "biased": Biased(),
+    "lange": Lange(),
+    "whitened_pearson": WhitenedPearson(),
+    "debiased": Debiased(),
+}
