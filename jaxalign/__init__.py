@@ -33,6 +33,7 @@ from jaxalign.inference import paired_difference as paired_difference
 from jaxalign.inference import permutation_test as permutation_test
 from jaxalign.operators import AffinityOperator as AffinityOperator
 from jaxalign.operators import affinity_operator as affinity_operator
+from jaxalign.pairs import reduce_pairs as reduce_pairs
 from jaxalign.spectral import NormalizedCut as NormalizedCut
 from jaxalign.spectral import kway as kway
 from jaxalign.spectral import normalized_cut as normalized_cut

@@ -17,6 +17,10 @@ ROWS, OTHER_ROWS, WIDTH = helpers.ROWS, helpers.OTHER_ROWS, helpers.WIDTH
 RTOL = helpers.tolerance(np.float32).density
 
 
+def cauchy(distances):
+    return 1 / (1 + distances)
+
+
 # Everything as a function of (x, y) and of one number.
 PAIR = {
     "squared_distances": lambda x, y, s: jaxalign.squared_distances(x, y) * s,
@@ -24,6 +28,7 @@ PAIR = {
     "solve_sigma": lambda x, y, s: jaxalign.solve_sigma(x, y, density=0.1 * s).sigma,
     "rbf_affinity": lambda x, y, s: jaxalign.rbf_affinity(x, y, density=0.1 * s),
     "rbf_affinity at sigma": lambda x, y, s: jaxalign.rbf_affinity(x, y, sigma=s),
+    "reduce_pairs": lambda x, y, s: jaxalign.reduce_pairs(cauchy, x, y, per_row=True) * s,
 }
 SHAPES = {
     "squared_distances": (ROWS, OTHER_ROWS),
@@ -31,6 +36,7 @@ SHAPES = {
     "solve_sigma": (),
     "rbf_affinity": (ROWS, OTHER_ROWS),
     "rbf_affinity at sigma": (ROWS, OTHER_ROWS),
+    "reduce_pairs": (ROWS,),
 }
 NUMBERS = np.array([0.5, 1.0, 1.5], np.float32)
 
@@ -179,6 +185,7 @@ TWO_ARRAYS = {
     "solve_sigma": lambda x, y: jaxalign.solve_sigma(x, y, density=0.3).sigma,
     "rbf_affinity": lambda x, y: jaxalign.rbf_affinity(x, y, density=0.3),
     "affinity_operator": lambda x, y: jaxalign.affinity_operator(x, y, density=0.3).sum(),
+    "reduce_pairs": lambda x, y: jaxalign.reduce_pairs(cauchy, x, y),
     "align": lambda x, y: jaxalign.align({"x": x, "y": y}, landmarks=9, density=0.5, standardize=True).features,
     "joint_affinity": lambda x, y: jaxalign.joint_affinity([x, y], density=0.3),
     "correspondence": jaxalign.correspondence,

@@ -1,0 +1,158 @@
+"""Exact sums over all pairs of rows, of any function of their distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Bool, Float
+
+from jaxalign import _checks
+from jaxalign._linalg import matmul
+from jaxalign._plan import Plan, TileSize, is_shared, make_plan
+from jaxalign._problem import check_problem
+from jaxalign._typing import AnyArray
+from jaxalign.core import reduce
+from jaxalign.core.bandwidth import pairs_of
+from jaxalign.core.devices import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, on_mesh
+from jaxalign.core.features import accurate_distances, center_features, valid_rows
+from jaxalign.core.tiles import Reduction, Tile, inverse_rms_distance, over_all, over_rows, smooth
+
+# Distances are right, each by itself, down to about this many times below the mean.
+_RESOLVED_BELOW_MEAN = 1e3
+
+PairFunction = Callable[[Array], Any]
+
+
+def reduce_pairs(
+    fn: PairFunction,
+    x: Float[AnyArray, "*#batch n d"],
+    y: Float[AnyArray, "*#batch m d"] | None = None,
+    *,
+    values: Float[AnyArray, "*#batch m"] | Float[AnyArray, "*#batch m k"] | None = None,
+    per_row: bool = False,
+    self_pairs: bool = True,
+    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask_y: Bool[AnyArray, "*#batch m"] | None = None,
+    tile_size: TileSize = "auto",
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: str | None = None,
+) -> Any:
+    """The sum of fn(||x_i - y_j||^2) over all pairs, over each row's, or times a value of each column.
+
+    Exact, and never stores n x m numbers unless they are few: tiles of distances are computed when they are visited,
+    and again when they are differentiated. Rows may be spread over devices.
+
+    Args:
+        fn: of an array of squared distances, entry by entry; returns an array of the same shape, or a pytree of such
+            arrays, all of which are summed in one visit. Where fn has no derivative at distance 0, as a square root,
+            that is taken as 0. Define it once: a new function object is compiled anew.
+        x: features, shape (..., n, d).
+        y: features, shape (..., m, d); None compares x with itself.
+        values: v, shape (..., m) or (..., m, k): row i then gets sum_j fn(D_ij) v_j.
+        per_row: without values: the sum of each row, instead of the sum over all pairs.
+        self_pairs: whether pairs of a sample with itself count; only for y = None.
+        mask: shape (..., n), True marks valid samples; the others do not count, and get 0.
+        mask_y: the same for y, shape (..., m).
+        tile_size: see `jaxalign.solve_sigma`.
+        mesh: see `jaxalign.solve_sigma`.
+        axis_name: see `jaxalign.solve_sigma`.
+
+    Returns:
+        For each array that fn returns: shape (...); with per_row (..., n); with values (..., n) or (..., n, k).
+        Differentiable in x, y, values and whatever fn depends on. nan where the features hold nan or inf.
+
+    Raises:
+        TypeError, ValueError: see `jaxalign.solve_sigma`; also values of another length than the columns, and an fn
+            that does not work entry by entry.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxalign
+        >>> x, y = jax.random.normal(jax.random.key(0), (2, 1000, 3))
+        >>> energy = jaxalign.reduce_pairs(jnp.sqrt, x, y + 1) / 1000**2  # the mean distance
+        >>> cauchy = jaxalign.reduce_pairs(lambda d: 1 / (1 + d), x, y, values=jnp.ones(1000))
+        >>> round(float(energy), 2), cauchy.shape
+        (2.83, (1000,))
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of an array of squared distances; got {_checks.shown(fn)}.")
+    problem = check_problem(x, y, mask, mask_y, "include", shared=is_shared(mesh, axis_name))
+    x, y, mask, mask_y, _ = problem
+    if y is not None and not self_pairs:
+        raise ValueError("self_pairs=False has no meaning with y: row i and column i are different samples.")
+    if values is not None and per_row:
+        raise ValueError("per_row=True has no effect with values, which give one result per row anyway. Leave it out.")
+    _check_elementwise(fn, x.dtype)
+    plan = make_plan(x, y, tile_size, mesh, axis_name)
+    is_vector = False
+    if values is not None:
+        m = (x if y is None else y).shape[-2]
+        values = _checks.parameter_array("values", values, x.dtype)
+        is_vector = values.shape[-1] == m and values.shape[-2:-1] != (m,)
+        values = values[..., None] if is_vector else values
+        if values.shape[-2:-1] != (m,):
+            raise ValueError(f"values has shape {values.shape}; each of {m} columns needs a value, or a row of them.")
+        values = jnp.broadcast_to(values, (*x.shape[:-2], *values.shape[-2:]))
+    options: dict[str, Any] = {"fn": fn, "per_row": per_row, "self_pairs": self_pairs, "plan": plan}
+    if _checks.is_concrete(x, y, mask, mask_y, values):
+        sums = _reduce_jit(x, y, mask, mask_y, values, **options)
+    else:  # fn may depend on what is traced, which a program that is kept must not
+        sums = jax.jit(partial(_reduce, **options))(x, y, mask, mask_y, values)
+    return jax.tree.map(lambda a: a[..., 0], sums) if is_vector else sums
+
+
+def _check_elementwise(fn: PairFunction, dtype: Any) -> None:
+    for leaf in jax.tree.leaves(jax.eval_shape(fn, jax.ShapeDtypeStruct((2, 3), dtype))):
+        if leaf.shape != (2, 3):
+            raise ValueError(f"fn must work entry by entry: of distances of shape (2, 3) it makes shape {leaf.shape}.")
+
+
+def _reduce(
+    x: Array,
+    y: Array | None,
+    mask: Array | None,
+    mask_y: Array | None,
+    values: Array | None,
+    *,
+    fn: PairFunction,
+    per_row: bool,
+    self_pairs: bool,
+    plan: Plan,
+) -> Any:
+    def local(x: Array, y: Array | None, mask: Array | None, mask_y: Array | None, values: Array | None) -> Any:
+        features = center_features(x, y, mask, mask_y, plan.axis_name)
+        gamma = _RESOLVED_BELOW_MEAN * inverse_rms_distance(features, plan.axis_name) ** 2
+        pairs = pairs_of(features, None, skip_self=not self_pairs, plan=plan)
+        if plan.stored:
+            pairs_in_sum = pairs.pairs_in_sum("all")
+            distances = accurate_distances(features, gamma, pairs_in_sum=pairs_in_sum)
+            pairs = pairs_of(features, distances, skip_self=not self_pairs, plan=plan)
+
+        def terms(tile: Tile) -> Any:
+            distances = tile.distances[0] * features.scale * features.scale
+            counts = tile.apply_weights(jnp.ones_like(distances))
+            # Of pairs that do not count fn must not be inf or nan: 0 times that is nan.
+            safe = jnp.where(counts > 0, distances, features.scale * features.scale)
+            return jax.tree.map(tile.apply_weights, smooth(fn, safe))
+
+        def times_values(terms: Any, tile: Tile) -> tuple[Any, Any]:
+            return (), jax.tree.map(lambda term: matmul(term, tile.column.as_column), terms)
+
+        sums = times_values if values is not None else over_rows if per_row else over_all
+        # A masked column may hold nan, which 0 times does not remove.
+        as_column = () if values is None else valid_rows(values, features.column_mask)
+        found = reduce.reduce_pairs(
+            Reduction(terms, sums), pairs, gammas=(gamma,), as_column=as_column, in_blocks=False
+        )
+        result = found[0] if sums is over_all else found[1]
+        return jax.tree.map(lambda a: jnp.where(features.finite, a, jnp.nan), result)
+
+    rows = ROWS_SECOND_LAST if values is not None else ROWS_LAST if per_row else NO_ROWS
+    return on_mesh(local, plan, (x, y, mask, mask_y), (values,), (ROWS_SECOND_LAST,), rows)
+
+
+_reduce_jit = partial(jax.jit, static_argnames=("fn", "per_row", "self_pairs", "plan"))(_reduce)
