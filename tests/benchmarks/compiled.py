@@ -227,6 +227,7 @@ def grids() -> list[Program]:
     def products(where: Where) -> Built:
         from jaxalign._plan import Plan
         from jaxalign._problem import check_rtol
+        from jaxalign.measures._centering import CENTERINGS
         from jaxalign.measures._hsic import cka_measure
         from jaxalign.measures._pair_sums import pair_products
 
@@ -234,7 +235,7 @@ def grids() -> list[Program]:
         plan = Plan(False, 1000, differentiable=False)
 
         def inner(sigmas: jax.Array, *sets: jax.Array) -> Any:
-            return pair_products(sets, 6, None, sigmas, None, function, "debiased", rtol, plan)
+            return pair_products(sets, 6, None, sigmas, None, function, CENTERINGS["debiased"], rtol, plan)
 
         return inner, (where.whole(12), *(where.whole(1000, 64 * k) for k in range(1, 13)))
 
