@@ -106,8 +106,8 @@ def rbf_affinity(
 def _rbf_affinity(
     x: Array,
     y: Array | None,
-    sigma: Array | None,
-    density: Array | None,
+    sigma: AnyArray | None,
+    density: AnyArray | None,
     mask: Array | None,
     mask_y: Array | None,
     diagonal: Diagonal,

@@ -137,7 +137,7 @@ def mean_density(
 def _mean_density(
     x: Array,
     y: Array | None,
-    sigma: Array,
+    sigma: AnyArray,
     mask: Array | None,
     mask_y: Array | None,
     diagonal: Diagonal,
@@ -238,7 +238,7 @@ def solve_checked(
 def _solve_sigma(
     x: Array,
     y: Array | None,
-    density: Array,
+    density: AnyArray,
     mask: Array | None,
     mask_y: Array | None,
     diagonal: Diagonal,

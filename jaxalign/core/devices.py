@@ -67,7 +67,7 @@ def on_mesh(
         other_rows: for each of them the axis that holds rows of x or y: NO_ROWS, ROWS_LAST or ROWS_SECOND_LAST.
         result_rows: the same for the result, a prefix of its pytree; rows of x.
     """
-    x, y, mask, mask_y = sides
+    (x, y, mask, mask_y), others = jax.tree.map(jnp.asarray, (sides, others))  # without jit, numbers come as numpy's
     batch = x.ndim - 2
     local = batched(local, batch)
     if plan.mesh is None:
@@ -125,17 +125,18 @@ def in_auto_mode(fn: Callable[..., Any], x: Array, *args: Any, result_rows: Any)
 
     Results are spread as x is; `result_rows` says which of their axes has the rows, as in `on_mesh`.
     """
+    x, arrays = jax.tree.map(jnp.asarray, (x, args))  # without jit, numbers come as numpy's
     sharding = jax.typeof(x).sharding
     mesh = sharding.mesh
     if not _is_explicit(mesh):
-        return fn(x, *args)
+        return fn(x, *arrays)
 
     def spread(rows: int) -> NamedSharding:
         batch, of_rows = sharding.spec[:-2], sharding.spec[-2:-1]
         return NamedSharding(mesh, P(*batch) if rows == NO_ROWS else P(*batch, *of_rows, *[None] * (-1 - rows)))
 
     out = jax.tree.map(spread, result_rows)
-    return jax.sharding.auto_axes(fn, axes=mesh.explicit_axes, out_sharding=out)(x, *args)
+    return jax.sharding.auto_axes(fn, axes=mesh.explicit_axes, out_sharding=out)(x, *arrays)
 
 
 def gathered(a: Array) -> Array:
