@@ -357,16 +357,15 @@ def solve_pairs(
             moves, instead of nan.
     """
     constant, target = lax.stop_gradient((features, density))
-    options: dict[str, Any] = {"skip_self": skip_self, "plan": plan, "precision": precision, "euclidean": euclidean}
-    options["density"] = target
-    distances = None
+    pairs_with = partial(
+        pairs_of, skip_self=skip_self, plan=plan, precision=precision, euclidean=euclidean, density=target
+    )
+    pairs, distances = replace(pairs_with(constant, None), differentiable=False), None
+    total = pairs.total(per_row=per_row)
     if plan.stored:
-        distances, search = _solve_stored(constant, target, rtol, per_row, options)
+        distances, search = _solve_stored(pairs, partial(pairs_with, constant), target, rtol, per_row)
     else:
-        pairs = replace(pairs_of(constant, None, **options), differentiable=False)
         search = find_gamma(pairs, target, per_row=per_row, rtol=rtol)
-    pairs = pairs_of(features, distances, **options)
-    total = lax.stop_gradient(pairs.total(per_row=per_row))
     status = _status(search, features.finite, target, total)
     gamma, slope = search.gamma, search.slope
     if duplicates_allowed:
@@ -378,7 +377,7 @@ def solve_pairs(
         # Nothing moves: neither with the features nor with the density.
         features = features._replace(raw_x=jnp.where(duplicates, constant.raw_x, features.raw_x))
         density = jnp.where(duplicates, target, density)
-        pairs = pairs_of(features, distances, **options)
+    pairs = pairs_with(features, distances)
 
     def in_valid_rows(value: Array, otherwise: float | int) -> Array:
         return jnp.where(features.mask, value, otherwise) if per_row and features.mask is not None else value
@@ -392,19 +391,19 @@ def solve_pairs(
 
 
 def _solve_stored(
-    features: CenteredFeatures, density: Array, rtol: float, per_row: bool, options: dict[str, Any]
+    pairs: Pairs, pairs_with: Callable[[Array], Pairs], density: Array, rtol: float, per_row: bool
 ) -> tuple[Array, Search]:
     """The root, and distances that are accurate enough for it: explicit ones, where the fast ones are not."""
+    (features,), euclidean = pairs.features, pairs.euclidean
 
     def solve(distances: Array, start: Array | None = None) -> Search:
-        pairs = pairs_of(features, distances, **options)
-        search = find_gamma(pairs, density, per_row=per_row, rtol=rtol, start=start)
+        search = find_gamma(pairs_with(distances), density, per_row=per_row, rtol=rtol, start=start)
         return search._replace(passes=varying_like(distances, search.passes))
 
-    fast = fast_distances(features, options["precision"])
-    search, norms, euclidean = solve(fast), squared_norms(features), options["euclidean"]
+    fast, norms = fast_distances(features, pairs.precision), squared_norms(features)
+    search = solve(fast)
     gamma = search.gamma[:, None] if per_row else search.gamma
-    pairs_in_sum = pairs_of(features, None, **options).pairs_in_sum("row" if per_row else "all")
+    pairs_in_sum = pairs.pairs_in_sum("row" if per_row else "all")
 
     def improve(state: tuple[Array, Search], features: CenteredFeatures) -> tuple[Array, Search]:
         def solve_again(_: tuple[Array, Search], features: CenteredFeatures) -> tuple[Array, Search]:

@@ -69,7 +69,11 @@ def reduce_pairs(
     fast = visit_tiles(reduction, replace(pairs, fast_only=True), tile)[:2]
     norms = squared_norms(pairs.features[0])
     coarse = may_be_coarse(norms, gamma, pairs_in_sum=tile.pairs_in_sum, axis_name=pairs.axis_name)
-    return when_any(pairs.any(coarse), lambda _: visit_tiles(reduction, pairs, tile)[:2], fast)
+
+    def visit_accurately(_: tuple[Any, Any], row: Side, column: Side) -> tuple[Any, Any]:
+        return visit_tiles(reduction, pairs, tile._replace(row=row, column=column))[:2]
+
+    return when_any(pairs.any(coarse), visit_accurately, fast, tile.row, tile.column)
 
 
 def reduce_both_sides(
@@ -101,10 +105,8 @@ def _visit_dense(reduction: Reduction, distances: tuple[Array, ...], tile: Tile,
     whole = n // size * size
     blocks = jax.tree.map(lambda a: a[:whole].reshape(-1, size, *a.shape[1:]), (distances, tile.row))
     totals, rows = lax.map(visit, blocks)
-    totals, rows = (
-        jax.tree.map(lambda t: jnp.sum(t, 0), totals),
-        jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:]), rows),
-    )
+    totals = jax.tree.map(lambda t: jnp.sum(t, 0), totals)
+    rows = jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:]), rows)
     if whole == n:
         return totals, rows
     more_totals, more_rows = visit(jax.tree.map(lambda a: a[whole:], (distances, tile.row)))

@@ -256,8 +256,8 @@ def prepare(
         assert sigma is not None
         gamma = gamma_of(sigma, features.scale, euclidean=function.euclidean)
     else:
-        gamma, sigma = None, jnp.zeros((), x.dtype)
         gamma = inverse_rms_distance(features, plan.axis_name) if function.euclidean else None
+        sigma = jnp.zeros((), x.dtype)
     stored = _stored(features, gamma, function, resolved) if plan.stored else None
     pairs = Pairs((features,), stored, True, plan.tile_size, plan.axis_name, euclidean=function.euclidean)
     return Prepared(pairs, gamma, sigma, converged)
