@@ -49,6 +49,9 @@ from jaxalign.measures._evaluate import (
 from jaxalign.measures._pair_sums import bandwidth_of_jit
 from jaxalign.measures._registry import check_how, specified
 
+# Two cores compute so many products in less time than it takes to compile for one more width.
+_PRODUCTS_PER_WIDTH = 5e10
+
 Features = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | os.PathLike[str]
 
 
@@ -308,7 +311,9 @@ def _compare_in_memory(
     task: GridTask, measure: PairMeasure | SetMeasure, mesh: Any = None, axis_name: Any = None
 ) -> GridResult:
     """Arrays in memory, spread over devices or not: in one visit of the pairs, or cell by cell."""
-    named = list(zip(task.names, task.features, strict=True))
+    named = [(name, _checks.features(name, value)) for name, value in zip(task.names, task.features, strict=True)]
+    if isinstance(measure, PairMeasure) and measure.function.rows is None:
+        named = _of_one_width(named)
     features, mask = check_sets(named, task.mask, task.missing, measure.least, measure.needs)
     if isinstance(measure, SetMeasure):
         prepared = Preparation(task, measure, lambda k: features[k], mask, mesh, axis_name)
@@ -334,6 +339,18 @@ def _compare_in_memory(
     values = np.asarray(values_of(inner, measure))
     sigmas = np.asarray(inner.sigma) if function.needs_sigma else np.full(len(features), np.nan)
     return GridResult(values, sigmas, int(inner.samples))
+
+
+def _of_one_width(named: list[tuple[str, Array]]) -> list[tuple[str, Array]]:
+    """The same representations with channels of zeros, which change no distance, if that saves time.
+
+    Whatever depends on the width is compiled once for each, so where computing is quick, one width is quicker.
+    """
+    widths = [features.shape[-1] for _, features in named]
+    n, most, added = named[0][1].shape[0], max(widths), max(widths) * len(widths) - sum(widths)
+    if n * n * added > (len(set(widths)) - 1) * _PRODUCTS_PER_WIDTH or added > sum(widths):
+        return named
+    return [(name, jnp.pad(features, [(0, 0), (0, most - features.shape[-1])])) for name, features in named]
 
 
 # --- what was handed in -----------------------------------------------------------------------------------------------

@@ -450,9 +450,8 @@ def _pair_matrix(
     x: Array, sigma: Array | None, density: Array | None, function: PairFunction, centering: Centering, rtol: float
 ) -> tuple[Array, Array, Array]:
     prepared = prepare(x, None, sigma, density, function, rtol, STORED)
-    assert prepared.pairs.distances is not None
     scale = prepared.features.scale
-    f = function.of(prepared.pairs.distances[0], prepared.gamma, scale)
+    f = function.of(prepared.distances, prepared.gamma, scale)
     # In its own unit, so that neither squares nor products overflow.
     matrix = centering.matrix(f)
     count, size = jnp.asarray(x.shape[0], x.dtype), jnp.max(jnp.abs(f), -1, keepdims=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jaxlib
 import jaxtyping
 import numpy as np
 import pytest
@@ -27,6 +28,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is read from the cache of the user's commands, nor written to it, here or by programs that tests start.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 jax.config.update("jax_enable_compilation_cache", False)
+
+# Compiling takes half the time with the older emitters of fused kernels, which jaxlib 0.11 no longer has. Users run the
+# newer ones, and so does .ci/run with the newest jax.
+if jaxlib.__version__.startswith("0.10."):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 # Before anything starts the backend: the number of devices cannot change afterwards.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -57,7 +63,7 @@ hypothesis.settings.load_profile("jaxalign")
 def pytest_configure(config: pytest.Config) -> None:
     import memory
 
-    config.pluginmanager.register(memory.Watch(), "jaxalign-memory")
+    config.pluginmanager.register(memory.WATCH, "jaxalign-memory")
 
 
 @pytest.fixture

@@ -57,10 +57,18 @@ class Watch:
         module, now = nodeid.partition("::")[0], resident()
         self.grown[module] += int(now - self.before)
         self.highest = max(self.highest, (now, module))
+        self.before = self.drop_programs()
+
+    def drop_programs(self) -> float:
+        """Drop what is compiled if there is much of it; a test that compiles hundreds of programs asks for it itself.
+
+        Returns what the process holds then.
+        """
+        now = resident()
         if now > max(PLENTY, self.left + MORE) or count_maps() > MANY_MAPS:
             jax.clear_caches()
             now = self.left = resident_after_trimming()
-        self.before = now
+        return now
 
     def complaint(self) -> str | None:
         """What to say at the end of the session, if anything."""
@@ -91,6 +99,10 @@ class Watch:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         for found in self.complaints:
             terminalreporter.write_line(f"MEMORY {found}", red=True)
+
+
+# Of this process.
+WATCH = Watch()
 
 
 def count_maps() -> int:

@@ -41,6 +41,13 @@ def test_programs_are_dropped_where_there_are_many_and_no_more_often(grows):
     assert watch.complaint() is None
 
 
+def test_a_test_of_many_programs_drops_them_itself(grows):
+    watch = memory.Watch()
+    for grows.now in (1000.0, memory.PLENTY + 1.0):
+        watch.drop_programs()
+    assert grows.dropped == 1
+
+
 def test_a_process_with_too_much_is_reported_with_the_module_that_added_most(grows):
     watch = memory.Watch()
     for module, grows.now in (("test_a", 600.0), ("test_b", 1900.0), ("test_c", 2100.0)):

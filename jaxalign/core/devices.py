@@ -32,6 +32,12 @@ def batched(fn: Callable[..., T], batch_dims: int) -> Callable[..., T]:
     return fn
 
 
+def on_any_device(condition: Array, axis_name: str | None) -> Array:
+    """Whether a condition holds anywhere, on any of the devices along a named axis: ()."""
+    holds = jnp.any(condition)
+    return holds if axis_name is None else lax.psum(holds.astype(jnp.int32), axis_name) > 0
+
+
 def over_devices(collective: Callable[..., T], value: T, axis_name: str | None) -> T:
     """A collective over a named axis, or the value itself without one."""
     return value if axis_name is None else collective(value, axis_name)

@@ -77,6 +77,15 @@ class CenteredFeatures(NamedTuple):
             return None
         return self.sample[:, None] == self.sample_y[None]
 
+    def padded(self, width: int) -> CenteredFeatures:
+        """The same with channels of zeros, up to this many."""
+
+        def pad(a: Array) -> Array:
+            return jnp.pad(a, [(0, 0), (0, width - a.shape[1])])
+
+        raw_y = None if self.raw_y is None else pad(self.raw_y)
+        return self._replace(raw_x=pad(self.raw_x), raw_y=raw_y, center=pad(self.center))
+
     def only_valid(self, pairs: Array) -> Array:
         """Of pairs that are marked, (n, m), those of valid, different samples."""
         same = self.same_sample()

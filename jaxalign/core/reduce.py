@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxalign._linalg import root
+from jaxalign.core.devices import on_any_device
 from jaxalign.core.features import may_be_coarse, squared_norms, when_any
 from jaxalign.core.ring import visit_tiles
 from jaxalign.core.tiles import GammaPer, Pairs, Reduction, Side, Tile, empty_tile
@@ -61,7 +63,7 @@ def reduce_pairs(
     """
     tile = empty_tile(pairs, gammas, gamma_per, as_row, as_column)
     if pairs.distances is not None:
-        return _visit_dense(reduction, pairs.distances, tile, in_blocks)
+        return _visit_dense(reduction, pairs, tile, in_blocks)
     gamma = gammas[0] if len(gammas) == 1 else None
     if jax.default_backend() != "gpu" or pairs.differentiable or pairs.euclidean or gamma is None:
         return visit_tiles(reduction, pairs, tile)[:2]
@@ -73,7 +75,7 @@ def reduce_pairs(
     def visit_accurately(_: tuple[Any, Any], row: Side, column: Side) -> tuple[Any, Any]:
         return visit_tiles(reduction, pairs, tile._replace(row=row, column=column))[:2]
 
-    return when_any(pairs.any(coarse), visit_accurately, fast, tile.row, tile.column)
+    return when_any(on_any_device(coarse, pairs.axis_name), visit_accurately, fast, tile.row, tile.column)
 
 
 def reduce_both_sides(
@@ -90,25 +92,29 @@ def reduce_both_sides(
     return visit_tiles(reduction, pairs, empty_tile(pairs, gammas, "all", as_row, as_column), both_sides=True)
 
 
-def _visit_dense(reduction: Reduction, distances: tuple[Array, ...], tile: Tile, in_blocks: bool) -> tuple[Any, Any]:
+def _visit_dense(reduction: Reduction, pairs: Pairs, tile: Tile, in_blocks: bool) -> tuple[Any, Any]:
     """All stored pairs once, on a CPU in blocks of rows."""
+    distances = pairs.distances
+    assert distances is not None
 
-    def visit(block: tuple[tuple[Array, ...], Side]) -> tuple[Any, Any]:
-        part = tile._replace(distances=block[0], row=block[1])
+    def visit(start: Array | int, size: int) -> tuple[Any, Any]:
+        part, row = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size), (distances, tile.row))
+        part = tuple(root(d) if pairs.euclidean else d for d in part)
+        part = tile._replace(distances=part, row=row)
         return reduction.sums(reduction.terms(part), part)
 
     n = distances[0].shape[0]
     most = min(_ROWS_PER_BLOCK, max(1, _PAIRS_PER_BLOCK // sum(d.shape[1] for d in distances)))
     if not in_blocks or most >= n or jax.default_backend() != "cpu":  # a GPU reads all pairs once as they are
-        return visit((distances, tile.row))
+        return visit(0, n)
     size = next((size for size in range(most, most // 8, -1) if n % size == 0), most)
     whole = n // size * size
-    blocks = jax.tree.map(lambda a: a[:whole].reshape(-1, size, *a.shape[1:]), (distances, tile.row))
-    totals, rows = lax.map(visit, blocks)
+    # Slices by their number, not blocks to map over: vmap would transpose those, all stored pairs in every pass.
+    totals, rows = lax.map(lambda start: visit(start, size), jnp.arange(0, whole, size))
     totals = jax.tree.map(lambda t: jnp.sum(t, 0), totals)
     rows = jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:]), rows)
     if whole == n:
         return totals, rows
-    more_totals, more_rows = visit(jax.tree.map(lambda a: a[whole:], (distances, tile.row)))
+    more_totals, more_rows = visit(whole, n - whole)
     rows = jax.tree.map(lambda a, b: jnp.concatenate((a, b)), rows, more_rows)
     return jax.tree.map(jnp.add, totals, more_totals), rows

@@ -174,7 +174,7 @@ class Pairs:
 
     Attributes:
         features: of each representation; they share the masks of the first.
-        distances: stored (n, m), one per representation (squared, unless Euclidean); None: computed tile by tile.
+        distances: stored squared distances (n, m), one per representation; None: computed tile by tile.
         skip_self: pairs of a sample with itself do not count.
         tile_size: rows and columns of a tile at most; None: one tile.
         axis_name: the named axis over whose devices the rows, of both sides, are spread.
@@ -249,18 +249,13 @@ class Pairs:
 
     def stored(self) -> Pairs:
         """The same with their distances stored, by the fast formula."""
-        squared = (fast_distances(features, self.precision) for features in self.features)
-        return replace(self, distances=tuple(root(d) if self.euclidean else d for d in squared))
+        return replace(self, distances=tuple(fast_distances(features, self.precision) for features in self.features))
 
     def pairs_in_sum(self, gamma_per: GammaPer) -> Array | float:
         """About how many pairs carry the sum over a kernel: of all, of a row or of a column."""
         n, m = self.shape
         number = {"all": n * m, "row": m, "column": n}[gamma_per]
         return float(number) * (_USUAL_SHARE if self.density is None else self.density)
-
-    def any(self, condition: Array) -> Array:
-        """Whether a condition holds anywhere, on any device."""
-        return over_devices(lax.psum, jnp.any(condition).astype(jnp.int32), self.axis_name) > 0
 
     def side(self, *, columns: bool, gammas: tuple[Array | None, ...], as_row: Any, as_column: Any) -> Side:
         """All rows of one side, with what belongs to them."""

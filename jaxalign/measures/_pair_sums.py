@@ -27,7 +27,7 @@ from jaxalign._directions import Rows, unit_features
 from jaxalign._linalg import bounded, root
 from jaxalign._plan import Plan
 from jaxalign._problem import Diagonal
-from jaxalign.core.bandwidth import CONVERGED, gamma_of, is_bandwidth, solve_pairs
+from jaxalign.core.bandwidth import CONVERGED, gamma_of, is_bandwidth, solve_each
 from jaxalign.core.devices import NO_ROWS, ROWS_SECOND_LAST, on_mesh, over_devices
 from jaxalign.core.features import (
     CenteredFeatures,
@@ -221,6 +221,13 @@ class Prepared(NamedTuple):
         """The representation itself."""
         return self.pairs.features[0]
 
+    @property
+    def distances(self) -> Array:
+        """Stored distances, (n, n): Euclidean ones of a function of those, else squared."""
+        assert self.pairs.distances is not None
+        (squared,) = self.pairs.distances
+        return root(squared) if self.pairs.euclidean else squared
+
 
 def prepare(
     x: Array,
@@ -233,34 +240,65 @@ def prepare(
     *,
     resolved: bool = False,
 ) -> Prepared:
-    """The pairs of rows (n, d) and a bandwidth; each stored distance is right by itself if `resolved`."""
-    features = unit_features(valid_rows(x, mask), mask, function.rows, plan.axis_name)
-    converged = jnp.full((), CONVERGED, jnp.int32)
-    if function.solves:
-        assert density is not None
-        solution, pairs = solve_pairs(
-            features,
-            density,
-            rtol,
-            skip_self=function.diagonal == "exclude",
-            plan=plan,
-            euclidean=function.euclidean,
-            duplicates_allowed=function.tolerant,
-        )
+    """`prepare_sets` of a single representation."""
+    sigmas = None if sigma is None else sigma[None]
+    return prepare_sets((x,), mask, sigmas, density, function, rtol, plan, resolved=resolved)[0]
+
+
+def prepare_sets(
+    sets: tuple[Array, ...],
+    mask: Array | None,
+    sigmas: Array | None,
+    density: Array | None,
+    function: PairFunction,
+    rtol: float,
+    plan: Plan,
+    *,
+    resolved: bool = False,
+) -> list[Prepared]:
+    """The pairs of rows (n, d) of each representation and a bandwidth: its own of (sets,), or from the density.
+
+    Each stored distance is right by itself if `resolved`.
+    """
+    features = tuple(unit_features(valid_rows(x, mask), mask, function.rows, plan.axis_name) for x in sets)
+    if not function.solves:
+        each = sigmas if function.needs_sigma else [None] * len(features)
+        assert each is not None
+        return [_given(part, sigma, function, plan, resolved) for part, sigma in zip(features, each, strict=True)]
+    assert density is not None
+    solved = solve_each(
+        features,
+        density,
+        rtol,
+        skip_self=function.diagonal == "exclude",
+        plan=plan,
+        euclidean=function.euclidean,
+        duplicates_allowed=function.tolerant,
+    )
+    prepared = []
+    for solution, pairs in solved:
         gamma, sigma = solution.gamma, solution.sigma
         if function.fixed_sigma:
             gamma, sigma = lax.stop_gradient((gamma, sigma))
         # Pairs of a sample with itself are left out: those are known.
-        return Prepared(replace(pairs, skip_self=True), gamma, sigma, solution.status)
+        prepared.append(Prepared(replace(pairs, skip_self=True), gamma, sigma, solution.status))
+    return prepared
+
+
+def _given(
+    features: CenteredFeatures, sigma: Array | None, function: PairFunction, plan: Plan, resolved: bool
+) -> Prepared:
+    """With a given bandwidth, or none."""
     if function.needs_sigma:
         assert sigma is not None
         gamma = gamma_of(sigma, features.scale, euclidean=function.euclidean)
     else:
         gamma = inverse_rms_distance(features, plan.axis_name) if function.euclidean else None
-        sigma = jnp.zeros((), x.dtype)
+        sigma = jnp.zeros((), features.raw_x.dtype)
     stored = _stored(features, gamma, function, resolved) if plan.stored else None
     pairs = Pairs((features,), stored, True, plan.tile_size, plan.axis_name, euclidean=function.euclidean)
-    return Prepared(pairs, gamma, sigma, converged)
+    assert sigma is not None
+    return Prepared(pairs, gamma, sigma, jnp.full((), CONVERGED, jnp.int32))
 
 
 def _stored(
@@ -274,24 +312,7 @@ def _stored(
     else:
         pairs_in_sum = Pairs((features,)).pairs_in_sum("all")
         distances = accurate_distances(features, gamma, pairs_in_sum=pairs_in_sum, euclidean=function.euclidean)
-    distances = attach_derivative(features, distances)
-    return (root(distances) if function.euclidean else distances,)
-
-
-def prepare_sets(
-    sets: tuple[Array, ...],
-    mask: Array | None,
-    sigmas: Array | None,
-    density: Array | None,
-    function: PairFunction,
-    rtol: float,
-    plan: Plan,
-) -> list[Prepared]:
-    """Each of several representations, with its own sigma of (sets,) or a density for all."""
-    return [
-        prepare(rows, mask, None if sigmas is None else sigmas[k], density, function, rtol, plan)
-        for k, rows in enumerate(sets)
-    ]
+    return (attach_derivative(features, distances),)
 
 
 def usable(prepared: Prepared, function: PairFunction) -> Array:

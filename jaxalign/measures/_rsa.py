@@ -205,9 +205,8 @@ def _rdm(
         x: Array, mask: Array | None, sigma: Array | None, density: Array | None
     ) -> tuple[Array, Array]:
         prepared = prepare(x, mask, sigma, density, function, rtol, STORED, resolved=True)
-        features, distances = prepared.features, prepared.pairs.distances
-        assert distances is not None
-        values = function.of(distances[0], prepared.gamma, features.scale)
+        features = prepared.features
+        values = function.of(prepared.distances, prepared.gamma, features.scale)
         if function.form in ("squared", "root"):
             values = values * features.scale if function.form == "root" else values * features.scale * features.scale
             # Of rows of unit length 1 - cos is half the squared distance.
