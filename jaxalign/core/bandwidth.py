@@ -27,7 +27,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxalign._plan import STORED, Plan
-from jaxalign.core.devices import batched, on_any_device, varying_like
+from jaxalign.core.devices import on_any_device, varying_like
 from jaxalign.core.features import (
     CenteredFeatures,
     are_coarse,
@@ -434,7 +434,7 @@ def _find_gammas(each: list[Pairs], per_row: bool, rtol: float) -> list[tuple[Ar
     # Channels of zeros change no distance.
     width = max(pairs.features[0].raw_x.shape[1] for pairs in each)
     padded = [replace(pairs, features=(pairs.features[0].padded(width),)) for pairs in each]
-    found = batched(find, 1)(jax.tree.map(lambda *parts: jnp.stack(parts), *padded))
+    found = jax.vmap(find)(jax.tree.map(lambda *parts: jnp.stack(parts), *padded))
     return [jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(each))]
 
 
