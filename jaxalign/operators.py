@@ -289,7 +289,7 @@ def inverse_root(degrees: Array) -> Array:
 
 
 def _times_column_values(terms: Array, tile: Tile) -> tuple[tuple[()], Array]:
-    return (), matmul(terms, tile.column.as_column)
+    return (), matmul(terms, tile.column.column_values)
 
 
 @jax.jit
@@ -302,7 +302,7 @@ def _product(a: AffinityOperator, v: Array) -> Array:
         pairs = pairs_of(features, None, skip_self=a.zero_diagonal, plan=a.plan, precision=a.precision)
         reduction = Reduction(kernel_terms, _times_column_values, symmetric=not a.per_row)
         gamma_per = "all" if not a.per_row else "column" if a.transposed else "row"
-        _, product = reduce_pairs(reduction, pairs, gammas=(gamma,), gamma_per=gamma_per, as_column=v)
+        _, product = reduce_pairs(reduction, pairs, gammas=(gamma,), gamma_per=gamma_per, column_values=v)
         return jnp.where(features.finite, product, jnp.nan)
 
     v = v if a.right is None else v * a.right

@@ -140,13 +140,13 @@ def _reduce(
             return jax.tree.map(tile.apply_weights, smooth(fn, safe))
 
         def times_values(terms: Any, tile: Tile) -> tuple[Any, Any]:
-            return (), jax.tree.map(lambda term: matmul(term, tile.column.as_column), terms)
+            return (), jax.tree.map(lambda term: matmul(term, tile.column.column_values), terms)
 
         sums = times_values if values is not None else over_rows if per_row else over_all
         # A masked column may hold nan, which 0 times does not remove.
-        as_column = () if values is None else valid_rows(values, features.column_mask)
+        column_values = () if values is None else valid_rows(values, features.column_mask)
         found = reduce.reduce_pairs(
-            Reduction(terms, sums), pairs, gammas=(gamma,), as_column=as_column, in_blocks=False
+            Reduction(terms, sums), pairs, gammas=(gamma,), column_values=column_values, in_blocks=False
         )
         result = found[0] if sums is over_all else found[1]
         return jax.tree.map(lambda a: jnp.where(features.finite, a, jnp.nan), result)

@@ -234,8 +234,10 @@ def _sum_blocks(
     pairs = Pairs(features, None, is_self, terms.tile_size, differentiable=False, euclidean=function.euclidean)
     reduction = sums_of(tuple(part.scale for part in features), terms.split, function, terms.centering)
     if is_self:
-        totals, rows = reduce_pairs(reduction, pairs, gammas=gammas, as_row=shift, as_column=shift)
+        totals, rows = reduce_pairs(reduction, pairs, gammas=gammas, row_values=shift, column_values=shift)
         columns = 0
     else:
-        totals, rows, columns = reduce_both_sides(reduction, pairs, gammas=gammas, as_row=shift, as_column=shift_y)
+        totals, rows, columns = reduce_both_sides(
+            reduction, pairs, gammas=gammas, row_values=shift, column_values=shift_y
+        )
     return jnp.concatenate([jnp.ravel(total) for total in totals]) if totals else 0, rows, columns

@@ -38,7 +38,16 @@ from jaxalign.core.features import (
 )
 from jaxalign.core.reduce import reduce_pairs
 from jaxalign.core.resolved import resolved_distances
-from jaxalign.core.tiles import Pairs, Reduction, Tile, inverse_rms_distance, kernel, kernel_less_one, over_rows, smooth
+from jaxalign.core.tiles import (
+    Pairs,
+    Reduction,
+    Tile,
+    inverse_rms_distance,
+    kernel,
+    kernel_minus_one,
+    over_rows,
+    smooth,
+)
 from jaxalign.measures._centering import Centering, PairSums
 
 Form = Literal["rbf", "laplacian", "one_minus_rbf", "squared", "root"]
@@ -92,8 +101,8 @@ class PairFunction:
             return distances
         assert gamma is not None
         if self.form == "one_minus_rbf":
-            return -kernel_less_one(distances, gamma)
-        return kernel_less_one(distances, gamma) if self.wide else kernel(distances, gamma)
+            return -kernel_minus_one(distances, gamma)
+        return kernel_minus_one(distances, gamma) if self.wide else kernel(distances, gamma)
 
     def unit(self, scale: Array) -> Array:
         """What f_ij is measured in."""
@@ -378,7 +387,7 @@ def visit_pairs(reduction: Reduction, prepared: list[Prepared], plan: Plan, valu
         differentiable=plan.differentiable,
     )
     gammas = tuple(part.gamma for part in prepared)
-    return reduce_pairs(reduction, pairs, gammas=gammas, as_row=values, as_column=values, in_blocks=False)
+    return reduce_pairs(reduction, pairs, gammas=gammas, row_values=values, column_values=values, in_blocks=False)
 
 
 def sums_of(scales: tuple[Array, ...], split: int, function: PairFunction, centering: Centering | None) -> Reduction:
@@ -387,7 +396,7 @@ def sums_of(scales: tuple[Array, ...], split: int, function: PairFunction, cente
     def terms(tile: Tile) -> tuple[Array, ...]:
         def term(k: int) -> Array:
             f = function.of(tile.distances[k], tile.gammas[k], scales[k])
-            return tile.apply_weights(f - tile.row.as_row[:, k : k + 1] - tile.column.as_column[:, k][None])
+            return tile.apply_weights(f - tile.row.row_values[:, k : k + 1] - tile.column.column_values[:, k][None])
 
         return tuple(term(k) for k in range(len(scales)))
 
@@ -496,7 +505,7 @@ def rounding(facts: Facts, shift: Array, function: PairFunction, count: Array, a
         if function.wide:  # at most 1 - exp of the largest distance, 4 times the largest square
             relative = facts.scales / facts.sigma
             largest = 2 * relative * jnp.sqrt(facts.sizes) if function.euclidean else 2 * relative**2 * facts.sizes
-            size = lax.stop_gradient(-kernel_less_one(largest, one))
+            size = lax.stop_gradient(-kernel_minus_one(largest, one))
     if callable(function.form):
         size = over_devices(lax.pmax, jnp.max(jnp.abs(lax.stop_gradient(shift)), 0), axis_name)
     return (8 * float(jnp.finfo(size.dtype).eps) * size * count) ** 2
