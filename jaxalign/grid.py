@@ -320,7 +320,7 @@ def _compare_in_memory(
         values = compare_cells(prepared, Checkpoint(None, "compare_grid", {}))
         num_samples = task.num_samples if mask is None else int(_checks.on_host(mask).sum())
         return GridResult(values, np.full(len(features), np.nan), num_samples)
-    plan = make_plan(features[0], None, task.tile_size, mesh, axis_name, sets=len(features))
+    plan = make_plan(features[0], None, task.tile_size, mesh, axis_name, representations=len(features))
     plan, function, sigma = replace(plan, differentiable=False), measure.function, task.options.get("sigma")
     if function.solves:
         alone = make_plan(features[0], None, task.tile_size, mesh, axis_name)

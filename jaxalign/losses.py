@@ -244,9 +244,9 @@ def alignment_loss(
         x, y, mask = _with_memory(x, y, mask, memory)
     if measure == "infonce" and mesh is not None:
         raise ValueError('mesh= is not for measure="infonce"; use axis_name= inside jax.shard_map.')
-    plan = make_plan(x, None, tile_size, mesh, axis_name, sets=2)
+    plan = make_plan(x, None, tile_size, mesh, axis_name, representations=2)
     if measure == "infonce":
-        devices = 1 if axis_name is None else plan.rows_of_all(1)
+        devices = 1 if axis_name is None else plan.total_rows(1)
         least = _least_landmarks(x, density, diagonal) if sigma is None else 0
         m = _landmarks(landmarks, n, memory, least, devices)
         return _contrast(x, y, mask, sigma, density, diagonal, n, m, least, landmarks is None, temperature, reduction,

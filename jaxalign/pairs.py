@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul
-from jaxalign._plan import Plan, TileSize, is_shared, make_plan
+from jaxalign._plan import Plan, TileSize, make_plan, rows_are_local
 from jaxalign._problem import check_problem
 from jaxalign._typing import AnyArray
 from jaxalign.core import reduce
@@ -80,7 +80,7 @@ def reduce_pairs(
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function of an array of squared distances; got {_checks.shown(fn)}.")
-    problem = check_problem(x, y, mask, mask_y, "include", shared=is_shared(mesh, axis_name))
+    problem = check_problem(x, y, mask, mask_y, "include", local_rows=rows_are_local(mesh, axis_name))
     x, y, mask, mask_y, _ = problem
     if y is not None and not self_pairs:
         raise ValueError("self_pairs=False has no meaning with y: row i and column i are different samples.")

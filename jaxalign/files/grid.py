@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxalign import _checks
-from jaxalign._plan import choose_tiles, usual_block_rows
+from jaxalign._plan import choose_tiles, default_block_rows
 from jaxalign.core.bandwidth import gamma_of
 from jaxalign.core.features import CenteredFeatures
 from jaxalign.core.reduce import reduce_both_sides, reduce_pairs
@@ -42,7 +42,7 @@ def compare_files(
     """A grid of which two blocks of all rows, or two representations, are in memory at a time."""
     _checks.choice("missing", task.missing, ("raise", "omit", "propagate"))
     widths = sum(value.shape[1] for value in task.features)
-    size = block_rows or min(task.num_samples, usual_block_rows(widths * 8))
+    size = block_rows or min(task.num_samples, default_block_rows(widths * 8))
     mask, complete = _complete(task, size)
     num_samples = task.num_samples if mask is None else int(mask.sum())
     if num_samples < measure.least:

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jaxalign import _checks
 from jaxalign._memory import check_stored
-from jaxalign._plan import Plan, TileSize, is_shared, make_plan
+from jaxalign._plan import Plan, TileSize, make_plan, rows_are_local
 from jaxalign._problem import check_density, check_problem, check_rtol, raise_if_failed
 from jaxalign.core.bandwidth import CONVERGED, NON_FINITE, is_bandwidth
 from jaxalign.core.devices import batched
@@ -147,9 +147,9 @@ def evaluate(
     axis_name: Any = None,
 ) -> Array:
     """The value of a measure for one pair of sets, (...)."""
-    least = 1 if is_shared(mesh, axis_name) else measure.least
+    least = 1 if rows_are_local(mesh, axis_name) else measure.least
     (x, y), mask = check_sets((("x", x), ("y", y)), mask, missing, least, measure.needs)
-    plan = make_plan(x, None, tile_size, mesh, axis_name, sets=2)
+    plan = make_plan(x, None, tile_size, mesh, axis_name, representations=2)
     if isinstance(measure, PairMeasure):
         return values_of(products_of((x, y), 1, mask, sigma, density, measure, plan), measure)[..., 0, 0]
     problem = check_function(("x", "y"), (x, y), mask, sigma, density, measure.function, plan)
@@ -189,7 +189,7 @@ def check_function(
     sigmas = None if sigma is None else sigma_of_each(sigma, len(sets), sets[0])
     if not function.solves:
         return sigmas, None
-    problem = check_problem(sets[0], None, mask, None, function.diagonal, shared=plan.shared)
+    problem = check_problem(sets[0], None, mask, None, function.diagonal, local_rows=plan.rows_are_local)
     return None, jnp.asarray(check_density(density, problem, "global", plan))
 
 
