@@ -77,7 +77,7 @@ def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = S
     _checks.density_value(density)
     if problem.y is None and problem.diagonal == "include" and _checks.is_concrete(density):
         if problem.mask is None or plan.rows_are_local or not _checks.is_concrete(problem.mask):
-            counts = plan.total_rows(problem.x.shape[-2])  # an upper bound: what a mask leaves is unknown under a trace
+            counts = plan.total_rows(problem.x.shape[-2])  # an upper bound: how many samples masks leave is unknown
         else:
             counts = _checks.on_host(problem.mask).sum(-1)
         floor = 1 / np.asarray(counts, np.float64)
