@@ -1,4 +1,4 @@
-"""How pairs are visited: stored or in tiles of which size, on which devices. Decided before anything is traced."""
+"""How pairs are visited: stored or in tiles, of which size, on which devices. Decided before anything is traced."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from jaxalign._memory import free_memory
 
 TileSize = int | Literal["auto"] | None
 
-# Up to this many pairs, 16 MB of float32 (64 on an accelerator), are stored: a second pass needs no second product.
-_STORED_PAIRS = {"cpu": 2**22, "other": 2**24}
-# Pairs in a tile: on a CPU it stays in cache, on an accelerator it keeps all cores busy. (docs/pages/performance.md)
+# Up to this many pairs, 16 MB of float32 (64 MB on an accelerator), are stored: later passes need no matrix product.
+_MAX_STORED_PAIRS = {"cpu": 2**22, "other": 2**24}
+# Pairs per tile: a tile stays in the cache of a CPU, and keeps all cores of an accelerator busy.
+# (docs/pages/performance.md)
 _TILE_PAIRS = {"cpu": 2**20, "other": 2**24}
-# Of several sets each has a tile; smaller ones than this make products slow, as long as all of them are not too many.
-_TILE_PAIRS_OF_A_SET = {"cpu": 2**18, "other": 2**22}
-_TILE_PAIRS_OF_ALL = {"cpu": 2**24, "other": 2**26}
-# A tile needs about this many arrays of its size, and may take this share of the free memory.
+# Several representations have a tile each. Tiles below the first number make products slow; the second limits them all.
+_MIN_TILE_PAIRS = {"cpu": 2**18, "other": 2**22}
+_MAX_TOTAL_TILE_PAIRS = {"cpu": 2**24, "other": 2**26}
+# A tile needs about this many arrays of its size, and may use this share of the free memory.
 _TILE_ARRAYS = 12
 _TILE_SHARE = 0.25
-_LEAST_TILE = 64
+_MIN_TILE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Plan:
     """How all pairs are visited.
 
     Attributes:
-        stored: the distances are stored, all of them.
+        stored: all distances are stored.
         tile_size: rows and columns of a tile at most; None: one tile.
-        axis_name: the named axis over whose devices rows are spread.
-        mesh: the mesh with that axis; None where the caller is inside `jax.shard_map` or the like already.
-        differentiable: False where no derivative is wanted, which saves memory and time.
+        axis_name: the named axis over which rows are sharded.
+        mesh: the mesh with that axis; None if the caller is already inside `jax.shard_map` or similar.
+        differentiable: False if no derivative is needed, which saves memory and time.
     """
 
     stored: bool = True
@@ -48,27 +49,27 @@ class Plan:
     differentiable: bool = True
 
     @property
-    def shared(self) -> bool:
-        """Whether the caller holds the rows of one device, and others hold more of the set."""
-        return is_shared(self.mesh, self.axis_name)
+    def rows_are_local(self) -> bool:
+        """Whether the caller passes only the rows of one device: see `rows_are_local`."""
+        return rows_are_local(self.mesh, self.axis_name)
 
-    def rows_of_all(self, n: int) -> int:
-        """Rows on all devices, where the caller holds n of them on each."""
-        return n * lax.axis_size(self.axis_name) if self.shared else n
+    def total_rows(self, n: int) -> int:
+        """The number of rows on all devices, if the caller passes n."""
+        return n * lax.axis_size(self.axis_name) if self.rows_are_local else n
 
 
-def is_shared(mesh: Any, axis_name: Any) -> bool:
-    """Whether what is handed in with these is one device's rows of a set: inside `jax.shard_map` and the like."""
+def rows_are_local(mesh: Any, axis_name: Any) -> bool:
+    """Whether features passed with these options are the rows of one device: inside `jax.shard_map` or similar."""
     return mesh is None and axis_name is not None
 
 
 STORED = Plan()
 
 
-def make_plan(x: Array, y: Array | None, tile_size: Any, mesh: Any, axis_name: Any, sets: int = 1) -> Plan:
-    """Check tile_size, mesh and axis_name, and decide what was left open; `sets` are visited together."""
+def make_plan(x: Array, y: Array | None, tile_size: Any, mesh: Any, axis_name: Any, representations: int = 1) -> Plan:
+    """Check tile_size, mesh and axis_name, and choose defaults; so many `representations` are visited together."""
     check_tile_size(tile_size)
-    mesh, axis_name, devices = _where(x, y, mesh, axis_name)
+    mesh, axis_name, devices = _find_mesh(x, y, mesh, axis_name)
     n, m = x.shape[-2], (x if y is None else y).shape[-2]
     for name, rows in (("x", n), ("y", m)):
         if mesh is not None and rows < devices:
@@ -80,8 +81,8 @@ def make_plan(x: Array, y: Array | None, tile_size: Any, mesh: Any, axis_name: A
         n, m = -(-n // devices), -(-m // devices)
     elif devices * n < 2 and y is None:
         raise ValueError(f"x has n = {n} sample(s) on the only device of axis {axis_name!r}; at least 2 are needed.")
-    sets *= math.prod(x.shape[:-2])
-    stored, tile_size = choose_tiles(tile_size, n, m, sets, x.dtype.itemsize, may_store=axis_name is None)
+    representations *= math.prod(x.shape[:-2])
+    stored, tile_size = choose_tiles(tile_size, n, m, representations, x.dtype.itemsize, may_store=axis_name is None)
     return Plan(stored, tile_size, axis_name, mesh)
 
 
@@ -93,19 +94,21 @@ def check_tile_size(tile_size: Any) -> None:
 
 
 def choose_tiles(
-    tile_size: Any, n: int, m: int, sets: int, itemsize: int, *, may_store: bool, by_memory: bool = True
+    tile_size: Any, n: int, m: int, representations: int, itemsize: int, *, may_store: bool, by_memory: bool = True
 ) -> tuple[bool, int | None]:
-    """Whether n x m distances are stored, and the size of a tile (None: one tile), by the free memory if told so."""
+    """Whether n x m distances are stored, and the tile size (None: one tile). `by_memory`: limited by free memory."""
     if tile_size is None:
         return may_store, None
     if tile_size != "auto":
         return False, int(tile_size)
-    stored = may_store and n * m * sets <= _of_backend(_STORED_PAIRS)
-    return stored, None if stored else _tile_size(max(n, m), sets, itemsize, by_memory)
+    stored = may_store and n * m * representations <= _for_backend(_MAX_STORED_PAIRS)
+    return stored, None if stored else _auto_tile_size(max(n, m), representations, itemsize, by_memory)
 
 
-def _where(x: Array, y: Array | None, mesh: Any, axis_name: Any) -> tuple[Mesh | AbstractMesh | None, str | None, int]:
-    """The mesh, the axis and its size."""
+def _find_mesh(
+    x: Array, y: Array | None, mesh: Any, axis_name: Any
+) -> tuple[Mesh | AbstractMesh | None, str | None, int]:
+    """The mesh, the axis and its size, from the options or from the sharding of x and y."""
     if axis_name is not None and not isinstance(axis_name, str):
         raise TypeError(f"axis_name must be the name of one axis; got {_checks.shown(axis_name)}.")
     if mesh is None and axis_name is not None:
@@ -116,15 +119,16 @@ def _where(x: Array, y: Array | None, mesh: Any, axis_name: Any) -> tuple[Mesh |
             )
         return None, axis_name, lax.axis_size(axis_name)
     if mesh is None:
-        found = [side for side in (_spread(x), None if y is None else _spread(y)) if side is not None]
-        if not found:
+        shardings = [_row_sharding(x), None if y is None else _row_sharding(y)]
+        shardings = [sharding for sharding in shardings if sharding is not None]
+        if not shardings:
             return None, None, 1
-        if any(side != found[0] for side in found):
+        if shardings[0] != shardings[-1]:
             raise ValueError(
-                f"the rows of x and y are spread over different devices: {found[0]} and {found[-1]}. "
+                f"the rows of x and y are spread over different devices: {shardings[0]} and {shardings[-1]}. "
                 "Put both on one mesh with jaxalign.sharding.shard_rows, or give mesh=."
             )
-        mesh, axis_name = found[0]
+        mesh, axis_name = shardings[0]
         return mesh, axis_name, mesh.shape[axis_name]
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise TypeError(
@@ -153,7 +157,7 @@ def _where(x: Array, y: Array | None, mesh: Any, axis_name: Any) -> tuple[Mesh |
 
 
 def default_axis(mesh: Mesh | AbstractMesh) -> str:
-    """The axis over which rows are spread unless another is named: the only one, or "data"."""
+    """The axis over which rows are sharded if none is named: the only one, or "data"."""
     return mesh.axis_names[0] if len(mesh.axis_names) == 1 else "data"
 
 
@@ -165,8 +169,8 @@ def _is_bound(axis_name: str) -> bool:
     return True
 
 
-def _spread(a: Array) -> tuple[Mesh | AbstractMesh, str] | None:
-    """The mesh and the axis over which the rows of an array are spread already, if that is known."""
+def _row_sharding(a: Array) -> tuple[Mesh | AbstractMesh, str] | None:
+    """The mesh and the axis over which the rows of an array are already sharded, if known."""
     sharding = a.sharding if _checks.is_concrete(a) else jax.typeof(a).sharding
     if not isinstance(sharding, NamedSharding) or len(sharding.spec) < a.ndim - 1:
         return None
@@ -178,25 +182,25 @@ def _spread(a: Array) -> tuple[Mesh | AbstractMesh, str] | None:
     return sharding.mesh, axis
 
 
-def _of_backend(numbers: dict[str, int]) -> int:
+def _for_backend(numbers: dict[str, int]) -> int:
     return numbers.get(jax.default_backend(), numbers["other"])
 
 
-def _tile_size(rows: int, sets: int, itemsize: int, by_memory: bool) -> int:
-    """The fastest size that the memory at hand allows."""
+def _auto_tile_size(rows: int, representations: int, itemsize: int, by_memory: bool) -> int:
+    """The fastest tile size that fits into memory."""
     device = jax.local_devices()[0]
-    pairs = _of_backend(_TILE_PAIRS)
-    each = max(pairs // sets, min(_of_backend(_TILE_PAIRS_OF_A_SET), _of_backend(_TILE_PAIRS_OF_ALL) // sets))
-    size = max(_LEAST_TILE, math.isqrt(each))
-    free = free_memory(device) if by_memory and jax.process_count() == 1 else math.inf  # processes must choose alike
-    while size > _LEAST_TILE and size * size * sets * itemsize * _TILE_ARRAYS > _TILE_SHARE * free:
+    min_pairs = min(_for_backend(_MIN_TILE_PAIRS), _for_backend(_MAX_TOTAL_TILE_PAIRS) // representations)
+    size = max(_MIN_TILE_ROWS, math.isqrt(max(_for_backend(_TILE_PAIRS) // representations, min_pairs)))
+    # All processes must choose the same size, so with several of them it does not depend on the memory of one.
+    free = free_memory(device) if by_memory and jax.process_count() == 1 else math.inf
+    while size > _MIN_TILE_ROWS and size * size * representations * itemsize * _TILE_ARRAYS > _TILE_SHARE * free:
         size //= 2
     return min(size, rows)
 
 
-def usual_block_rows(row_bytes: int) -> int:
-    """Rows of a block of which a few are to be in memory at once: 256 MB, 2^16 rows at most.
+def default_block_rows(row_bytes: int) -> int:
+    """Rows per block read from files: 256 MB or 2^16 rows, so that a few blocks fit into memory.
 
-    Not by the free memory: a job that goes on from a checkpoint has to have the same blocks.
+    Independent of the free memory: a job that resumes from a checkpoint must use the same blocks.
     """
-    return max(_LEAST_TILE, min(2**16, 2**28 // row_bytes))
+    return max(_MIN_TILE_ROWS, min(2**16, 2**28 // row_bytes))

@@ -1,4 +1,4 @@
-"""Checks of features, masks, density and sigma together, and the errors of a bandwidth that does not exist."""
+"""Checks of features, masks, density and sigma together, and the errors for a bandwidth that does not exist."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Problem(NamedTuple):
         return self.x.shape[:-2]
 
 
-def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any, *, shared: bool = False) -> Problem:
-    """Check everything but density and sigma; `shared`: other devices hold more rows."""
+def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any, *, local_rows: bool = False) -> Problem:
+    """Check everything but density and sigma. `local_rows`: x holds the rows of one device, others hold more."""
     _checks.choice("diagonal", diagonal, ("include", "exclude"))
-    x, y = _checks.feature_pair(x, y, min_rows=1 if shared else 2)
+    x, y = _checks.feature_pair(x, y, min_rows=1 if local_rows else 2)
     if y is None and mask_y is not None:
         raise ValueError("mask_y is given without y; mask serves both sides when y is None.")
     if y is not None and diagonal != "include":
@@ -57,53 +57,51 @@ def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any, *, shar
         )
     mask = _checks.row_mask("mask", mask, x.shape[:-1])
     mask_y = None if y is None else _checks.row_mask("mask_y", mask_y, y.shape[:-1])
-    least = 2 if y is None else 1
-    for name, value, need in (("mask", mask, least), ("mask_y", mask_y, 1)):
-        if value is not None and _checks.is_concrete(value) and not shared:
+    for name, value, min_samples in (("mask", mask, 2 if y is None else 1), ("mask_y", mask_y, 1)):
+        if value is not None and _checks.is_concrete(value) and not local_rows:
             counts = _checks.on_host(value).sum(-1)
-            if (counts < need).any():
+            if (counts < min_samples).any():
                 raise ValueError(
-                    f"{name} leaves {int(counts.min())} real sample(s), at least {need} needed: "
+                    f"{name} leaves {int(counts.min())} real sample(s), at least {min_samples} needed: "
                     "True marks a sample that is real."
                 )
     return Problem(x, y, mask, mask_y, diagonal)
 
 
 def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = STORED) -> AnyArray:
-    """The density as an array (...); raises where no sigma can reach it."""
+    """The density as an array (...); raises if no sigma can reach it."""
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
     target = _checks.parameter(
         "density", density, problem.x.dtype, problem.batch, "the batch dimensions of the features"
     )
     _checks.density_value(density)
     if problem.y is None and problem.diagonal == "include" and _checks.is_concrete(density):
-        if problem.mask is None or plan.shared or not _checks.is_concrete(problem.mask):
-            counts = plan.rows_of_all(problem.x.shape[-2])  # at most: what a mask leaves of them is not known here
+        if problem.mask is None or plan.rows_are_local or not _checks.is_concrete(problem.mask):
+            counts = plan.total_rows(problem.x.shape[-2])  # an upper bound: how many samples masks leave is unknown
         else:
             counts = _checks.on_host(problem.mask).sum(-1)
         floor = 1 / np.asarray(counts, np.float64)
         infeasible = np.broadcast_arrays(_checks.on_host(density) <= floor)[0]
         if infeasible.any():
-            worst = np.broadcast_to(counts, infeasible.shape)[infeasible].min()
-            asked = float(np.min(_checks.on_host(density)))
+            n = np.broadcast_to(counts, infeasible.shape)[infeasible].min()
+            lowest = float(np.min(_checks.on_host(density)))
             raise ValueError(
-                f"density = {asked} cannot be reached with n = {worst} samples: "
-                "the ones on the "
-                f"diagonal alone give 1/n = {1 / worst:.4g}. Ask for a density above that, leave the diagonal out of "
-                f'the mean with diagonal="exclude", or give at least {math.floor(1 / asked) + 1} samples.'
+                f"density = {lowest} cannot be reached with n = {n} samples: the ones on the diagonal alone give "
+                f"1/n = {1 / n:.4g}. Ask for a density above that, leave the diagonal out of the mean with "
+                f'diagonal="exclude", or give at least {math.floor(1 / lowest) + 1} samples.'
             )
     return target
 
 
 def check_sigma(sigma: Any, problem: Problem) -> tuple[AnyArray, bool]:
-    """A given sigma as an array (...) or, one per row, (..., n); and whether it is one per row."""
+    """The sigma of the caller as an array (...) or, one per row, (..., n); and whether it is one per row."""
     n, batch = problem.x.shape[-2], problem.batch
     shape = np.shape(sigma)
     per_row = len(shape) > 0 and shape[-1] == n and shape != batch
     meaning = f"the batch dimensions of the features, nor to {(*batch, n)}, one sigma a row of x"
     value = _checks.parameter("sigma", sigma, problem.x.dtype, (*batch, n) if per_row else batch, meaning)
     _checks.positive("sigma", sigma, problem.mask if per_row else None)
-    if per_row and problem.mask is not None:  # a masked row may hold nan, which would reach the gradient of the others
+    if per_row and problem.mask is not None:  # nan in a masked row would reach the gradients of other rows
         value = jnp.where(problem.mask, value, 1)
     return value, per_row
 
@@ -112,14 +110,14 @@ def check_rtol(rtol: float | None, dtype: Any) -> float:
     """The relative tolerance of the density, as a Python float."""
     if rtol is None:
         return 1e-6 if dtype == jnp.float32 else 1e-13
-    least = 4 * float(jnp.finfo(dtype).eps)
-    if not least <= rtol < 1:
-        raise ValueError(f"rtol must lie between {least:.2g} (rounding of {dtype}) and 1; got {rtol}.")
+    lowest = 4 * float(jnp.finfo(dtype).eps)
+    if not lowest <= rtol < 1:
+        raise ValueError(f"rtol must lie between {lowest:.2g} (rounding of {dtype}) and 1; got {rtol}.")
     return float(rtol)
 
 
 def explain_failure(status: Array, problem: Problem) -> None:
-    """Raise a ValueError for a failed status, naming the row where nan or inf is the cause; nothing under a trace."""
+    """Raise a ValueError for a failed status, which names the row of a nan or inf. Under a trace do nothing."""
     if _checks.is_concrete(status) and _checks.on_host(status).any():
         _checks.finite_rows("x", problem.x, problem.mask, differences=True)
         if problem.y is not None:
@@ -128,11 +126,11 @@ def explain_failure(status: Array, problem: Problem) -> None:
 
 
 def raise_if_failed(status: Array) -> None:
-    """Raise a ValueError for the first status that is not `CONVERGED`; nothing under a trace."""
+    """Raise a ValueError for the first status that is not `CONVERGED`. Under a trace do nothing."""
     if not _checks.is_concrete(status):
         return
     values = _checks.on_host(status)
     if values.any():
-        where = tuple(int(i) for i in np.argwhere(values != CONVERGED)[0])
-        place = f" (at index {where} of {values.shape})" if where else ""
-        raise ValueError(f"no sigma found{place}: {_REASONS[int(values[where])]}.")
+        index = tuple(int(i) for i in np.argwhere(values != CONVERGED)[0])
+        position = f" (at index {index} of {values.shape})" if index else ""
+        raise ValueError(f"no sigma found{position}: {_REASONS[int(values[index])]}.")

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
-from jaxalign._plan import Plan, TileSize, is_shared, make_plan
+from jaxalign._plan import Plan, TileSize, make_plan, rows_are_local
 from jaxalign._problem import (
     Bandwidth,
     Diagonal,
@@ -124,7 +124,7 @@ def mean_density(
         >>> float(jaxalign.mean_density(x, sigma=1.0))  # (1 + exp(-1/2)) / 2
         0.80326...
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal, shared=is_shared(mesh, axis_name))
+    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=rows_are_local(mesh, axis_name))
     plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
     bandwidths, per_row = check_sigma(sigma, problem)
     _checks.finite_rows("x", problem.x, problem.mask, differences=True)
@@ -212,7 +212,7 @@ def solve_sigma(
         >>> abs(float(jaxalign.mean_density(x, sigma=solution.sigma)) - 0.05) < 1e-6
         True
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal, shared=is_shared(mesh, axis_name))
+    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=rows_are_local(mesh, axis_name))
     plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
     target = check_density(density, problem, bandwidth, plan)
     rtol = check_rtol(rtol, problem.x.dtype)

@@ -28,7 +28,7 @@ from jaxalign._positions import Positions, check_positions
 from jaxalign._problem import check_rtol
 from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
-from jaxalign.files.cells import GridResult, GridTask, Preparation, compare_cells
+from jaxalign.files.cells import GridResult, GridTask, Summaries, compare_cells
 from jaxalign.files.checkpoint import Checkpoint, locked_checkpoint
 from jaxalign.files.grid import compare_files
 from jaxalign.files.sources import check_block_rows
@@ -38,15 +38,15 @@ from jaxalign.io import named_sets
 from jaxalign.measures._evaluate import (
     Missing,
     PairMeasure,
-    SetMeasure,
+    SummaryMeasure,
     check_function,
-    check_sets,
+    check_representations,
+    check_single_device,
+    compute_products,
+    compute_values,
     explain_status,
-    products_of,
-    refuse_spread,
-    values_of,
 )
-from jaxalign.measures._pair_sums import bandwidth_of_jit
+from jaxalign.measures._pair_sums import solve_bandwidth_jit
 from jaxalign.measures._registry import check_how, specified
 
 # Two cores compute so many products in less time than it takes to compile for one more width.
@@ -273,7 +273,7 @@ def compare_grid(
     """
     entry, filled, specification = specified(measure, options)
     check_how(entry, {name: value for name, value in (("mesh", mesh), ("axis_name", axis_name)) if value is not None})
-    refuse_spread(specification, mesh, axis_name)
+    check_single_device(specification, mesh, axis_name)
     ours = named_sets("features", features)
     theirs = {} if other is None else named_sets("other", other)
     sides = (("features", ours), ("other", theirs))
@@ -308,19 +308,19 @@ def compare_grid(
 
 
 def _compare_in_memory(
-    task: GridTask, measure: PairMeasure | SetMeasure, mesh: Any = None, axis_name: Any = None
+    task: GridTask, measure: PairMeasure | SummaryMeasure, mesh: Any = None, axis_name: Any = None
 ) -> GridResult:
     """Arrays in memory, spread over devices or not: in one visit of the pairs, or cell by cell."""
     named = [(name, _checks.features(name, value)) for name, value in zip(task.names, task.features, strict=True)]
-    if isinstance(measure, PairMeasure) and measure.function.rows is None:
+    if isinstance(measure, PairMeasure) and measure.function.normalization is None:
         named = _of_one_width(named)
-    features, mask = check_sets(named, task.mask, task.missing, measure.least, measure.needs)
-    if isinstance(measure, SetMeasure):
-        prepared = Preparation(task, measure, lambda k: features[k], mask, mesh, axis_name)
-        values = compare_cells(prepared, Checkpoint(None, "compare_grid", {}))
+    features, mask = check_representations(named, task.mask, task.missing, measure.min_samples, measure.label)
+    if isinstance(measure, SummaryMeasure):
+        summaries = Summaries(task, measure, lambda k: features[k], mask, mesh, axis_name)
+        values = compare_cells(summaries, Checkpoint(None, "compare_grid", {}))
         num_samples = task.num_samples if mask is None else int(_checks.on_host(mask).sum())
         return GridResult(values, np.full(len(features), np.nan), num_samples)
-    plan = make_plan(features[0], None, task.tile_size, mesh, axis_name, sets=len(features))
+    plan = make_plan(features[0], None, task.tile_size, mesh, axis_name, representations=len(features))
     plan, function, sigma = replace(plan, differentiable=False), measure.function, task.options.get("sigma")
     if function.solves:
         alone = make_plan(features[0], None, task.tile_size, mesh, axis_name)
@@ -330,15 +330,15 @@ def _compare_in_memory(
         sigma = []
         with reporting(task.progress, "sigma", len(features), unit="set") as show:
             for name, x in zip(task.names, features, strict=True):
-                solution, status = bandwidth_of_jit(x, mask, target, function, check_rtol(None, x.dtype), alone)
+                solution, status = solve_bandwidth_jit(x, mask, target, function, check_rtol(None, x.dtype), alone)
                 explain_status(name, status)
                 sigma.append(jnp.where(jnp.isnan(solution), 1, solution))  # nan features: their values become nan
                 show(len(sigma))
         measure = replace(measure, function=replace(function, solves=False))
-    inner = products_of(features, task.split, mask, sigma, None, measure, plan, task.names)
-    values = np.asarray(values_of(inner, measure))
+    inner = compute_products(features, task.split, mask, sigma, None, measure, plan, task.names)
+    values = np.asarray(compute_values(inner, measure))
     sigmas = np.asarray(inner.sigma) if function.needs_sigma else np.full(len(features), np.nan)
-    return GridResult(values, sigmas, int(inner.samples))
+    return GridResult(values, sigmas, int(inner.num_samples))
 
 
 def _of_one_width(named: list[tuple[str, Array]]) -> list[tuple[str, Array]]:

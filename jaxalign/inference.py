@@ -32,14 +32,20 @@ from jaxalign.measures._centering import CENTERINGS, Centering
 from jaxalign.measures._evaluate import (
     Missing,
     PairMeasure,
-    SetMeasure,
+    SummaryMeasure,
     check_function,
-    check_sets,
-    combine_sets,
+    check_representations,
+    compare_summaries,
     explain_status,
-    prepare_set,
+    summarize,
 )
-from jaxalign.measures._pair_sums import Inner, PairFunction, facts_of, prepare, rounding
+from jaxalign.measures._pair_sums import (
+    InnerProducts,
+    PairFunction,
+    collect_properties,
+    prepare_representations,
+    rounding_level,
+)
 from jaxalign.measures._registry import specified
 
 # Fewer samples are resampled to mostly copies of each other.
@@ -398,14 +404,14 @@ def _real_samples(
     positions: Positions | None,
     mask: Any,
     missing: Missing,
-    measure: PairMeasure | SetMeasure,
+    measure: PairMeasure | SummaryMeasure,
 ) -> tuple[Array, ...]:
     """Checked sets (n, d), without the samples that do not count."""
     for name, value in zip(names, arrays, strict=True):
         if isinstance(value, Mapping):
             raise TypeError(f"{name} must be one array (n, d); got a mapping. Only permutation_test takes named sets.")
     rows = check_positions(dict(zip(names, arrays, strict=True)), positions)
-    sets, mask = check_sets(list(rows.items()), mask, missing, measure.least, measure.needs)
+    sets, mask = check_representations(list(rows.items()), mask, missing, measure.min_samples, measure.label)
     if mask is None:
         return sets
     kept = np.flatnonzero(_checks.on_host(mask))
@@ -418,7 +424,7 @@ def _finite_pairs(sets: tuple[Array, ...], split: int) -> Array:
     return finite[:split, None] & finite[None, split:]
 
 
-def _is_product(measure: PairMeasure | SetMeasure) -> bool:
+def _is_product(measure: PairMeasure | SummaryMeasure) -> bool:
     return isinstance(measure, PairMeasure) and measure.centering is not None
 
 
@@ -435,10 +441,10 @@ def pair_matrices(
     shape = (len(sets), sets[0].shape[0], sets[0].shape[0])
     check_room("the pair matrices", shape, sets[0], "Test fewer samples, drawn at random: x[rows], y[rows].")
     for k, (name, x) in enumerate(zip(names, sets, strict=True)):
-        own = None if sigmas is None else sigmas[..., k]
+        sigma_k = None if sigmas is None else sigmas[..., k : k + 1]
         assert measure.centering is not None
         rtol = check_rtol(None, x.dtype)
-        matrix, unit, status = _pair_matrix(x, own, target, measure.function, measure.centering, rtol)
+        matrix, unit, status = _pair_matrix(x, sigma_k, target, measure.function, measure.centering, rtol)
         explain_status(name, status)
         found.append((matrix, unit))
     matrices, units = (jnp.stack(parts) for parts in zip(*found, strict=True))
@@ -447,15 +453,15 @@ def pair_matrices(
 
 @partial(jax.jit, static_argnames=("function", "centering", "rtol"))
 def _pair_matrix(
-    x: Array, sigma: Array | None, density: Array | None, function: PairFunction, centering: Centering, rtol: float
+    x: Array, sigmas: Array | None, density: Array | None, function: PairFunction, centering: Centering, rtol: float
 ) -> tuple[Array, Array, Array]:
-    prepared = prepare(x, None, sigma, density, function, rtol, STORED)
+    (prepared,) = prepare_representations((x,), None, sigmas, density, function, rtol, STORED)
     scale = prepared.features.scale
-    f = function.of(prepared.distances, prepared.gamma, scale)
+    f = function.values(prepared.distances, prepared.gamma, scale)
     # In its own unit, so that neither squares nor products overflow.
     matrix = centering.matrix(f)
     count, size = jnp.asarray(x.shape[0], x.dtype), jnp.max(jnp.abs(f), -1, keepdims=True)
-    constant = _norms(matrix) <= rounding(facts_of([prepared], function), size, function, count)[0]
+    constant = _norms(matrix) <= rounding_level(collect_properties([prepared], function), size, function, count)[0]
     return jnp.where(constant, 0, matrix), function.unit(scale), prepared.status
 
 
@@ -464,13 +470,13 @@ def _norms(matrices: Array) -> Array:
     return jnp.sum(jnp.sum(matrices * matrices, -1), -1)
 
 
-def _finished(table: Array, own: Array, units: Array, measure: PairMeasure, split: int, n: int) -> Array:
-    """Values (m, L, M) from inner products (m, L, M) and those of each set with itself (L + M,)."""
-    shape, number = table.shape[:-2], own.shape[0]
+def _finished(table: Array, self_products: Array, units: Array, measure: PairMeasure, split: int, n: int) -> Array:
+    """Values (m, L, M) from inner products (m, L, M) and those of each representation with itself (L + M,)."""
+    shape, number = table.shape[:-2], self_products.shape[0]
     units = jnp.broadcast_to(units, (*shape, number))
-    own = jnp.broadcast_to(own, (*shape, number))
-    each, unit = ((a[..., :split], a[..., split:]) for a in (own, units))
-    inner = Inner.of(table, each, unit, jnp.full(shape, n, table.dtype))
+    self_products = jnp.broadcast_to(self_products, (*shape, number))
+    by_side, units_by_side = ((a[..., :split], a[..., split:]) for a in (self_products, units))
+    inner = InnerProducts.of(table, by_side, units_by_side, jnp.full(shape, n, table.dtype))
     return measure.finish(inner)
 
 
@@ -522,7 +528,7 @@ def _recomputed(
     sets: tuple[Array, ...],
     split: int,
     names: Sequence[str],
-    measure: PairMeasure | SetMeasure,
+    measure: PairMeasure | SummaryMeasure,
     options: dict[str, Any],
     key: Array,
     number: int,
@@ -537,24 +543,29 @@ def _recomputed(
             names, sets, None, options.get("sigma"), options.get("density"), measure.function, STORED
         )
         for k in range(len(sets)):
-            found = _part(sets[k], None if sigma is None else sigma[k], target, measure)
-            explain_status(names[k], found.status)
-        values = _recomputed_sets(sets, sigma, target, order, split, measure)
+            summary = _summarize(sets[k], None if sigma is None else sigma[k], target, measure)
+            explain_status(names[k], summary.status)
+        values = _recomputed_summaries(sets, sigma, target, order, split, measure)
     return values[0], values[1:]
 
 
 @partial(jax.jit, static_argnames=("split", "measure"))
-def _recomputed_sets(
-    sets: tuple[Array, ...], sigma: Array | None, density: Array | None, order: Array, split: int, measure: SetMeasure
+def _recomputed_summaries(
+    sets: tuple[Array, ...],
+    sigma: Array | None,
+    density: Array | None,
+    order: Array,
+    split: int,
+    measure: SummaryMeasure,
 ) -> Array:
-    def part(k: int, x: Array) -> Any:
-        return prepare_set(x, None, None if sigma is None else sigma[k], density, measure, STORED)
+    def summary(k: int, x: Array) -> Any:
+        return summarize(x, None, None if sigma is None else sigma[k], density, measure, STORED)
 
-    fixed = [part(k, sets[k]) for k in range(split)]
+    of_rows = [summary(k, sets[k]) for k in range(split)]
 
     def value_of(p: Array) -> Array:
-        parts = fixed + [part(k, jnp.take(sets[k], p, 0)) for k in range(split, len(sets))]
-        return jnp.stack([jnp.stack([combine_sets(a, b, None, measure) for b in parts[split:]]) for a in parts[:split]])
+        of_columns = [summary(k, jnp.take(sets[k], p, 0)) for k in range(split, len(sets))]
+        return jnp.stack([jnp.stack([compare_summaries(a, b, None, measure) for b in of_columns]) for a in of_rows])
 
     return lax.map(value_of, order)
 
@@ -565,8 +576,8 @@ def _recomputed_differences(matrices: Array, order: Array, split: int, measure: 
 
 
 @partial(jax.jit, static_argnames="measure")
-def _part(x: Array, sigma: Array | None, density: Array | None, measure: SetMeasure) -> Any:
-    return prepare_set(x, None, sigma, density, measure, STORED)
+def _summarize(x: Array, sigma: Array | None, density: Array | None, measure: SummaryMeasure) -> Any:
+    return summarize(x, None, sigma, density, measure, STORED)
 
 
 def _differences(matrices: Array, split: int, p: Array, measure: PairMeasure) -> Array:
@@ -574,7 +585,9 @@ def _differences(matrices: Array, split: int, p: Array, measure: PairMeasure) ->
     moved = [g[p][:, p] for g in matrices[split:]]
     rows = jnp.stack([jnp.stack([jnp.sum((f - g) ** 2, -1) for g in moved], 0) for f in matrices[:split]], 0)
     nothing = (jnp.zeros(split, rows.dtype), jnp.zeros(len(moved), rows.dtype))
-    inner = Inner.of(jnp.sum(rows, -1), nothing, nothing, jnp.asarray(n, rows.dtype), jnp.sum(jnp.sqrt(rows), -1))
+    inner = InnerProducts.of(
+        jnp.sum(rows, -1), nothing, nothing, jnp.asarray(n, rows.dtype), jnp.sum(jnp.sqrt(rows), -1)
+    )
     return measure.finish(inner)
 
 
@@ -677,11 +690,13 @@ def _weighted_values(f: Array, g: Array, units: Array, weights: Array, measure: 
     """The measure with samples weighted by w, (b, n): sums over different samples only."""
     assert measure.centering is not None
     bootstrap = partial(measure.centering.bootstrap, weights=weights)
-    cross, own_f, own_g = bootstrap(f, g), bootstrap(f, f), bootstrap(g, g)
-    own = (own_f[:, None], own_g[:, None])
-    each = (jnp.full_like(own[0], units[0]), jnp.full_like(own[1], units[1]))
+    cross, self_f, self_g = bootstrap(f, g), bootstrap(f, f), bootstrap(g, g)
+    self_products = (self_f[:, None], self_g[:, None])
+    units_fg = (jnp.full_like(self_products[0], units[0]), jnp.full_like(self_products[1], units[1]))
     # `finish` of hsic divides by n (n - 3): the weighted product is already that many times the mean.
-    inner = Inner.of(cross[:, None, None], own, each, jnp.full(cross.shape, f.shape[0], cross.dtype))
+    inner = InnerProducts.of(
+        cross[:, None, None], self_products, units_fg, jnp.full(cross.shape, f.shape[0], cross.dtype)
+    )
     return measure.finish(inner)[:, 0, 0]
 
 
@@ -705,7 +720,7 @@ def _root_of_squares(measure: PairMeasure) -> Any:
 
     def finish(ratio: Array) -> Array:
         one = jnp.ones((*ratio.shape, 1), ratio.dtype)
-        inner = Inner.of(ratio[..., None, None], (one, one), (one, one), one[..., 0])
+        inner = InnerProducts.of(ratio[..., None, None], (one, one), (one, one), one[..., 0])
         return measure.finish(inner)[..., 0, 0]
 
     return finish

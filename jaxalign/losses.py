@@ -38,15 +38,14 @@ from jaxalign.core.bandwidth import CONVERGED, is_bandwidth
 from jaxalign.core.devices import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, on_mesh, over_devices
 from jaxalign.core.tiles import Reduction, Tile, log_kernel
 from jaxalign.measures._centering import CENTERINGS
-from jaxalign.measures._evaluate import MASKED, check_function, check_sets
+from jaxalign.measures._evaluate import MASK_ADVICE, check_function, check_representations
 from jaxalign.measures._pair_sums import (
     PairFunction,
-    Prepared,
-    bandwidth_of_jit,
+    Representation,
     pair_products,
-    prepare_sets,
+    prepare_representations,
+    solve_bandwidth_jit,
     squared_differences,
-    usable,
     visit_pairs,
 )
 
@@ -236,7 +235,7 @@ def alignment_loss(
         got = _checks.shown(landmarks)
         raise ValueError(f'landmarks={got} is for measure="infonce"; {measure!r} compares all with all.')
     named, what = (("x", x), ("y", y)), f'alignment_loss "{measure}"'
-    (x, y), mask = check_sets(named, mask, "raise", _LEAST[measure], what, MASKED)
+    (x, y), mask = check_representations(named, mask, "raise", _LEAST[measure], what, MASK_ADVICE)
     if stop_gradient_target:
         y = lax.stop_gradient(y)
     n = x.shape[-2]
@@ -244,15 +243,15 @@ def alignment_loss(
         x, y, mask = _with_memory(x, y, mask, memory)
     if measure == "infonce" and mesh is not None:
         raise ValueError('mesh= is not for measure="infonce"; use axis_name= inside jax.shard_map.')
-    plan = make_plan(x, None, tile_size, mesh, axis_name, sets=2)
+    plan = make_plan(x, None, tile_size, mesh, axis_name, representations=2)
     if measure == "infonce":
-        devices = 1 if axis_name is None else plan.rows_of_all(1)
+        devices = 1 if axis_name is None else plan.total_rows(1)
         least = _least_landmarks(x, density, diagonal) if sigma is None else 0
         m = _landmarks(landmarks, n, memory, least, devices)
         return _contrast(x, y, mask, sigma, density, diagonal, n, m, least, landmarks is None, temperature, reduction,
                          axis_name, devices, stop_gradient_sigma, memory is not None)  # fmt: skip
     function = PairFunction(
-        "rbf", solves=sigma is None, diagonal=diagonal, tolerant=True, fixed_sigma=stop_gradient_sigma
+        "rbf", solves=sigma is None, diagonal=diagonal, duplicates_allowed=True, constant_sigma=stop_gradient_sigma
     )
     known = mask if memory is None else None  # how much of a memory is filled may be refused under no trace either
     sigmas, target = check_function(("x", "y"), (x, y), known, sigma, density, function, plan)
@@ -342,19 +341,19 @@ def _pair_loss(
     rtol = check_rtol(None, x.dtype)
     if measure == "cka":
         inner = pair_products((x, y), 1, mask, sigmas, density, function, CENTERINGS["debiased"], rtol, plan)
-        loss = jnp.where(inner.usable, 1 - inner.ratio(), jnp.nan)[..., 0, 0]
-        return jnp.where(inner.samples >= _LEAST["cka"], loss, 0)
+        loss = jnp.where(inner.is_defined, 1 - inner.ratio(), jnp.nan)[..., 0, 0]
+        return jnp.where(inner.num_samples >= _LEAST["cka"], loss, 0)
     of_rows = _affinity_rows if measure == "affinity" else _divergence_rows
 
     def local(
         x: Array, _y: None, mask: Array | None, _mask_y: None, y: Array, real: Array, sigmas: Any, density: Any
     ) -> tuple[Array, Array]:
-        prepared = prepare_sets((x, y), mask, sigmas, density, function, rtol, plan)
+        prepared = prepare_representations((x, y), mask, sigmas, density, function, rtol, plan)
         rows = of_rows(prepared, function, plan)
         real = real if mask is None else real & mask  # rows that were added to make them divide are masked
         weights = real.astype(rows.dtype)
         each = jnp.where(real, rows, 0)
-        both = usable(prepared[0], function) & usable(prepared[1], function)
+        both = prepared[0].is_defined(function) & prepared[1].is_defined(function)
         each = jnp.where(both, each, jnp.nan)
         total, count = (over_devices(lax.psum, jnp.sum(a), plan.axis_name) for a in (each, weights))
         return each, total if reduction == "sum" else total / jnp.maximum(count, 1)
@@ -364,7 +363,7 @@ def _pair_loss(
     return each[..., :n] if reduction == "none" else total
 
 
-def _affinity_rows(prepared: list[Prepared], function: PairFunction, plan: Plan) -> Array:
+def _affinity_rows(prepared: list[Representation], function: PairFunction, plan: Plan) -> Array:
     """mean_j (A_ij - B_ij)^2, (n,)."""
     count = prepared[0].pairs.total(per_row=True) + 1  # the pair with itself, at which they agree, counts
     return squared_differences(prepared, function, plan)[:, 0] / count
@@ -380,7 +379,7 @@ class _LogSums(NamedTuple):
     other_total: Array  # sum exp(k - other_top)
 
 
-def _divergence_rows(prepared: list[Prepared], function: PairFunction, plan: Plan) -> Array:
+def _divergence_rows(prepared: list[Representation], function: PairFunction, plan: Plan) -> Array:
     """sum_j P_ij log(P_ij / Q_ij), (n,); sums of exponentials relative to the largest, which never vanish."""
     del function  # the logarithm of the RBF kernel
     keep = Reduction(_logarithms, _log_sums, combine=_log_sums_of_both, init=_no_log_sums)
@@ -494,7 +493,7 @@ def _contrast(
     reduction: str,
     axis_name: str | None,
     devices: int,
-    fixed_sigma: bool,
+    constant_sigma: bool,
     remembers: bool,
 ) -> Array:
     _checks.positive("temperature", temperature)
@@ -503,7 +502,9 @@ def _contrast(
     of_last = None if mask is None else mask[..., last]
     if mask is not None and not remembers:
         last, of_last, queries = _last_real(mask, m, least if chosen else 0)
-    function = PairFunction("rbf", solves=sigma is None, diagonal=diagonal, tolerant=True, fixed_sigma=fixed_sigma)
+    function = PairFunction(
+        "rbf", solves=sigma is None, diagonal=diagonal, duplicates_allowed=True, constant_sigma=constant_sigma
+    )
 
     def every(a: Array, axis: int) -> Array:
         """Of all devices."""
@@ -527,7 +528,7 @@ def _contrast(
         if sigmas is not None:
             width = sigmas[..., k]
         else:
-            width, status = bandwidth_of_jit(at, landmark_mask, target, function, check_rtol(None, x.dtype), STORED)
+            width, status = solve_bandwidth_jit(at, landmark_mask, target, function, check_rtol(None, x.dtype), STORED)
             found &= status == CONVERGED
         found &= is_bandwidth(width)
         a = _affinity(some(rows_of, queries), at, width, real, landmark_mask)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul
-from jaxalign._plan import Plan, TileSize, is_shared, make_plan
+from jaxalign._plan import Plan, TileSize, make_plan, rows_are_local
 from jaxalign._problem import (
     Bandwidth,
     Diagonal,
@@ -84,7 +84,7 @@ def affinity_operator(
         >>> (a @ jax.numpy.ones(200)).shape
         (200,)
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal, shared=is_shared(mesh, axis_name))
+    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=rows_are_local(mesh, axis_name))
     if zero_diagonal and y is not None:
         raise ValueError("zero_diagonal=True has no meaning with y: row i and column i are different samples.")
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
@@ -201,7 +201,7 @@ class AffinityOperator:
         """The sum of all entries, shape (...), or over an axis: -1 over each row, -2 over each column."""
         if axis is None:
             total = jnp.sum(self.sum(-1), -1)
-            return over_devices(lax.psum, total, self.plan.axis_name if self.plan.shared else None)
+            return over_devices(lax.psum, total, self.plan.axis_name if self.plan.rows_are_local else None)
         axis = axis - self.ndim if axis >= 0 else axis
         if axis not in (-1, -2):
             raise ValueError(f"axis must be None, -1 (over each row) or -2 (over each column) of {self.shape}.")
@@ -248,7 +248,7 @@ class AffinityOperator:
 
     def todense(self) -> Float[Array, "*batch n m"]:
         """A, stored."""
-        if self.plan.shared:
+        if self.plan.rows_are_local:
             raise ValueError(
                 "todense() inside shard_map: a device has its own rows only. Use a.T @ v, or rbf_affinity."
             )
@@ -289,7 +289,7 @@ def inverse_root(degrees: Array) -> Array:
 
 
 def _times_column_values(terms: Array, tile: Tile) -> tuple[tuple[()], Array]:
-    return (), matmul(terms, tile.column.as_column)
+    return (), matmul(terms, tile.column.column_values)
 
 
 @jax.jit
@@ -302,7 +302,7 @@ def _product(a: AffinityOperator, v: Array) -> Array:
         pairs = pairs_of(features, None, skip_self=a.zero_diagonal, plan=a.plan, precision=a.precision)
         reduction = Reduction(kernel_terms, _times_column_values, symmetric=not a.per_row)
         gamma_per = "all" if not a.per_row else "column" if a.transposed else "row"
-        _, product = reduce_pairs(reduction, pairs, gammas=(gamma,), gamma_per=gamma_per, as_column=v)
+        _, product = reduce_pairs(reduction, pairs, gammas=(gamma,), gamma_per=gamma_per, column_values=v)
         return jnp.where(features.finite, product, jnp.nan)
 
     v = v if a.right is None else v * a.right

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul
-from jaxalign._plan import Plan, TileSize, is_shared, make_plan
+from jaxalign._plan import Plan, TileSize, make_plan, rows_are_local
 from jaxalign._problem import check_problem
 from jaxalign._typing import AnyArray
 from jaxalign.core import reduce
@@ -80,7 +80,7 @@ def reduce_pairs(
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function of an array of squared distances; got {_checks.shown(fn)}.")
-    problem = check_problem(x, y, mask, mask_y, "include", shared=is_shared(mesh, axis_name))
+    problem = check_problem(x, y, mask, mask_y, "include", local_rows=rows_are_local(mesh, axis_name))
     x, y, mask, mask_y, _ = problem
     if y is not None and not self_pairs:
         raise ValueError("self_pairs=False has no meaning with y: row i and column i are different samples.")
@@ -140,13 +140,13 @@ def _reduce(
             return jax.tree.map(tile.apply_weights, smooth(fn, safe))
 
         def times_values(terms: Any, tile: Tile) -> tuple[Any, Any]:
-            return (), jax.tree.map(lambda term: matmul(term, tile.column.as_column), terms)
+            return (), jax.tree.map(lambda term: matmul(term, tile.column.column_values), terms)
 
         sums = times_values if values is not None else over_rows if per_row else over_all
         # A masked column may hold nan, which 0 times does not remove.
-        as_column = () if values is None else valid_rows(values, features.column_mask)
+        column_values = () if values is None else valid_rows(values, features.column_mask)
         found = reduce.reduce_pairs(
-            Reduction(terms, sums), pairs, gammas=(gamma,), as_column=as_column, in_blocks=False
+            Reduction(terms, sums), pairs, gammas=(gamma,), column_values=column_values, in_blocks=False
         )
         result = found[0] if sums is over_all else found[1]
         return jax.tree.map(lambda a: jnp.where(features.finite, a, jnp.nan), result)

@@ -307,10 +307,10 @@ def test_few_permutations_keep_the_error_of_the_family():
 def test_measures_of_sets_compile_once():
     x, y, _ = (np.float32(a) for a in sets())
     permutation_test(x, y, "jaccard", key=KEY, permutations=5, k=3)
-    before = jaxalign.inference._recomputed_sets._cache_size()
+    before = jaxalign.inference._recomputed_summaries._cache_size()
     permutation_test(y, x[:, :4], "jaccard", key=jax.random.key(1), permutations=5, k=3)
     permutation_test(x, y, "jaccard", key=jax.random.key(2), permutations=5, k=3)
-    assert jaxalign.inference._recomputed_sets._cache_size() <= before + 1  # the second has other widths
+    assert jaxalign.inference._recomputed_summaries._cache_size() <= before + 1  # the second has other widths
 
 
 @pytest.mark.usefixtures("unchecked_types")

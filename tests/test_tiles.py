@@ -331,7 +331,7 @@ def product_of_kernels(tile):
 
 def weighted_product(tile):
     """What changes when a pair is turned round: the square of the row's value times the column's."""
-    values = tile.row.as_row[:, None] ** 2 * tile.column.as_column[None]
+    values = tile.row.row_values[:, None] ** 2 * tile.column.column_values[None]
     return product_of_kernels(tile) * values
 
 
@@ -358,7 +358,7 @@ def reduced(x, y, mask, mask_y, values, values_y, *, stored, axis_name=None, **o
     gammas = tuple(gamma * part.scale**2 for gamma, part in zip(GAMMAS, features, strict=True))
     column = values if y is None else values_y
     found = {
-        name: reduce_pairs(reduction, pairs, gammas=gammas, as_row=values, as_column=column)
+        name: reduce_pairs(reduction, pairs, gammas=gammas, row_values=values, column_values=column)
         for name, reduction in REDUCTIONS.items()
     }
     distances, index = found["nearest"][1]

@@ -1,4 +1,4 @@
-"""What a reduction over pairs of samples is made of: all pairs, a tile of them, and what is summed over a tile.
+"""The parts of a reduction over pairs of samples: all pairs, a tile of them, and what is summed over a tile.
 
 `core.reduce` visits the pairs.
 """
@@ -24,41 +24,41 @@ from jaxalign.core.features import (
     fast_distances,
 )
 
-# What has a gamma: all pairs together, or each row, or each column.
+# What one gamma belongs to: all pairs, a row, or a column.
 GammaPer = Literal["all", "row", "column"]
 
-# Share of the pairs that carry a sum over a kernel, where it is not known: the default density.
-_USUAL_SHARE = 0.05
-# Distances of up to this many representations are computed side by side.
-_SIDE_BY_SIDE = 2
+# The share of pairs that carry a sum over a kernel if the density is unknown: the default density.
+_DEFAULT_SHARE = 0.05
+# Distances of more representations than this are computed one after the other.
+_MAX_CONCURRENT = 2
 
 
 class Side(NamedTuple):
-    """Rows on one side of a tile and what belongs to each: every leaf has its rows on axis 0."""
+    """The rows or the columns of a tile, with their values. Every leaf has its samples on axis 0."""
 
     features: tuple[Array, ...]  # (n, d), one per representation
-    weights: Array  # (n,): 1 for a valid sample, 0 for one that is masked or padding
-    sample: Array  # (n,) number of the sample
-    gammas: tuple[Array | None, ...]  # (n,) where every row has its own
-    as_row: Any  # values of a sample as the first of a pair
-    as_column: Any  # and as the second
+    weights: Array  # (n,): 1 for a valid sample, 0 for a masked one or padding
+    sample: Array  # (n,): index of the sample
+    gammas: tuple[Array | None, ...]  # (n,) if there is one gamma per row
+    row_values: Any  # values of a sample as the row of a pair
+    column_values: Any  # and as the column
 
 
 class Tile(NamedTuple):
-    """Pairs of some rows with some columns."""
+    """A block of pairs: some rows with some columns."""
 
-    distances: tuple[Array, ...]  # (r, c) squared (Euclidean where asked for), one per representation, in scaled units
+    distances: tuple[Array, ...]  # (r, c) per representation, in scaled units: squared, or Euclidean if `euclidean`
     row: Side
     column: Side
-    gamma: tuple[Array | None, ...]  # () where there is one gamma for all pairs
+    gamma: tuple[Array | None, ...]  # () if there is one gamma for all pairs
     gamma_per: GammaPer
-    pairs_in_sum: Array | float  # about how many pairs carry a sum, for the accuracy of distances
+    pairs_in_sum: Array | float  # approximate number of pairs that carry a sum: sets the accuracy of distances
     weighted: bool  # whether any weight is not 1
     skip_self: bool
 
     @property
     def gammas(self) -> tuple[Array | None, ...]:
-        """One per representation, broadcasting against its distances; None where none was given."""
+        """One per representation, broadcasting against its distances; None for a representation without gamma."""
         if self.gamma_per == "all":
             return self.gamma
         if self.gamma_per == "column":
@@ -66,17 +66,17 @@ class Tile(NamedTuple):
         return tuple(None if gamma is None else gamma[:, None] for gamma in self.row.gammas)
 
     def apply_weights(self, values: Array) -> Array:
-        """Values (r, c) times the weights of both samples; 0 for pairs that do not count."""
+        """Values (r, c) times the weights of both samples; 0 for pairs that are left out."""
         if self.weighted:
             values = values * self.row.weights[:, None] * self.column.weights[None]
         return jnp.where(self.same_sample(), 0, values) if self.skip_self else values
 
     def same_sample(self) -> Array:
-        """Where a pair is a sample with itself, (r, c)."""
+        """Whether a pair is a sample with itself, (r, c)."""
         return self.row.sample[:, None] == self.column.sample[None]
 
     def mirrored(self) -> Tile:
-        """The same pairs, transposed."""
+        """The mirror image of this tile: rows and columns swapped."""
         return self._replace(distances=jax.tree.map(transposed, self.distances), row=self.column, column=self.row)
 
 
@@ -89,17 +89,17 @@ def _zeros_like(tree: Any) -> Any:
 
 
 class Reduction(NamedTuple):
-    """What is summed.
+    """What is summed over the pairs.
 
     Attributes:
         terms: tile -> a pytree of weighted values (r, c): pass them through `Tile.apply_weights`.
-        sums: (terms, tile) -> (totals, rows). Totals are added over all tiles. Rows belong to the rows of the tile, on
-            axis 0, and are combined over the tiles of a row.
-        symmetric: a term does not change when its pair is transposed, so the mirror image needs no second look.
-        combine: of two partial results of a row; addition by default.
-        init: what a row starts with, from the shape of its partial results; zeros by default.
+        sums: (terms, tile) -> (totals, row results). Totals are added over all tiles. Row results have the rows of the
+            tile on axis 0 and are combined over the tiles of a row.
+        symmetric: a term is the same for the transposed pair, so terms are not computed again for the mirror image.
+        combine: two partial row results -> their combination; addition by default.
+        init: the shape of a partial row result -> the initial one; zeros by default.
 
-    Without rows (an empty pytree) `combine` and `init` are given empty pytrees.
+    Without row results (an empty pytree) `combine` and `init` get empty pytrees.
     """
 
     terms: Callable[[Tile], Any]
@@ -117,43 +117,43 @@ def over_all(terms: Any, tile: Tile) -> tuple[Any, Any]:
 
 
 def over_rows(terms: Any, tile: Tile) -> tuple[Any, Any]:
-    """The sum of each term over each row's pairs, (r,)."""
+    """The sum of each term over the pairs of each row, (r,)."""
     del tile
     return (), jax.tree.map(lambda term: jnp.sum(term, 1), terms)
 
 
 def stacked_over_all(terms: tuple[Array, ...], tile: Tile) -> tuple[Array, Any]:
-    """The sums of k terms over all pairs in one array, (k,): a GPU adds them all at once."""
+    """The sums of k terms over all pairs in one array, (k,): one reduction on a GPU."""
     del tile
     return jnp.sum(jnp.stack([jnp.sum(term, 1) for term in terms]), 1), ()
 
 
 def kernel(distances: Array, gamma: Array) -> Array:
-    """The RBF affinity exp(-gamma D): its definition in this library. gamma = 1 / (2 sigma^2).
+    """The RBF affinity exp(-gamma D), gamma = 1 / (2 sigma^2): the only definition in this library.
 
-    Of Euclidean distances it is the Laplacian kernel, gamma = 1 / sigma.
+    For Euclidean distances it is the Laplacian kernel, gamma = 1 / sigma.
     """
     return jnp.exp(log_kernel(distances, gamma))
 
 
 def log_kernel(distances: Array, gamma: Array) -> Array:
-    """The logarithm of `kernel`, which is a number also where the kernel is 0."""
-    return -gamma * distances  # not -(gamma * D): XLA would store a product that other terms need too, n x n numbers
+    """The logarithm of `kernel`, finite also where the kernel underflows to 0."""
+    return -gamma * distances  # not -(gamma * D): XLA would store that n x n product to share it with other terms
 
 
-def kernel_less_one(distances: Array, gamma: Array) -> Array:
-    """`kernel` - 1, which keeps its digits where the kernel is close to 1."""
+def kernel_minus_one(distances: Array, gamma: Array) -> Array:
+    """`kernel` - 1, accurate also where the kernel is close to 1."""
     return jnp.expm1(log_kernel(distances, gamma))
 
 
 def smooth(fn: Callable[[Array], Any], distances: Array) -> Any:
-    """Apply fn to squared distances; where it has no derivative at distance 0, as exp(-sqrt(D)), that is taken as 0."""
+    """Apply fn to squared distances. If it has no derivative at distance 0, as exp(-sqrt(D)), use the derivative 0."""
     zero = jnp.zeros((1,) * distances.ndim, distances.dtype)
     value, slope = jax.jvp(fn, (zero,), (jnp.ones_like(zero),))
-    bad = [~jnp.isfinite(leaf) for leaf in jax.tree.leaves(slope)]
-    cusp = (distances == 0) & jnp.any(jnp.stack(bad), 0)
-    away = fn(jnp.where(cusp, 1, distances))
-    return jax.tree.map(lambda at_zero, at: jnp.where(cusp, at_zero, at), value, away)
+    infinite = [~jnp.isfinite(leaf) for leaf in jax.tree.leaves(slope)]
+    cusp = (distances == 0) & jnp.any(jnp.stack(infinite), 0)
+    values = fn(jnp.where(cusp, 1, distances))
+    return jax.tree.map(lambda at_zero, elsewhere: jnp.where(cusp, at_zero, elsewhere), value, values)
 
 
 def kernel_terms(tile: Tile) -> Array:
@@ -173,17 +173,17 @@ class Pairs:
     """All pairs of rows of one or several representations of the same samples.
 
     Attributes:
-        features: of each representation; they share the masks of the first.
-        distances: stored squared distances (n, m), one per representation; None: computed tile by tile.
-        skip_self: pairs of a sample with itself do not count.
+        features: one per representation; all use the masks of the first.
+        distances: stored squared distances (n, m), one per representation; None: computed per tile.
+        skip_self: leave out pairs of a sample with itself.
         tile_size: rows and columns of a tile at most; None: one tile.
-        axis_name: the named axis over whose devices the rows, of both sides, are spread.
+        axis_name: the named axis over which rows and columns are sharded.
         precision: of the products in the distances.
-        differentiable: False where no derivative is wanted, which saves a pass over each tile.
+        differentiable: False if no derivative is needed, which saves a pass over each tile.
         fast_only: the fast formula is known to be accurate enough.
         euclidean: tiles hold Euclidean distances, not squared ones.
-        density: (), about the mean of the kernel that is summed, if known: the fewer pairs carry a sum, the more
-            accurate their distances have to be.
+        density: (), approximate mean of the kernel that is summed, if known: the fewer pairs carry a sum, the more
+            accurate their distances must be.
     """
 
     features: tuple[CenteredFeatures, ...]
@@ -199,29 +199,29 @@ class Pairs:
 
     @property
     def is_self(self) -> bool:
-        """Whether the rows are compared with themselves."""
+        """Whether the rows are paired with themselves."""
         return self.features[0].is_self
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns, those of all devices."""
+        """The numbers of rows and columns on all devices together."""
         first, devices = self.features[0], self.device_count()
         return first.raw_x.shape[0] * devices, first.raw_columns.shape[0] * devices
 
     def weights(self) -> tuple[Array, Array]:
-        """Of the rows, (n,), and of the columns, (m,); those on this device."""
+        """Weights of the local rows, (n,), and columns, (m,)."""
         first = self.features[0]
         return _weights(first.raw_x, first.mask), _weights(first.raw_columns, first.column_mask)
 
     def total(self, *, per_row: bool) -> Array:
-        """The weight of all pairs that count, or of each row's, (n,)."""
+        """The total weight of all pairs, or of the pairs of each row, (n,)."""
         rows, columns = self.weights()
         row_total = over_devices(lax.psum, jnp.sum(columns), self.axis_name)
         totals = rows * (row_total - rows if self.skip_self and self.is_self else row_total)
         return totals if per_row else over_devices(lax.psum, jnp.sum(totals), self.axis_name)
 
     def self_total(self, *, per_row: bool) -> Array:
-        """The weight of the pairs of a sample with itself, if they counted: () or, per row, (n,)."""
+        """The total weight of the pairs of a sample with itself, left out or not: () or, per row, (n,)."""
         rows = self.weights()[0]
         weights = rows * rows if self.is_self else jnp.zeros_like(rows)
         return weights if per_row else over_devices(lax.psum, jnp.sum(weights), self.axis_name)
@@ -229,7 +229,7 @@ class Pairs:
     def subset(self, size: int, *, all_rows: bool) -> Pairs:
         """Pairs of about `size` rows (or all rows) with `size` columns, none of a sample with itself.
 
-        Every device gets the columns (and, unless all rows are kept, the rows) of all. Of the first representation.
+        Only of the first representation. Every device gets the columns (unless `all_rows`, also the rows) of all.
         """
         first = self.features[0]
         index = self._index(first.raw_x)
@@ -237,8 +237,8 @@ class Pairs:
         y = x if self.is_self else (first.raw_y, first.mask_y, None)
         n, m = self.shape
         row_step, column_step = 1 if all_rows else max(1, n // size), max(1, m // size)
-        rows = x if all_rows else self._thinned(x, row_step)
-        columns = self._thinned(y, column_step)
+        rows = x if all_rows else self._thin(x, row_step)
+        columns = self._thin(y, column_step)
         part = first._replace(raw_x=rows[0], mask=rows[1], raw_y=columns[0], mask_y=columns[1])
         if self.is_self:
             part = part._replace(sample=rows[2], sample_y=columns[2])
@@ -248,46 +248,47 @@ class Pairs:
         return pairs if all_rows else pairs.stored()
 
     def stored(self) -> Pairs:
-        """The same with their distances stored, by the fast formula."""
+        """The same pairs with stored distances, by the fast formula."""
         return replace(self, distances=tuple(fast_distances(features, self.precision) for features in self.features))
 
     def pairs_in_sum(self, gamma_per: GammaPer) -> Array | float:
-        """About how many pairs carry the sum over a kernel: of all, of a row or of a column."""
+        """The approximate number of pairs that carry a kernel sum over all pairs, over a row or over a column."""
         n, m = self.shape
         number = {"all": n * m, "row": m, "column": n}[gamma_per]
-        return float(number) * (_USUAL_SHARE if self.density is None else self.density)
+        return float(number) * (_DEFAULT_SHARE if self.density is None else self.density)
 
-    def side(self, *, columns: bool, gammas: tuple[Array | None, ...], as_row: Any, as_column: Any) -> Side:
-        """All rows of one side, with what belongs to them."""
+    def side(self, *, columns: bool, gammas: tuple[Array | None, ...], row_values: Any, column_values: Any) -> Side:
+        """All rows, or all columns, with their values."""
         first = self.features[0]
         arrays = tuple(f.raw_columns if columns else f.raw_x for f in self.features)
         index = first.sample_y if columns else first.sample
         index = self._index(arrays[0]) if index is None else index
         weights = _weights(arrays[0], first.mask_y if columns else first.mask)
-        return Side(arrays, weights, index, gammas, as_row, as_column)
+        return Side(arrays, weights, index, gammas, row_values, column_values)
 
     def device_count(self) -> int:
-        """How many devices share the rows."""
+        """The number of devices that hold the rows."""
         return 1 if self.axis_name is None else lax.axis_size(self.axis_name)
 
     def _index(self, rows: Array) -> Array:
         n = rows.shape[0]
-        first = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * n
-        return first + jnp.arange(n, dtype=jnp.int32)
+        start = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * n
+        return start + jnp.arange(n, dtype=jnp.int32)
 
-    def _thinned(self, arrays: tuple[Any, ...], step: int) -> tuple[Any, ...]:
-        """Every `step`-th row of each array, of all devices, the same on each."""
+    def _thin(self, arrays: tuple[Any, ...], step: int) -> tuple[Any, ...]:
+        """Every `step`-th row of each array, gathered from all devices."""
 
-        def gathered(a: Array) -> Array:
+        def gather(a: Array) -> Array:
             if self.axis_name is None:
                 return a
-            number = a.astype(jnp.int32) if a.dtype == bool else a
-            place = jnp.arange(self.device_count(), dtype=jnp.int32) == lax.axis_index(self.axis_name)
-            place = place.reshape(-1, *[1] * a.ndim)
-            rows = lax.psum(jnp.where(place, number[None], 0), self.axis_name)  # all_gather would be typed as varying
+            numbers = a.astype(jnp.int32) if a.dtype == bool else a
+            is_local = jnp.arange(self.device_count(), dtype=jnp.int32) == lax.axis_index(self.axis_name)
+            is_local = is_local.reshape(-1, *[1] * a.ndim)
+            # Not all_gather, whose result counts as varying over the devices.
+            rows = lax.psum(jnp.where(is_local, numbers[None], 0), self.axis_name)
             return rows.reshape(-1, *a.shape[1:]).astype(a.dtype)
 
-        return tuple(None if a is None else gathered(a[::step]) for a in arrays)
+        return tuple(None if a is None else gather(a[::step]) for a in arrays)
 
 
 def _weights(rows: Array, mask: Array | None) -> Array:
@@ -295,28 +296,29 @@ def _weights(rows: Array, mask: Array | None) -> Array:
 
 
 def empty_tile(
-    pairs: Pairs, gammas: tuple[Array | None, ...], gamma_per: GammaPer, as_row: Any, as_column: Any
+    pairs: Pairs, gammas: tuple[Array | None, ...], gamma_per: GammaPer, row_values: Any, column_values: Any
 ) -> Tile:
-    """All rows and columns as one tile, without distances."""
+    """One tile of all rows and columns, without distances."""
     none = (None,) * len(gammas)
-    shared, row_gammas, column_gammas = (
+    gamma, row_gammas, column_gammas = (
         gammas if gamma_per == "all" else none,
         gammas if gamma_per == "row" or (gamma_per == "column" and pairs.is_self) else none,
         gammas if gamma_per == "column" else none,
     )
-    # Inside shard_map what travels varies from device to device, also where it started as the same on all.
+    # Inside shard_map, arrays that rotate around the ring vary over devices, even if they start out replicated.
     varying = partial(jax.tree.map, partial(varying_like, pairs.features[0].raw_x))
     if pairs.is_self:
-        row = column = varying(pairs.side(columns=False, gammas=row_gammas, as_row=as_row, as_column=as_column))
+        row = pairs.side(columns=False, gammas=row_gammas, row_values=row_values, column_values=column_values)
+        row = column = varying(row)
     else:
-        row = varying(pairs.side(columns=False, gammas=row_gammas, as_row=as_row, as_column=()))
-        column = varying(pairs.side(columns=True, gammas=column_gammas, as_row=(), as_column=as_column))
+        row = varying(pairs.side(columns=False, gammas=row_gammas, row_values=row_values, column_values=()))
+        column = varying(pairs.side(columns=True, gammas=column_gammas, row_values=(), column_values=column_values))
     weighted = pairs.features[0].mask is not None or pairs.features[0].column_mask is not None
-    return Tile((), row, column, shared, gamma_per, pairs.pairs_in_sum(gamma_per), weighted, pairs.skip_self)
+    return Tile((), row, column, gamma, gamma_per, pairs.pairs_in_sum(gamma_per), weighted, pairs.skip_self)
 
 
 def with_distances(pairs: Pairs, tile: Tile) -> Tile:
-    """Compute the distances of a tile."""
+    """The tile with its distances, computed."""
     mask, mask_y = (side.weights > 0 if tile.weighted else None for side in (tile.row, tile.column))
 
     def distances_of(k: int) -> Array:
@@ -325,10 +327,11 @@ def with_distances(pairs: Pairs, tile: Tile) -> Tile:
         )
         if pairs.is_self or features.sample is not None:
             features = features._replace(sample=tile.row.sample, sample_y=tile.column.sample)
-        # Each gamma is tested on its own row or column: a row of a small sigma must not decide for the others.
-        own, others = tile.row.gammas[k], tile.column.gammas[k]
-        gammas = [tile.gamma[k], None if own is None else own[:, None], None if others is None else others[None]]
-        gammas = [gamma for gamma in gammas if gamma is not None]
+        # Each gamma is tested on its own row or column: a row with a small sigma must not decide for all rows.
+        row_gamma, column_gamma = tile.row.gammas[k], tile.column.gammas[k]
+        row_gamma = None if row_gamma is None else row_gamma[:, None]
+        column_gamma = None if column_gamma is None else column_gamma[None]
+        gammas = [gamma for gamma in (tile.gamma[k], row_gamma, column_gamma) if gamma is not None]
         precision, pairs_in_sum = pairs.precision, tile.pairs_in_sum
         if gammas and not pairs.fast_only:
             squared = accurate_distances(
@@ -340,15 +343,15 @@ def with_distances(pairs: Pairs, tile: Tile) -> Tile:
         return root(squared) if pairs.euclidean else squared
 
     number = len(pairs.features)
-    if pairs.differentiable or number <= _SIDE_BY_SIDE:
+    if pairs.differentiable or number <= _MAX_CONCURRENT:
         return tile._replace(distances=tuple(distances_of(k) for k in range(number)))
-    # One after the other: the compiler would rather have what all of them need in memory at once.
+    # A loop: left to itself, the compiler holds the intermediate arrays of all representations at once.
     distances = lax.map(lambda k: lax.switch(k, [partial(distances_of, k) for k in range(number)]), jnp.arange(number))
     return tile._replace(distances=tuple(distances))
 
 
 def inverse_rms_distance(features: CenteredFeatures, axis_name: str | None) -> Array:
-    """1 / the root mean square distance: where distances are to be accurate in proportion to it."""
+    """1 / the root mean square distance: a gamma that makes distances accurate relative to the typical one."""
     means = []
     for rows, weights in zip(lax.stop_gradient(features.sides), Pairs((features,)).weights(), strict=True):
         sums = jnp.stack((jnp.sum(rows * rows), jnp.sum(weights)))

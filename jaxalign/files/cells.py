@@ -1,4 +1,4 @@
-"""What a grid compares; and grids of measures that look at one representation at a time, and then at two."""
+"""What a grid compares; and grids of measures that compare summaries of two representations."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ from jaxalign._plan import make_plan
 from jaxalign.files.checkpoint import Checkpoint
 from jaxalign.files.storage import json_value
 from jaxalign.files.visit import Progress, reporting
-from jaxalign.measures._evaluate import Missing, SetMeasure, check_function, combine_sets, explain_status, prepare_set
+from jaxalign.measures._evaluate import (
+    Missing,
+    SummaryMeasure,
+    check_function,
+    compare_summaries,
+    explain_status,
+    summarize,
+)
 
-# Prepared representations are kept up to so many bytes, and two at least.
+# Summaries are kept up to this many bytes, and at least two of them.
 _KEPT_BYTES = 2**30
 
 
@@ -89,41 +96,41 @@ class GridResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """Representations as the measure looks at them; those that were used last are kept."""
+class Summaries:
+    """Summaries of the representations; the most recently used ones are kept."""
 
     task: GridTask
-    measure: SetMeasure
+    measure: SummaryMeasure
     load: Callable[[int], Array]
     mask: Array | None
     mesh: Any = None
     axis_name: Any = None
-    kept: dict[int, Any] = field(default_factory=dict)  # the one that was used last at the end
+    kept: dict[int, Any] = field(default_factory=dict)  # the most recently used one last
 
     def __getitem__(self, k: int) -> Any:
-        self.kept[k] = self.kept.pop(k) if k in self.kept else self._prepare(k)
+        self.kept[k] = self.kept.pop(k) if k in self.kept else self._summarize(k)
         while len(self.kept) > 2 and sum(leaf.nbytes for leaf in jax.tree.leaves(self.kept)) > _KEPT_BYTES:
             del self.kept[next(iter(self.kept))]
         return self.kept[k]
 
-    def _prepare(self, k: int) -> Any:
+    def _summarize(self, k: int) -> Any:
         x, name, function = self.load(k), self.task.names[k], self.measure.function
         plan = make_plan(x, None, self.task.tile_size, self.mesh, self.axis_name)
         density = self.task.options.get("density")
         sigmas, target = check_function([name], (x,), self.mask, self.task.sigma_of(k), density, function, plan)
         sigma = None if sigmas is None else sigmas[0]
-        prepared = _prepare_set(x, self.mask, sigma, target, self.measure, plan)
-        explain_status(name, prepared.status)
-        return prepared
+        summary = _summarize_jit(x, self.mask, sigma, target, self.measure, plan)
+        explain_status(name, summary.status)
+        return summary
 
 
-_prepare_set = jax.jit(prepare_set, static_argnames=("measure", "plan"))
-_combine_sets = jax.jit(combine_sets, static_argnames="measure")
+_summarize_jit = jax.jit(summarize, static_argnames=("measure", "plan"))
+_compare_summaries_jit = jax.jit(compare_summaries, static_argnames="measure")
 
 
-def compare_cells(prepared: Preparation, checkpoint: Checkpoint) -> np.ndarray:
+def compare_cells(summaries: Summaries, checkpoint: Checkpoint) -> np.ndarray:
     """The values of every two representations; every cell that is done is saved."""
-    task, measure = prepared.task, prepared.measure
+    task, measure = summaries.task, summaries.measure
     state = checkpoint.load({"values": np.full(task.shape, np.nan), "done": np.zeros(task.shape, bool)})
     values, done = state["values"], state["done"]
     with reporting(task.progress, measure.name, values.size, unit="comparison") as show:
@@ -131,7 +138,7 @@ def compare_cells(prepared: Preparation, checkpoint: Checkpoint) -> np.ndarray:
             # To and fro, so that what was used last comes first if not all can be kept.
             for j, column in list(enumerate(task.columns))[:: 1 if i % 2 == 0 else -1]:
                 if not done[i, j]:
-                    values[i, j] = _combine_sets(prepared[i], prepared[column], prepared.mask, measure)
+                    values[i, j] = _compare_summaries_jit(summaries[i], summaries[column], summaries.mask, measure)
                     done[i, j] = True
                     checkpoint.save(state)
                 show(int(done.sum()))

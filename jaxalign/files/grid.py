@@ -14,39 +14,39 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxalign import _checks
-from jaxalign._plan import choose_tiles, usual_block_rows
+from jaxalign._plan import choose_tiles, default_block_rows
 from jaxalign.core.bandwidth import gamma_of
 from jaxalign.core.features import CenteredFeatures
 from jaxalign.core.reduce import reduce_both_sides, reduce_pairs
 from jaxalign.core.tiles import Pairs, Reduction, Tile, inverse_rms_distance, over_rows
-from jaxalign.files.cells import GridResult, GridTask, Preparation, compare_cells
+from jaxalign.files.cells import GridResult, GridTask, Summaries, compare_cells
 from jaxalign.files.checkpoint import Checkpoint, State, locked_checkpoint
 from jaxalign.files.sigma import solve_rows
 from jaxalign.files.sources import Block, RowPairs, open_pairs, open_source, rows_are_finite
 from jaxalign.files.visit import BlockSums, Reporting, read_ahead, reporting, totals_of, visit, zero_sums
 from jaxalign.measures._centering import Centering
-from jaxalign.measures._evaluate import PairMeasure, SetMeasure, check_sets, values_of
+from jaxalign.measures._evaluate import PairMeasure, SummaryMeasure, check_representations, compute_values
 from jaxalign.measures._pair_sums import (
-    Facts,
     PairFunction,
-    Sums,
+    Properties,
+    ShiftedSums,
     centered_products,
-    largest_square,
-    sums_of,
+    make_reduction,
+    max_square_norm,
 )
 
 
 def compare_files(
-    task: GridTask, measure: PairMeasure | SetMeasure, block_rows: int | None, checkpoint: Path | None
+    task: GridTask, measure: PairMeasure | SummaryMeasure, block_rows: int | None, checkpoint: Path | None
 ) -> GridResult:
     """A grid of which two blocks of all rows, or two representations, are in memory at a time."""
     _checks.choice("missing", task.missing, ("raise", "omit", "propagate"))
     widths = sum(value.shape[1] for value in task.features)
-    size = block_rows or min(task.num_samples, usual_block_rows(widths * 8))
+    size = block_rows or min(task.num_samples, default_block_rows(widths * 8))
     mask, complete = _complete(task, size)
     num_samples = task.num_samples if mask is None else int(mask.sum())
-    if num_samples < measure.least:
-        raise ValueError(f"{measure.needs} needs at least {measure.least} samples; {num_samples} are left.")
+    if num_samples < measure.min_samples:
+        raise ValueError(f"{measure.label} needs at least {measure.min_samples} samples; {num_samples} are left.")
     result = GridResult(np.full(task.shape, np.nan), np.full(len(task.names), np.nan), num_samples)
     rows, columns = ([at for at, k in enumerate(side) if k in complete] for side in (range(task.split), task.columns))
     if rows and columns:
@@ -69,12 +69,12 @@ def _complete(task: GridTask, block_rows: int) -> tuple[np.ndarray | None, list[
 
 
 def _compare_complete(
-    task: GridTask, measure: PairMeasure | SetMeasure, block_rows: int, checkpoint: Path | None
+    task: GridTask, measure: PairMeasure | SummaryMeasure, block_rows: int, checkpoint: Path | None
 ) -> tuple[Any, Any]:
     """Values, and the sigma of each representation."""
     is_by_pairs, function = isinstance(measure, PairMeasure), measure.function
     diagonal = function.diagonal if is_by_pairs and function.solves else "include"
-    direction = function.rows if is_by_pairs else None
+    direction = function.normalization if is_by_pairs else None
     pairs: list[RowPairs] = []
     for name, value in zip(task.names, task.features, strict=True):
         source = open_source(name, value, task.mask, block_rows, direction)
@@ -89,9 +89,9 @@ def _compare_complete(
 
         def load(k: int) -> Array:
             features = [(task.names[k], np.asarray(task.features[k]))]
-            return check_sets(features, mask, "propagate", 1, measure.name)[0][0]
+            return check_representations(features, mask, "propagate", 1, measure.name)[0][0]
 
-        values = compare_cells(Preparation(task, measure, load, mask), saved)
+        values = compare_cells(Summaries(task, measure, load, mask), saved)
     saved.remove()
     return values, sigma
 
@@ -109,11 +109,11 @@ def _compare_blocks(
     itemsize = pairs[0].dtype.itemsize
     tile = choose_tiles(task.tile_size, rows, rows, number, itemsize, may_store=False, by_memory=False)[1]
     terms = _Terms(measure.function, measure.centering, task.split, tile)
-    state, shift, facts = _visit(terms, pairs, state, saved, partial(reporting, task.progress, "pairs"))
+    state, shift, properties = _visit(terms, pairs, state, saved, partial(reporting, task.progress, "pairs"))
     cross, diagonal = np.split(totals_of(state), [num_products])
-    sums = Sums(*(jnp.asarray(a, shift.dtype) for a in (cross.reshape(task.shape), diagonal, state["rows"])))
-    inner = centered_products(sums, shift, facts, task.split, measure.centering, measure.function)
-    return values_of(inner, measure), state["sigma"]
+    sums = ShiftedSums(*(jnp.asarray(a, shift.dtype) for a in (cross.reshape(task.shape), diagonal, state["rows"])))
+    inner = centered_products(sums, shift, properties, task.split, measure.centering, measure.function)
+    return compute_values(inner, measure), state["sigma"]
 
 
 def _with_sigma(
@@ -152,8 +152,8 @@ class _Terms:
 
 def _visit(
     terms: _Terms, pairs: list[RowPairs], state: State, saved: Checkpoint, report: Reporting
-) -> tuple[State, Array, Facts]:
-    """The state with all sums, what values are shifted by in them, and the facts that centering needs."""
+) -> tuple[State, Array, Properties]:
+    """The state with all sums, what values are shifted by in them, and the properties of the representations."""
     dtype, sources = pairs[0].dtype, [features.x for features in pairs]
     sample = Block(slice(0), tuple(features.sample[0] for features in pairs), None)
     sigma = jnp.asarray(state["sigma"], dtype)
@@ -170,15 +170,15 @@ def _visit(
         return BlockSums(*_sum_blocks(_centered(pairs, x, y), gammas, *shifts, terms))
 
     state = visit(sum_pairs, sources, None, state, saved, report)
-    facts = Facts(
+    properties = Properties(
         weights=jnp.asarray(weights),
         scales=jnp.stack([features.scale for features in pairs]),
-        sizes=jnp.asarray(squares),
-        usable=jnp.ones(len(pairs), bool),
+        max_square_norms=jnp.asarray(squares),
+        is_defined=jnp.ones(len(pairs), bool),
         status=jnp.zeros(len(pairs), jnp.int32),
         sigma=sigma,
     )
-    return state, jnp.asarray(shift), facts
+    return state, jnp.asarray(shift), properties
 
 
 def _shift_of(means: np.ndarray, weights: np.ndarray, centering: Centering | None) -> np.ndarray:
@@ -208,17 +208,17 @@ def _gammas(features: tuple[CenteredFeatures, ...], sigma: Array, function: Pair
 def _row_means(
     features: tuple[CenteredFeatures, ...], gammas: tuple[Array | None, ...], function: PairFunction
 ) -> tuple[Array, Array]:
-    """About the row means of f_ij, (b, L + M), and the largest square of a row, (L + M,)."""
+    """Approximate row means of f_ij, (b, L + M), and the largest squared norm of a row, (L + M,)."""
     means: list[Array] = []
     for part, gamma in zip(features, gammas, strict=True):
 
         def terms(tile: Tile, scale: Array = part.scale) -> Array:
-            return tile.apply_weights(function.of(tile.distances[0], tile.gammas[0], scale))
+            return tile.apply_weights(function.values(tile.distances[0], tile.gammas[0], scale))
 
         pairs = Pairs((part,), differentiable=False, euclidean=function.euclidean)
         _, rows = reduce_pairs(Reduction(terms, over_rows), pairs, gammas=(gamma,))
         means.append(rows / part.raw_columns.shape[0])
-    return jnp.stack(means, 1), jnp.stack([largest_square(part) for part in features])
+    return jnp.stack(means, 1), jnp.stack([max_square_norm(part) for part in features])
 
 
 @partial(jax.jit, static_argnames="terms")
@@ -232,10 +232,12 @@ def _sum_blocks(
     """The fields of `BlockSums`; without totals of differences."""
     function, is_self = terms.function, shift_y is None
     pairs = Pairs(features, None, is_self, terms.tile_size, differentiable=False, euclidean=function.euclidean)
-    reduction = sums_of(tuple(part.scale for part in features), terms.split, function, terms.centering)
+    reduction = make_reduction(tuple(part.scale for part in features), terms.split, function, terms.centering)
     if is_self:
-        totals, rows = reduce_pairs(reduction, pairs, gammas=gammas, as_row=shift, as_column=shift)
+        totals, rows = reduce_pairs(reduction, pairs, gammas=gammas, row_values=shift, column_values=shift)
         columns = 0
     else:
-        totals, rows, columns = reduce_both_sides(reduction, pairs, gammas=gammas, as_row=shift, as_column=shift_y)
+        totals, rows, columns = reduce_both_sides(
+            reduction, pairs, gammas=gammas, row_values=shift, column_values=shift_y
+        )
     return jnp.concatenate([jnp.ravel(total) for total in totals]) if totals else 0, rows, columns

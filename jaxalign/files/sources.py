@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jaxalign import _checks, _directions
 from jaxalign._linalg import power_of_two
-from jaxalign._plan import check_tile_size, choose_tiles, usual_block_rows
+from jaxalign._plan import check_tile_size, choose_tiles, default_block_rows
 from jaxalign.core.bandwidth import SUBSAMPLE
 from jaxalign.core.features import CenteredFeatures
 from jaxalign.files.readers import open_npy
@@ -165,7 +165,7 @@ def _array_blocks(name: str, array: np.ndarray, block_rows: int | None) -> _Bloc
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name} must have shape (n, d), both at least 1; got {array.shape}.")
     n, width = array.shape
-    size = usual_block_rows(width * max(4, array.dtype.itemsize)) if block_rows is None else int(block_rows)
+    size = default_block_rows(width * max(4, array.dtype.itemsize)) if block_rows is None else int(block_rows)
     sizes = tuple(min(size, n - start) for start in range(0, n, size))
     return lambda i: np.asarray(array[i * size : (i + 1) * size]), sizes
 

@@ -15,7 +15,7 @@ from jaxalign._plan import TileSize
 from jaxalign._problem import Diagonal
 from jaxalign._typing import AnyArray
 from jaxalign.measures._evaluate import Missing, PairMeasure, evaluate
-from jaxalign.measures._pair_sums import Inner, PairFunction
+from jaxalign.measures._pair_sums import InnerProducts, PairFunction
 
 
 def affinity_distance(
@@ -84,9 +84,9 @@ def affinity_distance_measure(solves: bool, diagonal: Any, result: Any) -> PairM
     return PairMeasure("affinity_distance", function, None, finish, 2)
 
 
-def _frobenius(inner: Inner) -> Array:
-    return root(inner.cross) / inner.samples[..., None, None]
+def _frobenius(inner: InnerProducts) -> Array:
+    return root(inner.cross) / inner.num_samples[..., None, None]
 
 
-def _rows(inner: Inner) -> Array:
-    return inner.roots / (inner.samples * jnp.sqrt(inner.samples))[..., None, None]
+def _rows(inner: InnerProducts) -> Array:
+    return inner.row_norms / (inner.num_samples * jnp.sqrt(inner.num_samples))[..., None, None]

@@ -18,7 +18,7 @@ from jaxalign import _checks
 from jaxalign._linalg import bounded, matmul, transposed
 from jaxalign._typing import AnyArray
 from jaxalign.core.features import centered_columns
-from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
+from jaxalign.measures._evaluate import Context, Missing, SummaryMeasure, evaluate
 from jaxalign.measures._spectra import ALL, Keep, leading, narrowed, nuclear_norm
 
 
@@ -123,27 +123,27 @@ def svcca(
 
 
 @_checks.cached
-def cca_measure(result: Any) -> SetMeasure:
+def cca_measure(result: Any) -> SummaryMeasure:
     """The measure behind `cca`."""
     _checks.choice("result", result, ("mean", "mean_squared"))
-    return SetMeasure("cca", partial(_directions, keep=ALL), partial(_correlation, squared=result != "mean"), 2)
+    return SummaryMeasure("cca", partial(_directions, keep=ALL), partial(_correlation, squared=result != "mean"), 2)
 
 
 @_checks.cached
-def pwcca_measure() -> SetMeasure:
+def pwcca_measure() -> SummaryMeasure:
     """The measure behind `pwcca`."""
-    return SetMeasure("pwcca", partial(_directions, keep=ALL), _weighted, 2)
+    return SummaryMeasure("pwcca", partial(_directions, keep=ALL), _weighted, 2)
 
 
 @_checks.cached
-def svcca_measure(components: Any) -> SetMeasure:
+def svcca_measure(components: Any) -> SummaryMeasure:
     """The measure behind `svcca`."""
     if isinstance(components, (float, np.floating)) and 0 < components < 1:
         keep: Keep = ("share", float(components))
     else:
         share = ", or a share of the variance strictly between 0 and 1"
         keep = ("count", _checks.whole("components", components, of=" of singular directions", otherwise=share))
-    return SetMeasure("svcca", partial(_directions, keep=keep), partial(_correlation, squared=False), 2)
+    return SummaryMeasure("svcca", partial(_directions, keep=keep), partial(_correlation, squared=False), 2)
 
 
 class _Directions(NamedTuple):
@@ -152,8 +152,8 @@ class _Directions(NamedTuple):
     centred: Array  # (..., n, d)
 
 
-def _directions(x: Array, setting: Setting, keep: Keep) -> tuple[_Directions, None]:
-    x = centered_columns(x, setting.mask)
+def _directions(x: Array, context: Context, keep: Keep) -> tuple[_Directions, None]:
+    x = centered_columns(x, context.mask)
     return _Directions(*leading(narrowed(x), keep), x), None
 
 

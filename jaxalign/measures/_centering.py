@@ -1,7 +1,7 @@
-"""How the matrix of a pair function is centered: one small object each, that says everything about it.
+"""How the matrix of a pair function is centered: one small class per centering, which defines all of it.
 
-Matrices are never formed: the inner product of two centered ones follows from sums over the pairs i != j, see
-`PairSums`. Where the centering removes what depends on one sample only, f_ij may be shifted by any a_i + a_j before.
+Matrices are never formed: inner products of centered matrices follow from sums over the pairs i != j, see `PairSums`.
+If the centering removes what depends on one sample only, f_ij may be shifted by any a_i + a_j beforehand.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from jaxalign.core.devices import over_devices
 
 
 class PairSums(NamedTuple):
-    """Sums over the pairs i != j of L matrices f and M matrices g, shifted, and their diagonals."""
+    """Sums over the pairs i != j of L shifted matrices f and M shifted matrices g, and their diagonals."""
 
     products: Array  # (L, M): sum f_ij g_ij
     rows: tuple[Array, Array]  # (n, L), (n, M): sum_j f_ij
     diagonals: tuple[Array, Array]  # (n, L), (n, M): f_ii
     shifts: tuple[Array, Array]  # (n, L), (n, M)
     weights: Array  # (n, 1): 1 for a valid sample
-    number: Array  # (): valid samples of all devices
+    num_samples: Array  # (): valid samples on all devices
     axis_name: str | None
 
     def dot(self, a: Array, b: Array) -> Array:
-        """A' b over the samples of all devices."""
+        """The product a' b over the samples of all devices."""
         return over_devices(lax.psum, matmul(a.T, b), self.axis_name)
 
     def total(self, a: Array) -> Array:
@@ -37,13 +37,13 @@ class PairSums(NamedTuple):
         return over_devices(lax.psum, jnp.sum(a, 0), self.axis_name)
 
     def product_of_totals(self) -> Array:
-        """Of the sums over all pairs."""
+        """(sum f_ij) (sum g_ij), each over all pairs, (L, M)."""
         first, second = map(self.total, self.rows)
         return jnp.outer(first, second)
 
     def double_centered(self) -> Array:
         """tr(H F H G), diagonals included."""
-        (d, e), n = self.diagonals, self.number
+        (d, e), n = self.diagonals, self.num_samples
         r, s = (rows + diagonal for rows, diagonal in zip(self.rows, self.diagonals, strict=True))
         totals = jnp.outer(self.total(r), self.total(s))
         return self.products + self.dot(d, e) - 2 / n * self.dot(r, s) + totals / n**2
@@ -58,21 +58,21 @@ def _double_centered(f: Array) -> Array:
     return f - rows - rows.T + jnp.mean(rows)
 
 
-def _less_mean(f: Array) -> Array:
-    """A matrix less its mean off the diagonal, there."""
+def _subtract_mean(f: Array) -> Array:
+    """The off-diagonal entries minus their mean; the diagonal is 0."""
     n = f.shape[0]
     return _off_diagonal(f - jnp.sum(_off_diagonal(f)) / (n * (n - 1)))
 
 
 @dataclass(frozen=True)
 class Centering:
-    """None: the matrix off its diagonal, as it is. The others differ from this."""
+    """No centering: the off-diagonal entries as they are. Base class of all centerings."""
 
-    may_shift: ClassVar[bool] = False  # whether a_i + a_j added to f_ij changes nothing
-    has_bootstrap: ClassVar[bool] = True  # whether there is an estimate that copies of a sample do not inflate
+    may_shift: ClassVar[bool] = False  # whether adding a_i + a_j to f_ij changes nothing
+    has_bootstrap: ClassVar[bool] = True  # whether there is an estimate that duplicates do not inflate
 
     def shift(self, means: Array, half: Array) -> Array:
-        """What f may be shifted by, from the means of its rows and half of the mean of all."""
+        """The shift a_i of f, from its row means and half of its overall mean."""
         del half
         return jnp.zeros_like(means)
 
@@ -81,23 +81,23 @@ class Centering:
         return sums.products
 
     def matrix(self, f: Array) -> Array:
-        """A matrix (n, n) so centered that inner products with others are those of `inner`."""
+        """The centered matrix (n, n): its inner products with other centered matrices are those of `inner`."""
         return _off_diagonal(f)
 
     def bootstrap(self, f: Array, g: Array, weights: Array) -> Array:
-        """The inner product of matrices with zero diagonals, with samples weighted: weights (b, n), result (b,)."""
+        """Inner products, (b,), of matrices with zero diagonals and weighted samples, weights (b, n)."""
         return self.means(f, g, weights)[0] * f.shape[0] * (f.shape[0] - 1)
 
     def means(self, f: Array, g: Array, weights: Array) -> tuple[Array, Array]:
-        """Weighted means over different samples: of f g, and of f times that of g."""
+        """Weighted means over pairs of different samples: mean(f g), and mean(f) mean(g)."""
         pairs = jnp.sum(weights, 1) ** 2 - jnp.sum(weights**2, 1)
-        product, first, second = (_through(a, weights, weights) / pairs for a in (f * g, f, g))
+        product, first, second = (_bilinear(a, weights, weights) / pairs for a in (f * g, f, g))
         return product, first * second
 
 
 @dataclass(frozen=True)
 class Pearson(Centering):
-    """Less the mean off the diagonal: the inner product is a covariance over pairs."""
+    """The off-diagonal entries minus their mean: the inner product is a covariance over pairs."""
 
     may_shift: ClassVar[bool] = True
 
@@ -107,11 +107,11 @@ class Pearson(Centering):
 
     def inner(self, sums: PairSums) -> Array:
         """See `Centering`."""
-        return sums.products - sums.product_of_totals() / (sums.number * (sums.number - 1))
+        return sums.products - sums.product_of_totals() / (sums.num_samples * (sums.num_samples - 1))
 
     def matrix(self, f: Array) -> Array:
         """See `Centering`."""
-        return _less_mean(f)
+        return _subtract_mean(f)
 
     def bootstrap(self, f: Array, g: Array, weights: Array) -> Array:
         """See `Centering`."""
@@ -145,13 +145,13 @@ class Lange(Biased):
 
     def inner(self, sums: PairSums) -> Array:
         """See `Centering`."""
-        n = sums.number
+        n = sums.num_samples
 
-        def diagonal(rows: Array, on_diagonal: Array) -> Array:
-            rows = rows + on_diagonal
-            return (on_diagonal - 2 / n * rows + sums.total(rows)[None] / n**2) * sums.weights
+        def centered_diagonal(rows: Array, diagonal: Array) -> Array:
+            rows = rows + diagonal
+            return (diagonal - 2 / n * rows + sums.total(rows)[None] / n**2) * sums.weights
 
-        return sums.double_centered() - sums.dot(*map(diagonal, sums.rows, sums.diagonals))
+        return sums.double_centered() - sums.dot(*map(centered_diagonal, sums.rows, sums.diagonals))
 
     def matrix(self, f: Array) -> Array:
         """See `Centering`."""
@@ -160,11 +160,11 @@ class Lange(Biased):
 
 @dataclass(frozen=True)
 class WhitenedPearson(Biased):
-    """H (D - m (1 1' - I)) H: the matrix less its mean m off the diagonal, then H on both sides (Diedrichsen 2021)."""
+    """H (D - m (1 1' - I)) H: off-diagonal entries minus their mean m, then H on both sides (Diedrichsen 2021)."""
 
     def inner(self, sums: PairSums) -> Array:
         """See `Centering`."""
-        n = sums.number
+        n = sums.num_samples
 
         def mean(rows: Array, shift: Array) -> Array:
             return (sums.total(rows) + 2 * (n - 1) * sums.total(shift)) / (n * (n - 1))
@@ -174,7 +174,7 @@ class WhitenedPearson(Biased):
 
     def matrix(self, f: Array) -> Array:
         """See `Centering`."""
-        return _double_centered(_less_mean(f))
+        return _double_centered(_subtract_mean(f))
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,13 @@ class Debiased(Biased):
 
     def inner(self, sums: PairSums) -> Array:
         """See `Centering`."""
-        n = sums.number
+        n = sums.num_samples
         return sums.products + sums.product_of_totals() / ((n - 1) * (n - 2)) - 2 / (n - 2) * sums.dot(*sums.rows)
 
     def matrix(self, f: Array) -> Array:
         """See `Centering`; Székely & Rizzo 2014, eq. 2.2."""
         n = f.shape[0]
-        f = _off_diagonal(f - jnp.mean(f))  # the mean only for the digits
+        f = _off_diagonal(f - jnp.mean(f))  # subtracting the mean changes only rounding errors
         rows = jnp.sum(f, 1, keepdims=True) / (n - 2)
         return _off_diagonal(f - rows - rows.T + jnp.sum(rows) / (n - 1))
 
@@ -203,26 +203,27 @@ class Debiased(Biased):
         n, w, w2, w3 = f.shape[0], weights, weights**2, weights**3
         s1, s2, s3, s4 = (jnp.sum(w**k, 1) for k in (1, 2, 3, 4))
         product = f * g
-        same = _through(product, w, w)
+        pair_sum = _bilinear(product, w, w)
         f1, g1, f2, g2 = matmul(w, f), matmul(w, g), matmul(w2, f), matmul(w2, g)
         p2, p3 = matmul(w2, product), matmul(w3, product)
         # Sums over different i, j, k, l of w_i w_j w_k w_l times f_ij g_ij, f_ij g_ik and f_ij g_kl.
-        w2_same = jnp.sum(w2 * p2, 1)
-        two = (s1**2 - s2) * same - 4 * s1 * jnp.sum(w * p2, 1) + 4 * jnp.sum(w * p3, 1) + 2 * w2_same
-        triple = jnp.sum(w * (f1 * g1 - p2), 1)
-        at_i = jnp.sum(w2 * (f1 * g1 - p2), 1)
-        three = s1 * triple - at_i - jnp.sum(w * (f2 * g1 - p3), 1) - jnp.sum(w * (f1 * g2 - p3), 1)
-        four = _through(f, w, w) * _through(g, w, w) - 4 * at_i - 2 * w2_same
+        pair_sum_w2 = jnp.sum(w2 * p2, 1)
+        same_pair = (s1**2 - s2) * pair_sum - 4 * s1 * jnp.sum(w * p2, 1) + 4 * jnp.sum(w * p3, 1) + 2 * pair_sum_w2
+        triple_sum = jnp.sum(w * (f1 * g1 - p2), 1)
+        triple_sum_w2 = jnp.sum(w2 * (f1 * g1 - p2), 1)
+        shared_sample = s1 * triple_sum - triple_sum_w2
+        shared_sample = shared_sample - jnp.sum(w * (f2 * g1 - p3), 1) - jnp.sum(w * (f1 * g2 - p3), 1)
+        disjoint_pairs = _bilinear(f, w, w) * _bilinear(g, w, w) - 4 * triple_sum_w2 - 2 * pair_sum_w2
         quadruples = s1**4 - 6 * s1**2 * s2 + 3 * s2**2 + 8 * s1 * s3 - 6 * s4
-        return n * (n - 3) * (two - 2 * three + four) / quadruples
+        return n * (n - 3) * (same_pair - 2 * shared_sample + disjoint_pairs) / quadruples
 
 
-def _through(matrix: Array, left: Array, right: Array) -> Array:
-    """left_b' matrix right_b, (b,)."""
+def _bilinear(matrix: Array, left: Array, right: Array) -> Array:
+    """left_b' matrix right_b for every b, (b,)."""
     return jnp.sum(left * matmul(right, matrix), 1)
 
 
-# By the names that estimators and comparisons have for users.
+# By the names of estimators and comparisons in the public functions.
 CENTERINGS: dict[str, Centering] = {
     "none": Centering(),
     "pearson": Pearson(),

@@ -1,4 +1,4 @@
-"""From what a user hands in to a value: checks, missing samples, and the two kinds of measures."""
+"""From user input to a value: checks, missing samples, and the two kinds of measures."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from jaxtyping import Array
 
 from jaxalign import _checks
 from jaxalign._memory import check_stored
-from jaxalign._plan import Plan, TileSize, is_shared, make_plan
+from jaxalign._plan import Plan, TileSize, make_plan, rows_are_local
 from jaxalign._problem import check_density, check_problem, check_rtol, raise_if_failed
 from jaxalign.core.bandwidth import CONVERGED, NON_FINITE, is_bandwidth
 from jaxalign.core.devices import batched
 from jaxalign.core.features import valid_rows
 from jaxalign.measures._centering import Centering
-from jaxalign.measures._pair_sums import Inner, PairFunction, pair_products_jit
+from jaxalign.measures._pair_sums import InnerProducts, PairFunction, pair_products_jit
 
 Missing = Literal["raise", "omit", "propagate"]
-# What to do about missing samples where there is no option `missing`.
-MASKED = "Leave such samples out with mask=."
+# The advice about missing samples in functions without the option `missing`.
+MASK_ADVICE = "Leave such samples out with mask=."
 
 
 @dataclass(frozen=True)
 class PairMeasure:
-    """A measure by centered inner products of pair functions.
+    """A measure that is a function of centered inner products of pair functions.
 
     Attributes:
-        name: as users know it.
-        function: what a pair gives.
-        centering: of the matrices; None: their differences are compared, not their products.
-        finish: from the inner products to values (..., L, M).
-        least: samples that it needs.
+        name: the public name.
+        function: the value of a pair.
+        centering: of the matrices; None: compare their differences, not their products.
+        finish: inner products -> values (..., L, M).
+        min_samples: the number of samples that it needs.
     """
 
     name: str
     function: PairFunction
     centering: Centering | None
-    finish: Callable[[Inner], Array]
-    least: int
+    finish: Callable[[InnerProducts], Array]
+    min_samples: int
 
     @property
-    def needs(self) -> str:
-        """What needs so many samples, for a message."""
+    def label(self) -> str:
+        """The name in messages about `min_samples`."""
         return self.name
 
 
-class Setting(NamedTuple):
-    """What a set is looked at with."""
+class Context(NamedTuple):
+    """What a summary of a representation depends on, besides its features."""
 
     mask: Array | None  # (..., n)
     sigma: Array | None  # (...)
@@ -61,80 +61,81 @@ class Setting(NamedTuple):
     plan: Plan
 
 
-_ANY = PairFunction("squared")  # rows as they are, no sigma
+_ANY_FUNCTION = PairFunction("squared")  # no normalization, no sigma
 
 
 @dataclass(frozen=True)
-class SetMeasure:
-    """A measure that looks at each set alone, and then at what two of them gave.
+class SummaryMeasure:
+    """A measure that summarizes each representation on its own, and then compares two summaries.
 
     Attributes:
-        name: as users know it.
-        prepare: (features (..., n, d), setting) -> a pytree, and a status (...) as of `solve_sigma` or None.
-        combine: (that of x, that of y, mask) -> values (...).
-        least: samples that it needs.
-        function: what it takes of a pair of samples, if it does: tells what rows and sigma have to be.
-        label: the name with the option that `least` depends on.
-        stores_pairs: whether it sorts values of all pairs, which are stored for that.
+        name: the public name.
+        summarize: (features (n, d), context) -> a pytree, and the status () of a solved sigma or None.
+        compare: (summary of x, summary of y, mask) -> value ().
+        min_samples: the number of samples that it needs.
+        function: of pairs of samples, if it uses one: says how rows are normalized and whether there is a sigma.
+        long_name: the name with the option that `min_samples` depends on.
+        stores_pairs: whether it sorts the values of all pairs, which are stored for that.
     """
 
     name: str
-    prepare: Callable[[Array, Setting], tuple[Any, Array | None]]
-    combine: Callable[[Any, Any, Array | None], Array]
-    least: int
-    function: PairFunction = _ANY
-    label: str = ""
+    summarize: Callable[[Array, Context], tuple[Any, Array | None]]
+    compare: Callable[[Any, Any, Array | None], Array]
+    min_samples: int
+    function: PairFunction = _ANY_FUNCTION
+    long_name: str = ""
     stores_pairs: bool = False
 
     @property
-    def needs(self) -> str:
-        """What needs so many samples, for a message."""
-        return self.label or self.name
+    def label(self) -> str:
+        """The name in messages about `min_samples`."""
+        return self.long_name or self.name
 
 
-def check_sets(
+def check_representations(
     named: Sequence[tuple[str, Any]],
     mask: Any,
     missing: Any,
-    least: int,
+    min_samples: int,
     measure: str,
-    way_out: str = 'missing="omit" leaves out samples that are missing in any set.',
+    advice: str = 'missing="omit" leaves out samples that are missing in any set.',
 ) -> tuple[tuple[Array, ...], Array | None]:
-    """Features of the same samples in one dtype and batch shape, and the mask of those that count in all of them."""
+    """Features of the same samples in one dtype and batch shape, and the mask of the samples valid in all of them."""
     _checks.choice("missing", missing, ("raise", "omit", "propagate"))
-    sets = [_checks.features(name, value) for name, value in named]
-    n = sets[0].shape[-2]
-    for (name, _), features in zip(named, sets, strict=True):
-        if features.shape[-2] != n:
+    features = [_checks.features(name, value) for name, value in named]
+    n = features[0].shape[-2]
+    for (name, _), x in zip(named, features, strict=True):
+        if x.shape[-2] != n:
             raise ValueError(
-                f"{named[0][0]} and {name} must hold the same samples, row by row: {n} and {features.shape[-2]} rows."
+                f"{named[0][0]} and {name} must hold the same samples, row by row: {n} and {x.shape[-2]} rows."
             )
     try:
-        batch = np.broadcast_shapes(*(features.shape[:-2] for features in sets))
+        batch = np.broadcast_shapes(*(x.shape[:-2] for x in features))
     except ValueError:
-        told = ", ".join(f"{name} {features.shape}" for (name, _), features in zip(named, sets, strict=True))
-        raise ValueError(f"batch dimensions do not broadcast: {told}.") from None
-    dtype = np.result_type(*(features.dtype for features in sets))
-    sets = [jnp.broadcast_to(features, batch + features.shape[-2:]).astype(dtype) for features in sets]
+        shapes = ", ".join(f"{name} {x.shape}" for (name, _), x in zip(named, features, strict=True))
+        raise ValueError(f"batch dimensions do not broadcast: {shapes}.") from None
+    dtype = np.result_type(*(x.dtype for x in features))
+    features = [jnp.broadcast_to(x, batch + x.shape[-2:]).astype(dtype) for x in features]
     mask = _checks.row_mask("mask", mask, (*batch, n))
     if missing == "raise":
-        for (name, _), features in zip(named, sets, strict=True):
-            _checks.finite_rows(name, features, mask, way_out=way_out, differences=True)
+        for (name, _), x in zip(named, features, strict=True):
+            _checks.finite_rows(name, x, mask, way_out=advice, differences=True)
     if missing == "omit":
-        real = [jnp.isfinite(features).all(-1) for features in sets]
-        for more in real:
-            mask = more if mask is None else mask & more
+        for finite in [jnp.isfinite(x).all(-1) for x in features]:
+            mask = finite if mask is None else mask & finite
     counts = np.asarray(n)
     if mask is not None and _checks.is_concrete(mask):
         counts = _checks.on_host(mask).sum(-1)
-    if (counts < least).any():
-        left = "" if mask is None else " are left by the mask" if missing != "omit" else " are left, not missing"
-        raise ValueError(f"{measure} needs at least {least} samples; {int(np.min(counts))}{left or ' are there (n)'}.")
-    return tuple(sets), mask
+    if (counts < min_samples).any():
+        reason = " are there (n)"
+        if mask is not None:
+            reason = " are left, not missing" if missing == "omit" else " are left by the mask"
+        raise ValueError(f"{measure} needs at least {min_samples} samples; {int(np.min(counts))}{reason}.")
+    return tuple(features), mask
 
 
 def evaluate(
-    measure: PairMeasure | SetMeasure,
+    measure: PairMeasure | SummaryMeasure,
     x: Any,
     y: Any,
     *,
@@ -146,55 +147,55 @@ def evaluate(
     mesh: Any = None,
     axis_name: Any = None,
 ) -> Array:
-    """The value of a measure for one pair of sets, (...)."""
-    least = 1 if is_shared(mesh, axis_name) else measure.least
-    (x, y), mask = check_sets((("x", x), ("y", y)), mask, missing, least, measure.needs)
-    plan = make_plan(x, None, tile_size, mesh, axis_name, sets=2)
+    """The value of a measure for a pair of representations, (...)."""
+    min_samples = 1 if rows_are_local(mesh, axis_name) else measure.min_samples
+    (x, y), mask = check_representations((("x", x), ("y", y)), mask, missing, min_samples, measure.label)
+    plan = make_plan(x, None, tile_size, mesh, axis_name, representations=2)
     if isinstance(measure, PairMeasure):
-        return values_of(products_of((x, y), 1, mask, sigma, density, measure, plan), measure)[..., 0, 0]
+        return compute_values(compute_products((x, y), 1, mask, sigma, density, measure, plan), measure)[..., 0, 0]
     problem = check_function(("x", "y"), (x, y), mask, sigma, density, measure.function, plan)
     if measure.stores_pairs:
-        refuse_spread(measure, mesh, axis_name)
+        check_single_device(measure, mesh, axis_name)
         check_stored("dissimilarities to be sorted", x, None)
-    value, *status = _evaluate_sets(x, y, mask, *problem, measure, plan)
-    for name, one in zip(("x", "y"), status, strict=True):
-        explain_status(name, one)
+    value, *statuses = _evaluate_summaries(x, y, mask, *problem, measure, plan)
+    for name, status in zip(("x", "y"), statuses, strict=True):
+        explain_status(name, status)
     return value
 
 
-def refuse_spread(measure: PairMeasure | SetMeasure, mesh: Any, axis_name: Any) -> None:
-    """Raise where a measure that sorts all pairs is to be computed from rows on several devices."""
-    if isinstance(measure, SetMeasure) and measure.stores_pairs and (mesh is not None or axis_name is not None):
+def check_single_device(measure: PairMeasure | SummaryMeasure, mesh: Any, axis_name: Any) -> None:
+    """Raise if a measure that sorts all pairs gets rows on several devices."""
+    if isinstance(measure, SummaryMeasure) and measure.stores_pairs and (mesh is not None or axis_name is not None):
         raise ValueError(
-            f"{measure.needs} sorts the values of all pairs, on one device: leave out mesh= and axis_name=, or take a "
+            f"{measure.label} sorts the values of all pairs, on one device: leave out mesh= and axis_name=, or take a "
             'comparison that is an inner product, such as "pearson".'
         )
 
 
 def check_function(
     names: Sequence[str],
-    sets: tuple[Array, ...],
+    features: tuple[Array, ...],
     mask: Array | None,
     sigma: Any,
     density: Any,
     function: PairFunction,
     plan: Plan,
 ) -> tuple[Array | None, Array | None]:
-    """What a function of pairs needs: a sigma for each set (..., sets), or a density (...)."""
-    for name, features in zip(names, sets, strict=True):
-        check_directions(name, features, function.rows, mask)
+    """Check what a pair function needs; its sigmas (..., representations), or its density (...)."""
+    for name, x in zip(names, features, strict=True):
+        check_directions(name, x, function.normalization, mask)
     if sigma is not None and not function.needs_sigma:
-        given = _checks.shown(sigma)
-        raise ValueError(f"sigma = {given} has no meaning here, where no affinity is taken. Leave it out.")
-    sigmas = None if sigma is None else sigma_of_each(sigma, len(sets), sets[0])
+        value = _checks.shown(sigma)
+        raise ValueError(f"sigma = {value} has no meaning here, where no affinity is taken. Leave it out.")
+    sigmas = None if sigma is None else sigma_per_representation(sigma, len(features), features[0])
     if not function.solves:
         return sigmas, None
-    problem = check_problem(sets[0], None, mask, None, function.diagonal, shared=plan.shared)
+    problem = check_problem(features[0], None, mask, None, function.diagonal, local_rows=plan.rows_are_local)
     return None, jnp.asarray(check_density(density, problem, "global", plan))
 
 
-def products_of(
-    sets: tuple[Array, ...],
+def compute_products(
+    features: tuple[Array, ...],
     split: int,
     mask: Array | None,
     sigma: Any,
@@ -202,18 +203,18 @@ def products_of(
     measure: PairMeasure,
     plan: Plan,
     names: Sequence[str] = ("x", "y"),
-) -> Inner:
-    """The inner products of checked sets."""
-    sigmas, target = check_function(names, sets, mask, sigma, density, measure.function, plan)
-    rtol = check_rtol(None, sets[0].dtype)
-    inner = pair_products_jit(sets, split, mask, sigmas, target, measure.function, measure.centering, rtol, plan)
+) -> InnerProducts:
+    """The inner products of checked features."""
+    sigmas, target = check_function(names, features, mask, sigma, density, measure.function, plan)
+    rtol = check_rtol(None, features[0].dtype)
+    inner = pair_products_jit(features, split, mask, sigmas, target, measure.function, measure.centering, rtol, plan)
     for k, name in enumerate(names):
         explain_status(name, inner.status[..., k])
     return inner
 
 
 def explain_status(name: str, status: Array | None) -> None:
-    """Raise where the sigma of a set could not be found; not under a trace, and not for nan that is propagated."""
+    """Raise if a sigma does not exist; not under a trace, and not for nan, which is propagated."""
     if status is None or not _checks.is_concrete(status):
         return
     try:
@@ -223,94 +224,94 @@ def explain_status(name: str, status: Array | None) -> None:
 
 
 @partial(jax.jit, static_argnames="measure")
-def values_of(inner: Inner, measure: PairMeasure) -> Array:
-    """The values (..., L, M) of a measure; nan where a set holds nan or has no bandwidth, or is too small."""
+def compute_values(inner: InnerProducts, measure: PairMeasure) -> Array:
+    """The values (..., L, M) of a measure; nan if a representation holds nan, has no bandwidth or too few samples."""
     value = measure.finish(inner)
-    usable = inner.usable & (inner.samples >= measure.least)[..., None, None]
-    return jnp.where(usable, value, jnp.nan)
+    is_defined = inner.is_defined & (inner.num_samples >= measure.min_samples)[..., None, None]
+    return jnp.where(is_defined, value, jnp.nan)
 
 
 @partial(jax.jit, static_argnames=("measure", "plan"))
-def _evaluate_sets(
+def _evaluate_summaries(
     x: Array,
     y: Array,
     mask: Array | None,
     sigmas: Array | None,
     density: Array | None,
-    measure: SetMeasure,
+    measure: SummaryMeasure,
     plan: Plan,
 ) -> tuple[Array, Array | None, Array | None]:
     def evaluate_pair(
         x: Array, y: Array, mask: Array | None, sigmas: Array | None, density: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
-        parts = [
-            prepare_set(rows, mask, None if sigmas is None else sigmas[k], density, measure, plan)
-            for k, rows in enumerate((x, y))
-        ]
-        value = combine_sets(parts[0], parts[1], mask, measure)
-        return value.astype(x.dtype), parts[0].status, parts[1].status
+        first, second = (
+            summarize(features, mask, None if sigmas is None else sigmas[k], density, measure, plan)
+            for k, features in enumerate((x, y))
+        )
+        value = compare_summaries(first, second, mask, measure)
+        return value.astype(x.dtype), first.status, second.status
 
     return batched(evaluate_pair, x.ndim - 2)(x, y, mask, sigmas, density)
 
 
-class Part(NamedTuple):
-    """What one representation gave."""
+class Summary(NamedTuple):
+    """What a measure compares of one representation."""
 
     content: Any
-    status: Array | None  # ()
-    usable: Array  # ()
+    status: Array | None  # () of a solved sigma
+    is_defined: Array  # (): features are finite, there are enough samples, and sigma exists
 
 
-def prepare_set(
-    x: Array, mask: Array | None, sigma: Array | None, density: Array | None, measure: SetMeasure, plan: Plan
-) -> Part:
-    """Look at one representation, (n, d)."""
+def summarize(
+    x: Array, mask: Array | None, sigma: Array | None, density: Array | None, measure: SummaryMeasure, plan: Plan
+) -> Summary:
+    """The summary of one representation, (n, d)."""
     x = valid_rows(x, mask)
-    content, status = measure.prepare(x, Setting(mask, sigma, density, check_rtol(None, x.dtype), plan))
-    usable = jnp.isfinite(x).all()
+    content, status = measure.summarize(x, Context(mask, sigma, density, check_rtol(None, x.dtype), plan))
+    is_defined = jnp.isfinite(x).all()
     if mask is not None:
-        usable &= jnp.sum(mask) >= measure.least
+        is_defined &= jnp.sum(mask) >= measure.min_samples
     if status is not None:
-        usable &= status == CONVERGED
+        is_defined &= status == CONVERGED
     if sigma is not None:
-        usable &= is_bandwidth(sigma)
-    return Part(content, status, usable)
+        is_defined &= is_bandwidth(sigma)
+    return Summary(content, status, is_defined)
 
 
-def combine_sets(x: Part, y: Part, mask: Array | None, measure: SetMeasure) -> Array:
-    """The value of two of them."""
-    return jnp.where(x.usable & y.usable, measure.combine(x.content, y.content, mask), jnp.nan)
+def compare_summaries(x: Summary, y: Summary, mask: Array | None, measure: SummaryMeasure) -> Array:
+    """The value of a measure, from two summaries."""
+    return jnp.where(x.is_defined & y.is_defined, measure.compare(x.content, y.content, mask), jnp.nan)
 
 
-def sigma_of_each(sigma: Any, sets: int, like: Array) -> Array:
-    """Given bandwidths as (..., sets): one for all, or a tuple or list of one a set."""
-    batch = like.shape[:-2]
-    each = sigma if isinstance(sigma, (tuple, list)) else (sigma,) * sets
-    if len(each) != sets:
-        raise ValueError(f"sigma must be one number, or a tuple of one for each of the {sets} sets; got {len(each)}.")
+def sigma_per_representation(sigma: Any, number: int, like: Array) -> Array:
+    """Bandwidths (..., number) from one for all representations, or from a tuple or list of one per representation."""
+    sigmas = sigma if isinstance(sigma, (tuple, list)) else (sigma,) * number
+    if len(sigmas) != number:
+        raise ValueError(
+            f"sigma must be one number, or a tuple of one for each of the {number} sets; got {len(sigmas)}."
+        )
     values = []
-    for one in each:
+    for value in sigmas:
         meaning = "the batch dimensions of the features (one a set is a tuple)"
-        value = _checks.parameter("sigma", one, like.dtype, batch, meaning)
-        _checks.positive("sigma", one)
-        values.append(value)
+        values.append(_checks.parameter("sigma", value, like.dtype, like.shape[:-2], meaning))
+        _checks.positive("sigma", value)
     return jnp.stack(values, -1)
 
 
-def check_directions(name: str, x: Array, how: str | None, mask: Array | None) -> None:
-    """Raise where a sample has no direction."""
-    if how is None:
+def check_directions(name: str, x: Array, normalization: str | None, mask: Array | None) -> None:
+    """Raise if a sample has no direction, so that it cannot be normalized."""
+    if normalization is None:
         return
-    if how == "correlation" and x.shape[-1] < 2:
+    if normalization == "correlation" and x.shape[-1] < 2:
         raise ValueError(f"{name} has one feature: a correlation between samples needs at least 2.")
     if not _checks.is_concrete(x, mask):
         return
-    bad = _checks.looked_at(lambda x: (x == (x[..., :1] if how == "correlation" else 0)).all(-1), x)
-    bad = bad if mask is None else bad & _checks.on_host(mask)
-    if bad.any():
-        row = int(np.argwhere(bad)[0][-1])
-        what = "has the same value everywhere" if how == "correlation" else "is 0 everywhere"
+    invalid = _checks.looked_at(lambda x: (x == (x[..., :1] if normalization == "correlation" else 0)).all(-1), x)
+    invalid = invalid if mask is None else invalid & _checks.on_host(mask)
+    if invalid.any():
+        row, count = int(np.argwhere(invalid)[0][-1]), int(invalid.sum())
+        defect = "has the same value everywhere" if normalization == "correlation" else "is 0 everywhere"
         raise ValueError(
-            f"{name}: row {row} {what}, so its {how} with others is not defined ({int(bad.sum())} such rows). "
+            f"{name}: row {row} {defect}, so its {normalization} with others is not defined ({count} such rows). "
             "Leave it out with mask=."
         )

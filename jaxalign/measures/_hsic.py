@@ -27,8 +27,8 @@ from jaxalign._plan import TileSize, make_plan
 from jaxalign._problem import Diagonal
 from jaxalign._typing import AnyArray
 from jaxalign.measures._centering import CENTERINGS
-from jaxalign.measures._evaluate import Missing, PairMeasure, check_sets, evaluate, products_of
-from jaxalign.measures._pair_sums import Form, Inner, PairFunction, correlation
+from jaxalign.measures._evaluate import Missing, PairMeasure, check_representations, compute_products, evaluate
+from jaxalign.measures._pair_sums import Form, InnerProducts, PairFunction, correlation
 
 Kernel = Literal["rbf", "linear", "laplacian"] | Callable[[Array], Array]
 Estimator = Literal["debiased", "biased", "lange"]
@@ -203,12 +203,13 @@ def minibatch_cka(
     sums = units = None
     widths: tuple[int, ...] = ()
     for k, batch in enumerate(batches):
-        x, y = _checked_batch(k, batch, measure.least, widths)
+        x, y = _checked_batch(k, batch, measure.min_samples, widths)
         widths = (x.shape[-1], y.shape[-1])
         names = (f"batch {k}: x", f"batch {k}: y")
-        inner = products_of((x, y), 1, None, sigma, density, measure, make_plan(x, None, "auto", None, None), names)
-        part = jnp.stack([inner.cross[0, 0], inner.own_x[0], inner.own_y[0]]) / (x.shape[0] * (x.shape[0] - 3))
-        part = jnp.where(inner.usable[0, 0], part, jnp.nan)
+        plan = make_plan(x, None, "auto", None, None)
+        inner = compute_products((x, y), 1, None, sigma, density, measure, plan, names)
+        part = jnp.stack([inner.cross[0, 0], inner.self_x[0], inner.self_y[0]]) / (x.shape[0] * (x.shape[0] - 3))
+        part = jnp.where(inner.is_defined[0, 0], part, jnp.nan)
         unit = jnp.stack([inner.unit_x[0], inner.unit_y[0]])
         # The unit of the sums is that of the largest batch so far: squares of others may overflow in any other.
         before = (part, unit) if sums is None or units is None else (sums, units)
@@ -241,14 +242,14 @@ def _checked_batch(k: int, batch: Any, least: int, widths: tuple[int, ...]) -> t
             f"minibatch_cka needs at least {least} samples in every batch; batch {k} has {features[0].shape[0]}. Leave "
             "it out: drop_last=True of a torch DataLoader."
         )
-    way_out = "Leave such samples out of the batch, in both x and y."
-    return check_sets(
+    advice = "Leave such samples out of the batch, in both x and y."
+    return check_representations(
         [(f"batch {k}: {name}", a) for name, a in zip("xy", features, strict=True)],
         None,
         "raise",
         least,
         "minibatch_cka",
-        way_out,
+        advice,
     )[0]
 
 
@@ -305,7 +306,7 @@ def kernel_function(kernel: Any, solves: bool, diagonal: Any) -> PairFunction:
     _checks.choice("kernel", kernel, ("rbf", "linear", "laplacian"))
     if kernel == "linear":
         return PairFunction("squared")
-    return PairFunction(cast(Form, kernel), solves=solves, diagonal=diagonal, wide=not solves)
+    return PairFunction(cast(Form, kernel), solves=solves, diagonal=diagonal, minus_one=not solves)
 
 
 def check_kernel_sigma(kernel: Any, sigma: Any) -> None:
@@ -345,18 +346,18 @@ def distance_correlation_measure(estimator: Any, squared: bool) -> PairMeasure:
     return PairMeasure("distance_correlation", PairFunction("root"), CENTERINGS[estimator], finish, _LEAST[estimator])
 
 
-def _covariance(inner: Inner, estimator: Estimator, factor: float) -> Array:
-    n = inner.samples[..., None, None]
+def _covariance(inner: InnerProducts, estimator: Estimator, factor: float) -> Array:
+    n = inner.num_samples[..., None, None]
     norm = (n - 1) ** 2 if estimator == "biased" else n * (n - 3)
     return factor * inner.cross / norm * inner.unit_x[..., :, None] * inner.unit_y[..., None, :]
 
 
-def _ratio(inner: Inner, low: float, angular: bool = False) -> Array:
+def _ratio(inner: InnerProducts, low: float, angular: bool = False) -> Array:
     value = inner.ratio(low)
     return arccos(value) if angular else value
 
 
-def _signed_root(inner: Inner, low: float) -> Array:
+def _signed_root(inner: InnerProducts, low: float) -> Array:
     square = inner.ratio(low)
     size = jnp.where(square == 0, 1, jnp.abs(square))
     return jnp.where(square == 0, 0, jnp.sign(square) * jnp.sqrt(size))

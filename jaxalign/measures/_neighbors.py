@@ -25,12 +25,22 @@ from jaxalign.core.devices import ROWS_SECOND_LAST, on_mesh
 from jaxalign.core.reduce import reduce_pairs
 from jaxalign.core.resolved import has_ties
 from jaxalign.core.tiles import Pairs, Reduction, Tile, inverse_rms_distance
-from jaxalign.measures._evaluate import MASKED, Missing, SetMeasure, Setting, check_directions, check_sets, evaluate
-from jaxalign.measures._pair_sums import ORDER, PairFunction, correlation
+from jaxalign.measures._evaluate import (
+    MASK_ADVICE,
+    Context,
+    Missing,
+    SummaryMeasure,
+    check_directions,
+    check_representations,
+    evaluate,
+)
+from jaxalign.measures._pair_sums import PairFunction, correlation
 
 Metric = Literal["euclidean", "cosine", "correlation"]
 
 _NOBODY = np.iinfo(np.int32).max
+# Distances down to this many times below the typical one are accurate to 1e-4, which is enough to order them.
+_RESOLVED_BELOW_RMS = 60.0
 # Entries of gathered neighbours, k d a row, that are looked at together.
 _GATHERED = 2**22
 
@@ -68,8 +78,8 @@ def nearest_neighbors(
     """
     function = _function(metric)
     k = _check_k(k)
-    (x,), mask = check_sets((("x", x),), mask, "raise", k + 1, f"k = {k} neighbours", MASKED)
-    check_directions("x", x, function.rows, mask)
+    (x,), mask = check_representations((("x", x),), mask, "raise", k + 1, f"k = {k} neighbours", MASK_ADVICE)
+    check_directions("x", x, function.normalization, mask)
     found = _neighbors_jit(x, mask, k, function, make_plan(x, None, tile_size, mesh, None))
     return jnp.where(found == _NOBODY, -1, found)
 
@@ -195,33 +205,33 @@ def cknna(
 
 
 @_checks.cached
-def mutual_knn_measure(k: Any, metric: Any) -> SetMeasure:
+def mutual_knn_measure(k: Any, metric: Any) -> SummaryMeasure:
     """The measure behind `mutual_knn`."""
     k = _check_k(k)
     function = _function(metric)
     combine = partial(_overlap, shared_of=lambda shared: shared / k)
-    return SetMeasure(
+    return SummaryMeasure(
         "mutual_knn", partial(_lists, k=k, function=function), combine, k + 1, function, f"mutual_knn with k = {k}"
     )
 
 
 @_checks.cached
-def jaccard_measure(k: Any, metric: Any) -> SetMeasure:
+def jaccard_measure(k: Any, metric: Any) -> SummaryMeasure:
     """The measure behind `jaccard`."""
     k = _check_k(k)
     function = _function(metric)
     combine = partial(_overlap, shared_of=lambda shared: shared / (2 * k - shared))
-    return SetMeasure(
+    return SummaryMeasure(
         "jaccard", partial(_lists, k=k, function=function), combine, k + 1, function, f"jaccard with k = {k}"
     )
 
 
 @_checks.cached
-def cknna_measure(k: Any) -> SetMeasure:
+def cknna_measure(k: Any) -> SummaryMeasure:
     """The measure behind `cknna`."""
     k = _check_k(k)
     function = _function("cosine")
-    return SetMeasure(
+    return SummaryMeasure(
         "cknna",
         partial(_local_kernel, k=k, function=function),
         _local_alignment,
@@ -240,16 +250,17 @@ def _function(metric: Any) -> PairFunction:
     return PairFunction("root", None if metric == "euclidean" else metric)
 
 
-def _lists(x: Array, setting: Setting, k: int, function: PairFunction) -> tuple[Array, None]:
-    return neighbors(x, setting.mask, k, function, setting.plan), None
+def _lists(x: Array, context: Context, k: int, function: PairFunction) -> tuple[Array, None]:
+    return neighbors(x, context.mask, k, function, context.plan), None
 
 
 def neighbors(x: Array, mask: Array | None, k: int, function: PairFunction, plan: Plan) -> Array:
     """Numbers of the k nearest, (..., n, k)."""
 
     def local(x: Array, _y: None, mask: Array | None, _mask_y: None) -> Array:
-        features = unit_features(x, mask, function.rows, plan.axis_name)
-        ties, gamma = has_ties(features, plan.axis_name), ORDER * inverse_rms_distance(features, plan.axis_name)
+        features = unit_features(x, mask, function.normalization, plan.axis_name)
+        ties = has_ties(features, plan.axis_name)
+        gamma = _RESOLVED_BELOW_RMS * inverse_rms_distance(features, plan.axis_name)
         pairs = Pairs((features,), None, True, plan.tile_size, plan.axis_name, differentiable=False, euclidean=True)
         keep = Reduction(_candidates, partial(_nearest, k=k), combine=_nearer, init=_nobody)
         return reduce_pairs(keep, pairs, gammas=(jnp.where(ties, jnp.inf, gamma),))[1].sample
@@ -313,9 +324,9 @@ class _Local(NamedTuple):
     kernel: Array  # (..., n, k): K_ij - mean_l K_il, in a unit of its own
 
 
-def _local_kernel(x: Array, setting: Setting, k: int, function: PairFunction) -> tuple[_Local, None]:
-    samples = neighbors(x, setting.mask, k, function, setting.plan)
-    mask = setting.mask
+def _local_kernel(x: Array, context: Context, k: int, function: PairFunction) -> tuple[_Local, None]:
+    samples = neighbors(x, context.mask, k, function, context.plan)
+    mask = context.mask
     weights = jnp.ones(x.shape[0], x.dtype) if mask is None else mask.astype(x.dtype)
     weights = weights[:, None] / jnp.maximum(jnp.sum(weights), 1)
     # Unit rows u, less their mean w, have u_i.(u_j - mean u) = w_i.w_j - (|w_j|^2 - mean |w|^2) / 2, which also keeps
@@ -338,5 +349,5 @@ def _local_alignment(x: _Local, y: _Local, mask: Array | None) -> Array:
     del mask  # masked rows have no neighbours, so they add nothing
     same = x.sample[..., :, None] == y.sample[..., None, :]
     both = jnp.where(same, x.kernel[..., :, None] * y.kernel[..., None, :], 0)
-    own_x, own_y = (jnp.sum(a.kernel**2, (-2, -1)) for a in (x, y))
-    return bounded(correlation(jnp.sum(both, (-3, -2, -1)), own_x, own_y), -1, 1)
+    self_x, self_y = (jnp.sum(a.kernel**2, (-2, -1)) for a in (x, y))
+    return bounded(correlation(jnp.sum(both, (-3, -2, -1)), self_x, self_y), -1, 1)

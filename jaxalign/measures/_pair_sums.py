@@ -1,14 +1,14 @@
 """Measures that are inner products of pair functions: HSIC, CKA, RSA, distance correlation, distances of affinities.
 
-Each set of features gives every pair of samples a number f_ij, a function of their squared distance: a kernel, or a
-dissimilarity. What is compared are those matrices, after some centering, and all that the centered inner products need
-are a few sums over the pairs i != j, which `pair_sums` gathers for any number of sets in one visit:
+Each representation gives every pair of samples a value f_ij, a function of their squared distance: a kernel or a
+dissimilarity. A measure compares these matrices after centering. All centered inner products follow from a few sums
+over the pairs i != j, which one visit of the pairs gathers for any number of representations:
 
     P_kl = sum f^k_ij f^l_ij       r^k_i = sum_j f^k_ij
 
-Where the centering removes what depends on one sample only, f_ij may be shifted by any a_i + a_j beforehand. The row
-means over a subsample of columns do: the sums are then as accurate as those of centered matrices, without a pass for
-the centering.
+If the centering removes what depends on one sample only, f_ij may be shifted by any a_i + a_j beforehand. The shifts
+are row means over a subsample of columns: the sums are then as accurate as those of centered matrices, without a pass
+for the centering.
 """
 
 from __future__ import annotations
@@ -38,53 +38,60 @@ from jaxalign.core.features import (
 )
 from jaxalign.core.reduce import reduce_pairs
 from jaxalign.core.resolved import resolved_distances
-from jaxalign.core.tiles import Pairs, Reduction, Tile, inverse_rms_distance, kernel, kernel_less_one, over_rows, smooth
+from jaxalign.core.tiles import (
+    Pairs,
+    Reduction,
+    Tile,
+    inverse_rms_distance,
+    kernel,
+    kernel_minus_one,
+    over_rows,
+    smooth,
+)
 from jaxalign.measures._centering import Centering, PairSums
 
 Form = Literal["rbf", "laplacian", "one_minus_rbf", "squared", "root"]
 
-# Distances this many times below the typical one are still right to 1e-4: for what depends on their order.
-ORDER = 60.0
-# Columns of which the row means are taken that f_ij is shifted by: they need not be exact.
-_COLUMNS_OF_SHIFTS = 128
-# Up to this many products of sets are summed one by one, more as a matrix product a row.
-_FEW_PRODUCTS = 4
+# Columns over which row means are taken to shift f_ij. They need not be exact.
+_SHIFT_COLUMNS = 128
+# Up to this many products of representations are summed one by one, more of them as a matrix product per row.
+_MAX_SEPARATE_PRODUCTS = 4
 
 
 @dataclass(frozen=True)
 class PairFunction:
-    """What a set of features gives a pair of samples.
+    """The value f_ij that a representation gives a pair of samples.
 
     Attributes:
         form: "rbf" exp(-D / (2 sigma^2)), "laplacian" exp(-sqrt(D) / sigma), "one_minus_rbf" its dissimilarity,
             "squared" D, "root" sqrt(D), or a function of an array of squared distances, in units of the features.
-        rows: what is done to each sample first: None, "cosine" unit length, "correlation" mean 0 and unit length.
-        solves: sigma is found from a density.
+        normalization: of each sample: None, "cosine" unit norm, "correlation" mean 0 and unit norm.
+        solves: sigma is solved for, from a density.
         diagonal: whether the ones on the diagonal count in that density.
-        tolerant: where no sigma reaches the density because samples coincide, all count as alike.
-        fixed_sigma: a sigma that is found counts as a constant when differentiated.
-        wide: sigma may be far above all distances: the kernel less 1 is taken, which centering does not see.
+        duplicates_allowed: if duplicates alone exceed the density, so that no sigma exists, all count as similar.
+        constant_sigma: derivatives treat a solved sigma as a constant.
+        minus_one: use the kernel minus 1, which centering does not see: sigma may be far above all distances.
     """
 
     form: Form | Callable[[Array], Array]
-    rows: Rows | None = None
+    normalization: Rows | None = None
     solves: bool = False
     diagonal: Diagonal = "include"
-    tolerant: bool = False
-    fixed_sigma: bool = False
-    wide: bool = False
+    duplicates_allowed: bool = False
+    constant_sigma: bool = False
+    minus_one: bool = False
 
     @property
     def euclidean(self) -> bool:
-        """Whether it is a function of distances that are not squared."""
+        """Whether it is a function of Euclidean distances, not of squared ones."""
         return self.form in ("laplacian", "root")
 
     @property
     def needs_sigma(self) -> bool:
-        """Whether there is a bandwidth, given or found."""
+        """Whether there is a bandwidth, from the caller or from a density."""
         return self.form in ("rbf", "laplacian", "one_minus_rbf")
 
-    def of(self, distances: Array, gamma: Array | None, scale: Array) -> Array:
+    def values(self, distances: Array, gamma: Array | None, scale: Array) -> Array:
         """f_ij from distances and a gamma in scaled units."""
         if callable(self.form):
             return smooth(self.form, distances * scale * scale)
@@ -92,64 +99,65 @@ class PairFunction:
             return distances
         assert gamma is not None
         if self.form == "one_minus_rbf":
-            return -kernel_less_one(distances, gamma)
-        return kernel_less_one(distances, gamma) if self.wide else kernel(distances, gamma)
+            return -kernel_minus_one(distances, gamma)
+        return kernel_minus_one(distances, gamma) if self.minus_one else kernel(distances, gamma)
 
     def unit(self, scale: Array) -> Array:
-        """What f_ij is measured in."""
+        """The unit of f_ij."""
         one = jnp.ones_like(scale)
         return scale * scale if self.form == "squared" else scale if self.form == "root" else one
 
 
-class Inner(NamedTuple):
-    """Centered inner products between x-sets and y-sets, and of each with itself, over all pairs; f in its units."""
+class InnerProducts(NamedTuple):
+    """Inner products of centered matrices, of L representations x with M representations y; each f in its unit."""
 
     cross: Array  # (..., L, M); of differences: sum_ij (f_ij - g_ij)^2
-    roots: Array  # (..., L, M): of differences sum_i sqrt(sum_j (f_ij - g_ij)^2)
-    own_x: Array  # (..., L)
-    own_y: Array  # (..., M)
+    row_norms: Array  # (..., L, M); only of differences: sum_i sqrt(sum_j (f_ij - g_ij)^2)
+    self_x: Array  # (..., L): products of x with themselves
+    self_y: Array  # (..., M)
     unit_x: Array  # (..., L)
     unit_y: Array  # (..., M)
-    samples: Array  # (...,): how many
-    status: Array  # (..., L + M): of the sigmas
-    sigma: Array  # (..., L + M), 0 where there is none
-    usable: Array  # (..., L, M): both sets are finite and have a bandwidth, if they need one
+    num_samples: Array  # (...): valid samples
+    status: Array  # (..., L + M): of sigma
+    sigma: Array  # (..., L + M), 0 for a function without sigma
+    is_defined: Array  # (..., L, M): both representations are finite and have a bandwidth, if they need one
 
     @classmethod
     def of(
         cls,
         cross: Array,
-        own: tuple[Array, Array],
+        self_products: tuple[Array, Array],
         units: tuple[Array, Array],
-        samples: Array,
-        roots: Array | None = None,
-    ) -> Inner:
-        """Inner products that were found in another way, of sets that are known to be usable."""
-        roots = jnp.zeros_like(cross) if roots is None else roots
-        converged = jnp.full((), CONVERGED, jnp.int32)
-        return cls(cross, roots, *own, *units, samples, converged, jnp.zeros(()), jnp.ones(cross.shape, bool))
+        num_samples: Array,
+        row_norms: Array | None = None,
+    ) -> InnerProducts:
+        """Inner products that were computed elsewhere, all of them defined."""
+        row_norms = jnp.zeros_like(cross) if row_norms is None else row_norms
+        status, sigma = jnp.full((), CONVERGED, jnp.int32), jnp.zeros(())
+        is_defined = jnp.ones(cross.shape, bool)
+        return cls(cross, row_norms, *self_products, *units, num_samples, status, sigma, is_defined)
 
     def ratio(self, low: float = -1.0) -> Array:
-        """Cross / sqrt(own_x own_y), (..., L, M), from `low` to 1: 0 where one of the sets does not vary."""
-        return bounded(correlation(self.cross, self.own_x[..., :, None], self.own_y[..., None, :]), low, 1)
+        """Cross / sqrt(self_x self_y), (..., L, M), from `low` to 1; 0 if one representation does not vary."""
+        return bounded(correlation(self.cross, self.self_x[..., :, None], self.self_y[..., None, :]), low, 1)
 
 
-def correlation(cross: Array, own_x: Array, own_y: Array) -> Array:
-    """Cross / sqrt(own_x own_y); 0 where one of the two does not vary."""
-    size = jnp.sqrt(jnp.where(own_x > 0, own_x, 1)) * jnp.sqrt(jnp.where(own_y > 0, own_y, 1))
-    return jnp.where((own_x > 0) & (own_y > 0), cross / size, 0)
+def correlation(cross: Array, self_x: Array, self_y: Array) -> Array:
+    """Cross / sqrt(self_x self_y); 0 if one of the two does not vary."""
+    size = jnp.sqrt(jnp.where(self_x > 0, self_x, 1)) * jnp.sqrt(jnp.where(self_y > 0, self_y, 1))
+    return jnp.where((self_x > 0) & (self_y > 0), cross / size, 0)
 
 
-class Sums(NamedTuple):
-    """What one visit of the pairs gathers; f_ij is shifted by shift_i + shift_j."""
+class ShiftedSums(NamedTuple):
+    """The sums of one visit of the pairs, of f_ij shifted by shift_i + shift_j."""
 
     cross: Array  # (L, M)
-    own: Array  # (L + M,)
+    self_products: Array  # (L + M,)
     rows: Array  # (n, L + M); of differences sum_j (f_ij - g_ij)^2, (n, L M)
 
 
 def pair_products(
-    sets: tuple[Array, ...],
+    features: tuple[Array, ...],
     split: int,
     mask: Array | None,
     sigmas: Array | None,
@@ -158,95 +166,85 @@ def pair_products(
     centering: Centering | None,
     rtol: float,
     plan: Plan,
-) -> Inner:
-    """The inner products of sets[:split] with sets[split:]; the latter empty: with each other.
+) -> InnerProducts:
+    """The inner products of features[:split] with features[split:], or with each other if the latter are empty.
 
     Args:
-        sets: features (..., n, d_k).
-        split: how many of them are x-sets.
+        features: one array (..., n, d_k) per representation.
+        split: how many of them are x.
         mask: (..., n).
         sigmas: (..., L + M), in units of the features.
         density: (...).
-        function: what a pair gives.
-        centering: of the matrices; None: their differences are compared, not their products.
+        function: the value of a pair.
+        centering: of the matrices; None: compare their differences, not their products.
         rtol: of the density.
         plan: how pairs are visited.
     """
 
-    def local(x: Array, _y: None, mask: Array | None, _mask_y: None, others: Any, sigmas: Any, density: Any) -> Inner:
-        prepared = prepare_sets((x, *others), mask, sigmas, density, function, rtol, plan)
+    def local(
+        x: Array, _y: None, mask: Array | None, _mask_y: None, rest: Any, sigmas: Any, density: Any
+    ) -> InnerProducts:
+        prepared = prepare_representations((x, *rest), mask, sigmas, density, function, rtol, plan)
         shift = _shifts(prepared, function, centering)
-        sums = _visit(prepared, shift, split, function, centering, plan)
-        facts = facts_of(prepared, function, plan.axis_name)
-        return centered_products(sums, shift, facts, split, centering, function, plan.axis_name)
+        sums = _sum_pairs(prepared, shift, split, function, centering, plan)
+        properties = collect_properties(prepared, function, plan.axis_name)
+        return centered_products(sums, shift, properties, split, centering, function, plan.axis_name)
 
-    first, *others = sets
+    first, *rest = features
     return on_mesh(
         local,
         plan,
         (first, None, mask, None),
-        (tuple(others), sigmas, density),
+        (tuple(rest), sigmas, density),
         (ROWS_SECOND_LAST, NO_ROWS, NO_ROWS),
         NO_ROWS,
     )
 
 
-def bandwidth_of(
+def solve_bandwidth(
     x: Array, mask: Array | None, density: Array, function: PairFunction, rtol: float, plan: Plan
 ) -> tuple[Array, Array]:
-    """The sigma of one set at a density, and its status, (...): what `pair_products` finds for itself, one by one."""
+    """The sigma of one representation at a density, and its status, (...): the same as in `pair_products`."""
 
     def local(x: Array, _y: None, mask: Array | None, _mask_y: None, density: Array) -> tuple[Array, Array]:
-        prepared = prepare(x, mask, None, density, function, rtol, plan)
+        (prepared,) = prepare_representations((x,), mask, None, density, function, rtol, plan)
         return prepared.sigma, prepared.status
 
     return on_mesh(local, plan, (x, None, mask, None), (density,), (NO_ROWS,), (NO_ROWS, NO_ROWS))
 
 
-bandwidth_of_jit = partial(jax.jit, static_argnames=("function", "rtol", "plan"))(bandwidth_of)
-
+solve_bandwidth_jit = partial(jax.jit, static_argnames=("function", "rtol", "plan"))(solve_bandwidth)
 pair_products_jit = partial(jax.jit, static_argnames=("split", "function", "centering", "rtol", "plan"))(pair_products)
 
 
-class Prepared(NamedTuple):
-    """A representation, ready to be visited."""
+class Representation(NamedTuple):
+    """A representation, ready to be visited: its pairs and its bandwidth."""
 
-    pairs: Pairs  # of this representation alone
+    pairs: Pairs
     gamma: Array | None  # ()
     sigma: Array  # ()
     status: Array  # ()
 
     @property
     def features(self) -> CenteredFeatures:
-        """The representation itself."""
+        """The centered features."""
         return self.pairs.features[0]
 
     @property
     def distances(self) -> Array:
-        """Stored distances, (n, n): Euclidean ones of a function of those, else squared."""
+        """Stored distances, (n, n): Euclidean if the function takes those, else squared."""
         assert self.pairs.distances is not None
         (squared,) = self.pairs.distances
         return root(squared) if self.pairs.euclidean else squared
 
-
-def prepare(
-    x: Array,
-    mask: Array | None,
-    sigma: Array | None,
-    density: Array | None,
-    function: PairFunction,
-    rtol: float,
-    plan: Plan,
-    *,
-    resolved: bool = False,
-) -> Prepared:
-    """`prepare_sets` of a single representation."""
-    sigmas = None if sigma is None else sigma[None]
-    return prepare_sets((x,), mask, sigmas, density, function, rtol, plan, resolved=resolved)[0]
+    def is_defined(self, function: PairFunction) -> Array:
+        """Whether features are finite and the bandwidth exists, if there is one; otherwise the measure is nan."""
+        ready = self.features.finite & (self.status == CONVERGED)
+        return ready & is_bandwidth(self.sigma) if function.needs_sigma else ready
 
 
-def prepare_sets(
-    sets: tuple[Array, ...],
+def prepare_representations(
+    features: tuple[Array, ...],
     mask: Array | None,
     sigmas: Array | None,
     density: Array | None,
@@ -255,56 +253,57 @@ def prepare_sets(
     plan: Plan,
     *,
     resolved: bool = False,
-) -> list[Prepared]:
-    """The pairs of rows (n, d) of each representation and a bandwidth: its own of (sets,), or from the density.
+) -> list[Representation]:
+    """The pairs of each representation (n, d), and its bandwidth: from sigmas (L + M,) or from the density.
 
-    Each stored distance is right by itself if `resolved`.
+    With `resolved`, every stored distance is accurate relative to itself.
     """
-    features = tuple(unit_features(valid_rows(x, mask), mask, function.rows, plan.axis_name) for x in sets)
+    centered = tuple(unit_features(valid_rows(x, mask), mask, function.normalization, plan.axis_name) for x in features)
     if not function.solves:
-        each = sigmas if function.needs_sigma else [None] * len(features)
-        assert each is not None
-        return [_given(part, sigma, function, plan, resolved) for part, sigma in zip(features, each, strict=True)]
+        values = sigmas if function.needs_sigma else [None] * len(centered)
+        assert values is not None
+        return [
+            _prepare_unsolved(part, sigma, function, plan, resolved)
+            for part, sigma in zip(centered, values, strict=True)
+        ]
     assert density is not None
     solved = solve_each(
-        features,
+        centered,
         density,
         rtol,
         skip_self=function.diagonal == "exclude",
         plan=plan,
         euclidean=function.euclidean,
-        duplicates_allowed=function.tolerant,
+        duplicates_allowed=function.duplicates_allowed,
     )
     prepared = []
     for solution, pairs in solved:
         gamma, sigma = solution.gamma, solution.sigma
-        if function.fixed_sigma:
+        if function.constant_sigma:
             gamma, sigma = lax.stop_gradient((gamma, sigma))
-        # Pairs of a sample with itself are left out: those are known.
-        prepared.append(Prepared(replace(pairs, skip_self=True), gamma, sigma, solution.status))
+        # Visits leave out pairs of a sample with itself, whose values are known.
+        prepared.append(Representation(replace(pairs, skip_self=True), gamma, sigma, solution.status))
     return prepared
 
 
-def _given(
+def _prepare_unsolved(
     features: CenteredFeatures, sigma: Array | None, function: PairFunction, plan: Plan, resolved: bool
-) -> Prepared:
-    """With a given bandwidth, or none."""
-    if function.needs_sigma:
-        assert sigma is not None
-        gamma = gamma_of(sigma, features.scale, euclidean=function.euclidean)
-    else:
+) -> Representation:
+    """The pairs, and the sigma of the caller, if there is one."""
+    if sigma is None:
         gamma = inverse_rms_distance(features, plan.axis_name) if function.euclidean else None
         sigma = jnp.zeros((), features.raw_x.dtype)
-    stored = _stored(features, gamma, function, resolved) if plan.stored else None
-    pairs = Pairs((features,), stored, True, plan.tile_size, plan.axis_name, euclidean=function.euclidean)
-    assert sigma is not None
-    return Prepared(pairs, gamma, sigma, jnp.full((), CONVERGED, jnp.int32))
+    else:
+        gamma = gamma_of(sigma, features.scale, euclidean=function.euclidean)
+    distances = _stored_distances(features, gamma, function, resolved) if plan.stored else None
+    pairs = Pairs((features,), distances, True, plan.tile_size, plan.axis_name, euclidean=function.euclidean)
+    return Representation(pairs, gamma, sigma, jnp.full((), CONVERGED, jnp.int32))
 
 
-def _stored(
+def _stored_distances(
     features: CenteredFeatures, gamma: Array | None, function: PairFunction, resolved: bool
 ) -> tuple[Array, ...]:
-    """Distances of all pairs, accurate enough for a gamma, or each by itself."""
+    """Distances of all pairs: accurate enough for a gamma, or with `resolved` relative to themselves."""
     if resolved and not function.needs_sigma:
         distances = resolved_distances(features)
     elif gamma is None:
@@ -315,61 +314,50 @@ def _stored(
     return (attach_derivative(features, distances),)
 
 
-def usable(prepared: Prepared, function: PairFunction) -> Array:
-    """Whether a representation is finite and has a bandwidth, if it needs one: else what it gives is nan."""
-    ready = prepared.features.finite & (prepared.status == CONVERGED)
-    return ready & is_bandwidth(prepared.sigma) if function.needs_sigma else ready
-
-
-def _squares(features: CenteredFeatures) -> Array:
-    x = lax.stop_gradient(features.x)
-    return jnp.sum(x * x, 1)
-
-
-def row_weights(features: CenteredFeatures) -> Array:
-    """1 for a valid sample, (n,)."""
-    return Pairs((features,)).weights()[0]
-
-
-def _shifts(prepared: list[Prepared], function: PairFunction, centering: Centering | None) -> Array:
-    """a_i of every representation, (n, L + M): about the row means less half the mean, or half the mean alone."""
+def _shifts(prepared: list[Representation], function: PairFunction, centering: Centering | None) -> Array:
+    """The shift a_i of every representation, (n, L + M), from approximate row means."""
     shifts = []
     for part in prepared:
-        weights = row_weights(part.features)
+        weights = part.pairs.weights()[0]
         if centering is None or not centering.may_shift:
             shifts.append(jnp.zeros_like(weights))
             continue
-        sample = lax.stop_gradient(part.pairs.subset(_COLUMNS_OF_SHIFTS, all_rows=True))
+        subset = lax.stop_gradient(part.pairs.subset(_SHIFT_COLUMNS, all_rows=True))
         gamma, scale = lax.stop_gradient(part.gamma), part.features.scale
 
         def terms(tile: Tile, scale: Array = scale) -> tuple[Array, Array]:
-            f = function.of(tile.distances[0], tile.gammas[0], scale)
+            f = function.values(tile.distances[0], tile.gammas[0], scale)
             return tile.apply_weights(f), tile.apply_weights(jnp.ones_like(f))
 
-        _, (total, count) = reduce_pairs(Reduction(terms, over_rows), sample, gammas=(gamma,))
+        _, (total, count) = reduce_pairs(Reduction(terms, over_rows), subset, gammas=(gamma,))
         mean = total / jnp.maximum(count, 1) * weights
-        number, overall = (over_devices(lax.psum, jnp.sum(a), part.pairs.axis_name) for a in (weights, mean))
-        half = 0.5 * overall / jnp.maximum(number, 1)
+        num_samples, overall = (over_devices(lax.psum, jnp.sum(a), part.pairs.axis_name) for a in (weights, mean))
+        half = 0.5 * overall / jnp.maximum(num_samples, 1)
         shifts.append(centering.shift(mean, half) * weights)
     return lax.stop_gradient(jnp.stack(shifts, 1))
 
 
-def _visit(
-    prepared: list[Prepared], shift: Array, split: int, function: PairFunction, centering: Centering | None, plan: Plan
-) -> Sums:
+def _sum_pairs(
+    prepared: list[Representation],
+    shift: Array,
+    split: int,
+    function: PairFunction,
+    centering: Centering | None,
+    plan: Plan,
+) -> ShiftedSums:
     scales = tuple(part.features.scale for part in prepared)
-    totals, rows = visit_pairs(sums_of(scales, split, function, centering), prepared, plan, shift)
-    cross, own = totals or (rows, rows)  # no totals of differences
-    return Sums(cross, own, rows)
+    totals, rows = visit_pairs(make_reduction(scales, split, function, centering), prepared, plan, shift)
+    cross, self_products = totals or (rows, rows)  # differences have no totals
+    return ShiftedSums(cross, self_products, rows)
 
 
-def squared_differences(prepared: list[Prepared], function: PairFunction, plan: Plan) -> Array:
+def squared_differences(prepared: list[Representation], function: PairFunction, plan: Plan) -> Array:
     """sum_j (f_ij - g_ij)^2 of two representations, (n, 1)."""
-    return _visit(prepared, _shifts(prepared, function, None), 1, function, None, plan).rows
+    return _sum_pairs(prepared, _shifts(prepared, function, None), 1, function, None, plan).rows
 
 
-def visit_pairs(reduction: Reduction, prepared: list[Prepared], plan: Plan, values: Any = ()) -> tuple[Any, Any]:
-    """Reduce over the pairs i != j of all representations together; `values` are what rows and columns bring along."""
+def visit_pairs(reduction: Reduction, prepared: list[Representation], plan: Plan, values: Any = ()) -> tuple[Any, Any]:
+    """Reduce over the pairs i != j of all representations together; `values` are those of rows and of columns."""
     stored = tuple(part.pairs.distances[0] for part in prepared if part.pairs.distances is not None)
     pairs = replace(
         prepared[0].pairs,
@@ -378,16 +366,18 @@ def visit_pairs(reduction: Reduction, prepared: list[Prepared], plan: Plan, valu
         differentiable=plan.differentiable,
     )
     gammas = tuple(part.gamma for part in prepared)
-    return reduce_pairs(reduction, pairs, gammas=gammas, as_row=values, as_column=values, in_blocks=False)
+    return reduce_pairs(reduction, pairs, gammas=gammas, row_values=values, column_values=values, in_blocks=False)
 
 
-def sums_of(scales: tuple[Array, ...], split: int, function: PairFunction, centering: Centering | None) -> Reduction:
-    """What is summed over the pairs: totals (cross, own) and rows of `Sums`; shifts come as values of the rows."""
+def make_reduction(
+    scales: tuple[Array, ...], split: int, function: PairFunction, centering: Centering | None
+) -> Reduction:
+    """The reduction to the fields of `ShiftedSums`: totals (cross, self_products), and rows. Row values are shifts."""
 
     def terms(tile: Tile) -> tuple[Array, ...]:
         def term(k: int) -> Array:
-            f = function.of(tile.distances[k], tile.gammas[k], scales[k])
-            return tile.apply_weights(f - tile.row.as_row[:, k : k + 1] - tile.column.as_column[:, k][None])
+            f = function.values(tile.distances[k], tile.gammas[k], scales[k])
+            return tile.apply_weights(f - tile.row.row_values[:, k : k + 1] - tile.column.column_values[:, k][None])
 
         return tuple(term(k) for k in range(len(scales)))
 
@@ -396,8 +386,8 @@ def sums_of(scales: tuple[Array, ...], split: int, function: PairFunction, cente
         x, y = terms[:split], terms[split:] or terms
         if centering is None:
             return (), jnp.stack([jnp.sum((a - b) ** 2, 1) for a in x for b in y], 1)
-        own = jnp.stack([_total(term * term) for term in terms])
-        return (_products(x, y), own), jnp.stack([jnp.sum(term, 1) for term in terms], 1)
+        self_products = jnp.stack([_total(term * term) for term in terms])
+        return (_products(x, y), self_products), jnp.stack([jnp.sum(term, 1) for term in terms], 1)
 
     return Reduction(terms, sums)
 
@@ -407,62 +397,68 @@ def _total(term: Array) -> Array:
 
 
 def _products(x: tuple[Array, ...], y: tuple[Array, ...]) -> Array:
-    if len(x) * len(y) <= _FEW_PRODUCTS:
+    if len(x) * len(y) <= _MAX_SEPARATE_PRODUCTS:
         return jnp.stack([jnp.stack([_total(a * b) for b in y]) for a in x])
     # Row by row: the partial sums keep digits that one long sum would lose.
     per_row = jnp.einsum("rlc,rmc->rlm", jnp.stack(x, 1), jnp.stack(y, 1), precision=lax.Precision.HIGHEST)
     return jnp.sum(per_row, 0)
 
 
-class Facts(NamedTuple):
-    """What the finish needs to know of the representations, beside the sums."""
+class Properties(NamedTuple):
+    """The properties of the representations that inner products depend on, besides the sums."""
 
     weights: Array  # (n,): 1 for a valid sample
     scales: Array  # (L + M,)
-    sizes: Array  # (L + M,): largest squared length of a row, in scaled units
-    usable: Array  # (L + M,): see `usable`
+    max_square_norms: Array  # (L + M,): of a row, in scaled units
+    is_defined: Array  # (L + M,): see `Representation.is_defined`
     status: Array  # (L + M,)
     sigma: Array  # (L + M,)
 
 
-def facts_of(prepared: list[Prepared], function: PairFunction, axis_name: str | None = None) -> Facts:
-    return Facts(
-        weights=row_weights(prepared[0].features),
+def collect_properties(
+    prepared: list[Representation], function: PairFunction, axis_name: str | None = None
+) -> Properties:
+    return Properties(
+        weights=prepared[0].pairs.weights()[0],
         scales=jnp.stack([part.features.scale for part in prepared]),
-        sizes=jnp.stack([over_devices(lax.pmax, largest_square(part.features), axis_name) for part in prepared]),
-        usable=jnp.stack([usable(part, function) for part in prepared]),
+        max_square_norms=jnp.stack(
+            [over_devices(lax.pmax, max_square_norm(part.features), axis_name) for part in prepared]
+        ),
+        is_defined=jnp.stack([part.is_defined(function) for part in prepared]),
         status=jnp.stack([part.status for part in prepared]),
         sigma=jnp.stack([part.sigma for part in prepared]),
     )
 
 
-def largest_square(features: CenteredFeatures) -> Array:
-    """The largest squared length of a row."""
-    return jnp.max(_squares(features))
+def max_square_norm(features: CenteredFeatures) -> Array:
+    """The largest squared norm of a row."""
+    x = lax.stop_gradient(features.x)
+    return jnp.max(jnp.sum(x * x, 1))
 
 
 def centered_products(
-    sums: Sums,
+    sums: ShiftedSums,
     shift: Array,
-    facts: Facts,
+    properties: Properties,
     split: int,
     centering: Centering | None,
     function: PairFunction,
     axis_name: str | None = None,
-) -> Inner:
-    """The inner products of centered matrices, from the sums over their pairs off the diagonal."""
-    number = facts.scales.shape[0]
-    count = over_devices(lax.psum, jnp.sum(facts.weights), axis_name)
+) -> InnerProducts:
+    """The inner products of centered matrices, from sums over the pairs off the diagonal."""
+    number = properties.scales.shape[0]
+    count = over_devices(lax.psum, jnp.sum(properties.weights), axis_name)
     sides = (slice(None, split), slice(split, None) if number > split else slice(None, split))
     if centering is None:
         shape = (split, number - split or split)
         squares = over_devices(lax.psum, jnp.sum(sums.rows, 0), axis_name).reshape(shape)
-        roots = over_devices(lax.psum, jnp.sum(root(sums.rows), 0), axis_name).reshape(shape)
-        return _inner_of(squares, roots, jnp.zeros(number, roots.dtype), function, count, facts, sides)
+        row_norms = over_devices(lax.psum, jnp.sum(root(sums.rows), 0), axis_name).reshape(shape)
+        no_products = jnp.zeros(number, row_norms.dtype)
+        return _inner_products(squares, row_norms, no_products, function, count, properties, sides)
 
-    ones = jnp.ones_like(facts.scales)
-    f_ii = function.of(jnp.zeros_like(ones), ones, ones)
-    diagonals = (f_ii[None] - 2 * shift) * facts.weights[:, None]
+    ones = jnp.ones_like(properties.scales)
+    f_ii = function.values(jnp.zeros_like(ones), ones, ones)
+    diagonals = (f_ii[None] - 2 * shift) * properties.weights[:, None]
 
     def inner(products: Array, k: slice, m: slice) -> Array:
         pairs = PairSums(
@@ -470,50 +466,53 @@ def centered_products(
             (sums.rows[:, k], sums.rows[:, m]),
             (diagonals[:, k], diagonals[:, m]),
             (shift[:, k], shift[:, m]),
-            facts.weights[:, None],
+            properties.weights[:, None],
             count,
             axis_name,
         )
         return centering.inner(pairs)
 
-    own = [inner(sums.own[k, None, None], slice(k, k + 1), slice(k, k + 1))[0, 0] for k in range(number)]
-    own = jnp.stack(own)
-    varies = own > rounding(facts, shift, function, count, axis_name)
-    both = varies[sides[0], None] & varies[None, sides[1]]
-    cross = jnp.where(both, inner(sums.cross, *sides), 0)
-    return _inner_of(cross, jnp.zeros_like(cross), jnp.where(varies, own, 0), function, count, facts, sides)
+    parts = [slice(k, k + 1) for k in range(number)]
+    products = jnp.stack([inner(sums.self_products[k, None, None], part, part)[0, 0] for k, part in enumerate(parts)])
+    varies = products > rounding_level(properties, shift, function, count, axis_name)
+    both_vary = varies[sides[0], None] & varies[None, sides[1]]
+    cross = jnp.where(both_vary, inner(sums.cross, *sides), 0)
+    row_norms, products = jnp.zeros_like(cross), jnp.where(varies, products, 0)
+    return _inner_products(cross, row_norms, products, function, count, properties, sides)
 
 
-def rounding(facts: Facts, shift: Array, function: PairFunction, count: Array, axis_name: str | None = None) -> Array:
-    """<F, F> that rounding alone gives a centered matrix, (L + M,): below it a representation does not vary.
+def rounding_level(
+    properties: Properties, shift: Array, function: PairFunction, count: Array, axis_name: str | None = None
+) -> Array:
+    """The <F, F> of a centered matrix that rounding alone can cause, (L + M,).
 
-    f_ij are all the same, for instance of equidistant samples.
+    A representation below it does not vary: all f_ij are equal, for instance those of equidistant samples.
     """
-    one = jnp.ones_like(facts.scales)
-    size = jnp.sqrt(facts.sizes) if function.euclidean else facts.sizes
+    one, square_norms = jnp.ones_like(properties.scales), properties.max_square_norms
+    size = jnp.sqrt(square_norms) if function.euclidean else square_norms
     if function.needs_sigma:
         size = one
-        if function.wide:  # at most 1 - exp of the largest distance, 4 times the largest square
-            relative = facts.scales / facts.sigma
-            largest = 2 * relative * jnp.sqrt(facts.sizes) if function.euclidean else 2 * relative**2 * facts.sizes
-            size = lax.stop_gradient(-kernel_less_one(largest, one))
+        if function.minus_one:  # at most 1 - exp of the largest distance, squared at most 4 times the largest norm
+            ratio = properties.scales / properties.sigma
+            largest = 2 * ratio * jnp.sqrt(square_norms) if function.euclidean else 2 * ratio**2 * square_norms
+            size = lax.stop_gradient(-kernel_minus_one(largest, one))
     if callable(function.form):
         size = over_devices(lax.pmax, jnp.max(jnp.abs(lax.stop_gradient(shift)), 0), axis_name)
     return (8 * float(jnp.finfo(size.dtype).eps) * size * count) ** 2
 
 
-def _inner_of(
+def _inner_products(
     cross: Array,
-    roots: Array,
-    own: Array,
+    row_norms: Array,
+    products: Array,
     function: PairFunction,
     count: Array,
-    facts: Facts,
+    properties: Properties,
     sides: tuple[slice, slice],
-) -> Inner:
-    (x, y), units = sides, function.unit(facts.scales)
-    both = facts.usable[x, None] & facts.usable[None, y]
-    return Inner(
-        cross, roots, own[x], own[y], units[x], units[y],
-        samples=count, status=facts.status, sigma=facts.sigma, usable=both,
+) -> InnerProducts:
+    (x, y), units = sides, function.unit(properties.scales)
+    is_defined = properties.is_defined[x, None] & properties.is_defined[None, y]
+    return InnerProducts(
+        cross, row_norms, products[x], products[y], units[x], units[y],
+        num_samples=count, status=properties.status, sigma=properties.sigma, is_defined=is_defined,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from jaxalign import _checks
 from jaxalign._linalg import matmul, transposed
 from jaxalign._typing import AnyArray
 from jaxalign.core.features import centered_columns
-from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
+from jaxalign.measures._evaluate import Context, Missing, SummaryMeasure, evaluate
 from jaxalign.measures._spectra import ALL, kept, narrowed
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
@@ -61,7 +61,7 @@ def linear_predictivity(
 
 
 @_checks.cached
-def linear_predictivity_measure(folds: Any, strengths: Any) -> SetMeasure:
+def linear_predictivity_measure(folds: Any, strengths: Any) -> SummaryMeasure:
     """The measure behind `linear_predictivity`."""
     folds = _checks.whole("folds", folds, 2)
     several = isinstance(strengths, (tuple, list)) and len(strengths) > 0
@@ -69,12 +69,12 @@ def linear_predictivity_measure(folds: Any, strengths: Any) -> SetMeasure:
         raise ValueError(f"strengths must be a tuple of finite numbers above 0; got {_checks.shown(strengths)}.")
     combine = partial(_predicted, folds=folds, strengths=tuple(map(float, strengths)))
     name = f"linear_predictivity with folds = {folds}"
-    return SetMeasure("linear_predictivity", _centred, combine, 2 * folds, label=name)
+    return SummaryMeasure("linear_predictivity", _centred, combine, 2 * folds, long_name=name)
 
 
-def _centred(x: Array, setting: Setting) -> tuple[Array, None]:
+def _centred(x: Array, context: Context) -> tuple[Array, None]:
     # Neither R^2 nor the strengths depend on offset, unit and rotation.
-    return narrowed(centered_columns(x, setting.mask)), None
+    return narrowed(centered_columns(x, context.mask)), None
 
 
 def _predicted(x: Array, y: Array, mask: Array | None, folds: int, strengths: tuple[float, ...]) -> Array:

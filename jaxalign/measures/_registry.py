@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from jaxalign import _checks
 from jaxalign.measures import _affinities, _cca, _hsic, _neighbors, _predictivity, _rsa, _shape
-from jaxalign.measures._evaluate import PairMeasure, SetMeasure
+from jaxalign.measures._evaluate import PairMeasure, SummaryMeasure
 
 Invariance = Literal["orthogonal", "shift", "scale", "channel scale", "affine"]
 
@@ -39,7 +39,7 @@ class Entry:
 
     name: str
     function: Callable[..., Any]
-    specify: Callable[..., PairMeasure | SetMeasure]
+    specify: Callable[..., PairMeasure | SummaryMeasure]
     direction: Literal["similarity", "distance"]
     range: tuple[float, float]
     invariances: frozenset[Invariance]
@@ -85,7 +85,7 @@ def _specify_cka(kernel: Any, sigma: Any, density: Any, diagonal: Any, estimator
     return _hsic.cka_measure(kernel, sigma is None, diagonal, estimator, result)
 
 
-def _specify_rsa(rdm: Any, compare: Any, sigma: Any, density: Any, diagonal: Any) -> PairMeasure | SetMeasure:
+def _specify_rsa(rdm: Any, compare: Any, sigma: Any, density: Any, diagonal: Any) -> PairMeasure | SummaryMeasure:
     del density
     return _rsa.rsa_measure(rdm, compare, sigma is None, diagonal)
 
@@ -95,7 +95,7 @@ def _specify_affinity_distance(sigma: Any, density: Any, diagonal: Any, result: 
     return _affinities.affinity_distance_measure(sigma is None, diagonal, result)
 
 
-def _specify_linear_predictivity(folds: Any, strengths: Any) -> SetMeasure:
+def _specify_linear_predictivity(folds: Any, strengths: Any) -> SummaryMeasure:
     return _predictivity.linear_predictivity_measure(folds, strengths)
 
 
@@ -178,7 +178,7 @@ def find(measure: Any) -> Entry:
     )
 
 
-def specified(measure: Any, options: dict[str, Any]) -> tuple[Entry, dict[str, Any], PairMeasure | SetMeasure]:
+def specified(measure: Any, options: dict[str, Any]) -> tuple[Entry, dict[str, Any], PairMeasure | SummaryMeasure]:
     """The entry of a name, its options with the defaults filled in, and the measure itself."""
     entry = find(measure)
     known = entry.options

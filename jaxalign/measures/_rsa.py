@@ -32,17 +32,17 @@ from jaxalign.core.features import CenteredFeatures, fast_distances, when_any
 from jaxalign.core.resolved import are_unresolved, exact_distances, has_ties, resolved_distances
 from jaxalign.measures._centering import CENTERINGS
 from jaxalign.measures._evaluate import (
-    MASKED,
+    MASK_ADVICE,
+    Context,
     Missing,
     PairMeasure,
-    SetMeasure,
-    Setting,
+    SummaryMeasure,
     check_directions,
-    check_sets,
+    check_representations,
     evaluate,
-    sigma_of_each,
+    sigma_per_representation,
 )
-from jaxalign.measures._pair_sums import Inner, PairFunction, correlation, prepare
+from jaxalign.measures._pair_sums import InnerProducts, PairFunction, correlation, prepare_representations
 
 Dissimilarity = Literal["sqeuclidean", "euclidean", "correlation", "cosine", "affinity"]
 Comparison = Literal["pearson", "spearman", "kendall", "cosine", "whitened_cosine", "whitened_pearson"]
@@ -50,8 +50,8 @@ Comparison = Literal["pearson", "spearman", "kendall", "cosine", "whitened_cosin
 _FUNCTIONS: dict[str, dict[str, Any]] = {
     "sqeuclidean": {"form": "squared"},
     "euclidean": {"form": "root"},
-    "correlation": {"form": "squared", "rows": "correlation"},
-    "cosine": {"form": "squared", "rows": "cosine"},
+    "correlation": {"form": "squared", "normalization": "correlation"},
+    "cosine": {"form": "squared", "normalization": "cosine"},
     "affinity": {"form": "one_minus_rbf"},
 }
 # The centering behind each comparison that is an inner product.
@@ -98,18 +98,18 @@ def rdm(
                [1., 0., 1.],
                [2., 1., 0.]], dtype=float32)
     """
-    (x,), mask = check_sets((("x", x),), mask, "raise", 2, "rdm", MASKED)
+    (x,), mask = check_representations((("x", x),), mask, "raise", 2, "rdm", MASK_ADVICE)
     _checks.choice("kind", kind, tuple(_FUNCTIONS))
     function = _function(kind, sigma is None, diagonal)
-    check_directions("x", x, function.rows, mask)
+    check_directions("x", x, function.normalization, mask)
     problem = check_problem(x, None, mask, None, diagonal)
     target = jnp.asarray(check_density(density, problem, "global")) if function.solves else None
     if sigma is not None and not function.needs_sigma:
         given = _checks.shown(sigma)
         raise ValueError(f'sigma = {given} has no meaning for kind={kind!r}, only for "affinity". Leave it out.')
-    given = None if sigma is None else sigma_of_each(sigma, 1, x)[..., 0]
+    sigmas = None if sigma is None else sigma_per_representation(sigma, 1, x)
     check_stored("the dissimilarities", x, None)
-    matrix, status = _rdm(x, mask, given, target, function, check_rtol(None, x.dtype))
+    matrix, status = _rdm(x, mask, sigmas, target, function, check_rtol(None, x.dtype))
     explain_failure(status, problem)
     return matrix
 
@@ -176,18 +176,18 @@ def rsa(
 
 
 @_checks.cached
-def rsa_measure(rdm: Any, compare: Any, solves: bool, diagonal: Any) -> PairMeasure | SetMeasure:
+def rsa_measure(rdm: Any, compare: Any, solves: bool, diagonal: Any) -> PairMeasure | SummaryMeasure:
     """The measure behind `rsa`."""
     _checks.choice("rdm", rdm, tuple(_FUNCTIONS))
     _checks.choice("compare", compare, (*_COMPARISONS, "spearman", "kendall"))
     function = _function(rdm, solves, diagonal)
     if compare in _COMPARISONS:
-        return PairMeasure("rsa", function, _COMPARISONS[compare], Inner.ratio, 3)
+        return PairMeasure("rsa", function, _COMPARISONS[compare], InnerProducts.ratio, 3)
     combine = {"spearman": _spearman, "kendall": _kendall}[compare]
     # All dissimilarities of the same rows are in the order of their squared distances, at any sigma; far pairs would
     # tie at 1 by rounding.
     function = replace(function, solves=False)
-    return SetMeasure("rsa", partial(_ordered, function=function), combine, 3, function, stores_pairs=True)
+    return SummaryMeasure("rsa", partial(_ordered, function=function), combine, 3, function, stores_pairs=True)
 
 
 def _function(kind: str, solves: bool, diagonal: Any) -> PairFunction:
@@ -197,35 +197,35 @@ def _function(kind: str, solves: bool, diagonal: Any) -> PairFunction:
 
 @partial(jax.jit, static_argnames=("function", "rtol"))
 def _rdm(
-    x: Array, mask: Array | None, sigma: Array | None, density: Array | None, function: PairFunction, rtol: float
+    x: Array, mask: Array | None, sigmas: Array | None, density: Array | None, function: PairFunction, rtol: float
 ) -> tuple[Array, Array]:
     """f_ij of all pairs, stored, and the status of sigma."""
 
     def dissimilarities(
-        x: Array, mask: Array | None, sigma: Array | None, density: Array | None
+        x: Array, mask: Array | None, sigmas: Array | None, density: Array | None
     ) -> tuple[Array, Array]:
-        prepared = prepare(x, mask, sigma, density, function, rtol, STORED, resolved=True)
+        (prepared,) = prepare_representations((x,), mask, sigmas, density, function, rtol, STORED, resolved=True)
         features = prepared.features
-        values = function.of(prepared.distances, prepared.gamma, features.scale)
+        values = function.values(prepared.distances, prepared.gamma, features.scale)
         if function.form in ("squared", "root"):
             values = values * features.scale if function.form == "root" else values * features.scale * features.scale
             # Of rows of unit length 1 - cos is half the squared distance.
-            values = values / 2 if function.rows is not None else values
+            values = values / 2 if function.normalization is not None else values
         values = jnp.where(features.finite, values, jnp.nan)
         if mask is not None:
             values = jnp.where(mask[:, None] & mask[None], values, 0)
         return values, prepared.status
 
-    return batched(dissimilarities, x.ndim - 2)(x, mask, sigma, density)
+    return batched(dissimilarities, x.ndim - 2)(x, mask, sigmas, density)
 
 
 # --- comparisons of order --------------------------------------------------------------------------------------------
 
 
-def _ordered(x: Array, setting: Setting, function: PairFunction) -> tuple[Array, None]:
+def _ordered(x: Array, context: Context, function: PairFunction) -> tuple[Array, None]:
     """Integers in the order of the squared distances of all pairs i < j, (n (n - 1) / 2,); see `_ranked`."""
-    mask = setting.mask
-    features = lax.stop_gradient(unit_features(x, mask, function.rows))
+    mask = context.mask
+    features = lax.stop_gradient(unit_features(x, mask, function.normalization))
     first, second = np.triu_indices(x.shape[0], 1)
     # Many distances that need resolving are those within tight clusters; those between clusters are then nearly equal,
     # and those of whole numbers quite.

@@ -18,7 +18,7 @@ from jaxalign import _checks
 from jaxalign._linalg import bounded, matmul, root, transposed, unit
 from jaxalign._typing import AnyArray
 from jaxalign.core.features import centered_columns
-from jaxalign.measures._evaluate import Missing, SetMeasure, Setting, evaluate
+from jaxalign.measures._evaluate import Context, Missing, SummaryMeasure, evaluate
 from jaxalign.measures._spectra import leading, narrowed, nuclear_norm
 
 Result = Literal["distance", "angular", "similarity"]
@@ -96,24 +96,24 @@ def shape_distance(
 
 
 @_checks.cached
-def procrustes_measure(result: Any) -> SetMeasure:
+def procrustes_measure(result: Any) -> SummaryMeasure:
     """The measure behind `procrustes`."""
     _checks.choice("result", result, ("distance", "angular", "similarity"))
-    return SetMeasure("procrustes", partial(_shape, alpha=1.0), partial(_compared, result=result), 2)
+    return SummaryMeasure("procrustes", partial(_shape, alpha=1.0), partial(_compared, result=result), 2)
 
 
 @_checks.cached
-def shape_distance_measure(alpha: Any, result: Any) -> SetMeasure:
+def shape_distance_measure(alpha: Any, result: Any) -> SummaryMeasure:
     """The measure behind `shape_distance`."""
     _checks.choice("result", result, ("distance", "angular", "similarity"))
     if not (isinstance(alpha, (int, float, np.number)) and 0 <= alpha <= 1):
         raise ValueError(f"alpha must be a number from 0 (CCA) to 1 (Procrustes); got {_checks.shown(alpha)}.")
-    return SetMeasure("shape_distance", partial(_shape, alpha=float(alpha)), partial(_compared, result=result), 2)
+    return SummaryMeasure("shape_distance", partial(_shape, alpha=float(alpha)), partial(_compared, result=result), 2)
 
 
-def _shape(x: Array, setting: Setting, alpha: float) -> tuple[Array, None]:
+def _shape(x: Array, context: Context, alpha: float) -> tuple[Array, None]:
     matrix = (-2, -1)
-    x = unit(narrowed(centered_columns(x, setting.mask)), matrix)
+    x = unit(narrowed(centered_columns(x, context.mask)), matrix)
     return (x if alpha == 1 else unit(alpha * x + (1 - alpha) * leading(x)[0], matrix)), None
 
 

@@ -219,10 +219,10 @@ def grids() -> list[Program]:
         from jaxalign._plan import STORED
         from jaxalign._problem import check_rtol
         from jaxalign.measures._hsic import cka_measure
-        from jaxalign.measures._pair_sums import bandwidth_of
+        from jaxalign.measures._pair_sums import solve_bandwidth
 
         function, rtol = cka_measure("rbf", True, "include", "debiased").function, check_rtol(None, jnp.float32)
-        return lambda x, c: bandwidth_of(x, None, c, function, rtol, STORED), (where.whole(1000, 768), where.whole())
+        return lambda x, c: solve_bandwidth(x, None, c, function, rtol, STORED), (where.whole(1000, 768), where.whole())
 
     def products(where: Where) -> Built:
         from jaxalign._plan import Plan
