@@ -73,7 +73,7 @@ def x64() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["float32", "float64"])
+@pytest.fixture(params=["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def dtype(request: pytest.FixtureRequest) -> Iterator[np.dtype]:
     """Each of the two dtypes the library computes in, with JAX set to hold it."""
     with jax.enable_x64(request.param == "float64"):

@@ -34,6 +34,7 @@ def features(kind: str, n: int = N) -> np.ndarray:
     return x.astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["normal", "tight clusters", "duplicates"])
 @pytest.mark.parametrize("bandwidth", ["global", "per_row"])
 @pytest.mark.parametrize("tile_size", [None, 61])

@@ -97,6 +97,7 @@ def test_the_diagonal_left_out_of_the_mean_agrees_with_the_reference(features):
         helpers.assert_close(alignment.features[name], expected["features"][name], CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("options", [{}, SOME_OPTIONS["recommended"]], ids=["plain", "recommended"])
 @pytest.mark.parametrize("landmarks", ["random", "farthest points", "all"])
@@ -110,6 +111,7 @@ def test_the_reference_agrees_on_the_landmarks_that_were_chosen(landmarks, optio
         helpers.assert_close(alignment.features[name], expected["features"][name], CLOSE)
 
 
+@pytest.mark.slow
 def test_features_in_float32_agree_with_the_reference_to_single_precision(features):
     options = SOME_OPTIONS["recommended"]
     features = {name: x.astype(np.float32) for name, x in features.items()}
@@ -132,6 +134,7 @@ def test_half_precision_features_are_aligned_in_float32(features):
 # --- which samples are landmarks -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("channels", [None, "standardize"])
 @pytest.mark.parametrize("number", [4, M, N])
@@ -145,6 +148,7 @@ def test_farthest_points_are_those_of_the_reference_on_the_sum_of_scaled_distanc
     np.testing.assert_array_equal(alignment.landmarks, reference.farthest_point_sampling(joint, number))
 
 
+@pytest.mark.slow
 def test_farthest_points_are_all_different_even_among_duplicates():
     x = np.repeat(np.eye(4, dtype=np.float32), 5, 0)
     chosen = np.asarray(jaxalign.align({"a": x}, landmarks=10, density=0.5).landmarks)
@@ -152,6 +156,7 @@ def test_farthest_points_are_all_different_even_among_duplicates():
     assert set(chosen[:4] // 5) == {0, 1, 2, 3}  # one of each before any repeats
 
 
+@pytest.mark.slow
 def test_random_landmarks_are_sorted_distinct_and_a_function_of_the_key(features):
     features = {name: x.astype(np.float32) for name, x in features.items()}
     draws = [
@@ -188,6 +193,7 @@ def test_a_landmark_has_an_affinity_of_exactly_one_with_itself(features):
 # --- properties ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_landmark_block_has_the_density_and_every_row_has_it_with_a_bandwidth_per_row(features):
     block = jaxalign.align(features, landmarks=LANDMARKS, density=DENSITY)
@@ -199,6 +205,7 @@ def test_the_landmark_block_has_the_density_and_every_row_has_it_with_a_bandwidt
         assert block.sigma[name].shape == ()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("options", [{}, {"bandwidth": "per_row"}, {"channels": "whiten", "decorrelate": 0.1}])
 def test_standardized_columns_have_mean_zero_and_deviation_one_over_the_samples_that_are_not_landmarks(
@@ -214,6 +221,7 @@ def test_standardized_columns_have_mean_zero_and_deviation_one_over_the_samples_
         np.testing.assert_allclose(np.std(everyone.features[name], 0), 1, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("options", OPTIONS, ids=describe)
 def test_the_fitted_samples_are_transformed_to_their_features_landmarks_included(options, features):
@@ -234,6 +242,7 @@ def test_samples_are_transformed_one_by_one_as_they_are_together(options, featur
         helpers.assert_close(alignment.transform("dino", x_new[k : k + 1]), together[k : k + 1], CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("channels", [None, "whiten"])
 @pytest.mark.parametrize(
@@ -249,6 +258,7 @@ def test_orthogonal_maps_shifts_and_scales_leave_the_features_unchanged(channels
     assert_same_features(jaxalign.align(moved, **options), jaxalign.align(features, **options), 100 * CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [None, "standardize", "whiten"])
 @pytest.mark.parametrize("power", [-100, -66, 66, 120])
 def test_features_may_be_of_any_size(channels, power, features, rng):
@@ -266,6 +276,7 @@ def test_features_may_be_of_any_size(channels, power, features, rng):
         assert found.sigma[name] == (expected.sigma[name] if channels else np.ldexp(expected.sigma[name], power))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("landmarks", [LANDMARKS, M])
 @pytest.mark.parametrize("rest", [{}, {"decorrelate": 0.1, "standardize": True}], ids=describe)
@@ -324,6 +335,7 @@ def test_a_network_is_aligned_as_it_would_be_alone(options, features):
         np.testing.assert_array_equal(alone.features[name], both.features[name])
 
 
+@pytest.mark.slow
 def test_a_constant_channel_changes_nothing_once_channels_are_standardized(features):
     x = features["clip"].astype(np.float32)
     padded = np.concatenate([x, np.full((N, 1), 7.3, np.float32)], 1)
@@ -336,6 +348,7 @@ def test_a_constant_channel_changes_nothing_once_channels_are_standardized(featu
 # --- transformations of JAX ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("landmarks", "standardize"),
@@ -351,6 +364,7 @@ def test_align_gives_the_same_under_jit(landmarks, standardize, features):
     assert_same_features(compiled, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @some_options
 def test_gradients_through_align_are_finite_and_equal_to_finite_differences(options, features, rng):
@@ -369,6 +383,7 @@ def test_gradients_through_align_are_finite_and_equal_to_finite_differences(opti
     assert abs(slope - np.sum(gradient * along)) < 1e-6 * size
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_gradients_stay_finite_where_samples_and_eigenvalues_coincide():
     x = np.repeat(np.eye(5), 4, 0)  # every sample four times; all eigenvalues of the covariance but one are equal
@@ -380,6 +395,7 @@ def test_gradients_stay_finite_where_samples_and_eigenvalues_coincide():
     assert np.isfinite(jax.jit(jax.grad(loss))(x)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_an_alignment_is_a_pytree_that_goes_through_jit_and_tree_map(features):
     alignment = jaxalign.align(features, landmarks=LANDMARKS, density=DENSITY, **SOME_OPTIONS["recommended"])
@@ -412,12 +428,14 @@ def test_only_the_samples_that_are_not_landmarks_are_scored(metric, features):
     np.testing.assert_array_equal(found.index, expected["index"])
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_network_that_is_moved_corresponds_in_every_sample(features):
     x = features["clip"].astype(np.float32)
     alignment = jaxalign.align({"a": x, "b": 4 - 0.5 * x[:, ::-1]}, landmarks=LANDMARKS, density=DENSITY)
     assert alignment.correspondence("a", "b").top1 == 1
 
 
+@pytest.mark.slow
 def test_a_sample_that_coincides_with_a_landmark_is_scored_like_any_other(features):
     features = {name: x.astype(np.float32) for name, x in features.items()}
     for x in features.values():
@@ -426,6 +444,7 @@ def test_a_sample_that_coincides_with_a_landmark_is_scored_like_any_other(featur
     assert alignment.correspondence("clip", "dino").rank.shape == (N - M,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 1])
 def test_too_few_samples_beside_the_landmarks_are_refused(left, features):
     alignment = jaxalign.align(
@@ -599,6 +618,7 @@ def test_new_samples_of_another_width_or_kind_are_refused(x_new, error, message,
 # --- offsets and units ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [None, "standardize", "whiten"])
 def test_offsets_and_units_of_channels(channels):
     """Against float64 of the same float32 numbers; 1e-5: a hundred roundings of rows of about 1."""

@@ -122,6 +122,7 @@ def test_batches_that_do_not_broadcast(function):
 NOT_FINITE = [name for name in FUNCTIONS if name != "squared_distances"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOT_FINITE)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf_name_the_row(name, value):
@@ -386,6 +387,7 @@ WHOLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_numbers_may_be_numpy_s_and_nothing_else(name):
@@ -413,6 +415,7 @@ def test_checkify_turns_nan_into_an_error_as_the_docstring_of_solve_sigma_says()
             error.throw()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["include", "masked include"])
 def test_checkify_raises_no_false_alarm(setting):
     bandwidth = "global" if setting == "include" else "per_row"
@@ -457,6 +460,7 @@ WITH_SIGMA = {
 every_function_with_sigma = pytest.mark.parametrize("name", WITH_SIGMA)
 
 
+@pytest.mark.slow
 @every_function_with_sigma
 @pytest.mark.parametrize("sigma", [-1.0, 0.0, np.nan, np.inf])
 def test_a_traced_sigma_that_is_none_gives_nan(name, sigma):
@@ -465,6 +469,7 @@ def test_a_traced_sigma_that_is_none_gives_nan(name, sigma):
     assert np.isfinite(call(2.0))
 
 
+@pytest.mark.slow
 @every_function_with_sigma
 def test_where_a_trace_finds_no_sigma_the_value_is_nan(name):
     def call(x, density):

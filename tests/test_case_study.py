@@ -48,6 +48,7 @@ def test_pairs_are_of_different_networks(color_agreement):
     assert color_agreement.pairs_of_networks(["vit 1", "vit 2", "cnn 1"]) == [("vit 1", "cnn 1"), ("vit 2", "cnn 1")]
 
 
+@pytest.mark.slow
 def test_colours_agree_after_alignment_and_not_before(tmp_path, capsys):
     with helpers.example("sam_vs_dino") as example:
         found = example.main(example.shipped(), tmp_path)

@@ -76,6 +76,7 @@ def test_info(models, capsys):
     assert "2 (row 4, feature 3)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["samples", "channels", "mean"])
 def test_maps_with_their_channels_first_are_noticed(tmp_path, capsys, positions):
     shapes = {
@@ -98,6 +99,7 @@ def run_info(capsys, folder, positions):
     return [line.removesuffix(".") for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_align(models, capsys):
     out = models / "aligned"
     sets = models / "a" / "layer2.npy", models / "b" / "layer9.npy"
@@ -123,6 +125,7 @@ def test_align(models, capsys):
     assert (models / "both" / "b%2flayer10.npy").exists()
 
 
+@pytest.mark.slow
 def test_maps_with_their_channels_first_are_pointed_out(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in "ab":
@@ -133,6 +136,7 @@ def test_maps_with_their_channels_first_are_pointed_out(tmp_path, capsys):
     assert "independent, which neighbours are not" in printed
 
 
+@pytest.mark.slow
 def test_grid(models, capsys):
     out = models / "report"
     assert run("grid", models / "a", models / "b", "--permutations", 99, "--density", 0.2, "--out", out) == 0
@@ -155,6 +159,7 @@ def test_grid(models, capsys):
     assert json.loads((out / "grid.json").read_text())["itself"]
 
 
+@pytest.mark.slow
 def test_options_of_the_measure(models, capsys):
     sets = models / "a" / "layer2.npy", models / "b" / "layer9.npy"
     chosen = "--option", "kernel=linear", "--option", "estimator=biased"
@@ -177,6 +182,7 @@ def test_options_of_the_measure(models, capsys):
     assert "'kernel' is not NAME=VALUE" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_maps_are_coloured_over_their_pictures(tmp_path, capsys):
     data = jaxalign.datasets.load_patch_features()
     for name in ("vit-s14 layer 8", "efficientnet-lite0 block 10"):
@@ -220,6 +226,7 @@ class Page(html.parser.HTMLParser):
             self.scripts.append(data)
 
 
+@pytest.mark.slow
 def test_names_with_html_shell_and_terminal_characters(tmp_path, capsys):
     rng = np.random.default_rng(0)
     name = "</script><img src=x onerror=alert(1)>; rm -rf $HOME `id` \x1b[2J$x_1$"
@@ -321,6 +328,7 @@ def test_options_out_of_range(option, capsys):
     assert f"{option[1]!r} is not a" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_half_written(models, capsys, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -343,6 +351,7 @@ def test_ctrl_c_is_one_line_and_130(models, capsys, monkeypatch):
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_killed_grid_goes_on(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "a").mkdir()
@@ -374,6 +383,7 @@ def test_help_has_examples(capsys):
         assert f"jaxalign {command} " in capsys.readouterr().out.split("examples:")[1]
 
 
+@pytest.mark.slow
 def test_names_that_become_one_file_stay_two(tmp_path):
     x = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
     np.savez(tmp_path / "x.npz", **{"a": x, "a.": x[:, :3], " A": x[:, 1:], "b" * 300: x[:, 2:]})
@@ -416,6 +426,7 @@ def test_resume_goes_on_with_nothing_but_the_same_job(models, capsys, monkeypatc
     assert (models / "thesis" / "report.html").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_what_is_computed_outlives_a_failing_report(models, monkeypatch):
     out = models / "report"
     grid = ("grid", models / "a", "--permutations", 9, "--density", 0.2, "--out", out)
@@ -429,6 +440,7 @@ def test_what_is_computed_outlives_a_failing_report(models, monkeypatch):
     assert not (out / "values.json").exists()
 
 
+@pytest.mark.slow
 def test_a_model_with_itself_and_devices(models, capsys):
     assert run("grid", models / "a", models / "a", "--permutations", 19, "--density", 0.2, "--out", models / "r") == 0
     told = json.loads((models / "r" / "grid.json").read_text())
@@ -441,6 +453,7 @@ def test_a_model_with_itself_and_devices(models, capsys):
     np.testing.assert_allclose(spread["values"], told["values"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_measures_without_a_sigma_tell_none(models, capsys):
     x = np.load(models / "a" / "layer2.npy")[:15]  # too few for a density of 0.05
     np.save(models / "few.npy", x)
@@ -448,6 +461,7 @@ def test_measures_without_a_sigma_tell_none(models, capsys):
     assert json.loads(capsys.readouterr().out)["sigma"] == [None, None]
 
 
+@pytest.mark.slow
 def test_byte_order_and_width(models, capsys):
     x = np.load(models / "a" / "layer2.npy").astype(np.float64) * 1.1
     np.save(models / "little.npy", x)
@@ -669,6 +683,7 @@ def config(tmp_path, monkeypatch):
     return config
 
 
+@pytest.mark.slow
 def test_programs_are_kept_for_the_next_run(models):
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(models / "cache")}
     environment |= {"LOCALAPPDATA": str(models / "cache"), "HOME": str(models / "cache")}

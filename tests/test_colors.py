@@ -20,6 +20,7 @@ def cut():
     return jaxalign.normalized_cut(x.astype(np.float32), 5, density=0.3)
 
 
+@pytest.mark.slow
 def test_groups_have_colours_of_their_own(cut):
     colours = np.asarray(rgb(cut, components=3))
     assert colours.min() == 0
@@ -41,6 +42,7 @@ def test_length_and_unit_of_rows_do_not_matter_to_rotate(cut):
     np.testing.assert_allclose(rgb(cut.eigenvectors * jnp.linspace(1, 5, 90)[:, None]), rgb(cut), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_masked_rows_are_black(cut):
     padded = jnp.concatenate([cut.eigenvectors, jnp.zeros((200, 5))])
     for method in ("rotate", *(["tsne"] if importlib.util.find_spec("sklearn") else [])):
@@ -57,6 +59,7 @@ def test_rotate_is_differentiable_and_can_be_compiled(cut):
     np.testing.assert_allclose(jax.jit(rgb)(x), rgb(x), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of umap's own imports
 @pytest.mark.parametrize(("method", "package"), [("umap", "umap"), ("tsne", "sklearn")])
 def test_layouts_of_the_usual_libraries(cut, method, package):

@@ -56,6 +56,7 @@ def test_identical_features_all_find_themselves(metric, rows):
     np.testing.assert_array_equal(found.index, np.arange(N))
 
 
+@pytest.mark.slow
 @every_metric
 @pytest.mark.parametrize("csls", [None, 3])  # a mean over 3 is rounded, which once broke ties
 @pytest.mark.parametrize("shape", [(N, M), (33, 17)])
@@ -177,6 +178,7 @@ def test_it_works_under_jit_and_vmap_and_its_result_is_a_pytree(rows):
     assert len(jax.tree.leaves(plain)) == 5
 
 
+@pytest.mark.slow
 @every_metric
 @pytest.mark.parametrize("csls", [None, 5])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -275,6 +277,7 @@ def test_an_unknown_metric_is_refused(rows):
         jaxalign.correspondence(a, b, metric="l1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["RECOMMENDED", "PUBLISHED"])
 def test_rows_of_landmarks_are_told_by_their_pattern(options):
     """Of unrelated sets nothing corresponds, but landmarks find themselves."""

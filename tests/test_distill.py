@@ -10,6 +10,7 @@ import pytest
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
 
+@pytest.mark.slow
 def test_a_student_learns_neighbourhoods_and_the_same_again_from_a_seed(tmp_path):
     pytest.importorskip("matplotlib", reason='the example draws: python -m pip install "jaxalign[viz]"')
     with helpers.example("distill") as example:
@@ -25,6 +26,7 @@ def test_a_student_learns_neighbourhoods_and_the_same_again_from_a_seed(tmp_path
             example.load("resnet")
 
 
+@pytest.mark.slow
 def test_a_torch_student_learns(capsys):
     pytest.importorskip("torch", reason='torch is missing: python -m pip install "jaxalign[torch]"')
     with helpers.example("torch_training") as example:
@@ -33,6 +35,7 @@ def test_a_torch_student_learns(capsys):
     assert "shared neighbours" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("usual_promotion")
 def test_a_flax_student_learns_in_one_compiled_step(capsys):
     pytest.importorskip("flax", reason='flax is missing: python -m pip install "jaxalign[flax]"')

@@ -28,6 +28,7 @@ API = sorted((ROOT / "docs" / "pages" / "api").glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.parametrize("path", [p for p in FILES if BLOCK.search(p.read_text())], ids=lambda path: path.name)
 def test_code_in_the_documentation_runs(path, tmp_path, monkeypatch):
@@ -38,6 +39,7 @@ def test_code_in_the_documentation_runs(path, tmp_path, monkeypatch):
         exec(compile(block, path.name, "exec"), namespace)
 
 
+@pytest.mark.slow
 def test_worker_processes_as_the_faq_starts_them_do_not_hang(tmp_path):
     script = tmp_path / "workers.py"
     (code,) = (block for block in BLOCK.findall((ROOT / "docs/pages/faq.md").read_text()) if "multiprocessing" in block)

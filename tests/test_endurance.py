@@ -56,6 +56,7 @@ MOST_ARRAYS, MOST_MEMORY = 10, N * N * 4 * CALLS / 1e6 / 3
 linux = pytest.mark.skipif(not resident(), reason="reads the memory of the process from Linux")
 
 
+@pytest.mark.slow
 @linux
 def test_memory_does_not_grow_with_calls():
     x = sets(1, n=N)[0]
@@ -71,6 +72,7 @@ def test_memory_does_not_grow_with_calls():
     assert memory < MOST_MEMORY
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("keep", [jnp.asarray, jnp.sum, np.array], ids=["arrays", "scalars", "copies outside of JAX"])
 def test_memory_that_grows_is_noticed(keep):
@@ -110,6 +112,7 @@ np.save(sys.argv[3], grid.values)
 """
 
 
+@pytest.mark.slow
 def test_jobs_that_are_killed_lose_nothing_finished(tmp_path):
     folder = tmp_path / "layers"
     folder.mkdir()
@@ -173,6 +176,7 @@ print(float(jaxalign.mean_density(x[:20_000], sigma=1.0)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the memory of a process on Linux")
 def test_what_does_not_fit_into_memory_is_an_error_and_no_endless_wait():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

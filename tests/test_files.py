@@ -127,6 +127,7 @@ def compare(path, job, **options):
     return jaxalign.compare_grid({"a": X, "b": X**2}, checkpoint=path, **JOBS[job], **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_checkpoints_of_a_grid_hold_what_a_job_writes(job, tmp_path):
     path = tmp_path / "state"

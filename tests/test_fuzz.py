@@ -132,6 +132,7 @@ def near_the_floor(x, choice):
     return any(abs(floor - choice.density) < 1e-4 * max(choice.density, 1e-9) for floor in floors)
 
 
+@pytest.mark.slow
 @fuzz
 @hypothesis.given(st.data())
 def test_sigma_and_affinity(data):
@@ -162,6 +163,7 @@ def test_sigma_and_affinity(data):
     assert np.isfinite(affinity).all()
 
 
+@pytest.mark.slow
 @fuzz
 @hypothesis.given(st.data())
 def test_between_two_sets(data):
@@ -198,6 +200,7 @@ def varies(x):
     return np.ptp(distances[~np.eye(len(x), dtype=bool)]) >= 1e-6 * distances.max()
 
 
+@pytest.mark.slow
 def test_measures():
     reached = collections.Counter()
 
@@ -222,6 +225,7 @@ def test_measures():
     assert min(reached[name] for name in MEASURES) >= 0.2 * compared, reached
 
 
+@pytest.mark.slow
 @fuzz
 @hypothesis.given(st.data())
 def test_measures_of_features_without_variation(data):
@@ -254,6 +258,7 @@ def test_measures_refuse_what_they_cannot_compare(data):
         jaxalign.compare(x, y, name, **MEASURES[name][0])
 
 
+@pytest.mark.slow
 @fuzz
 @hypothesis.given(st.data())
 def test_losses_and_their_gradients_are_finite(data):
@@ -277,6 +282,7 @@ def test_losses_and_their_gradients_are_finite(data):
     assert np.isfinite(np.asarray(gradient) * scale).all()
 
 
+@pytest.mark.slow
 @fuzz
 @hypothesis.given(st.data())
 def test_alignment_and_cuts(data):

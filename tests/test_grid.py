@@ -44,6 +44,7 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES)
 
 
+@pytest.mark.slow
 @every_case
 def test_memory_files_and_single_comparisons_agree(x64, case, tmp_path):
     measure, options = case.split()[0], CASES[case]
@@ -79,6 +80,7 @@ def test_all_with_all(x64):
         helpers.assert_close(sigma, jaxalign.solve_sigma(first[name]).sigma, 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["cka", "mutual_knn"])
 def test_devices_agree(x64, measure):
     first = layers()
@@ -87,6 +89,7 @@ def test_devices_agree(x64, measure):
     helpers.assert_close(spread.values, compare_grid(first, measure=measure, **options).values, 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["rsa", "procrustes"])
 @pytest.mark.parametrize("block_rows", [None, 20])
 def test_missing_samples(x64, measure, block_rows):
@@ -108,6 +111,7 @@ def test_missing_samples(x64, measure, block_rows):
     helpers.assert_close(told.values, expected, 1e-11)
 
 
+@pytest.mark.slow
 def test_mask(x64):
     first, kept = layers(), np.arange(N) % 4 != 1
     expected = compare_grid({k: v[kept] for k, v in first.items()}, measure="rsa").values
@@ -170,6 +174,7 @@ grid.to_json(folder + "/grid.json")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("measure", "stop"), [("cka", 6), ("procrustes", 4)])
 def test_a_killed_job_goes_on_where_it_was(measure, stop, tmp_path):
     for name, x in layers().items():
@@ -291,6 +296,7 @@ def stopped(run):
         run(progress=stop)
 
 
+@pytest.mark.slow
 def test_a_kernel_of_the_same_name_is_told_by_its_values(x64, tmp_path):
     def kernel(width):
         return lambda d2: 1 / (1 + d2 / width)
@@ -306,6 +312,7 @@ def test_a_kernel_of_the_same_name_is_told_by_its_values(x64, tmp_path):
     helpers.assert_close(run(5.0).values, expected, 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [np.float32, jax.numpy.float32])
 def test_the_density_of_a_job_may_be_a_number_of_any_library(kind, tmp_path):
     sets = {name: x.astype(np.float32) for name, x in layers().items()}
@@ -313,6 +320,7 @@ def test_the_density_of_a_job_may_be_a_number_of_any_library(kind, tmp_path):
     helpers.assert_close(found.values, compare_grid(sets, density=0.25).values, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["rsa", "mutual_knn"])
 def test_a_job_goes_on_after_the_free_memory_has_changed(x64, measure, tmp_path, monkeypatch):
     def run(**how):
@@ -333,6 +341,7 @@ def test_sets_that_do_not_fit_are_looked_at_again(x64, monkeypatch):
     helpers.assert_close(grid.values, one_by_one(layers(), layers("de", 1), "procrustes"), 1e-12)
 
 
+@pytest.mark.slow
 def test_sigma_may_be_an_array_of_one_a_set(x64):
     sigma = [1.0, 2.0, 3.0]
     expected = compare_grid(layers(), measure="cka", sigma=tuple(sigma))
@@ -345,6 +354,7 @@ def test_sigma_may_be_an_array_of_one_a_set(x64):
                 compare_grid(layers(), measure="cka", sigma=wrong, **how)
 
 
+@pytest.mark.slow
 def test_files_of_the_other_byte_order(x64, tmp_path):
     for name, x in layers().items():
         np.save(tmp_path / f"{name}.npy", x.astype(">f8"))
@@ -434,6 +444,7 @@ TOKENS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("name", TOKENS)
 @pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=["tokens", "maps"])

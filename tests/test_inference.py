@@ -63,6 +63,7 @@ def test_the_table_of_permutations_in_pieces(x64, monkeypatch):
     helpers.assert_close(_permuted_products(matrices[:1], matrices[1:], KEY, 3), whole, 1e-12)
 
 
+@pytest.mark.slow
 def test_p_values_count_what_is_at_least_as_extreme(x64):
     x, y, z = sets()
     test = permutation_test(x, z, key=KEY, permutations=99)
@@ -74,6 +75,7 @@ def test_p_values_count_what_is_at_least_as_extreme(x64):
     assert float(distance.p_value) == (np.sum(np.asarray(distance.null) <= float(distance.value)) + 1) / 100
 
 
+@pytest.mark.slow
 def test_equal_sets_have_a_calibrated_score_of_1_and_chance_0(x64):
     x, _, z = sets()
     assert abs(float(permutation_test(x, 2 * x, key=KEY, permutations=50).calibrated) - 1) < 1e-10
@@ -89,6 +91,7 @@ def test_permutations_that_change_nothing_count(x64):
     assert abs(float(test.p_value) - 1 / 3) < 4 * np.sqrt(2 / 9 / 400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("permutations", [19, 99])
 def test_p_values_are_uniform_under_the_null(permutations):
     rng = np.random.default_rng(permutations)
@@ -102,6 +105,7 @@ def test_p_values_are_uniform_under_the_null(permutations):
     assert scipy.stats.kstest(spread, "uniform").pvalue > 0.01
 
 
+@pytest.mark.slow
 def test_a_grid_is_corrected_for_its_size(x64):
     x, y, z = sets(30)
     rng = np.random.default_rng(3)
@@ -115,6 +119,7 @@ def test_a_grid_is_corrected_for_its_size(x64):
     helpers.assert_close(test.value[0, 0], alone.value, 1e-12)
 
 
+@pytest.mark.slow
 def test_max_statistic_keeps_the_error_of_the_family():
     rng = np.random.default_rng(0)
     found = 0
@@ -138,6 +143,7 @@ def test_weighted_products_are_means_over_different_samples(x64):
         helpers.assert_close(found, reference.hsic_by_counting(f, g, np.asarray(w)), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cka", "hsic", "rsa", "distance_correlation"])
 @pytest.mark.parametrize("method", ["bca", "percentile"])
 def test_intervals_hold_the_value(x64, name, method):
@@ -151,6 +157,7 @@ def test_intervals_hold_the_value(x64, name, method):
         helpers.assert_close([found.low, found.high], np.quantile(found.resampled, [0.025, 0.975]), 1e-12)
 
 
+@pytest.mark.slow
 def test_bca_agrees_with_scipy(x64):
     # Pearson RSA has no counterpart there, so scipy is given the weighted statistic with the same resamples' formula.
     x, y, _ = sets(25)
@@ -172,6 +179,7 @@ def test_bca_agrees_with_scipy(x64):
     assert abs(found.high - high) < 0.5 * spread
 
 
+@pytest.mark.slow
 def test_coverage_is_within_its_binomial_error():
     rng = np.random.default_rng(0)
     truth_sets = rng.normal(size=(2, 4000, 3)).astype(np.float32)
@@ -185,6 +193,7 @@ def test_coverage_is_within_its_binomial_error():
     assert scipy.stats.binom.ppf(0.001, 150, 0.85) <= hits
 
 
+@pytest.mark.slow
 def test_differences_are_of_the_same_resamples(x64):
     x, y, z = sets(80)
     same = paired_difference((x, y), (x, 2 * y), "rsa", key=KEY, resamples=50)
@@ -194,6 +203,7 @@ def test_differences_are_of_the_same_resamples(x64):
     assert found.low > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"), [("rsa", {}), ("cka", {"kernel": "linear"}), ("distance_correlation", {})]
 )
@@ -214,6 +224,7 @@ def test_noise_ceiling_by_hand(x64, name, options):
     helpers.assert_close(found.lower, np.mean(found.each), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cka", "rsa", "distance_correlation"])
 def test_noise_ceiling_of_a_traced_subject(x64, name):
     x, y, z = sets()
@@ -250,6 +261,7 @@ def test_bad_input(x64):
 # --- what once went wrong -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_similarity_of_a_distance_is_one(x64):
     x, y, _ = sets()
     test = permutation_test(x, y, "procrustes", result="similarity", key=KEY, permutations=99)
@@ -260,6 +272,7 @@ def test_a_similarity_of_a_distance_is_one(x64):
     assert abs(float(equal.calibrated) - 1) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["cka", "mutual_knn", "affinity_distance"])
 def test_nan_is_propagated_to_what_holds_it_and_no_further(x64, measure):
     x, y, z = sets()
@@ -278,6 +291,7 @@ def test_nan_is_propagated_to_what_holds_it_and_no_further(x64, measure):
         assert np.isnan(noise_ceiling([hole, y, z], "cka", missing="propagate").lower)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-18, 1e-12, 1e9, 1e18])
 def test_statistics_have_no_unit(scale):
     x, y, z = (np.float32(a) for a in sets())
@@ -293,6 +307,7 @@ def test_statistics_have_no_unit(scale):
     helpers.assert_close([two.lower, two.upper], [one.lower, one.upper], 1e-4)
 
 
+@pytest.mark.slow
 def test_few_permutations_keep_the_error_of_the_family():
     # Observed and permuted scores have to be standardised alike: this failed half of the time at m = 19.
     rng, m, trials = np.random.default_rng(1), 19, 120
@@ -304,6 +319,7 @@ def test_few_permutations_keep_the_error_of_the_family():
     assert found <= scipy.stats.binom.ppf(0.999, trials, 0.05)
 
 
+@pytest.mark.slow
 def test_measures_of_sets_compile_once():
     x, y, _ = (np.float32(a) for a in sets())
     permutation_test(x, y, "jaccard", key=KEY, permutations=5, k=3)
@@ -329,6 +345,7 @@ def test_more_bad_input(x64):
             call()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_types")
 def test_sets_in_files(tmp_path):
     sets = {f"layer{k}": np.random.default_rng(k).normal(size=(30, 4)).astype(np.float32) for k in (10, 9)}

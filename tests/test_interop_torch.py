@@ -208,6 +208,7 @@ def test_state_dicts_of_modules_convert():
     np.testing.assert_array_equal(arrays["weight"], module.weight.detach().numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_types")  # the fields are declared as jax arrays
 def test_results_become_the_same_objects_with_tensors():
     x = from_torch(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)))

@@ -144,6 +144,7 @@ def test_damaged_files_are_named(suffix, tmp_path):
         read_features(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_damage_anywhere_is_an_error_or_other_numbers(suffix, tmp_path):
     """No crash, no exception of a format's package, no array that cannot be used. JAXALIGN_FUZZ sets how often."""

@@ -19,6 +19,7 @@ def features(rng):
     return {"clip": rng.normal(size=(N, 4)), "dino": 5 + 3 * rng.normal(size=(N, 6))}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("diagonal", ["include", "exclude"])
 def test_it_is_the_affinity_of_the_stacked_rows_in_the_order_of_the_names(diagonal, features):
@@ -52,6 +53,7 @@ def test_rows_may_come_as_a_sequence_of_sets_of_different_size(rng):
     np.testing.assert_array_equal(joint, jaxalign.rbf_affinity(np.concatenate(parts), density=0.2))
 
 
+@pytest.mark.slow
 def test_it_works_on_an_alignment_under_jit(features):
     features = {name: x.astype(np.float32) for name, x in features.items()}
     alignment = jaxalign.align(features, landmarks=LANDMARKS, density=0.3)

@@ -32,6 +32,7 @@ def test_a_vector_of_zeros_is_what_is_said_and_nan_stays_nan():
     np.testing.assert_array_equal(_linalg.unit(x[:1], nothing=7.0), np.float32([[7, 7]]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_derivatives_of_unit_vectors(rng):
     x = jnp.asarray(rng.normal(size=(3, 4)))

@@ -33,6 +33,7 @@ def loss(measure, **options):
     return partial(alignment_loss, measure=measure, **{"density": 0.2, **options})
 
 
+@pytest.mark.slow
 @every_measure
 @pytest.mark.parametrize("options", [{}, {"diagonal": "exclude"}, {"stop_gradient_sigma": True}], ids=str)
 def test_values_and_gradients_agree_with_torch(x64, measure, options):
@@ -65,6 +66,7 @@ def test_cka_and_affinity_are_those_of_the_measures(x64):
     helpers.assert_close(loss("affinity")(x, y), measures.affinity_distance(x, y, density=0.2) ** 2, 1e-12)
 
 
+@pytest.mark.slow
 @by_pairs
 def test_equal_geometry_costs_nothing(x64, measure):
     x, _ = sets()
@@ -74,6 +76,7 @@ def test_equal_geometry_costs_nothing(x64, measure):
     assert float(jnp.abs(gradient).max()) < 1e-12
 
 
+@pytest.mark.slow
 @every_measure
 def test_unrelated_sets_cost_more_than_related_ones(measure):
     x, y = (a.astype(np.float32) for a in sets())
@@ -81,6 +84,7 @@ def test_unrelated_sets_cost_more_than_related_ones(measure):
     assert loss(measure)(unrelated, y) > loss(measure)(x, y) > loss(measure)(y, y) - 1e-6
 
 
+@pytest.mark.slow
 @by_pairs
 def test_tiles_and_masks_and_batches_give_the_same(x64, measure):
     x, y = sets(23)
@@ -95,6 +99,7 @@ def test_tiles_and_masks_and_batches_give_the_same(x64, measure):
     assert (np.asarray(masked[1][23:]) == 0).all()
 
 
+@pytest.mark.slow
 @every_measure
 def test_devices_find_the_loss_of_the_whole_batch(x64, measure):
     x, y = sets()
@@ -131,6 +136,7 @@ def test_devices_have_landmarks_enough_together_for_the_density(x64):
         each(x[:24], y[:24])
 
 
+@pytest.mark.slow
 @by_pairs
 def test_a_mesh_finds_the_same(x64, measure):
     x, y = sets(29)
@@ -138,6 +144,7 @@ def test_a_mesh_finds_the_same(x64, measure):
     helpers.assert_close(found, loss(measure)(x, y), 1e-12)
 
 
+@pytest.mark.slow
 @by_sample
 def test_reductions(x64, measure):
     x, y = sets()
@@ -155,6 +162,7 @@ def test_the_target_stays_unless_told_otherwise(x64):
     assert np.abs(jax.grad(loss("cka", stop_gradient_target=False), argnums=1)(x, y)).max() > 1e-4
 
 
+@pytest.mark.slow
 @by_pairs
 def test_the_scale_has_no_gradient_unless_sigma_is_fixed(x64, measure):
     x, y = sets()
@@ -163,6 +171,7 @@ def test_the_scale_has_no_gradient_unless_sigma_is_fixed(x64, measure):
     helpers.assert_close(loss(measure, stop_gradient_sigma=True)(x, y), loss(measure)(x, y), 1e-12)
 
 
+@pytest.mark.slow
 @every_measure
 def test_second_derivatives(x64, measure):
     x, y = sets(20)
@@ -182,6 +191,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @every_measure
 def test_degenerate_batches_have_finite_values_and_derivatives(measure):
     @jax.jit
@@ -198,6 +208,7 @@ def test_degenerate_batches_have_finite_values_and_derivatives(measure):
                 assert np.isfinite(found).all(), (case, side)
 
 
+@pytest.mark.slow
 @every_measure
 def test_where_all_samples_are_alike_nothing_moves(measure):
     _, y = (a.astype(np.float32) for a in sets())
@@ -208,6 +219,7 @@ def test_where_all_samples_are_alike_nothing_moves(measure):
         assert float(value) == 1.0
 
 
+@pytest.mark.slow
 @every_measure
 def test_a_mask_that_leaves_too_few_costs_nothing(measure):
     x, y = (a.astype(np.float32) for a in sets())
@@ -218,6 +230,7 @@ def test_a_mask_that_leaves_too_few_costs_nothing(measure):
         assert (np.asarray(gradient) == 0).all()
 
 
+@pytest.mark.slow
 @every_measure
 def test_few_samples_and_half_precision(measure):
     x, y = (jnp.asarray(a[:4], jnp.bfloat16) for a in sets())
@@ -229,6 +242,7 @@ def test_few_samples_and_half_precision(measure):
     assert np.isfinite(gradient.astype(np.float32)).all()
 
 
+@pytest.mark.slow
 @every_measure
 def test_padding_changes_nothing(x64, measure):
     x, y = sets(40)
@@ -247,6 +261,7 @@ def test_padding_changes_nothing(x64, measure):
         assert (each[~mask] == 0).all()
 
 
+@pytest.mark.slow
 def test_nan_is_not_hidden():
     x, y = (a.astype(np.float32) for a in sets())
     x[3, 1] = np.nan
@@ -273,6 +288,7 @@ def test_a_memory_keeps_the_last_samples(x64):
     assert set(map(tuple, np.asarray(memory.x)[memory.filled])) == set(map(tuple, np.delete(x, 20, 0)[-9:]))
 
 
+@pytest.mark.slow
 @every_measure
 def test_remembered_samples_count_but_do_not_move(x64, measure):
     (x, y), (past_x, past_y) = sets(12), sets(20, 1)
@@ -291,6 +307,7 @@ def test_remembered_samples_count_but_do_not_move(x64, measure):
     helpers.assert_close(gradient, jax.grad(expected)(x), 1e-11)
 
 
+@pytest.mark.slow
 def test_a_batch_too_small_for_the_density_needs_a_memory():
     x, y = (a.astype(np.float32) for a in sets(16))
     with pytest.raises(ValueError, match=r"n = 16.*at least 21 samples"):
@@ -309,6 +326,7 @@ def test_a_batch_too_small_for_the_density_needs_a_memory():
         np.testing.assert_allclose(step(x, y), jax.jit(step)(x, y), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("measure", "n"), [*((measure, 32) for measure in MEASURES), ("infonce", 23)])
 def test_ordinary_batches_work_with_the_default_density(measure, n):
     x, y = (a.astype(np.float32) for a in sets(n))
@@ -317,6 +335,7 @@ def test_ordinary_batches_work_with_the_default_density(measure, n):
     assert np.abs(gradient).max() > 0
 
 
+@pytest.mark.slow
 @every_measure
 def test_small_batches_work_without_the_diagonal(measure):
     x, y = (a.astype(np.float32) for a in sets(8))
@@ -325,6 +344,7 @@ def test_small_batches_work_without_the_diagonal(measure):
     assert np.abs(gradient).max() > 0
 
 
+@pytest.mark.slow
 def test_infonce_takes_half_of_the_batch_as_landmarks_or_as_many_as_the_density_needs(x64):
     def count(n, density=0.05, diagonal="include", memory=None):
         least = losses._least_landmarks(jnp.zeros((n, 4)), density, diagonal)
@@ -338,6 +358,7 @@ def test_infonce_takes_half_of_the_batch_as_landmarks_or_as_many_as_the_density_
     assert ((each == 0) == (np.arange(N) >= N - 21)).all()
 
 
+@pytest.mark.slow
 def test_a_padded_batch_of_infonce_has_the_landmarks_of_the_batch_without_padding(x64):
     x, y = sets(27)
     padded = [np.concatenate([np.full((5, a.shape[1]), 7.0), a]) for a in (x, y)]
@@ -354,6 +375,7 @@ TOO_FEW = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TOO_FEW)
 def test_too_few_landmarks_are_named_with_ways_out_that_work(case):
     n, options, found = TOO_FEW[case]

@@ -12,6 +12,7 @@ import reference
 import jaxalign
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("setting", ["exclude", "masked include", "masked rectangular"])
 def test_equals_the_mean_of_the_definition(setting, per_row, dtype, rng):

@@ -89,6 +89,7 @@ def test_measure_agrees_with_the_reference(case, x64):
     agree(case, np.float64, 1e-9)  # leave-one-out by the shortcut and the like: a few thousand roundings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", IN_FLOAT32, ids=named)
 def test_measure_agrees_with_the_reference_in_float32(case):
     agree(case, np.float32, 1e-5)  # a hundred roundings of eps = 1.2e-7, of numbers of about 1
@@ -128,6 +129,7 @@ def test_rdm_agrees_with_the_reference(dtype, kind):
     np.testing.assert_array_equal(matrix, np.asarray(matrix).T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["euclidean", "cosine", "correlation"])
 @pytest.mark.parametrize("tile_size", [None, 7])
 def test_nearest_neighbors_agree_with_the_reference(x64, metric, tile_size):
@@ -168,6 +170,7 @@ RSATOOLBOX = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compare", RSATOOLBOX)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
 def test_rsa_agrees_with_rsatoolbox(x64, compare):
@@ -190,6 +193,7 @@ def test_procrustes_agrees_with_qc_procrustes(x64, widths):
 # --- compare and the registry ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", measures.REGISTRY)
 def test_compare_finds_every_measure_by_name(x64, name):
     x, y = sets()
@@ -216,6 +220,7 @@ def test_minibatch_cka_has_no_unit_and_no_order():
     assert 0 < there < expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [30.0, 1e3, 1e5])
 @pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
 def test_a_sigma_far_above_the_distances_keeps_its_digits(sigma, kernel):
@@ -301,6 +306,7 @@ def test_options_are_refused_by_name():
     assert measures.cka(x.astype(">f4"), y) == measures.cka(x, y)
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_count_share_no_neighbours():
     """Checked operation by operation: what is wrong there may be hidden once it is compiled."""
     x, y = np.random.default_rng(0).normal(size=(2, 12, 3)).astype(np.float32)
@@ -330,6 +336,7 @@ def test_correlations_of_ranks_with_ties(x64, dtype, values):
 # --- values at the ends of their range --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["debiased", "biased", "lange"])
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
 def test_no_value_leaves_its_range(kernel, estimator):
@@ -342,6 +349,7 @@ def test_no_value_leaves_its_range(kernel, estimator):
             assert 0 <= float(measures.cka(x, z, kernel=kernel, estimator=estimator, result="angular")) <= np.pi
 
 
+@pytest.mark.slow
 def test_the_angle_of_cka_is_its_arccos_and_a_distance(x64):
     x, y = sets(n=40)
     value, angle = (measures.cka(x, y, result=result) for result in ("similarity", "angular"))

@@ -85,6 +85,7 @@ def table():
 every_measure = pytest.mark.parametrize("name", REGISTRY)
 
 
+@pytest.mark.slow
 @every_measure
 @pytest.mark.parametrize("invariance", INVARIANCES)
 def test_invariance_is_what_the_registry_says(x64, name, invariance):
@@ -137,6 +138,7 @@ def test_the_whitened_cosine_of_squared_distances_is_biased_linear_cka(x64):
     helpers.assert_close(whitened, measures.cka(x, y, kernel="linear", estimator="biased"), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "kernel"), [(16, "linear"), (256, "linear"), (16, "rbf"), (64, "rbf")])
 def test_debiased_cka_of_independent_sets_is_0_on_average(n, kernel):
     options = {"kernel": kernel, "diagonal": "exclude"}

@@ -99,6 +99,7 @@ WIDE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "shape"), [(c, "tall") for c in CASES] + [(c, "wide") for c in WIDE])
 def test_hard_data(case, shape):
     name, options, in_reference = CASES[case]
@@ -124,6 +125,7 @@ def test_an_offset_of_ten_million_standard_deviations(name):
     assert abs(float(getattr(measures, name)(x, y, **options)) - expected) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["cka", "procrustes", "linear_predictivity", "rsa cosine pearson", "cknna"])
 def test_masked_rows_hide_no_offset(case):
     name, options, _ = CASES[case]
@@ -148,6 +150,7 @@ def test_correlations_do_not_see_the_scale_of_a_row():
         assert abs(float(measures.mutual_knn(z, y, 3, "correlation")) - expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_ties_are_seen_behind_a_masked_row():
     rng = np.random.default_rng(0)
     x, y = (rng.integers(0, 4, (24, 5)).astype(np.float32) for _ in range(2))
@@ -161,6 +164,7 @@ def test_ties_are_seen_behind_a_masked_row():
     assert abs(float(found) - expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_penalty_of_nothing_is_the_shortest_solution():
     x, y = (a.astype(np.float32) for a in related(SEED, 30, 4, 2))
     x = np.c_[x, x[:, :1]]  # linearly dependent
@@ -192,6 +196,7 @@ CONSTANT_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONSTANT_CASES)
 def test_one_or_both_do_not_vary(case):
     name, options = CONSTANT_CASES[case]
@@ -210,6 +215,7 @@ def test_one_or_both_do_not_vary(case):
         np.testing.assert_allclose(np.asarray(grid.values)[[0, 1, 1], [1, 0, 1]], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

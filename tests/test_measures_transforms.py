@@ -36,6 +36,7 @@ def measure(name, **more):
     return lambda x, y: getattr(measures, name)(x, y, **{**OPTIONS[name], **more})
 
 
+@pytest.mark.slow
 @every_measure
 def test_batches_vmap_and_jit_give_the_same(x64, name):
     x, y = sets()
@@ -45,6 +46,7 @@ def test_batches_vmap_and_jit_give_the_same(x64, name):
     helpers.assert_close(jax.jit(jax.vmap(measure(name)))(xs, ys), one_by_one, 1e-11)
 
 
+@pytest.mark.slow
 @every_measure
 def test_masked_samples_do_not_count(x64, name):
     x, y = sets()
@@ -55,6 +57,7 @@ def test_masked_samples_do_not_count(x64, name):
     helpers.assert_close(measure(name, mask=mask)(dirty, y), measure(name)(x[mask], y[mask]), 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TILED if name != "jaccard"])  # which is mutual_knn's lists
 def test_tiles_and_devices_give_the_same(x64, name):
     x, y = sets(23)  # divides neither among the tiles nor among the devices
@@ -63,6 +66,7 @@ def test_tiles_and_devices_give_the_same(x64, name):
     helpers.assert_close(measure(name, mesh=sharding.data_mesh(8), tile_size=2)(x, y), expected, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cka", "rsa"])
 def test_gradients_of_tiles_and_devices_are_the_same(x64, name):
     x, y = sets(23)
@@ -86,11 +90,13 @@ def test_cka_inside_shard_map(x64):
 SMOOTH = [name for name, entry in REGISTRY.items() if entry.differentiable == "yes" and name != "linear_predictivity"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMOOTH)
 def test_derivatives_to_second_order(x64, name):
     helpers.check_derivatives(lambda both: measure(name)(*both), sets(), np.random.default_rng(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n, entry in REGISTRY.items() if entry.differentiable != "no" and n not in SMOOTH]
 )
@@ -114,6 +120,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @every_measure
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_finite(name, case):
@@ -124,6 +131,7 @@ def test_values_and_gradients_are_finite(name, case):
         assert np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
@@ -159,6 +167,7 @@ def test_minibatch_cka_with_a_set_that_does_not_vary_is_0():
         assert all(np.isfinite(slope).all() for slope in slopes)
 
 
+@pytest.mark.slow
 @every_measure
 def test_bfloat16_is_taken(name):
     x, y = (jnp.asarray(a, jnp.bfloat16) for a in sets())
@@ -167,6 +176,7 @@ def test_bfloat16_is_taken(name):
     assert np.isfinite(value)
 
 
+@pytest.mark.slow
 @every_measure
 def test_missing_samples(x64, name):
     x, y = sets()

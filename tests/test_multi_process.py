@@ -32,6 +32,7 @@ def children_find_the_package(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "devices", "float64"),
     [(4, 1, False), (2, 2, True)],
@@ -48,6 +49,7 @@ def test_every_process_finds_what_one_process_finds(example, processes, devices,
     np.testing.assert_allclose(found[0], expected, rtol=1e-12 if float64 else 1e-6)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(example):
     begin = time.monotonic()
     with pytest.raises(example.ProcessError, match=r"(?s)process 0 still ran.*process 1 was killed by SIGKILL"):
@@ -55,6 +57,7 @@ def test_a_process_that_dies_ends_the_others(example):
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.slow
 def test_a_nan_in_the_rows_of_one_process_is_an_error_in_each(example):
     with pytest.raises(example.ProcessError) as caught:
         example.solve_in_processes(example.Problem(2, 1, rows=40, width=5, timeout=TIMEOUT, nan=0))
@@ -77,6 +80,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_another_number_of_rows_in_another_process_is_an_error_in_each(example):
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -85,6 +89,7 @@ def test_another_number_of_rows_in_another_process_is_an_error_in_each(example):
     assert all("the same number of rows in every process; it has [40, 41]" in one for one in said)
 
 
+@pytest.mark.slow
 def test_a_process_that_takes_too_long_ends_all(example):
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     begin = time.monotonic()
@@ -93,6 +98,7 @@ def test_a_process_that_takes_too_long_ends_all(example):
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.slow
 def test_what_a_process_says_is_handed_on(example):
     fails = [sys.executable, "-c", "raise SystemExit('out of luck')"]
     ignores = [
@@ -148,6 +154,7 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["one process", "slurm", "coordinator"])
 def test_the_launch_recipes_work_as_written(tmp_path, launcher):
     x = np.random.default_rng(0).normal(size=(101, 6)).astype(np.float32)  # divides among nothing

@@ -29,6 +29,7 @@ def same_vectors(found, expected, tolerance):
     np.testing.assert_allclose(np.asarray(found) * np.sign(overlap), expected, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dense", "lobpcg"])
 def test_defining_equation(method, x64):
     x = features()
@@ -73,6 +74,7 @@ def test_scikit_learn_embeds_alike(x64):
     same_vectors(scaled, cut.embedding, 1e-6)
 
 
+@pytest.mark.slow
 def test_landmarks_approach_the_exact_cut(x64):
     x = features(n=300, d=3, apart=2.0)
     exact = normalized_cut(x, 4, sigma=2.0)
@@ -86,12 +88,14 @@ def test_landmarks_approach_the_exact_cut(x64):
     np.testing.assert_allclose(cut.transform(x), cut.eigenvectors, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_sigma_from_landmarks_aims_at_the_density_of_all():
     x = jnp.asarray(features(n=2000, d=3), jnp.float32)
     cut = normalized_cut(x, 3, method="nystroem", landmarks=400)
     np.testing.assert_allclose(jaxalign.mean_density(x, sigma=cut.sigma), 0.05, rtol=0.1)  # 400 samples' spread
 
 
+@pytest.mark.slow
 def test_transform_gives_samples_their_own_rows(x64):
     x = features()
     mask = np.arange(90) < 80
@@ -106,6 +110,7 @@ def test_transform_gives_samples_their_own_rows(x64):
     np.testing.assert_allclose(padded.eigenvalues, cut.eigenvalues, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_sigma_a_row_is_cut_in_its_symmetric_part(x64):
     x = features()
     a = np.asarray(rbf_affinity(x, density=0.2, bandwidth="per_row"))
@@ -117,6 +122,7 @@ def test_a_sigma_a_row_is_cut_in_its_symmetric_part(x64):
         cut.transform(x)
 
 
+@pytest.mark.slow
 def test_networks_of_an_alignment_are_cut_together():
     key = jax.random.key(0)
     x = jax.random.normal(key, (60, 6))
@@ -127,6 +133,7 @@ def test_networks_of_an_alignment_are_cut_together():
     np.testing.assert_allclose(cut.eigenvectors[:60], cut.eigenvectors[60:], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dense", "lobpcg"])
 def test_derivatives(method, x64):
     rng = np.random.default_rng(0)
@@ -174,6 +181,7 @@ def test_jit_and_vmap():
     np.testing.assert_allclose(jax.jit(jax.vmap(values))(x), [values(one) for one in x], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_over_devices():
     x = jnp.asarray(features(n=96), jnp.float32)
     mesh = jaxalign.sharding.data_mesh()
@@ -181,6 +189,7 @@ def test_rows_over_devices():
     np.testing.assert_allclose(cut.eigenvalues, normalized_cut(x, 3, density=0.3).eigenvalues, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_segments_are_the_groups():
     x = jnp.asarray(features(), jnp.float32)
     np.testing.assert_array_equal(kway(normalized_cut(x, 5, density=0.3), 3), np.arange(90) % 3)

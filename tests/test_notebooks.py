@@ -27,6 +27,7 @@ def test_there_are_some():
     assert [path.stem for path in NOTEBOOKS] == ["grid", "start", "training"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path):
     pytest.importorskip("nbclient")

@@ -66,6 +66,7 @@ def each(*names):
 # --- a matrix that is not there -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each()
 def test_products_sums_and_means_are_those_of_the_matrix(name, rng):
     a, dense, _ = operator_of(name, rng)
@@ -86,6 +87,7 @@ def test_products_sums_and_means_are_those_of_the_matrix(name, rng):
         assert np.array_equal(a.T.sum(axis), a.sum(-3 - axis))
 
 
+@pytest.mark.slow
 @each("density by row, zero diagonal", "rectangular by row", "masked zero diagonal, 3 devices")
 def test_means_are_over_the_pairs_that_count(name, rng):
     a, dense, counted = operator_of(name, rng)
@@ -94,6 +96,7 @@ def test_means_are_over_the_pairs_that_count(name, rng):
         helpers.assert_close(a.mean(axis), dense.sum(axis) / np.maximum(counted.sum(axis), 1), RTOL)
 
 
+@pytest.mark.slow
 @each()
 def test_the_stored_matrix_and_its_diagonal(name, rng):
     a, dense, _ = operator_of(name, rng)
@@ -128,6 +131,7 @@ def normalised(dense):
     return root(dense.sum(-1))[..., :, None] * dense * root(dense.sum(-2))[..., None, :]
 
 
+@pytest.mark.slow
 @each("rectangular by row", "masked zero diagonal, 3 devices")
 def test_degree_normalized_is_the_matrix_over_the_roots_of_its_sums(name, rng):
     a, dense, _ = operator_of(name, rng)
@@ -214,6 +218,7 @@ def test_inside_shard_map_vectors_are_this_devices_rows(rng):
     np.testing.assert_array_equal(diagonal, 1)
 
 
+@pytest.mark.slow
 def test_inside_shard_map_sums_and_means_are_those_of_all_devices(rng):
     x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
 
@@ -230,6 +235,7 @@ def test_inside_shard_map_sums_and_means_are_those_of_all_devices(rng):
 # --- transformations ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_operator_is_a_pytree(rng):
     v = rng.normal(size=ODD).astype(np.float32)
     a = operator_of("density", rng)[0].degree_normalized()
@@ -244,6 +250,7 @@ def test_an_operator_is_a_pytree(rng):
     helpers.assert_close(returned @ v, a @ v, 2 * RTOL, 3)  # symmetric
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_give_what_a_loop_gives(rng):
     x, v = rng.normal(size=(2, ODD, WIDTH)).astype(np.float32), rng.normal(size=(2, ODD)).astype(np.float32)
 
@@ -258,6 +265,7 @@ def test_jit_and_vmap_give_what_a_loop_gives(rng):
     helpers.assert_close(jax.vmap(lambda a, v: a @ v)(batch, v), (batch @ v[..., None])[..., 0], RTOL, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiles", "transposed, 3 devices"])
 @pytest.mark.usefixtures("x64")
 def test_first_and_second_derivatives_are_those_of_the_matrix(name, rng):

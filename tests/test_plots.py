@@ -126,6 +126,7 @@ def save(figure, path):
     matplotlib.pyplot.close(figure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", PICTURES, ids=lambda draw: draw.__name__)
 def test_looks_as_it_did(draw, tmp_path):
     from matplotlib.testing.compare import compare_images
@@ -137,6 +138,7 @@ def test_looks_as_it_did(draw, tmp_path):
     assert compare_images(EXPECTED / path.name, path, tolerance) is None
 
 
+@pytest.mark.slow
 def test_a_picture_that_differs_is_noticed(tmp_path):
     from matplotlib.testing.compare import compare_images
 
@@ -359,6 +361,7 @@ def test_segments_are_drawn_over_the_picture():
     matplotlib.pyplot.close(figure)
 
 
+@pytest.mark.slow
 def test_axes_given_are_drawn_into():
     figure, axes = matplotlib.pyplot.subplots(1, 2)
     assert plots.affinity(np.eye(3), ax=axes[0]) is axes[0]
@@ -366,6 +369,7 @@ def test_axes_given_are_drawn_into():
     matplotlib.pyplot.close(figure)
 
 
+@pytest.mark.slow
 def test_the_first_row_of_a_grid_is_on_top_as_in_the_report():
     some = sets()
     other = {name: some[name] for name in ("layer 1", "layer 3")}
@@ -380,6 +384,7 @@ def test_the_first_row_of_a_grid_is_on_top_as_in_the_report():
     }
 
 
+@pytest.mark.slow
 def test_what_is_not_beyond_chance_stands_in_brackets():
     some = {"signal": sets()["layer 0"], "noise": np.random.default_rng(5).normal(size=(60, 6)).astype(np.float32)}
     other = {"target": sets()["layer 1"]}

@@ -93,6 +93,7 @@ def test_a_huge_sigma_gives_ones(sigma, dtype, rng):
 # --- at a density ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "bandwidth"), [("exclude", "global"), ("masked include", "per_row"), ("masked rectangular", "global")]
 )

@@ -14,6 +14,7 @@ import jaxalign
 ROWS, WIDTH = helpers.ROWS, helpers.WIDTH
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("sigma", ["given", "per row", "solved", "solved per row"])
 def test_first_and_second_derivatives_equal_finite_differences(sigma, rng):

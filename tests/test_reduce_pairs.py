@@ -64,6 +64,7 @@ def test_masked_samples_do_not_count_whatever_they_hold(tile_size, problem, rng)
     assert np.isfinite(inverse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_size", [None, 8])
 @pytest.mark.usefixtures("x64")
 def test_derivatives_are_those_of_finite_differences(tile_size, problem, rng):

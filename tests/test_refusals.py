@@ -102,6 +102,7 @@ def torch_model():
     return torch.nn.Sequential(torch.nn.Linear(3, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
     call, error, words = REFUSED[case]
@@ -247,6 +248,7 @@ def test_a_short_value_is_shown_as_it_is():
 # --- masks: as if the others were not there ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("comparison", ["spearman", "kendall"])
 @pytest.mark.parametrize("dissimilarity", ["sqeuclidean", "correlation", "affinity"])
 def test_comparisons_of_order_with_a_mask(comparison, dissimilarity):
@@ -255,6 +257,7 @@ def test_comparisons_of_order_with_a_mask(comparison, dissimilarity):
     helpers.assert_close(found, measures.rsa(X[MASK], Y[MASK], **options), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dissimilarity", ["euclidean", "cosine", "affinity"])
 def test_dissimilarities_with_a_mask(dissimilarity):
     options = {"density": 0.2} if dissimilarity == "affinity" else {}

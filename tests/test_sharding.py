@@ -105,6 +105,7 @@ def test_density_over_a_mesh_is_that_of_one_device(case, rng):
         assert helpers.relative_error(sharded, density()) < SAME[case.dtype]
 
 
+@pytest.mark.slow
 def test_the_axis_is_the_one_that_is_named(rng):
     x = rng.normal(size=(ODD, WIDTH)).astype(np.float32)
     devices = np.array(jax.devices())
@@ -120,6 +121,7 @@ def test_the_axis_is_the_one_that_is_named(rng):
 # --- derivatives ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_first_and_second_derivatives_over_a_mesh_are_those_of_one_device(rng):
     devices = 3
@@ -141,6 +143,7 @@ def test_first_and_second_derivatives_over_a_mesh_are_those_of_one_device(rng):
 # --- rows that are spread already -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_are_spread_already_need_no_mesh(kind, rng):
     mesh, x = mesh_of(8, kind), rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
@@ -225,6 +228,7 @@ def test_inside_pmap_all_devices_form_the_set(rng):
     assert helpers.relative_error(sigma, expected) < SAME[F32]
 
 
+@pytest.mark.slow
 def test_inside_pmap_the_gradient_is_that_of_the_whole_times_the_devices(rng):
     x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
     gradient = jax.pmap(jax.grad(local_sigma), axis_name="data")(x.reshape(8, -1, WIDTH)).reshape(x.shape) / 8
@@ -232,6 +236,7 @@ def test_inside_pmap_the_gradient_is_that_of_the_whole_times_the_devices(rng):
     helpers.assert_close(gradient, expected, SAME[F32])  # of the largest entry
 
 
+@pytest.mark.slow
 def test_inside_vmap_a_sigma_by_row_belongs_to_the_rows_of_the_device(rng):
     x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
     sigma = jax.vmap(local_sigma_by_row, axis_name="data")(x.reshape(8, -1, WIDTH))
@@ -255,6 +260,7 @@ def largest_array(text):
     return max(math.prod(int(size) for size in shape.split(",") if size) for shape in shapes)
 
 
+@pytest.mark.slow
 def test_rows_travel_from_neighbour_to_neighbour_and_no_device_gathers_them():
     def sigma(x):
         return jaxalign.solve_sigma(x, density=0.1, mesh=mesh_of(8), tile_size=TILE).sigma
@@ -332,6 +338,7 @@ def test_rows_are_spread_over_the_axis_and_nothing_else_changes(rng):
     assert {s.data.shape for s in named.addressable_shards} == {(2, ROWS // 2, WIDTH)}
 
 
+@pytest.mark.slow
 def test_without_a_name_rows_are_spread_over_the_axis_that_mesh_takes(rng):
     x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
     for names in (("model", "data"), ("data", "model")):
@@ -441,6 +448,7 @@ def test_coincident_samples_are_told_also_over_a_mesh():
 # --- what once went wrong -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_row_a_device_with_a_sigma_of_its_own(x64, rng):
     x, v = rng.normal(size=(5, 2)), rng.normal(size=5)
     sigma = np.array([0.5, 1.0, 2.0, 3.0, 4.0])
@@ -457,6 +465,7 @@ def test_one_row_a_device_with_a_sigma_of_its_own(x64, rng):
     helpers.assert_close(alone(x[:, None])[:, 0], expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_each_device_may_solve_for_a_set_of_its_own_inside_shard_map(x64, rng):
     sets = rng.normal(size=(4, ROWS, 3))
 
@@ -470,6 +479,7 @@ def test_each_device_may_solve_for_a_set_of_its_own_inside_shard_map(x64, rng):
         helpers.assert_close(affinity[k * ROWS : (k + 1) * ROWS], jaxalign.rbf_affinity(x, density=0.2), 1e-12)
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_divide_over_an_explicit_mesh(x64, rng):
     x, v = rng.normal(size=(ODD, 3)), np.ones(ODD)
     mesh = mesh_of(4, "explicit")
@@ -486,6 +496,7 @@ def test_rows_that_do_not_divide_over_an_explicit_mesh(x64, rng):
     helpers.assert_close(dense, alone, 1e-12)
 
 
+@pytest.mark.slow
 def test_a_mask_of_one_device_says_nothing_of_the_others(x64, rng):
     x = rng.normal(size=(4, 6, 3))
     mask = np.arange(6) < 5
@@ -505,6 +516,7 @@ def test_a_mesh_without_devices_and_a_mesh_inside_shard_map_are_refused(rng):
         inside(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "tiles"), [(1, 2), (1, 4), (1, 5), (2, 1), (2, 2), (2, 4), (3, 2), (3, 4), (4, 3), (6, 2)]
 )

@@ -169,6 +169,7 @@ def misleading(name, rng):
     return x, (0.01, 0.4, 0.6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -189,6 +190,7 @@ def test_a_subsample_that_misleads_does_no_harm(name, dtype, rng):
         assert helpers.relative_error(reached, np.asarray(density, dtype)) < helpers.tolerance(dtype).density
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["per row", "masked rectangular"])
 def test_more_rows_than_a_block_in_other_settings(kind, rng):
     x = rng.normal(size=(LARGE, WIDTH)).astype(np.float32)
@@ -293,6 +295,7 @@ def test_rows_compared_with_themselves_as_another_set(dtype, rng):
 # --- masks ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "bandwidth"),
     [
@@ -343,6 +346,7 @@ def test_one_mask_for_a_whole_batch(rng):
 # --- batches, traces ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bandwidth", helpers.BANDWIDTHS)
 def test_a_batch_vmap_and_a_loop_agree(bandwidth, rng):
     dtype = np.float32
@@ -372,6 +376,7 @@ def test_two_batch_dimensions(rng):
     assert helpers.relative_error(sigma, expected) < helpers.tolerance(dtype).sigma
 
 
+@pytest.mark.slow
 def test_a_density_for_every_set_of_a_batch_with_a_bandwidth_per_row(rng):
     dtype = np.float32
     x = rng.normal(size=(2, ROWS, WIDTH)).astype(dtype)
@@ -474,6 +479,7 @@ def test_few_pairs_that_bear_the_density_are_accurate_in_float32(tile_size):
     assert helpers.relative_error(found, expected) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_size", [None, 64])
 def test_rows_of_heavy_tails_are_accurate_in_float32(tile_size):
     rng = np.random.default_rng(0)

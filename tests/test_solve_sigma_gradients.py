@@ -104,6 +104,7 @@ def test_first_and_second_derivatives_equal_finite_differences(setting, bandwidt
     helpers.check_derivatives(weighted, args, rng)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_forward_and_reverse_jacobians_agree_and_the_hessian_is_symmetric(rng):
     x = rng.normal(size=SMALL)

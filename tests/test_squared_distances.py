@@ -100,6 +100,7 @@ def test_a_batch_equals_a_loop(dtype, rng):
         helpers.assert_close(batched_pair[i, j], jaxalign.squared_distances(x[i, j], y[i, j]), rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_x", "batch_y"), [((3,), ()), ((), (3,)), ((2, 1), (3,)), ((2, 3), (1, 3))])
 def test_batch_dimensions_broadcast(batch_x, batch_y, rng):
     x = rng.normal(size=(*batch_x, ROWS, WIDTH)).astype(np.float32)

@@ -73,6 +73,7 @@ def both(x, rows=None, *, given=None, blocks=None, **options):
 # --- the same numbers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.usefixtures("x64")
 def test_blocks_give_what_all_rows_give(setting):
@@ -80,6 +81,7 @@ def test_blocks_give_what_all_rows_give(setting):
     np.testing.assert_allclose(streamed, whole, rtol=equal(np.float64))
 
 
+@pytest.mark.slow
 def test_blocks_give_what_all_rows_give_in_single_precision():
     streamed, whole = both(X.astype(np.float32), blocks={"block_rows": BLOCK})
     np.testing.assert_allclose(streamed, whole, rtol=equal(np.float32))
@@ -121,12 +123,14 @@ def test_where_rows_come_from(source, tmp_path):
     assert found.sigma == expected.sigma  # not a bit of difference
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_sequence_of_uneven_blocks():
     streamed, whole = both(X, np.split(X, [7, 10, 17]))
     np.testing.assert_allclose(streamed, whole, rtol=equal(np.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_sequences_of_uneven_blocks_on_both_sides():
     given = {"y": tuple(np.split(Y, [3]))}
@@ -134,6 +138,7 @@ def test_sequences_of_uneven_blocks_on_both_sides():
     np.testing.assert_allclose(streamed, whole, rtol=equal(np.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_blocks_that_the_mask_leaves_nothing_of():
     mask = (np.arange(ROWS) < 5) | (np.arange(ROWS) == 22)
@@ -313,6 +318,7 @@ streaming.solve_sigma(blocks, density=0.2, checkpoint=path, progress=lambda *whe
 """
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_visits_one_pair_again_at_most(tmp_path):
     path, rows, kills = tmp_path / "job", tmp_path / "x.npy", 4
     np.save(rows, X.astype(np.float32))
@@ -407,6 +413,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", FOREIGN)
 def test_a_checkpoint_of_another_job_is_refused(what, tmp_path):
     path = tmp_path / "job"
@@ -608,6 +615,7 @@ def test_density_outside_0_and_1(density):
         streaming.solve_sigma(X.astype(np.float32), density=density)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [float, np.float32, np.asarray, lambda value: jax.numpy.asarray(value, np.float32)])
 def test_density_and_sigma_may_be_a_number_of_any_library(kind, tmp_path):
     x, how = X.astype(np.float32), {"block_rows": BLOCK, "checkpoint": tmp_path / "state"}

@@ -158,6 +158,7 @@ CONVERSIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_a_conversion_keeps_distances(name):
     make, suggestion, numbers = CONVERSIONS[name]
@@ -600,6 +601,7 @@ ROWS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_a_suggestion_works(name, tmp_path):
     follow(ROWS[name], tmp_path)
@@ -634,6 +636,7 @@ def texts(tree: ast.AST) -> list[list[str | None]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_suggestion_has_a_row(tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("flax")

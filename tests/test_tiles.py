@@ -104,6 +104,7 @@ def test_sigma_of_tiles_is_that_of_all_pairs_at_once(case, rng):
         np.testing.assert_array_equal(tiled.status, 0)
 
 
+@pytest.mark.slow
 @cases(
     ("include", "global", ODD, 1, F32),
     ("masked exclude", "global", ODD, 100, F64),
@@ -198,6 +199,7 @@ DIFFERENTIATED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 @pytest.mark.usefixtures("x64")
 def test_first_and_second_derivatives_of_tiles_are_those_of_all_pairs_at_once(name, rng):
@@ -239,6 +241,7 @@ def sigma_in_tiles(x):
     return jaxalign.solve_sigma(x, density=0.1, tile_size=TILE).sigma
 
 
+@pytest.mark.slow
 def test_no_array_of_a_tiled_program_and_its_gradient_has_n_squared_elements():
     x = jax.ShapeDtypeStruct((MANY, FEW_FEATURES), np.float32)
     compiled = jax.jit(jax.value_and_grad(sigma_in_tiles)).lower(x).compile()
@@ -412,6 +415,7 @@ def two_feature_sets(rng, rows, other, masked):
     return x, y, mask, mask_y, rng.normal(size=rows), rng.normal(size=OTHER_ROWS) if other else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "tile_size", "other", "masked", "skip_self"),
     [
@@ -444,6 +448,7 @@ def test_a_reduction_over_stored_distances_is_its_definition(rows, other, masked
     assert_reduced(fn(*problem), expected_of(*problem, not other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "tile_size", "other"),
     [
@@ -509,6 +514,7 @@ def test_a_subset_is_of_every_so_manieth_row_and_column_and_never_of_a_row_with_
         helpers.assert_close(found, (counted * affinity).sum(1), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [10**5, 10**8])
 @pytest.mark.usefixtures("unchecked_types")
 def test_numbers_of_pairs_beyond_int32_are_traced(rows):

@@ -41,6 +41,7 @@ def test_values_are_those_of_jax():
         assert not affinity(x, density=0.1).requires_grad
 
 
+@pytest.mark.slow
 def test_gradients_of_first_and_second_order(x64):
     x = tensors(8, 3)
     options = {"density": 0.3}
@@ -48,6 +49,7 @@ def test_gradients_of_first_and_second_order(x64):
     assert torch.autograd.gradgradcheck(lambda x: affinity(x, **options).sum(1), (x,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", MEASURES)
 def test_losses_of_first_and_second_order(x64, measure):
     x, y = tensors(10, 3, count=2)
@@ -59,6 +61,7 @@ def test_losses_of_first_and_second_order(x64, measure):
     assert torch.autograd.gradgradcheck(loss, (x, y))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_jax():
     x, y = tensors(24, 5, count=2, dtype=torch.float32)
     torch_losses.alignment_loss(x, y, density=0.2).backward()
@@ -196,6 +199,7 @@ def test_importing_them_imports_no_torch(monkeypatch):
     importlib.reload(sys.modules["jaxalign.interop.torch_losses"])
 
 
+@pytest.mark.slow
 def test_torch_compile_leaves_it_out_of_its_graphs():
     # In a process of its own: torch would look into the run-time type checks of this one.
     code = """if True:

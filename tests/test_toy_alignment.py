@@ -30,6 +30,7 @@ def pair(toy, name, seed=0):
     return points, toy.second_sets(points, seed)[name]
 
 
+@pytest.mark.slow
 def test_it_prints_the_table_it_returns_and_writes_a_figure(toy, tmp_path, capsys):
     scores = toy.main(tmp_path / "new" / "folder", draws=1)
     printed = capsys.readouterr().out
@@ -56,6 +57,7 @@ def test_rotation_scale_and_shift_leave_the_affinity_as_it_was(toy):
     np.testing.assert_allclose(second, first, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_rotation_scale_and_shift_keep_every_correspondence_but_that_of_the_coordinates(toy, scores):
     for method in (toy.VARIANCE, toy.AUTO, toy.PER_ROW):
         assert scores["moved"][method] == (1.0, 1.0), method

@@ -18,6 +18,7 @@ def example():
         yield module
 
 
+@pytest.mark.slow
 def test_networks_agree_after_training_with_the_loss_and_not_without(example, tmp_path, capsys):
     alone, aligned = (runs[0] for runs in example.main(tmp_path, seeds=1, steps=120).values())
     assert alone.after.accuracy > 0.95
@@ -29,6 +30,7 @@ def test_networks_agree_after_training_with_the_loss_and_not_without(example, tm
     assert "labels alone" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_batch_over_devices_gives_the_parameters_of_one_device(example):
     one, eight = (example.train(0, steps=8, devices=devices) for devices in (1, 8))
     np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-5)

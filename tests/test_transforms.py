@@ -62,6 +62,7 @@ def test_vmap_equals_a_loop(name, in_axes, batch):
         helpers.assert_close(mapped[i], PAIR[name](*one), RTOL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIR)
 def test_jit_scan_and_checkpoint_change_nothing(name, batch):
     function, (x, y) = PAIR[name], batch
@@ -73,6 +74,7 @@ def test_jit_scan_and_checkpoint_change_nothing(name, batch):
     helpers.assert_close(value, expected[0], RTOL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["solve_sigma", "rbf_affinity"])
 def test_gradient_through_checkpoint_scan_and_value_and_grad(name, batch):
     function, (x, y) = PAIR[name], batch
@@ -111,6 +113,7 @@ def test_the_solution_is_a_pytree(bandwidth, rng):
     assert np.array_equal(first.sigma, solution.sigma[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bandwidth", helpers.BANDWIDTHS)
 def test_vmap_over_a_mask(bandwidth, rng):
     x = rng.normal(size=(3, ROWS, WIDTH)).astype(np.float32)
@@ -132,6 +135,7 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIR)
 def test_new_values_of_the_same_shape_compile_nothing(name, rng):
     # Eager calls: a shape nobody else uses, so that the first call does compile and the listener is seen to work.
@@ -249,6 +253,7 @@ def strict_modes():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("strict_modes")
 @pytest.mark.parametrize("name", TWO_ARRAYS)
 def test_the_second_array_may_be_closed_over(name):
@@ -256,6 +261,7 @@ def test_the_second_array_may_be_closed_over(name):
     assert_same(jax.jit(lambda x: TWO_ARRAYS[name](x, y))(x), TWO_ARRAYS[name](x, y))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("strict_modes")
 @pytest.mark.parametrize("name", ONE_ARRAY)
 def test_the_only_array_may_be_closed_over(name):
