@@ -5,7 +5,6 @@ This is the one place that adds batch dimensions: `batched` maps a function over
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,42 +22,14 @@ NO_ROWS = 0
 ROWS_LAST = -1
 ROWS_SECOND_LAST = -2
 
-# So many pairs of a batch at once on a CPU: (docs/pages/performance.md)
-_PAIRS_IN_PART = 2**17
-
 T = TypeVar("T")
 
 
 def batched(fn: Callable[..., T], batch_dims: int) -> Callable[..., T]:
-    """A function of a single representation, mapped over leading batch dimensions that all of its arrays have.
-
-    Its first argument is the features. On a CPU a large batch of small representations is mapped in parts that stay in
-    cache, one after the other.
-    """
-    mapped = fn
+    """A function of a single representation, mapped over leading batch dimensions that all of its arrays have."""
     for _ in range(batch_dims):
-        mapped = jax.vmap(mapped)
-
-    def in_parts(*args: Any) -> T:
-        size = _part_of_batch(args[0], batch_dims)
-        parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), args)
-        results = lax.map(lambda part: mapped(*part), parts)
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
-
-    def run(*args: Any) -> T:
-        whole = batch_dims == 0 or _part_of_batch(args[0], batch_dims) == args[0].shape[0]
-        return mapped(*args) if whole else in_parts(*args)
-
-    return run
-
-
-def _part_of_batch(x: Any, batch_dims: int) -> int:
-    """How much of the first batch dimension is mapped at once: a divisor of it."""
-    count = x.shape[0]
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:  # several devices may share the batch
-        return count
-    most = _PAIRS_IN_PART // (math.prod(x.shape[1:batch_dims]) * x.shape[-2] ** 2)
-    return next(size for size in range(min(max(1, most), count), 0, -1) if count % size == 0)
+        fn = jax.vmap(fn)
+    return fn
 
 
 def on_any_device(condition: Array, axis_name: str | None) -> Array:
