@@ -15,6 +15,7 @@ Masks, padding of the last tile and uneven shards are expressed as weights of th
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -103,23 +104,25 @@ def _visit_dense(reduction: Reduction, pairs: Pairs, tile: Tile, in_blocks: bool
     distances = pairs.distances
     assert distances is not None
 
-    def visit(start: Array | int, size: int) -> tuple[Any, Any]:
-        block, row = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size), (distances, tile.row))
-        block = tile._replace(distances=tuple(root(d) if pairs.euclidean else d for d in block), row=row)
-        return reduction.sums(reduction.terms(block), block)
+    def visit(block: tuple[tuple[Array, ...], Side]) -> tuple[Any, Any]:
+        part = tuple(root(d) if pairs.euclidean else d for d in block[0])
+        part = tile._replace(distances=part, row=block[1])
+        return reduction.sums(reduction.terms(part), part)
 
-    n = distances[0].shape[0]
-    max_size = min(_ROWS_PER_BLOCK, max(1, _PAIRS_PER_BLOCK // sum(d.shape[1] for d in distances)))
-    if not in_blocks or max_size >= n or jax.default_backend() != "cpu":  # one kernel of a GPU computes all sums
-        return visit(0, n)
-    size = next((size for size in range(max_size, max_size // 8, -1) if n % size == 0), max_size)
-    num_rows = n // size * size
-    # Map over the starts of slices, not over blocks: vmap would transpose the blocks, all stored pairs in every pass.
-    totals, rows = lax.map(lambda start: visit(start, size), jnp.arange(0, num_rows, size))
+    stored, n = (distances, tile.row), distances[0].shape[0]
+    most = min(_ROWS_PER_BLOCK, max(1, _PAIRS_PER_BLOCK // sum(d.shape[1] for d in distances)))
+    if not in_blocks or most >= n or jax.default_backend() != "cpu":  # a GPU reads all pairs once as they are
+        return visit(stored)
+    size = next((size for size in range(most, most // 8, -1) if n % size == 0), most)
+    num_rows = n // size * size  # in whole blocks
+    # Sliced by their number: vmap would transpose blocks that are mapped over, all stored pairs in every pass.
+    block_at = partial(lax.dynamic_slice_in_dim, slice_size=size, allow_negative_indices=False)
+    starts = jnp.arange(0, num_rows, size)
+    totals, rows = lax.map(lambda start: visit(jax.tree.map(lambda a: block_at(a, start), stored)), starts)
     totals = jax.tree.map(lambda t: jnp.sum(t, 0), totals)
     rows = jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:]), rows)
     if num_rows == n:
         return totals, rows
-    last_totals, last_rows = visit(num_rows, n - num_rows)
+    last_totals, last_rows = visit(jax.tree.map(lambda a: a[num_rows:], stored))
     rows = jax.tree.map(lambda a, b: jnp.concatenate((a, b)), rows, last_rows)
     return jax.tree.map(jnp.add, totals, last_totals), rows
