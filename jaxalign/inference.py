@@ -195,17 +195,11 @@ def permutation_test(
         side = math.isqrt(permutations) + 1  # side^2 > permutations
         of_table, of_choice = jax.random.split(key)
         table = _permuted_products(matrices[:split], matrices[split:], of_table, side)
-        # Rows and columns of the table are exchangeable, any m entries are not: only a random choice of them is.
-        others = 1 + jax.random.permutation(of_choice, side * side - 1)[:permutations]
-        chosen = jnp.concatenate((table[:1], jnp.take(table, others, 0)))
-        values = _finished(chosen, _norms(matrices), units, specification, split, sets[0].shape[0])
-        value, null = values[0], values[1:]
+        value, null = _of_table(table, matrices, units, of_choice, specification, split, permutations)
     else:
         value, null = _recomputed(sets, split, names, specification, filled, key, permutations)
     single = "" in ours and "" in theirs
-    usable = _finite_pairs(sets, split)
-    value, null = (jnp.where(usable, a, jnp.nan) for a in (value, null))
-    found = _tested(value, null, direction == "similarity", best)
+    found = _tested(value, null, _finite_pairs(sets, split), direction == "similarity", best)
     if single:
         found = {name: a[..., 0, 0] for name, a in found.items()}
     return PermutationTest(
@@ -418,6 +412,7 @@ def _real_samples(
     return tuple(features[kept] for features in sets)
 
 
+@partial(jax.jit, static_argnames="split")
 def _finite_pairs(sets: tuple[Array, ...], split: int) -> Array:
     """Whether neither of two sets holds nan or inf, (L, M)."""
     finite = jnp.stack([jnp.isfinite(x).all() for x in sets])
@@ -478,6 +473,20 @@ def _finished(table: Array, self_products: Array, units: Array, measure: PairMea
     by_side, units_by_side = ((a[..., :split], a[..., split:]) for a in (self_products, units))
     inner = InnerProducts.of(table, by_side, units_by_side, jnp.full(shape, n, table.dtype))
     return measure.finish(inner)
+
+
+@partial(jax.jit, static_argnames=("measure", "split", "permutations"))
+def _of_table(
+    table: Array, matrices: Array, units: Array, key: Array, measure: PairMeasure, split: int, permutations: int
+) -> tuple[Array, Array]:
+    """The value, (L, M), and those of as many permutations, from inner products (side^2, L, M); see `permutation_test`.
+
+    Rows and columns of the table are exchangeable, any m entries are not: only a random choice of them is.
+    """
+    others = 1 + jax.random.permutation(key, table.shape[0] - 1)[:permutations]
+    chosen = jnp.concatenate((table[:1], jnp.take(table, others, 0)))
+    values = _finished(chosen, _norms(matrices), units, measure, split, matrices.shape[-1])
+    return values[0], values[1:]
 
 
 # --- permutations -----------------------------------------------------------------------------------------------------
@@ -591,8 +600,10 @@ def _differences(matrices: Array, split: int, p: Array, measure: PairMeasure) ->
     return measure.finish(inner)
 
 
-def _tested(value: Array, null: Array, larger: bool, best: float) -> dict[str, Array]:
-    """p-values and scores, (L, M)."""
+@partial(jax.jit, static_argnames=("larger", "best"))
+def _tested(value: Array, null: Array, usable: Array, larger: bool, best: float) -> dict[str, Array]:
+    """p-values and scores, (L, M); nan where a pair is not `usable`."""
+    value, null = (jnp.where(usable, a, jnp.nan) for a in (value, null))
     m = null.shape[0]
     sign = 1 if larger else -1
     value = value[None]
@@ -616,8 +627,8 @@ def _tested(value: Array, null: Array, larger: bool, best: float) -> dict[str, A
     any_beyond = jnp.sum(largest >= scores[:1] - close / wide, 0, dtype=null.dtype)
     beyond, any_beyond = (jnp.where(unusable[0], jnp.nan, count) for count in (beyond, any_beyond))
     reach = best - mean
-    usable = (reach != 0) & math.isfinite(best)
-    calibrated = jnp.where(usable, (value - mean) / jnp.where(usable, reach, 1), jnp.nan)
+    has_scale = (reach != 0) & math.isfinite(best)
+    calibrated = jnp.where(has_scale, (value - mean) / jnp.where(has_scale, reach, 1), jnp.nan)
     return {
         "value": value[0],
         "p_value": (beyond + 1) / (m + 1),
