@@ -510,3 +510,18 @@ def test_features_that_are_rounded_to_0_are_named():
             call(tiny)
     assert abs(float(measures.cka(np.asarray(tiny) * 2.0**64, y, kernel="linear") - expected)) < 1e-3  # digits are lost
     assert measures.procrustes(np.zeros_like(x), y) == np.float32(2**0.5)  # all 0 is no unit
+
+
+@pytest.mark.parametrize("clusters_first", [True, False])
+def test_representations_that_share_a_search_have_the_bandwidths_they_have_alone(clusters_first):
+    """Of 60 samples both are searched together: one needs explicit distances, several passes, and is narrower."""
+    rng = np.random.default_rng(4)
+    clusters = np.concatenate([rng.normal(size=(30, 5)) * 1e-4, 100 + rng.normal(size=(30, 5)) * 1e-4])
+    pair = [clusters.astype(np.float32), rng.normal(size=(60, 40)).astype(np.float32)]
+    pair = pair if clusters_first else pair[::-1]
+    options = {"density": 0.2, "diagonal": "exclude"}  # half of the pairs are within a cluster: so is the bandwidth
+    value = measures.cka(*pair, **options)
+    alone = tuple(jaxalign.solve_sigma(x, **options).sigma for x in pair)
+    helpers.assert_close(value, measures.cka(*pair, sigma=alone), 1e-5)
+    expected = reference.cka(*(x.astype(float) for x in pair), kernel="rbf", **options)
+    helpers.assert_close(value, expected, 1e-5)
