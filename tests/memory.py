@@ -59,13 +59,13 @@ class Watch:
         self.highest = max(self.highest, (now, module))
         self.before = self.drop_programs()
 
-    def drop_programs(self) -> float:
-        """Drop what is compiled if there is much of it; a test that compiles hundreds of programs asks for it itself.
+    def drop_programs(self, *, always: bool = False) -> float:
+        """Drop what is compiled if there is much of it; tests that compile hundreds of programs ask for it themselves.
 
         Returns what the process holds then.
         """
         now = resident()
-        if now > max(PLENTY, self.left + MORE) or count_maps() > MANY_MAPS:
+        if always or now > max(PLENTY, self.left + MORE) or count_maps() > MANY_MAPS:
             jax.clear_caches()
             now = self.left = resident_after_trimming()
         return now
