@@ -1,6 +1,6 @@
 """Where a function of a single representation runs: on one device, or on each device of a mesh with its own rows.
 
-This is the one place that adds batch dimensions: `batched` maps a function over all of them.
+This is the one place that adds leading batch dimensions: `batched` maps a function over all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxalign._plan import Plan
 
 # Which axis of a result or an argument holds the rows.
-NO_ROWS = 0
+NO_ROWS = 0  # not None, which would be an empty pytree
 ROWS_LAST = -1
 ROWS_SECOND_LAST = -2
 
