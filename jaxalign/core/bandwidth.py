@@ -10,7 +10,7 @@ where its remainder is below the tolerance; otherwise another pass follows at th
 s > 0 the partial sums enclose the value, so the last term bounds the remainder.
 
 Everything is elementwise: gamma has shape (), or (n,) for one per row, and vmap adds representations. The loop runs
-until all have converged.
+until each search has converged or is stuck, for at most MAX_PASSES passes.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ _SUBSAMPLE_RTOL = 1e-3
 _ORDER = 6
 # Largest |s| for which the series is used: beyond it a Newton step in log gamma does as well.
 _SERIES_RADIUS = 0.5
-# Largest step in log gamma without a bracket. Features are about 1, so a root is few such steps away.
+# Largest Newton step in log gamma. Features are about 1, so a root is few such steps away.
 _LONGEST_STEP = 4.0
 # Squared distances below 1e-30 count as 0 in float32. exp(-z) is negligible beyond the largest exponent, while
 # z^_ORDER must not overflow.
 LARGEST_GAMMA = {"float32": 1e30, "float64": 1e75}
 _LARGEST_EXPONENT = {"float32": 100.0, "float64": 700.0}
-# So small that the kernel is 1 for all distances (about 1), so large that second derivatives of sigma are finite.
+# Small enough that the kernel is 1 at all scaled distances, large enough that second derivatives of sigma are finite.
 _GAMMA_OF_DUPLICATES = {"float32": 1e-10, "float64": 1e-20}
 
 
@@ -78,7 +78,7 @@ class Solution(NamedTuple):
     gamma: Array  # in scaled units, nan where sigma is; 1 in masked rows
     sigma: Array  # in units of the features
     density: Array  # reached
-    passes: Array  # () over all pairs
+    passes: Array  # () over all pairs, of the search that ended last
     status: Array  # see above
 
 
@@ -88,8 +88,8 @@ class Search(NamedTuple):
     gamma: Array
     lower: Array  # gammas at which the density is above and below the target
     upper: Array
-    density: Array  # in units of the target
-    slope: Array  # mean of A gamma D, likewise; where converged
+    density: Array  # in units of the target; a placeholder before the first pass
+    slope: Array  # mean of A gamma D, likewise, where converged
     done: Array
     converged: Array
     passes: Array  # ()
@@ -122,7 +122,7 @@ def find_gamma(pairs: Pairs, density: Array, *, per_row: bool, rtol: float) -> t
         return state if state.distances is None else _refine(pairs, state, idle)
 
     search = begin(initial_gamma(pairs, density, total, idle, per_row), idle)
-    if pairs.axis_name is None:  # stored distances may vary over devices: then so do the passes
+    if pairs.axis_name is None:  # inside a caller's shard_map each device searches on its own: passes may differ
         search = search._replace(passes=varying_like(search.gamma, search.passes))
     not_explicit = varying_like(pairs.features[0].raw_x, jnp.zeros((), bool))
     state = lax.while_loop(is_running, step, _State(search, pairs.distances, not_explicit))
@@ -216,7 +216,7 @@ def _usable(gamma: Array) -> Array:
 
 
 def _range(gamma: Array) -> tuple[float, float]:
-    """The smallest and the largest gamma. Features are about 1: distances beyond these are 0, or out of range."""
+    """The smallest and largest gamma searched; beyond them the kernel is 1 everywhere, or 0 except at distance 0."""
     largest = LARGEST_GAMMA[gamma.dtype.name]
     return 1 / largest, largest
 
@@ -259,7 +259,8 @@ def begin(start: Array, idle: Array) -> Search:
     smallest, largest = _range(start)
     false = start != start  # False wherever start is a number, and of its shape and sharding
     lower, upper = jnp.full_like(start, 0.5 * smallest), jnp.full_like(start, 2 * largest)
-    return Search(start, lower, upper, start, start, false | idle, false, passes=jnp.zeros((), jnp.int32))
+    passes = jnp.zeros((), jnp.int32)
+    return Search(start, lower, upper, density=start, slope=start, done=false | idle, converged=false, passes=passes)
 
 
 def advance(search: Search, m: Array, rtol: float) -> Search:
@@ -397,8 +398,8 @@ def solve_each(
         plan: how pairs are visited.
         precision: of the products.
         euclidean: of the Laplacian kernel exp(-sqrt(D) / sigma), whose gamma is 1 / sigma.
-        duplicates_allowed: where duplicates alone exceed the density, all samples count as duplicates, A = 1 whatever
-            moves, instead of nan.
+        duplicates_allowed: where duplicates alone exceed the density, or no pair is valid, treat all samples as
+            duplicates (A = 1, no derivative) instead of returning nan.
     """
     pairs_with = partial(
         pairs_of,

@@ -1,24 +1,24 @@
 """Where a function of a single representation runs: on one device, or on each device of a mesh with its own rows.
 
-This is the one place that adds batch dimensions: `batched` maps a function over all of them.
+This is the one place that adds leading batch dimensions: `batched` maps a function over all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxalign._plan import Plan
 
 # Which axis of a result or an argument holds the rows.
-NO_ROWS = 0
+NO_ROWS = 0  # not None, which would be an empty pytree
 ROWS_LAST = -1
 ROWS_SECOND_LAST = -2
 
@@ -81,49 +81,58 @@ def on_mesh(
             return local(x, y, mask, mask_y, *others)
         return in_auto_mode(local, x, y, mask, mask_y, *others, result_rows=result_rows)
     assert plan.axis_name is not None
-    n, devices = x.shape[-2], plan.mesh.shape[plan.axis_name]
-    x, mask = _padded(x, mask, devices)
-    y, mask_y = (None, None) if y is None else _padded(y, mask_y, devices)
-
-    def spec(rows: int) -> P:
-        if rows == NO_ROWS:
-            return P()
-        return P(*[None] * batch, plan.axis_name, *[None] * (-1 - rows))
-
-    def fill(a: Array, rows: int) -> Array:
-        missing = 0 if rows == NO_ROWS else -a.shape[rows] % devices
-        if not missing:
-            return a
-        width = [(0, 0)] * a.ndim
-        width[rows] = (0, missing)
-        return jnp.pad(a, width, mode="edge")  # not 0: a sigma of a row that does not count
-
-    def cut(a: Array, rows: int) -> Array:
-        # Rows that are left out cannot be sliced off an axis that is typed as spread.
-        return a if rows == NO_ROWS or n % devices == 0 else lax.slice_in_dim(gathered(a), 0, n, axis=rows)
-
-    side_specs = [None if a is None else spec(rows) for a, rows in ((x, -2), (y, -2), (mask, -1), (mask_y, -1))]
-    others = tuple(jax.tree.map(lambda a, r=r: fill(a, r), other) for other, r in zip(others, other_rows, strict=True))
-
-    def put(a: Array, where: P) -> Array:
-        return jax.sharding.reshard(a, NamedSharding(mesh, where)) if _is_explicit(mesh) else a
-
-    mesh = plan.mesh
+    n, layout = x.shape[-2], _Layout(plan.mesh, plan.axis_name, batch)
+    x, mask = _padded(x, mask, layout.num_devices)
+    y, mask_y = (None, None) if y is None else _padded(y, mask_y, layout.num_devices)
+    sides, side_rows = (x, y, mask, mask_y), (ROWS_SECOND_LAST, ROWS_SECOND_LAST, ROWS_LAST, ROWS_LAST)
+    side_specs = [None if a is None else layout.spec(rows) for a, rows in zip(sides, side_rows, strict=True)]
     x, y, mask, mask_y = (
-        None if a is None or where is None else put(a, where)
-        for a, where in zip((x, y, mask, mask_y), side_specs, strict=True)
+        None if a is None else layout.place(a, rows) for a, rows in zip(sides, side_rows, strict=True)
     )
     others = tuple(
-        jax.tree.map(lambda a, r=r: put(a, spec(r)), other) for other, r in zip(others, other_rows, strict=True)
+        jax.tree.map(lambda a, rows=rows: layout.place(a, rows), other)
+        for other, rows in zip(others, other_rows, strict=True)
     )
     result = jax.shard_map(
         local,
         mesh=plan.mesh,
-        in_specs=(*side_specs, *map(spec, other_rows)),
-        out_specs=jax.tree.map(spec, result_rows),
+        in_specs=(*side_specs, *map(layout.spec, other_rows)),
+        out_specs=jax.tree.map(layout.spec, result_rows),
         axis_names={plan.axis_name},
     )(x, y, mask, mask_y, *others)
-    return jax.tree.map(lambda rows, part: jax.tree.map(lambda a: cut(a, rows), part), result_rows, result)
+    return jax.tree.map(lambda rows, part: jax.tree.map(lambda a: layout.crop(a, rows, n), part), result_rows, result)
+
+
+class _Layout(NamedTuple):
+    """Rows over one axis of a mesh, everything else on every device."""
+
+    mesh: Mesh | AbstractMesh
+    axis_name: str
+    batch_dims: int
+
+    @property
+    def num_devices(self) -> int:
+        """Devices along the axis."""
+        return self.mesh.shape[self.axis_name]
+
+    def spec(self, rows: int) -> P:
+        """Of an array with its rows on that axis."""
+        return P() if rows == NO_ROWS else P(*[None] * self.batch_dims, self.axis_name, *[None] * (-1 - rows))
+
+    def place(self, a: Array, rows: int) -> Array:
+        """An array with as many rows on each device."""
+        missing = 0 if rows == NO_ROWS else -a.shape[rows] % self.num_devices
+        if missing:
+            width = [(0, 0)] * a.ndim
+            width[rows] = (0, missing)
+            a = jnp.pad(a, width, mode="edge")  # not 0: a sigma of a row that does not count
+        return jax.sharding.reshard(a, NamedSharding(self.mesh, self.spec(rows))) if _is_explicit(self.mesh) else a
+
+    def crop(self, a: Array, rows: int, n: int) -> Array:
+        """The first n rows."""
+        # Rows that are left out cannot be sliced off an axis that is typed as spread.
+        whole = rows == NO_ROWS or n % self.num_devices == 0
+        return a if whole else lax.slice_in_dim(gathered(a), 0, n, axis=rows)
 
 
 def in_auto_mode(fn: Callable[..., Any], x: Array, *args: Any, result_rows: Any) -> Any:

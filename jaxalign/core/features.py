@@ -224,7 +224,10 @@ def may_be_coarse(
     euclidean: bool = False,
     axis_name: str | None = None,
 ) -> Array:
-    """Whether `fast_distances` may be too coarse for the kernel at these gammas, judged by the longest rows: ()."""
+    """Whether `fast_distances` may be too coarse for the kernel at these gammas, judged by the longest rows: ().
+
+    Always true of the Euclidean kernel, for which only `are_coarse` can tell.
+    """
     if euclidean:
         return varying_like(norms[0], jnp.ones((), bool))
     largest = over_devices(lax.pmax, jnp.max(norms[0]) + jnp.max(norms[1]), axis_name)
@@ -279,7 +282,7 @@ def explicit_distances(features: CenteredFeatures) -> Array:
 
 
 def sum_over_channels(features: CenteredFeatures, add: Callable[[T, Array, Array], T], init: Callable[[Array], T]) -> T:
-    """A sum over channels, `add(total, column (n, 1) of x, row (1, m) of y)`."""
+    """A sum over channels of uncentered, scaled rows: `add(total, column (n, 1) of x, row (1, m) of y)`."""
     x, y = lax.stop_gradient((features.raw_x * features.inverse, features.raw_columns * features.inverse))
 
     def step(total: T, channel: tuple[Array, Array]) -> tuple[T, None]:
@@ -345,9 +348,10 @@ def _distances_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, A
 
 
 def attach_formula(features: CenteredFeatures, distances: Array, precision: lax.PrecisionLike = None) -> Array:
-    """The same for a tile, by adding a difference that is 0: the product is that of `fast_distances`.
+    """`attach_derivative` for a tile: adds formula - stop_gradient(formula), which is 0.
 
-    (jax 0.10.2 loses a custom JVP in loops where one derivative is taken of another: forward over reverse.)
+    The product is that of `fast_distances`, so XLA computes it once. (jax 0.10.2 loses a custom JVP inside loops under
+    forward-over-reverse.)
     """
     norms = squared_norms(features)
     formula = norms[0] + norms[1] - 2 * products(*features.sides, precision)

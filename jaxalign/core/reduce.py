@@ -105,9 +105,9 @@ def _visit_dense(reduction: Reduction, pairs: Pairs, tile: Tile, in_blocks: bool
     assert distances is not None
 
     def visit(block: tuple[tuple[Array, ...], Side]) -> tuple[Any, Any]:
-        part = tuple(root(d) if pairs.euclidean else d for d in block[0])
-        part = tile._replace(distances=part, row=block[1])
-        return reduction.sums(reduction.terms(part), part)
+        tile_distances = tuple(root(d) if pairs.euclidean else d for d in block[0])
+        block_tile = tile._replace(distances=tile_distances, row=block[1])
+        return reduction.sums(reduction.terms(block_tile), block_tile)
 
     stored, n = (distances, tile.row), distances[0].shape[0]
     most = min(_ROWS_PER_BLOCK, max(1, _PAIRS_PER_BLOCK // sum(d.shape[1] for d in distances)))
@@ -115,7 +115,7 @@ def _visit_dense(reduction: Reduction, pairs: Pairs, tile: Tile, in_blocks: bool
         return visit(stored)
     size = next((size for size in range(most, most // 8, -1) if n % size == 0), most)
     num_rows = n // size * size  # in whole blocks
-    # Sliced by their number: vmap would transpose blocks that are mapped over, all stored pairs in every pass.
+    # Slices by start index: mapped over, blocks would make vmap transpose all stored pairs in every pass.
     block_at = partial(lax.dynamic_slice_in_dim, slice_size=size, allow_negative_indices=False)
     starts = jnp.arange(0, num_rows, size)
     totals, rows = lax.map(lambda start: visit(jax.tree.map(lambda a: block_at(a, start), stored)), starts)

@@ -28,17 +28,18 @@ _UNITS = 2.0**15
 
 
 def resolved_distances(features: CenteredFeatures, precision: lax.PrecisionLike = None) -> Array:
-    """Squared distances; those that the fast formula does not resolve come from explicit differences."""
+    """Squared distances; those that the fast formula does not resolve are explicit. Without a derivative."""
     features = lax.stop_gradient(features)
     fast = fast_distances(features, precision)
     unresolved = are_unresolved(features, fast)
     others = features._replace(raw_y=features.raw_columns, mask_y=features.column_mask)
 
-    def resolve_row(row: Array, fast: Array, unresolved: Array) -> Array:
-        def explicit(fast: Array, row: Array) -> Array:
-            return jnp.where(unresolved, explicit_distances(others._replace(raw_x=row[None], mask=None))[0], fast)
+    def resolve_row(row: Array, fast_row: Array, unresolved_row: Array) -> Array:
+        def explicit(fast_row: Array, row: Array) -> Array:
+            distances = explicit_distances(others._replace(raw_x=row[None], mask=None))[0]
+            return jnp.where(unresolved_row, distances, fast_row)
 
-        return when_any(unresolved.any(), explicit, fast, row)
+        return when_any(unresolved_row.any(), explicit, fast_row, row)
 
     def resolve(fast: Array, rows: Array) -> Array:
         return lax.map(lambda row: resolve_row(*row), (rows, fast, unresolved), batch_size=_ROWS_PER_STEP)
@@ -53,9 +54,9 @@ def are_unresolved(features: CenteredFeatures, fast: Array) -> Array:
 
 
 def has_ties(features: CenteredFeatures, axis_name: str | None = None) -> Array:
-    """Whether features are whole numbers of some unit, as counts and one-hot vectors are: ().
+    """Whether ties are likely: up to an offset, features are multiples of scale / 2^15, as counts and one-hots are: ().
 
-    Many distances are then equal, which the rounding of `fast_distances` would put in some order.
+    Rounding in `fast_distances` would put equal distances in some order.
     """
     differences = features.raw_x - first_valid_row(features.raw_x, features.mask)
     units = lax.stop_gradient(valid_rows(differences, features.mask) * features.inverse) * _UNITS

@@ -29,17 +29,17 @@ GammaPer = Literal["all", "row", "column"]
 
 # The share of pairs that carry a sum over a kernel if the density is unknown: the default density.
 _DEFAULT_SHARE = 0.05
-# Distances of more representations than this are computed one after the other.
+# Without derivatives, distances of more representations than this are computed one after the other.
 _MAX_CONCURRENT = 2
 
 
 class Side(NamedTuple):
     """The rows or the columns of a tile, with their values. Every leaf has its samples on axis 0."""
 
-    features: tuple[Array, ...]  # (n, d), one per representation
+    raw: tuple[Array, ...]  # (n, d) as given, not centered; one per representation
     weights: Array  # (n,): 1 for a valid sample, 0 for a masked one or padding
     sample: Array  # (n,): index of the sample
-    gammas: tuple[Array | None, ...]  # (n,) if there is one gamma per row
+    gammas: tuple[Array | None, ...]  # (n,) if every row, or every column, has its own gamma
     row_values: Any  # values of a sample as the row of a pair
     column_values: Any  # and as the column
 
@@ -50,7 +50,7 @@ class Tile(NamedTuple):
     distances: tuple[Array, ...]  # (r, c) per representation, in scaled units: squared, or Euclidean if `euclidean`
     row: Side
     column: Side
-    gamma: tuple[Array | None, ...]  # () if there is one gamma for all pairs
+    shared_gammas: tuple[Array | None, ...]  # () if there is one gamma for all pairs
     gamma_per: GammaPer
     pairs_in_sum: Array | float  # approximate number of pairs that carry a sum: sets the accuracy of distances
     weighted: bool  # whether any weight is not 1
@@ -60,7 +60,7 @@ class Tile(NamedTuple):
     def gammas(self) -> tuple[Array | None, ...]:
         """One per representation, broadcasting against its distances; None for a representation without gamma."""
         if self.gamma_per == "all":
-            return self.gamma
+            return self.shared_gammas
         if self.gamma_per == "column":
             return tuple(None if gamma is None else gamma[None] for gamma in self.column.gammas)
         return tuple(None if gamma is None else gamma[:, None] for gamma in self.row.gammas)
@@ -95,9 +95,12 @@ class Reduction(NamedTuple):
         terms: tile -> a pytree of weighted values (r, c): pass them through `Tile.apply_weights`.
         sums: (terms, tile) -> (totals, row results). Totals are added over all tiles. Row results have the rows of the
             tile on axis 0 and are combined over the tiles of a row.
-        symmetric: a term is the same for the transposed pair, so terms are not computed again for the mirror image.
-        combine: two partial row results -> their combination; addition by default.
-        init: the shape of a partial row result -> the initial one; zeros by default.
+        symmetric: terms and totals are the same for the transposed tile, so neither is computed again for the mirror
+            image. The dense visit, which has no mirror images, ignores it.
+        combine: two partial row results -> their combination, row by row; addition by default. Leaves are (r, ...) or
+            (tiles, r, ...), so other axes are counted from the end.
+        init: a partial row result, of which only shapes and dtypes count -> the identity of `combine`; zeros by
+            default.
 
     Without row results (an empty pytree) `combine` and `init` get empty pytrees.
     """
@@ -223,13 +226,14 @@ class Pairs:
     def self_total(self, *, per_row: bool) -> Array:
         """The total weight of the pairs of a sample with itself, left out or not: () or, per row, (n,)."""
         rows = self.weights()[0]
-        weights = rows * rows if self.is_self else jnp.zeros_like(rows)
+        weights = rows * rows
         return weights if per_row else over_devices(lax.psum, jnp.sum(weights), self.axis_name)
 
     def subset(self, size: int, *, all_rows: bool) -> Pairs:
         """Pairs of about `size` rows (or all rows) with `size` columns, none of a sample with itself.
 
-        Only of the first representation. Every device gets the columns (unless `all_rows`, also the rows) of all.
+        Only of the first representation. Distances are stored unless all rows are kept. With several devices, columns
+        come from all of them, and so do rows unless all are kept. `total` does not hold for a subset.
         """
         first = self.features[0]
         index = self._index(first.raw_x)
@@ -322,16 +326,14 @@ def with_distances(pairs: Pairs, tile: Tile) -> Tile:
     mask, mask_y = (side.weights > 0 if tile.weighted else None for side in (tile.row, tile.column))
 
     def distances_of(k: int) -> Array:
-        features = pairs.features[k]._replace(
-            raw_x=tile.row.features[k], raw_y=tile.column.features[k], mask=mask, mask_y=mask_y
-        )
+        features = pairs.features[k]._replace(raw_x=tile.row.raw[k], raw_y=tile.column.raw[k], mask=mask, mask_y=mask_y)
         if pairs.is_self or features.sample is not None:
             features = features._replace(sample=tile.row.sample, sample_y=tile.column.sample)
         # Each gamma is tested on its own row or column: a row with a small sigma must not decide for all rows.
         row_gamma, column_gamma = tile.row.gammas[k], tile.column.gammas[k]
         row_gamma = None if row_gamma is None else row_gamma[:, None]
         column_gamma = None if column_gamma is None else column_gamma[None]
-        gammas = [gamma for gamma in (tile.gamma[k], row_gamma, column_gamma) if gamma is not None]
+        gammas = [gamma for gamma in (tile.shared_gammas[k], row_gamma, column_gamma) if gamma is not None]
         precision, pairs_in_sum = pairs.precision, tile.pairs_in_sum
         if gammas and not pairs.fast_only:
             squared = accurate_distances(

@@ -149,7 +149,7 @@ def correlation(cross: Array, self_x: Array, self_y: Array) -> Array:
 
 
 class ShiftedSums(NamedTuple):
-    """The sums of one visit of the pairs, of f_ij shifted by shift_i + shift_j."""
+    """The sums of one visit of the pairs, of f_ij - shift_i - shift_j; of differences only `rows` has a meaning."""
 
     cross: Array  # (L, M)
     self_products: Array  # (L + M,)
@@ -256,7 +256,7 @@ def prepare_representations(
 ) -> list[Representation]:
     """The pairs of each representation (n, d), and its bandwidth: from sigmas (L + M,) or from the density.
 
-    With `resolved`, every stored distance is accurate relative to itself.
+    With `resolved`, stored distances of a function without sigma are each accurate relative to themselves.
     """
     centered = tuple(unit_features(valid_rows(x, mask), mask, function.normalization, plan.axis_name) for x in features)
     if not function.solves:
@@ -347,7 +347,7 @@ def _sum_pairs(
 ) -> ShiftedSums:
     scales = tuple(part.features.scale for part in prepared)
     totals, rows = visit_pairs(make_reduction(scales, split, function, centering), prepared, plan, shift)
-    cross, self_products = totals or (rows, rows)  # differences have no totals
+    cross, self_products = totals or (rows, rows)  # differences have no totals: placeholders
     return ShiftedSums(cross, self_products, rows)
 
 
