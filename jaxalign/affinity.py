@@ -129,8 +129,8 @@ def _rbf_affinity(
         features = center_features(x, y, mask, mask_y)
         if density is not None:
             skip_self = diagonal == "exclude"
-            solution, pairs = solve_pairs(
-                features, density, rtol, skip_self=skip_self, per_row=per_row, precision=precision
+            ((solution, pairs),) = solve_pairs(
+                (features,), density, rtol, skip_self=skip_self, per_row=per_row, precision=precision
             )
             assert pairs.distances is not None
             (distances,), gamma, status = pairs.distances, solution.gamma, solution.status

@@ -249,8 +249,8 @@ def _solve_sigma(
 ) -> SigmaSolution:
     def local(x: Array, y: Array | None, mask: Array | None, mask_y: Array | None, density: Array) -> tuple[Array, ...]:
         features = center_features(x, y, mask, mask_y, plan.axis_name)
-        solution, _ = solve_pairs(
-            features,
+        ((solution, _),) = solve_pairs(
+            (features,),
             density,
             rtol,
             skip_self=diagonal == "exclude",

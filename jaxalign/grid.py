@@ -313,7 +313,7 @@ def _compare_in_memory(
     """Arrays in memory, spread over devices or not: in one visit of the pairs, or cell by cell."""
     named = [(name, _checks.features(name, value)) for name, value in zip(task.names, task.features, strict=True)]
     if isinstance(measure, PairMeasure) and measure.function.normalization is None:
-        named = _of_one_width(named)
+        named = _pad_widths(named)
     features, mask = check_representations(named, task.mask, task.missing, measure.min_samples, measure.label)
     if isinstance(measure, SummaryMeasure):
         summaries = Summaries(task, measure, lambda k: features[k], mask, mesh, axis_name)
@@ -341,14 +341,14 @@ def _compare_in_memory(
     return GridResult(values, sigmas, int(inner.num_samples))
 
 
-def _of_one_width(named: list[tuple[str, Array]]) -> list[tuple[str, Array]]:
-    """The same representations with channels of zeros, which change no distance, if that saves time.
+def _pad_widths(named: list[tuple[str, Array]]) -> list[tuple[str, Array]]:
+    """Representations of one width, padded with channels of zeros, if that saves time.
 
-    Whatever depends on the width is compiled once for each, so where computing is quick, one width is quicker.
+    Zeros change no distance. Programs are compiled for every width, so small problems are faster with a single one.
     """
     widths = [features.shape[-1] for _, features in named]
     n, most, added = named[0][1].shape[0], max(widths), max(widths) * len(widths) - sum(widths)
-    if n * n * added > (len(set(widths)) - 1) * _PRODUCTS_PER_WIDTH or added > sum(widths):
+    if n * n * added >= (len(set(widths)) - 1) * _PRODUCTS_PER_WIDTH or added > sum(widths):
         return named
     return [(name, jnp.pad(features, [(0, 0), (0, most - features.shape[-1])])) for name, features in named]
 

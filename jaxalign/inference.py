@@ -195,7 +195,7 @@ def permutation_test(
         side = math.isqrt(permutations) + 1  # side^2 > permutations
         of_table, of_choice = jax.random.split(key)
         table = _permuted_products(matrices[:split], matrices[split:], of_table, side)
-        value, null = _of_table(table, matrices, units, of_choice, specification, split, permutations)
+        value, null = _observed_and_null(table, matrices, units, of_choice, specification, split, permutations)
     else:
         value, null = _recomputed(sets, split, names, specification, filled, key, permutations)
     single = "" in ours and "" in theirs
@@ -476,7 +476,7 @@ def _finished(table: Array, self_products: Array, units: Array, measure: PairMea
 
 
 @partial(jax.jit, static_argnames=("measure", "split", "permutations"))
-def _of_table(
+def _observed_and_null(
     table: Array, matrices: Array, units: Array, key: Array, measure: PairMeasure, split: int, permutations: int
 ) -> tuple[Array, Array]:
     """The value, (L, M), and those of as many permutations, from inner products (side^2, L, M); see `permutation_test`.

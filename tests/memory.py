@@ -101,7 +101,7 @@ class Watch:
             terminalreporter.write_line(f"MEMORY {found}", red=True)
 
 
-# Of this process.
+# The watch over this process.
 WATCH = Watch()
 
 

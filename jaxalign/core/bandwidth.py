@@ -152,8 +152,8 @@ def _refine(pairs: Pairs, state: _State, idle: Array) -> _State:
     suspect = may_be_coarse(norms, gamma, pairs_in_sum=pairs_in_sum, euclidean=pairs.euclidean)
     suspect &= search.done.all() & ~state.explicit
     distances, explicit = when_any(suspect, improve, (distances, state.explicit), features)
-    again = begin(jnp.where(search.converged, search.gamma, 1), idle)
-    search = jax.tree.map(partial(jnp.where, explicit & ~state.explicit), again, search)
+    restarted = begin(jnp.where(search.converged, search.gamma, 1), idle)
+    search = jax.tree.map(partial(jnp.where, explicit & ~state.explicit), restarted, search)
     return state._replace(search=search, distances=(distances,), explicit=explicit)
 
 
@@ -345,7 +345,7 @@ def sigma_of(gamma: Array, scale: Array, *, euclidean: bool = False) -> Array:
 
 def is_bandwidth(sigma: Array) -> Array:
     """Where sigma is finite and above 0."""
-    # By its bits: devices may take numbers that are subnormal for 0.
+    # Compare bits: some devices flush subnormal numbers to 0.
     bits = lax.bitcast_convert_type(lax.stop_gradient(sigma), f"int{8 * sigma.dtype.itemsize}")
     return (bits > 0) & jnp.isfinite(sigma)
 
@@ -370,12 +370,7 @@ def pairs_of(
     )
 
 
-def solve_pairs(features: CenteredFeatures, density: Array, rtol: float, **options: Any) -> tuple[Solution, Pairs]:
-    """`solve_each` of a single representation."""
-    return solve_each((features,), density, rtol, **options)[0]
-
-
-def solve_each(
+def solve_pairs(
     features: tuple[CenteredFeatures, ...],
     density: Array,
     rtol: float,
@@ -415,12 +410,12 @@ def solve_each(
         distances = fast_distances(features, precision) if plan.stored else None
         return replace(pairs_with(features, distances), differentiable=False)
 
-    found = _find_gammas([unsolved(part) for part in features], per_row, rtol)
+    searches = _find_gammas([unsolved(x) for x in features], per_row, rtol)
     attach = partial(_attach, density=density, per_row=per_row, duplicates_allowed=duplicates_allowed)
-    return [attach(part, pairs_with, *solved) for part, solved in zip(features, found, strict=True)]
+    return [attach(x, pairs_with, *search) for x, search in zip(features, searches, strict=True)]
 
 
-def _find_gammas(each: list[Pairs], per_row: bool, rtol: float) -> list[tuple[Array | None, Search]]:
+def _find_gammas(representations: list[Pairs], per_row: bool, rtol: float) -> list[tuple[Array | None, Search]]:
     """Distances and gamma of each representation; of stored ones by one search, mapped over the representations."""
 
     def find(pairs: Pairs) -> tuple[Array | None, Search]:
@@ -429,14 +424,15 @@ def _find_gammas(each: list[Pairs], per_row: bool, rtol: float) -> list[tuple[Ar
         return None if pairs.distances is None else pairs.distances[0], search
 
     # On a CPU large ones are searched side by side: each search then keeps a core busy.
-    large = math.prod(each[0].shape) > _PAIRS_SEARCHED_TOGETHER and jax.default_backend() == "cpu"
-    if len(each) == 1 or each[0].distances is None or large:
-        return [find(pairs) for pairs in each]
+    first = representations[0]
+    large = math.prod(first.shape) > _PAIRS_SEARCHED_TOGETHER and jax.default_backend() == "cpu"
+    if len(representations) == 1 or first.distances is None or large:
+        return [find(pairs) for pairs in representations]
     # Channels of zeros change no distance.
-    width = max(pairs.features[0].raw_x.shape[1] for pairs in each)
-    padded = [replace(pairs, features=(pairs.features[0].padded(width),)) for pairs in each]
-    found = jax.vmap(find)(jax.tree.map(lambda *parts: jnp.stack(parts), *padded))
-    return [jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(each))]
+    width = max(pairs.features[0].raw_x.shape[1] for pairs in representations)
+    padded = [replace(pairs, features=(pairs.features[0].padded(width),)) for pairs in representations]
+    searches = jax.vmap(find)(jax.tree.map(lambda *arrays: jnp.stack(arrays), *padded))
+    return [jax.tree.map(lambda a, k=k: a[k], searches) for k in range(len(representations))]
 
 
 def _attach(

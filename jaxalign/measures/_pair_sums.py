@@ -27,7 +27,7 @@ from jaxalign._directions import Rows, unit_features
 from jaxalign._linalg import bounded, root
 from jaxalign._plan import Plan
 from jaxalign._problem import Diagonal
-from jaxalign.core.bandwidth import CONVERGED, gamma_of, is_bandwidth, solve_each
+from jaxalign.core.bandwidth import CONVERGED, gamma_of, is_bandwidth, solve_pairs
 from jaxalign.core.devices import NO_ROWS, ROWS_SECOND_LAST, on_mesh, over_devices
 from jaxalign.core.features import (
     CenteredFeatures,
@@ -267,7 +267,7 @@ def prepare_representations(
             for part, sigma in zip(centered, values, strict=True)
         ]
     assert density is not None
-    solved = solve_each(
+    solved = solve_pairs(
         centered,
         density,
         rtol,
