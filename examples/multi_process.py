@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxalign
+from jaxalign.kernels import RBF
 
 DENSITY = 0.2
 GRACE = 3.0  # seconds that the others have to say what went wrong, after one has failed
@@ -123,7 +124,7 @@ def numbers(x: jax.Array | np.ndarray) -> Numbers:
 
     reached, slope = jax.value_and_grad(density)(solution.sigma)
     gradient = jnp.linalg.norm(jax.grad(log_sigma)(x))  # the gradient is spread as x is
-    grid = jaxalign.compare_grid({"x": x, "tanh": jnp.tanh(x)}, density=DENSITY)
+    grid = jaxalign.compare_grid({"x": x, "tanh": jnp.tanh(x)}, kernel=RBF(density=DENSITY))
     return Numbers(*(float(value) for value in (solution.sigma, reached, slope, gradient, grid.values[0, 1])))
 
 

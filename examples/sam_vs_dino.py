@@ -90,7 +90,7 @@ def main(patches: Patches, out: Path) -> dict[str, float]:
     queries = np.flatnonzero(positions.sum(1) % 2 == 1)
     a, b = patches.features
 
-    alignment = jaxalign.align(patches.features, landmarks=landmarks, **jaxalign.alignment.RECOMMENDED)
+    alignment = jaxalign.align(patches.features, landmarks=landmarks)
     rows = {name: np.asarray(x) for name, x in alignment.features.items()}
     found = [
         jaxalign.correspondence(rows[a][here], rows[b][here])

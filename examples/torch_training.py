@@ -1,7 +1,7 @@
 """A torch network trained with an alignment loss: its optimiser and autograd are torch's, the loss is compiled by JAX.
 
 A convolutional student on 8 x 8 digits learns the geometry of a real network's features of the same digits
-(jaxalign.datasets), with a memory of past batches as extra samples.
+(jaxalign.datasets), with a queue of past batches as extra samples.
 
     python examples/torch_training.py            # needs torch: pip install "jaxalign[torch]"
 """
@@ -60,16 +60,16 @@ def main(steps: int = 300, seed: int = 0) -> tuple[Scores, Scores]:
 
     student = make_student()
     optimiser = torch.optim.Adam(student.parameters(), 2e-3)
-    memory = to_torch(jaxalign.losses.empty_memory(CAPACITY, WIDTH, features.shape[1]))
+    queue = to_torch(jaxalign.losses.FeatureQueue.empty(CAPACITY, WIDTH, features.shape[1]))
     before = score(student, pixels[others], features[others.numpy()])
     for k in range(steps):
         batch = rows[torch.randperm(TRAINED_ON)[:BATCH]]
         x = student(pixels[batch])
-        loss = torch_losses.alignment_loss(x, teacher[batch], memory=memory)
+        loss = torch_losses.alignment_loss(x, teacher[batch], queue=queue)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        memory = torch_losses.remember(memory, x.detach(), teacher[batch])
+        queue = torch_losses.push(queue, x.detach(), teacher[batch])
         if k % 50 == 0 or k == steps - 1:
             print(f"step {k:4}   loss {loss.item():.3f}")
     after = score(student, pixels[others], features[others.numpy()])

@@ -61,6 +61,7 @@ LANDMARKS = np.arange(0, CLUSTERS * PER_CLUSTER, 2)  # every second point: five 
 QUERIES = LANDMARKS + 1  # the others: the ones that are looked up
 OUTLIERS = LANDMARKS[[0, 5]]  # two landmarks, of different clusters, so that every query still has its partner
 DENSITY = 0.2
+PLAIN = {"channels": None, "decorrelate": None, "standardize": False}  # rows of the affinity as they are
 
 BEFORE, VARIANCE, AUTO, PER_ROW, STANDARDIZED = (
     "before",
@@ -136,7 +137,7 @@ def compare(first: np.ndarray, second: np.ndarray) -> dict[str, Outcome]:
         PER_ROW: {"bandwidth": "per_row"},
         STANDARDIZED: {"channels": "standardize"},
     }.items():
-        alignment = jaxalign.align(sets, landmarks=LANDMARKS, density=DENSITY, **settings)
+        alignment = jaxalign.align(sets, landmarks=LANDMARKS, density=DENSITY, **{**PLAIN, **settings})
         outcomes[method] = look_up(*(np.asarray(rows)[QUERIES] for rows in alignment.features.values()))
     return outcomes
 

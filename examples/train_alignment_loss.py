@@ -31,6 +31,8 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 
 import jaxalign
+from jaxalign import Plan
+from jaxalign.kernels import RBF
 from jaxalign.losses import alignment_loss
 
 CLASSES, PER_CLASS, BATCH, STEPS = 3, 100, 96, 400
@@ -109,7 +111,7 @@ def losses_of(
     if axis_name is not None:
         entropy = jax.lax.pmean(entropy, axis_name)
     x, y = outputs["second"][0], outputs["first"][0]
-    return entropy, alignment_loss(x, y, measure=measure, density=DENSITY, axis_name=axis_name)
+    return entropy, alignment_loss(x, y, measure=measure, kernel=RBF(density=DENSITY), plan=Plan(axis_name=axis_name))
 
 
 def make_step(optimiser: optax.GradientTransformation, weight: float, measure: str, devices: int) -> Any:
@@ -138,7 +140,7 @@ def evaluate(parameters: Parameters, points: Points) -> Result:
     outputs = {name: forward(layers, getattr(points, name)) for name, layers in parameters.items()}
     right = [np.mean(np.argmax(logits, -1) == points.label) for _, logits in outputs.values()]
     a, b = (features for features, _ in outputs.values())
-    cka = jaxalign.measures.cka(a, b, density=DENSITY)
+    cka = jaxalign.measures.cka(a, b, kernel=RBF(density=DENSITY))
     return Result(float(np.mean(right)), float(cka), float(jaxalign.measures.mutual_knn(a, b, 10, "euclidean")))
 
 

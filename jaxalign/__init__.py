@@ -4,6 +4,7 @@ from jaxalign import alignment as alignment
 from jaxalign import datasets as datasets
 from jaxalign import interop as interop
 from jaxalign import io as io
+from jaxalign import kernels as kernels
 from jaxalign import losses as losses
 from jaxalign import measures as measures
 from jaxalign import plots as plots
@@ -34,6 +35,7 @@ from jaxalign.inference import permutation_test as permutation_test
 from jaxalign.operators import AffinityOperator as AffinityOperator
 from jaxalign.operators import affinity_operator as affinity_operator
 from jaxalign.pairs import reduce_pairs as reduce_pairs
+from jaxalign.plan import Plan as Plan
 from jaxalign.spectral import NormalizedCut as NormalizedCut
 from jaxalign.spectral import kway as kway
 from jaxalign.spectral import normalized_cut as normalized_cut

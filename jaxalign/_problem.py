@@ -10,12 +10,15 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxalign import _checks
-from jaxalign._plan import STORED, Plan
 from jaxalign._typing import AnyArray
 from jaxalign.core.bandwidth import BAD_DENSITY, CONVERGED, INFEASIBLE, NO_SAMPLES, NON_FINITE, NOT_CONVERGED
+from jaxalign.plan import STORED, Plan
 
 Diagonal = Literal["include", "exclude"]
 Bandwidth = Literal["global", "per_row"]
+
+# The default target density.
+DENSITY = 0.05
 
 _REASONS = {
     NOT_CONVERGED: "the root-finder did not converge (please report this with your data)",
@@ -93,17 +96,44 @@ def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = S
     return target
 
 
-def check_sigma(sigma: Any, problem: Problem) -> tuple[AnyArray, bool]:
-    """The sigma of the caller as an array (...) or, one per row, (..., n); and whether it is one per row."""
-    n, batch = problem.x.shape[-2], problem.batch
-    shape = np.shape(sigma)
-    per_row = len(shape) > 0 and shape[-1] == n and shape != batch
-    meaning = f"the batch dimensions of the features, nor to {(*batch, n)}, one sigma a row of x"
+def is_default(density: Any) -> bool:
+    """Whether the density is the default one. A traced one may be."""
+    if not _checks.is_concrete(density):
+        return True
+    return np.ndim(density) == 0 and bool(np.float32(density) == np.float32(DENSITY))
+
+
+def check_unused(sigma: Any, density: Any, diagonal: Any) -> None:
+    """Raise if density or diagonal are given with a sigma, where they have no effect."""
+    if not is_default(density):
+        raise ValueError(
+            f"density={_checks.shown(density)} has no effect with sigma={_checks.shown(sigma)}. Leave one of them out."
+        )
+    if diagonal != "include":
+        raise ValueError(
+            f"diagonal={_checks.shown(diagonal)} has no effect with sigma={_checks.shown(sigma)}, which is not solved "
+            "for. Leave it out."
+        )
+
+
+def check_sigma(sigma: Any, problem: Problem, bandwidth: Any) -> AnyArray:
+    """The sigma of the caller as an array (...), or (..., n) with one per row."""
+    _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
+    n, batch, shape = problem.x.shape[-2], problem.batch, np.shape(sigma)
+    per_row = bandwidth == "per_row"
+    if per_row and shape[-1:] != (n,):
+        raise ValueError(
+            f'bandwidth="per_row" with a sigma of shape {shape}: one sigma per row of x has shape {(*batch, n)}. Leave '
+            "bandwidth out for a single sigma."
+        )
+    meaning = "the batch dimensions of the features"
+    if shape[-1:] == (n,):
+        meaning += '. One sigma per row needs bandwidth="per_row"'
     value = _checks.parameter("sigma", sigma, problem.x.dtype, (*batch, n) if per_row else batch, meaning)
     _checks.positive("sigma", sigma, problem.mask if per_row else None)
     if per_row and problem.mask is not None:  # nan in a masked row would reach the gradients of other rows
         value = jnp.where(problem.mask, value, 1)
-    return value, per_row
+    return value
 
 
 def check_rtol(rtol: float | None, dtype: Any) -> float:

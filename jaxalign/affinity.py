@@ -10,7 +10,6 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jaxalign import _checks
 from jaxalign._memory import check_stored
 from jaxalign._problem import (
     Bandwidth,
@@ -19,6 +18,7 @@ from jaxalign._problem import (
     check_problem,
     check_rtol,
     check_sigma,
+    check_unused,
     explain_failure,
 )
 from jaxalign._typing import AnyArray
@@ -50,11 +50,13 @@ def rbf_affinity(
     Args:
         x: features, shape (..., n, d).
         y: features, shape (..., m, d), in the same space; None stands for x.
-        sigma: bandwidth in units of the features, > 0: a scalar, (...) for a batch, or (..., n), one a row of x. None
-            solves for it, see `solve_sigma`.
-        density: the wanted mean of A, 0 < density < 1, a number or an array over the batch. Unused with a given sigma.
-        diagonal: whether the ones on the diagonal count in the mean: "include" or "exclude". Only for y = None.
-        bandwidth: "global": one sigma. "per_row": one a row, every row's mean is the density, A is not symmetric.
+        sigma: bandwidth in units of the features, > 0: a scalar, or (...) for a batch; (..., n) with
+            bandwidth="per_row". None solves for it, see `solve_sigma`.
+        density: the target mean of A, 0 < density < 1, a number or an array over the batch. Not with sigma.
+        diagonal: whether the ones on the diagonal count in the mean: "include" or "exclude". Only for y = None, and not
+            with sigma.
+        bandwidth: "global": one sigma. "per_row": one per row of x; the mean of every row is then the density, and A is
+            not symmetric.
         zero_diagonal: set A_ii = 0 at the end (after sigma is found). Only for y = None.
         mask: shape (..., n), True = a real sample. The others get rows and columns of 0 and do not count in any mean.
         mask_y: the same for y, shape (..., m).
@@ -81,9 +83,12 @@ def rbf_affinity(
     problem = check_problem(x, y, mask, mask_y, diagonal)
     if zero_diagonal and y is not None:
         raise ValueError("zero_diagonal=True has no meaning with y: row i and column i are different samples.")
-    given, per_row = (None, bandwidth == "per_row") if sigma is None else check_sigma(sigma, problem)
-    _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
-    target = None if sigma is not None else check_density(density, problem, bandwidth)
+    given = target = None
+    if sigma is None:
+        target = check_density(density, problem, bandwidth)
+    else:
+        check_unused(sigma, density, diagonal)
+        given = check_sigma(sigma, problem, bandwidth)
     check_stored("the affinity", problem.x, problem.y)
     affinity, status = _rbf_affinity(
         problem.x,
@@ -93,7 +98,7 @@ def rbf_affinity(
         problem.mask,
         problem.mask_y,
         diagonal,
-        per_row,
+        bandwidth == "per_row",
         zero_diagonal,
         precision,
         check_rtol(None, problem.x.dtype),

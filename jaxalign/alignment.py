@@ -40,15 +40,11 @@ Metric = Literal["correlation", "cosine", "euclidean"]
 _LEAST_COLUMNS = 32
 _SYMMETRIC = 0.5
 
-RECOMMENDED: Mapping[str, Any] = MappingProxyType(
-    {"channels": "standardize", "decorrelate": 0.1, "density": 0.7, "standardize": True}
-)
-"""Options of `align` where correspondences matter: `align(features, landmarks=300, **RECOMMENDED)`."""
-
 PUBLISHED: Mapping[str, Any] = MappingProxyType(
     {"channels": None, "decorrelate": None, "density": 0.05, "standardize": True}
 )
-"""Options of `align` for plain auto-scaled rows, with standardised columns so that their scores can be compared."""
+"""Options of `align` for the published method, `align(features, **PUBLISHED)`: plain auto-scaled rows, whose columns are
+standardized so that scores can be compared."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("centre", "scale", "factor"), meta_fields=())
@@ -195,36 +191,35 @@ def align(
     *,
     landmarks: int | Sequence[int] | Int[AnyArray, " m"] | None = None,
     key: Array | None = None,
-    density: ArrayLike = 0.05,
+    density: ArrayLike = 0.7,
     bandwidth: Bandwidth = "global",
     diagonal: Diagonal = "include",
-    channels: Channels | None = None,
-    decorrelate: float | None = None,
-    standardize: bool = False,
+    channels: Channels | None = "standardize",
+    decorrelate: float | None = 0.1,
+    standardize: bool = True,
 ) -> Alignment:
     """Relative features of several networks over shared landmark samples.
 
     Each network's sigma is solved on its landmark block, mean(A(x_L, x_L)) = density, and the relative features are
-    the rows of A(x, x_L). Recommended where correspondences matter: `**jaxalign.alignment.RECOMMENDED`, which is
-    `channels="standardize", decorrelate=0.1, density=0.7, standardize=True` (see docs/pages/alignment.md for what each
-    gives).
+    the rows of A(x, x_L), decorrelated and standardized. The defaults find correspondences best (measured in
+    docs/pages/alignment.md); `**jaxalign.alignment.PUBLISHED` is the published method.
 
     Args:
         features: by network name, shape (n, d_k): row i is the same sample in all of them.
-        landmarks: None: all samples. A number m: chosen at random with `key`, else by farthest-point sampling (over all
-            networks together, deterministic). Indices, shape (m,): these.
-        key: a `jax.random.key` for random landmarks.
-        density: the wanted mean affinity, 0 < density < 1, see `solve_sigma`.
-        bandwidth: "global": one sigma a network. "per_row": every row of A(x, x_L) has its own, with mean = density; it
-            follows changes of the samples' own density.
-        diagonal: whether the ones of the landmark block count in its mean (bandwidth="global").
-        channels: None, "standardize": each channel is centred and divided by its standard deviation over all n samples;
-            or "whiten": by the Cholesky factor of their covariance, shrunk by adding its mean eigenvalue. Undoes
-            anisotropic scaling, which a bandwidth alone cannot.
-        decorrelate: lambda > 0: rows times (A_LL + lambda I)^-1, so that landmarks alike do not count twice. Only
-            with bandwidth="global".
-        standardize: take off each column's mean and divide by its standard deviation, both over the samples that are
-            not landmarks (over all if every sample is one).
+        landmarks: None: all samples. A number m: drawn at random. Indices, shape (m,), such as those of
+            `farthest_points`: these.
+        key: a `jax.random.key` for the random choice of landmarks. None: `jax.random.key(0)`.
+        density: the target mean of the affinity, 0 < density < 1, see `solve_sigma`.
+        bandwidth: "global": one sigma per network. "per_row": one per row of A(x, x_L), whose mean is then the density;
+            it follows changes in how densely the samples lie. Needs decorrelate=None.
+        diagonal: whether the ones on the diagonal of the landmark block count in its mean (bandwidth="global").
+        channels: "standardize": each channel is centered and divided by its standard deviation over all n samples;
+            "whiten": multiplied by the inverse Cholesky factor of their covariance, shrunk by adding its mean
+            eigenvalue. This undoes anisotropic scaling, which a bandwidth alone cannot. None: as they are.
+        decorrelate: lambda > 0: rows are multiplied by (A_LL + lambda I)^-1, so that similar landmarks do not count
+            twice. None: they are not.
+        standardize: subtract the mean of each column and divide by its standard deviation, both over the samples that
+            are not landmarks (over all samples if every one is a landmark).
 
     Returns:
         `Alignment` with `.features`, `.sigma`, `.landmarks`, `.transform` and `.correspondence`.
@@ -242,35 +237,25 @@ def align(
         >>> alignment.features["a"].shape, float(alignment.correspondence("a", "b").top1)
         ((200, 50), 1.0)
     """
-    if not isinstance(features, Mapping):
-        raise TypeError(f"features must be a mapping from names to arrays; got {type(features).__name__}.")
     if key is not None:
         _checks.random_key(key)
-    if not features:
-        raise ValueError("features is empty: give at least one network's features, {name: array}.")
+        if landmarks is None or not isinstance(landmarks, (int, np.integer)):
+            raise ValueError("key has no effect unless landmarks is a number, of samples drawn at random.")
     _checks.choice("channels", channels, (None, "standardize", "whiten"))
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
     if decorrelate is not None:
         if bandwidth == "per_row":
-            raise ValueError('decorrelate needs bandwidth="global": (A_LL + lambda I) must be symmetric.')
+            raise ValueError(
+                'bandwidth="per_row" needs decorrelate=None: (A_LL + lambda I) must be symmetric, as with '
+                'bandwidth="global".'
+            )
         _checks.parameter("decorrelate", decorrelate, jnp.float32, (), "one number")
         _checks.positive("decorrelate", decorrelate)
-    arrays = {}
-    for name, value in features.items():
-        array = _checks.features(f"features[{name!r}]", value, min_rows=2)
-        if array.ndim != 2:
-            raise ValueError(f"features[{name!r}] must have shape (n, d); got {array.shape}.")
-        way_out = "Remove these samples from every network."
-        _checks.finite_rows(f"features[{name!r}]", array, way_out=way_out, differences=True)
-        arrays[name] = array
-    counts = {name: array.shape[0] for name, array in arrays.items()}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"all networks must have the same samples in the same order; got n = {_checks.shown(counts)}.")
-    n = next(iter(counts.values()))
-
+    arrays = _check_features(features)
+    n = next(iter(arrays.values())).shape[0]
     maps = {name: _fit_channels(x, channels) for name, x in arrays.items()}
     arrays = {name: maps[name](x) for name, x in arrays.items()}
-    chosen = _choose_landmarks(landmarks, key, list(arrays.values()), n)
+    chosen = _choose_landmarks(landmarks, key, n)
     others = _others(chosen, n) if standardize else None
     rows, sigma, spaces = {}, {}, {}
     for name, x in arrays.items():
@@ -283,7 +268,7 @@ def align(
                 sigma[name] = solve_sigma(x, block, density=density, bandwidth="per_row").sigma
             wanted = jnp.asarray(density, x.dtype)
             space = _Space(maps[name], block, sigma[name] if bandwidth == "global" else None, wanted)
-            affinity = rbf_affinity(x, block, sigma[name])
+            affinity = rbf_affinity(x, block, sigma[name], bandwidth=bandwidth)
             # A landmark's distance from itself is 0; as an entry between two different sets it carries rounding.
             affinity = affinity.at[chosen, jnp.arange(len(chosen))].set(1)
         except (ValueError, TypeError) as error:
@@ -345,24 +330,68 @@ def _others(chosen: Array, n: int) -> Array:
     return jnp.nonzero(jnp.ones(n, bool).at[chosen].set(False), size=n - len(chosen))[0]
 
 
-def _choose_landmarks(landmarks: Any, key: Array | None, arrays: list[Array], n: int) -> Array:
+def _check_features(features: Any) -> dict[str, Array]:
+    """The features (n, d_k) of every network, of the same n samples."""
+    if not isinstance(features, Mapping):
+        raise TypeError(f"features must be a mapping from names to arrays; got {type(features).__name__}.")
+    if not features:
+        raise ValueError("features is empty: give at least one network's features, {name: array}.")
+    arrays = {}
+    for name, value in features.items():
+        array = _checks.features(f"features[{name!r}]", value, min_rows=2)
+        if array.ndim != 2:
+            raise ValueError(f"features[{name!r}] must have shape (n, d); got {array.shape}.")
+        way_out = "Remove these samples from every network."
+        _checks.finite_rows(f"features[{name!r}]", array, way_out=way_out, differences=True)
+        arrays[name] = array
+    counts = {name: array.shape[0] for name, array in arrays.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"all networks must have the same samples in the same order; got n = {_checks.shown(counts)}.")
+    return arrays
+
+
+def _choose_landmarks(landmarks: Any, key: Array | None, n: int) -> Array:
     """Indices of the landmarks, shape (m,)."""
     if landmarks is None:
         return jnp.arange(n)
     if isinstance(landmarks, (int, np.integer)) and not isinstance(landmarks, bool):
         number = _checks.whole("landmarks", landmarks, 1, n, most_is="n = ")
-        if key is not None:
-            return jnp.sort(jax.random.choice(key, n, (number,), replace=False))
-        return _farthest_points(arrays, number)
+        key = jax.random.key(0) if key is None else key
+        return jnp.sort(jax.random.choice(key, n, (number,), replace=False))
     return jnp.asarray(_checks.row_numbers("landmarks", landmarks, n))
 
 
-def _farthest_points(arrays: list[Array], number: int) -> Array:
-    """Farthest-point sampling on D = sum over networks of D_k / mean(D_k), from the sample of the smallest mean D.
+def farthest_points(features: Mapping[str, Float[AnyArray, "n _"]], number: int) -> Int[Array, " m"]:
+    """Landmarks that cover the samples: each next one is farthest from those before it, over all networks together.
 
-    D is the squared distance between the networks' features, each divided by the root of its mean, side by side.
-    Gonzalez, Clustering to minimize the maximum intercluster distance, Theoretical Computer Science 38, 1985.
+    Distances are D = sum over networks of D_k / mean(D_k), and the first landmark is the sample of the smallest mean D
+    (Gonzalez, Clustering to minimize the maximum intercluster distance, Theoretical Computer Science 38, 1985).
+
+    Args:
+        features: by network name, shape (n, d_k), see `align`.
+        number: of landmarks, m.
+
+    Returns:
+        Row numbers, shape (m,), in the order in which they were chosen.
+
+    Raises:
+        TypeError, ValueError: see `align`.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x = jax.random.normal(jax.random.key(0), (200, 16))
+        >>> landmarks = jaxalign.alignment.farthest_points({"a": x, "b": -x}, 50)
+        >>> jaxalign.align({"a": x, "b": -x}, landmarks=landmarks).features["b"].shape
+        (200, 50)
     """
+    arrays = _check_features(features)
+    number = _checks.whole("number", number, 1, next(iter(arrays.values())).shape[0], most_is="n = ")
+    return _farthest_points(tuple(arrays.values()), number)
+
+
+@partial(jax.jit, static_argnums=1)
+def _farthest_points(arrays: tuple[Array, ...], number: int) -> Array:
+    """See `farthest_points`; squared distances are those of the centered features side by side, each in its unit."""
     parts = []
     for x in arrays:
         x = centered_columns(x, None)

@@ -8,12 +8,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
-from jaxalign._plan import Plan, TileSize, make_plan, rows_are_local
 from jaxalign._problem import (
     Bandwidth,
     Diagonal,
@@ -41,6 +39,7 @@ from jaxalign.core.devices import NO_ROWS, ROWS_LAST, on_mesh
 from jaxalign.core.features import center_features
 from jaxalign.core.reduce import reduce_pairs
 from jaxalign.core.tiles import Reduction, kernel_terms, over_all
+from jaxalign.plan import Plan, check_plan, resolve_plan
 
 __all__ = [
     "BAD_DENSITY",
@@ -87,30 +86,22 @@ def mean_density(
     *,
     sigma: ArrayLike,
     diagonal: Diagonal = "include",
+    bandwidth: Bandwidth = "global",
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     mask_y: Bool[AnyArray, "*#batch m"] | None = None,
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
-    axis_name: str | None = None,
+    plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
     """Mean of the affinity exp(-||x_i - y_j||^2 / (2 sigma^2)) over pairs, at a given sigma.
 
     Args:
         x: features, shape (..., n, d).
         y: features, shape (..., m, d); None compares x with itself.
-        sigma: bandwidth in units of the features, > 0; broadcasts to (...), or is (..., n): one a row of x. (n,) is
-            read as one a row unless it is also the batch shape.
+        sigma: bandwidth in units of the features, > 0; broadcasts to (...).
         diagonal: "include" counts the n ones on the diagonal, "exclude" averages over i != j. Only for y = None.
+        bandwidth: "per_row": sigma has shape (..., n), one per row of x.
         mask: shape (..., n), True = a real sample; the others do not count.
         mask_y: the same for y, shape (..., m).
-        tile_size: pairs are visited in tiles of at most so many rows and columns, whose distances are computed
-            on the way and, for a gradient, once more; memory is a tile and a few times the features. None stores all n
-            x m distances, "auto" does where they are few and else chooses a size by the device and its free memory.
-        mesh: spread the rows (of x and of y) over the devices along an axis of this mesh; n need not divide. Rows that
-            are spread already bring their mesh along.
-        axis_name: the axis of the mesh, if it has several and none is called "data". Without a mesh: an axis that is
-            bound, inside `jax.shard_map`, `jax.pmap` or `jax.vmap(axis_name=...)`; x, y and the masks then are this
-            device's rows, and all devices together form the set.
+        plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
         The density, shape (...), between 0 and 1. Differentiable in x, y and sigma. nan where no pair is left.
@@ -124,9 +115,10 @@ def mean_density(
         >>> float(jaxalign.mean_density(x, sigma=1.0))  # (1 + exp(-1/2)) / 2
         0.80326...
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=rows_are_local(mesh, axis_name))
-    plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
-    bandwidths, per_row = check_sigma(sigma, problem)
+    plan = check_plan(plan)
+    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=plan.rows_are_local)
+    plan = resolve_plan(plan, problem.x, problem.y)
+    bandwidths, per_row = check_sigma(sigma, problem, bandwidth), bandwidth == "per_row"
     _checks.finite_rows("x", problem.x, problem.mask, differences=True)
     if problem.y is not None:
         _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
@@ -166,9 +158,7 @@ def solve_sigma(
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     mask_y: Bool[AnyArray, "*#batch m"] | None = None,
     rtol: float | None = None,
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
-    axis_name: str | None = None,
+    plan: Plan | None = None,
 ) -> SigmaSolution:
     """The sigma at which mean(exp(-||x_i - y_j||^2 / (2 sigma^2))) equals a density.
 
@@ -184,14 +174,7 @@ def solve_sigma(
         mask_y: the same for y, shape (..., m).
         rtol: relative error allowed in the density reached, and about that in derivatives; None: 1e-6 in float32, 1e-13
             in float64.
-        tile_size: pairs are visited in tiles of at most so many rows and columns, whose distances are computed
-            on the way and, for a gradient, once more; memory is a tile and a few times the features. None stores all n
-            x m distances, "auto" does where they are few and else chooses a size by the device and its free memory.
-        mesh: spread the rows (of x and of y) over the devices along an axis of this mesh; n need not divide. Rows that
-            are spread already bring their mesh along.
-        axis_name: the axis of the mesh, if it has several and none is called "data". Without a mesh: an axis that is
-            bound, inside `jax.shard_map`, `jax.pmap` or `jax.vmap(axis_name=...)`; x, y and the masks then are this
-            device's rows, and all devices together form the set.
+        plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
         `SigmaSolution` with sigma, the density reached, the number of passes over all pairs, and a status. sigma has
@@ -212,8 +195,9 @@ def solve_sigma(
         >>> abs(float(jaxalign.mean_density(x, sigma=solution.sigma)) - 0.05) < 1e-6
         True
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=rows_are_local(mesh, axis_name))
-    plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
+    plan = check_plan(plan)
+    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=plan.rows_are_local)
+    plan = resolve_plan(plan, problem.x, problem.y)
     target = check_density(density, problem, bandwidth, plan)
     rtol = check_rtol(rtol, problem.x.dtype)
     solution = solve_checked(problem, target, bandwidth, rtol, plan)

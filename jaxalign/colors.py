@@ -31,7 +31,7 @@ def rgb(
     embedding: NormalizedCut | Float[AnyArray, "n k"],
     method: ColorMethod = "rotate",
     *,
-    components: int = 8,
+    num_components: int = 8,
     like: NormalizedCut | Float[AnyArray, "m k"] | None = None,
     quantile: float = 0.02,
     seed: int = 0,
@@ -47,7 +47,7 @@ def rgb(
             their first three principal axes into the colour cube: two are hues, the third is brightness. Linear, the
             same every time, differentiable. "umap" and "tsne" lay them out in three dimensions first, which
             separates more groups and keeps less of what is far from what; they need the extras [umap] and [tsne].
-        components: how many leading columns count, from 3 to k at most: few for the large parts, more for details.
+        num_components: how many leading columns count, from 3 to k at most: few for the large parts, more for details.
         like: colours as they would be in this embedding, whose map from rows to colours is taken: a new picture in the
             colours of an old one (its rows by `NormalizedCut.transform`). Not for "tsne", which has no map.
         quantile: of each axis so many rows at either end are clipped, so that outliers do not use up the colours.
@@ -70,8 +70,8 @@ def rgb(
     _checks.choice("method", method, ("rotate", "umap", "tsne"))
     if not 0 <= quantile < 0.5:
         raise ValueError(f"quantile must be at least 0 and below 0.5; got {quantile}.")
-    rows = _rows("embedding", embedding, _checks.whole("components", components, 3))
-    reference = rows if like is None else _rows("like", like, components)
+    rows = _rows("embedding", embedding, _checks.whole("num_components", num_components, 3))
+    reference = rows if like is None else _rows("like", like, num_components)
     if reference.shape[1] != rows.shape[1]:
         raise ValueError(f"like has {reference.shape[1]} columns, embedding has {rows.shape[1]}.")
     if method == "tsne" and like is not None:
@@ -83,7 +83,7 @@ def rgb(
     return _painted(rows, reference, present, counted, float(quantile))
 
 
-def _rows(name: str, value: Any, components: int) -> Array:
+def _rows(name: str, value: Any, num_components: int) -> Array:
     rows = value.eigenvectors if isinstance(value, NormalizedCut) else _checks.features(name, value)
     if rows.ndim != 2 or rows.shape[1] < 3 or rows.shape[0] < 3:
         raise ValueError(
@@ -91,7 +91,7 @@ def _rows(name: str, value: Any, components: int) -> Array:
             f"got shape {rows.shape}."
         )
     _checks.finite_rows(name, rows, way_out="Colours need finite rows.")
-    return rows[:, :components]
+    return rows[:, :num_components]
 
 
 @partial(jax.jit, static_argnums=4)

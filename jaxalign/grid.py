@@ -19,35 +19,35 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
-from jaxalign._plan import TileSize, make_plan
 from jaxalign._positions import Positions, check_positions
 from jaxalign._problem import check_rtol
 from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
-from jaxalign.files.cells import GridResult, GridTask, Summaries, compare_cells
+from jaxalign.files.cells import GridResult, GridTask, Summaries, compare_cells, option_value
 from jaxalign.files.checkpoint import Checkpoint, locked_checkpoint
 from jaxalign.files.grid import compare_files
 from jaxalign.files.sources import check_block_rows
 from jaxalign.files.storage import check_regular, json_value, replace_file
 from jaxalign.files.visit import Progress, reporting
 from jaxalign.io import named_sets
+from jaxalign.kernels import RBF, Laplacian
 from jaxalign.measures._evaluate import (
     Missing,
     PairMeasure,
     SummaryMeasure,
     check_function,
+    check_pairs_fit,
     check_representations,
-    check_single_device,
     compute_products,
     compute_values,
     explain_status,
 )
 from jaxalign.measures._pair_sums import solve_bandwidth_jit
 from jaxalign.measures._registry import check_how, specified
+from jaxalign.plan import Plan, check_plan, check_single_device, resolve_plan
 
 # Two cores compute so many products in less time than it takes to compile for one more width.
 _PRODUCTS_PER_WIDTH = 5e10
@@ -75,8 +75,8 @@ def compare(
             puts the positions of a sample side by side, (n, h w d), as Kornblith et al. (2019) do; "mean" averages.
         mask: True for valid samples, shape (n,); for every position where those are samples.
         missing: what to do about nan and inf: "raise", "omit" such samples, or "propagate" nan.
-        options: of the measure, see the function of its name in `jaxalign.measures`; also tile_size, mesh and axis_name
-            where it takes them.
+        options: of the measure, see the function of its name in `jaxalign.measures`; also `plan` where it takes
+            one.
 
     Returns:
         A scalar. Batches are for the functions in `jaxalign.measures`, or `jax.vmap`.
@@ -88,10 +88,10 @@ def compare(
     Example:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (100, 8))
-        >>> round(float(jaxalign.compare(x, 2 * x, "rsa", compare="spearman")), 4)
+        >>> round(float(jaxalign.compare(x, 2 * x, "rsa", comparison="spearman")), 4)
         1.0
     """
-    how = {name: options.pop(name) for name in ("tile_size", "mesh", "axis_name") if name in options}
+    how = {name: options.pop(name) for name in ("plan",) if name in options}
     entry = specified(measure, options)[0]
     check_how(entry, how)
     x, y = check_positions({"x": x, "y": y}, positions).values()
@@ -164,7 +164,7 @@ class ComparisonGrid:
             "itself": self.itself,
             "values": json_value(np.asarray(self.values)),
             "sigma": json_value(np.asarray(self.sigma)),
-            "options": {name: json_value(value) for name, value in self.settings},
+            "options": {name: option_value(value) for name, value in self.settings},
             "samples": self.samples,
             "versions": dict(self.versions),
         }
@@ -225,9 +225,7 @@ def compare_grid(
     positions: Positions | None = None,
     mask: np.ndarray | None = None,
     missing: Missing = "raise",
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
-    axis_name: str | None = None,
+    plan: Plan | None = None,
     block_rows: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress = False,
@@ -245,16 +243,14 @@ def compare_grid(
         mask: shape (n,), True = a real sample.
         missing: what to do about nan and inf: "raise", "omit" samples that are missing in any set, or "propagate": nan
             for the sets that hold some.
-        tile_size: see `jaxalign.solve_sigma`.
-        mesh: spread rows over devices (and processes), see `jaxalign.solve_sigma`. For arrays in memory.
-        axis_name: the axis of the mesh.
+        plan: how pairs are visited, see `jaxalign.Plan`.
         block_rows: rows in a block of what is read from files; None: so many that a block of all sets takes 256 MB.
             Measures by pairs hold two blocks in memory and read a third; others hold what 1 GB holds of whole sets, two
             at least.
         checkpoint: a file for what is finished, to go on from if it is there; removed at the end. One that belongs to
             other features or options is refused. (A kernel of your own is told by its name and a few of its values.)
         progress: True shows a bar (needs tqdm); or a function of (stage, done, total).
-        options: of the measure. sigma: a number, or one a set.
+        options: of the measure. The sigma of a kernel is a number, or one per representation.
 
     Returns:
         `ComparisonGrid`. Every bandwidth that is left open is solved for once a set.
@@ -272,8 +268,9 @@ def compare_grid(
         'second'
     """
     entry, filled, specification = specified(measure, options)
-    check_how(entry, {name: value for name, value in (("mesh", mesh), ("axis_name", axis_name)) if value is not None})
-    check_single_device(specification, mesh, axis_name)
+    plan = check_plan(plan)
+    check_how(entry, ["plan"] if plan.mesh is not None or plan.axis_name is not None else [])
+    check_pairs_fit(specification, plan)
     ours = named_sets("features", features)
     theirs = {} if other is None else named_sets("other", other)
     sides = (("features", ours), ("other", theirs))
@@ -281,15 +278,13 @@ def compare_grid(
     names = list(ours) if other is None else list(rows)
     _check_same_samples(names, list(rows.values()))
     check_block_rows(block_rows)
-    if filled.get("sigma") is not None:
-        filled["sigma"] = _sigma_per_representation(filled["sigma"], len(rows))
-    task = GridTask(list(rows.values()), names, len(ours), filled, mask, missing, tile_size, progress)
+    filled = {name: _kernel_of_grid(value, len(rows)) for name, value in filled.items()}
+    task = GridTask(list(rows.values()), names, len(ours), filled, mask, missing, plan, progress)
     in_memory = not any(isinstance(value, np.memmap) for value in task.features)
     if in_memory and checkpoint is None and block_rows is None:
-        result = _compare_in_memory(task, specification, mesh, axis_name)
-    elif mesh is not None or axis_name is not None:
-        raise ValueError("mesh= is for arrays in memory without a checkpoint; these rows are read block by block.")
+        result = _compare_in_memory(task, specification)
     else:
+        check_single_device(plan, "rows are read block by block from files, or with a checkpoint, on a single device")
         with locked_checkpoint(checkpoint) as path:
             result = compare_files(task, specification, block_rows, path)
     values, sigma, samples = result
@@ -307,25 +302,23 @@ def compare_grid(
     )
 
 
-def _compare_in_memory(
-    task: GridTask, measure: PairMeasure | SummaryMeasure, mesh: Any = None, axis_name: Any = None
-) -> GridResult:
+def _compare_in_memory(task: GridTask, measure: PairMeasure | SummaryMeasure) -> GridResult:
     """Arrays in memory, spread over devices or not: in one visit of the pairs, or cell by cell."""
     named = [(name, _checks.features(name, value)) for name, value in zip(task.names, task.features, strict=True)]
     if isinstance(measure, PairMeasure) and measure.function.normalization is None:
         named = _pad_widths(named)
     features, mask = check_representations(named, task.mask, task.missing, measure.min_samples, measure.label)
     if isinstance(measure, SummaryMeasure):
-        summaries = Summaries(task, measure, lambda k: features[k], mask, mesh, axis_name)
+        summaries = Summaries(task, measure, lambda k: features[k], mask)
         values = compare_cells(summaries, Checkpoint(None, "compare_grid", {}))
         num_samples = task.num_samples if mask is None else int(_checks.on_host(mask).sum())
         return GridResult(values, np.full(len(features), np.nan), num_samples)
-    plan = make_plan(features[0], None, task.tile_size, mesh, axis_name, representations=len(features))
-    plan, function, sigma = replace(plan, differentiable=False), measure.function, task.options.get("sigma")
+    plan = resolve_plan(task.plan, features[0], None, representations=len(features))
+    function, kernel = measure.function, task.kernel
     if function.solves:
-        alone = make_plan(features[0], None, task.tile_size, mesh, axis_name)
-        density = task.options.get("density")
-        target = check_function(task.names, features, mask, None, density, function, alone)[1]
+        alone = resolve_plan(task.plan, features[0], None)
+        target = check_function(task.names, features, mask, kernel, function, alone)[1]
+        assert kernel is not None
         assert target is not None
         sigma = []
         with reporting(task.progress, "sigma", len(features), unit="set") as show:
@@ -334,8 +327,11 @@ def _compare_in_memory(
                 explain_status(name, status)
                 sigma.append(jnp.where(jnp.isnan(solution), 1, solution))  # nan features: their values become nan
                 show(len(sigma))
-        measure = replace(measure, function=replace(function, solves=False))
-    inner = compute_products(features, task.split, mask, sigma, None, measure, plan, task.names)
+        measure, kernel = (
+            replace(measure, function=replace(function, solves=False)),
+            replace(kernel, sigma=tuple(sigma)),
+        )
+    inner = compute_products(features, task.split, mask, kernel, measure, plan, task.names, differentiable=False)
     values = np.asarray(compute_values(inner, measure))
     sigmas = np.asarray(inner.sigma) if function.needs_sigma else np.full(len(features), np.nan)
     return GridResult(values, sigmas, int(inner.num_samples))
@@ -356,8 +352,11 @@ def _pad_widths(named: list[tuple[str, Array]]) -> list[tuple[str, Array]]:
 # --- what was handed in -----------------------------------------------------------------------------------------------
 
 
-def _sigma_per_representation(sigma: Any, number: int) -> tuple[Any, ...] | Any:
-    """One bandwidth for all, or a tuple of one per representation."""
+def _kernel_of_grid(option: Any, number: int) -> Any:
+    """The kernel with one number as its sigma, or a tuple of one per representation; other options as they are."""
+    if not isinstance(option, (RBF, Laplacian)) or option.sigma is None:
+        return option
+    sigma: Any = option.sigma
     is_single = np.ndim(sigma) == 0
     values = (sigma,) if is_single else tuple(sigma)
     if not is_single and len(values) != number:
@@ -365,7 +364,7 @@ def _sigma_per_representation(sigma: Any, number: int) -> tuple[Any, ...] | Any:
     for value in values:
         _checks.parameter("sigma", value, np.float32, (), "one number a set")
         _checks.positive("sigma", value)
-    return sigma if is_single else tuple(map(float, values))
+    return replace(option, sigma=float(sigma) if is_single else tuple(map(float, values)))
 
 
 def _check_same_samples(names: list[str], features: list[Any]) -> None:
@@ -378,5 +377,5 @@ def _check_same_samples(names: list[str], features: list[Any]) -> None:
 
 
 def _hashable(value: Any) -> Any:
-    option = json_value(value)
+    option = option_value(value)
     return tuple(map(_hashable, option)) if isinstance(option, list) else option

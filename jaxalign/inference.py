@@ -24,10 +24,10 @@ from jaxtyping import Array
 from jaxalign import _checks
 from jaxalign._linalg import matmul
 from jaxalign._memory import check_room
-from jaxalign._plan import STORED
 from jaxalign._positions import Positions, check_positions
 from jaxalign._problem import check_rtol
 from jaxalign.io import named_sets
+from jaxalign.kernels import with_bandwidth
 from jaxalign.measures._centering import CENTERINGS, Centering
 from jaxalign.measures._evaluate import (
     Missing,
@@ -47,6 +47,7 @@ from jaxalign.measures._pair_sums import (
     rounding_level,
 )
 from jaxalign.measures._registry import specified
+from jaxalign.plan import STORED
 
 # Fewer samples are resampled to mostly copies of each other.
 _LEAST_RESAMPLED = 10
@@ -177,7 +178,7 @@ def permutation_test(
     Example:
         >>> import jax, jaxalign
         >>> x, noise = jax.random.normal(jax.random.key(0), (2, 50, 8))
-        >>> test = jaxalign.permutation_test(x, x + noise, key=jax.random.key(1), permutations=999, density=0.2)
+        >>> test = jaxalign.permutation_test(x, x + noise, key=jax.random.key(1), permutations=999)
         >>> round(float(test.p_value), 4)
         0.001
     """
@@ -430,8 +431,7 @@ def pair_matrices(
     sets: tuple[Array, ...], options: dict[str, Any], measure: PairMeasure, names: Sequence[str]
 ) -> tuple[Array, Array]:
     """Centred pair matrices (sets, n, n), whose inner products are those of the measure, and their units (sets,)."""
-    sigma = options.get("sigma")
-    sigmas, target = check_function(names, sets, None, sigma, options.get("density"), measure.function, STORED)
+    sigmas, target = check_function(names, sets, None, with_bandwidth(options), measure.function, STORED)
     found = []
     shape = (len(sets), sets[0].shape[0], sets[0].shape[0])
     check_room("the pair matrices", shape, sets[0], "Test fewer samples, drawn at random: x[rows], y[rows].")
@@ -548,9 +548,7 @@ def _recomputed(
         plain = replace(measure, centering=CENTERINGS["none"])
         values = _recomputed_differences(pair_matrices(sets, options, plain, names)[0], order, split, measure)
     else:
-        sigma, target = check_function(
-            names, sets, None, options.get("sigma"), options.get("density"), measure.function, STORED
-        )
+        sigma, target = check_function(names, sets, None, with_bandwidth(options), measure.function, STORED)
         for k in range(len(sets)):
             summary = _summarize(sets[k], None if sigma is None else sigma[k], target, measure)
             explain_status(names[k], summary.status)
@@ -690,7 +688,7 @@ def _resampled(
         raise ValueError(
             f"measure {entry.name!r} with these options has no bootstrap: copies of a sample would count as evidence, "
             'or let it overfit. Take cka, hsic or distance_correlation with estimator="debiased", or rsa with '
-            'compare="pearson" or "cosine"; or use permutation_test.'
+            'comparison="pearson" or "cosine"; or use permutation_test.'
         )
     values = parts[0] if len(parts) == 1 else parts[0] - parts[1]
     return values[n + 1 :], values[0], values[1 : n + 1]

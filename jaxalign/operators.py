@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul
-from jaxalign._plan import Plan, TileSize, make_plan, rows_are_local
 from jaxalign._problem import (
     Bandwidth,
     Diagonal,
@@ -24,6 +22,7 @@ from jaxalign._problem import (
     check_problem,
     check_rtol,
     check_sigma,
+    check_unused,
     explain_failure,
 )
 from jaxalign._typing import AnyArray
@@ -34,6 +33,7 @@ from jaxalign.core.devices import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, batched,
 from jaxalign.core.features import accurate_distances, attach_derivative, center_features
 from jaxalign.core.reduce import reduce_pairs
 from jaxalign.core.tiles import Reduction, Tile, kernel, kernel_terms
+from jaxalign.plan import Plan, check_plan, resolve_plan
 
 
 def affinity_operator(
@@ -48,26 +48,23 @@ def affinity_operator(
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     mask_y: Bool[AnyArray, "*#batch m"] | None = None,
     precision: lax.PrecisionLike = None,
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
-    axis_name: str | None = None,
+    plan: Plan | None = None,
 ) -> AffinityOperator:
     """The affinity of `rbf_affinity` as an operator: memory is a tile and a few times the features, never n x m.
 
     Args:
         x: features, shape (..., n, d).
         y: features, shape (..., m, d); None stands for x.
-        sigma: bandwidth in units of the features: a scalar, (...) or (..., n). None solves for it, see `solve_sigma`.
-        density: the wanted mean of A. Unused with a given sigma.
-        diagonal: whether the ones on the diagonal count in that mean. Only for y = None.
-        bandwidth: "global": one sigma. "per_row": one a row.
+        sigma: bandwidth in units of the features, see `rbf_affinity`. None solves for it, see `solve_sigma`.
+        density: the target mean of A. Not with sigma.
+        diagonal: whether the ones on the diagonal count in that mean. Only for y = None, and not with sigma.
+        bandwidth: "global": one sigma. "per_row": one per row of x.
         zero_diagonal: the diagonal of the operator is 0. Only for y = None.
         mask: shape (..., n), True = a real sample; the others have rows and columns of 0.
         mask_y: the same for y, shape (..., m).
         precision: of the products in the distances, see `squared_distances`.
-        tile_size: rows and columns of a tile at most, see `solve_sigma`.
-        mesh: spreads rows over devices, see `solve_sigma`. Results are spread as the rows are.
-        axis_name: see `solve_sigma`. Without a mesh, vectors and results are this device's rows.
+        plan: how pairs are visited, see `jaxalign.Plan`. With a mesh, results are sharded as the rows are; with an axis
+            name alone, vectors and results are the rows of this device.
 
     Returns:
         An `AffinityOperator`, differentiable in x, y, density and sigma.
@@ -84,21 +81,21 @@ def affinity_operator(
         >>> (a @ jax.numpy.ones(200)).shape
         (200,)
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=rows_are_local(mesh, axis_name))
+    plan = check_plan(plan)
+    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=plan.rows_are_local)
     if zero_diagonal and y is not None:
         raise ValueError("zero_diagonal=True has no meaning with y: row i and column i are different samples.")
-    _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
-    plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
+    plan = resolve_plan(plan, problem.x, problem.y)
     if sigma is None:
         target = check_density(density, problem, bandwidth, plan)
         solution = solve_checked(problem, target, bandwidth, check_rtol(None, problem.x.dtype), plan, precision)
         explain_failure(solution.status, problem)
-        per_row, bandwidths = bandwidth == "per_row", solution.sigma
-        if per_row and problem.mask is not None:  # nan there, which would reach the other rows
+        bandwidths = solution.sigma
+        if bandwidth == "per_row" and problem.mask is not None:  # nan there, which would reach the other rows
             bandwidths = jnp.where(problem.mask, bandwidths, 1)
     else:
-        given, per_row = check_sigma(sigma, problem)
-        bandwidths = jnp.asarray(given)
+        check_unused(sigma, density, diagonal)
+        bandwidths = jnp.asarray(check_sigma(sigma, problem, bandwidth))
         _checks.finite_rows("x", problem.x, problem.mask, differences=True)
         if problem.y is not None:
             _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
@@ -107,7 +104,7 @@ def affinity_operator(
         bandwidths,
         left=None,
         right=None,
-        per_row=per_row,
+        per_row=bandwidth == "per_row",
         zero_diagonal=zero_diagonal,
         transposed=False,
         plan=plan,
@@ -256,6 +253,7 @@ class AffinityOperator:
             self.x,
             self.y,
             self.sigma,
+            bandwidth="per_row" if self.per_row else "global",
             zero_diagonal=self.zero_diagonal,
             mask=self.mask,
             mask_y=self.mask_y,

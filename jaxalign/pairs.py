@@ -8,12 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul
-from jaxalign._plan import Plan, TileSize, make_plan, rows_are_local
 from jaxalign._problem import check_problem
 from jaxalign._typing import AnyArray
 from jaxalign.core import reduce
@@ -21,6 +19,7 @@ from jaxalign.core.bandwidth import pairs_of
 from jaxalign.core.devices import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, on_mesh
 from jaxalign.core.features import accurate_distances, center_features, valid_rows
 from jaxalign.core.tiles import Reduction, Tile, inverse_rms_distance, over_all, over_rows, smooth
+from jaxalign.plan import Plan, check_plan, resolve_plan
 
 # Distances are right, each by itself, down to about this many times below the mean.
 _RESOLVED_BELOW_MEAN = 1e3
@@ -38,9 +37,7 @@ def reduce_pairs(
     self_pairs: bool = True,
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     mask_y: Bool[AnyArray, "*#batch m"] | None = None,
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
-    axis_name: str | None = None,
+    plan: Plan | None = None,
 ) -> Any:
     """The sum of fn(||x_i - y_j||^2) over all pairs, over each row's, or times a value of each column.
 
@@ -58,9 +55,7 @@ def reduce_pairs(
         self_pairs: whether pairs of a sample with itself count; only for y = None.
         mask: shape (..., n), True marks valid samples; the others do not count, and get 0.
         mask_y: the same for y, shape (..., m).
-        tile_size: see `jaxalign.solve_sigma`.
-        mesh: see `jaxalign.solve_sigma`.
-        axis_name: see `jaxalign.solve_sigma`.
+        plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
         For each array that fn returns: shape (...); with per_row (..., n); with values (..., n) or (..., n, k).
@@ -80,14 +75,15 @@ def reduce_pairs(
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function of an array of squared distances; got {_checks.shown(fn)}.")
-    problem = check_problem(x, y, mask, mask_y, "include", local_rows=rows_are_local(mesh, axis_name))
+    plan = check_plan(plan)
+    problem = check_problem(x, y, mask, mask_y, "include", local_rows=plan.rows_are_local)
     x, y, mask, mask_y, _ = problem
     if y is not None and not self_pairs:
         raise ValueError("self_pairs=False has no meaning with y: row i and column i are different samples.")
     if values is not None and per_row:
         raise ValueError("per_row=True has no effect with values, which give one result per row anyway. Leave it out.")
     _check_elementwise(fn, x.dtype)
-    plan = make_plan(x, y, tile_size, mesh, axis_name)
+    plan = resolve_plan(plan, x, y)
     is_vector = False
     if values is not None:
         m = (x if y is None else y).shape[-2]

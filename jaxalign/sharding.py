@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
 from jaxalign import _checks
-from jaxalign._plan import default_axis
 from jaxalign._typing import AnyArray
+from jaxalign.plan import default_axis
 
 
 def data_mesh(
@@ -55,10 +55,10 @@ def shard_rows(
     """An array whose rows, axis -2, are spread over the devices of a mesh.
 
     With several processes (`jax.distributed`) each gives the rows it holds, the same number in each, and the result
-    is the array of all rows, in the order of the processes. Functions of jaxalign then need no `mesh=`.
+    is the array of all rows, in the order of the processes. Functions of jaxalign then need no mesh.
 
     Args:
-        x: this process's rows; their number must divide among its devices (with `mesh=` it need not).
+        x: this process's rows; their number must divide among its devices (with `jaxalign.Plan(mesh=...)` it need not).
         mesh: the mesh.
         axis_name: the axis of the mesh; None: the only one, or "data" where it has several.
 
@@ -83,7 +83,7 @@ def shard_rows(
     if here < 1 or x.shape[-2] % here:
         raise ValueError(
             f"x has {x.shape[-2]} rows, which do not divide among the {here} devices of this process along axis "
-            f"{axis!r}. Add rows and mask them out with mask=, or give mesh= to the function instead."
+            f"{axis!r}. Add rows and mask them out with mask=, or pass plan=jaxalign.Plan(mesh=...) instead."
         )
     sharding = NamedSharding(mesh, P(*[None] * (x.ndim - 2), axis, None))
     if jax.process_count() == 1:

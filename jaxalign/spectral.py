@@ -15,18 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul, unit
-from jaxalign._plan import TileSize
+from jaxalign._problem import check_unused
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.alignment import Alignment
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
 from jaxalign.operators import AffinityOperator, affinity_operator, inverse_root
+from jaxalign.plan import AUTO, Plan, check_plan, check_single_device
 
 Method = Literal["auto", "dense", "lobpcg", "nystroem"]
 Kind = Literal["auto", "features", "affinity"]
@@ -129,8 +129,7 @@ def normalized_cut(
     landmarks: int | Int[AnyArray, " m"] | None = None,
     key: Array | None = None,
     rtol: float | None = None,
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
+    plan: Plan | None = None,
 ) -> NormalizedCut:
     """Spectral embedding of an affinity: the leading eigenvectors of the normalised cut (Shi & Malik 2000).
 
@@ -154,8 +153,8 @@ def normalized_cut(
         landmarks: of "nystroem": their number (default 512, or n), drawn at random, or their rows.
         key: of the random choices of "lobpcg" and "nystroem"; default `jax.random.key(0)`.
         rtol: of "lobpcg": residual |M v - lambda v| relative to 1 + lambda. Default 1e-5, in float64 1e-10.
-        tile_size: see `solve_sigma`; a number keeps "lobpcg" from storing the affinity of few samples.
-        mesh: spreads rows over devices, see `solve_sigma`; for "lobpcg" and "nystroem".
+        plan: how pairs are visited, see `jaxalign.Plan`; a tile size keeps "lobpcg" from storing the affinity of few
+            samples. A mesh is for "lobpcg" and "nystroem".
 
     Returns:
         A `NormalizedCut`. With "dense" and "lobpcg" differentiable in x to every order, wherever an eigenvalue stands
@@ -202,36 +201,39 @@ def normalized_cut(
             raise ValueError(f"x must have shape (n, d) or (n, n); got {x.shape}. Use jax.vmap for a batch.")
         n = x.shape[0]
         is_features = _is_features(x, kind)
-    if not is_features and (sigma is not None or mask is not None or bandwidth != "global" or mesh is not None):
-        raise ValueError("sigma, bandwidth, mask and mesh belong to features; an affinity has its own.")
+    plan = check_plan(plan, local_rows=False)
+    if not is_features and (sigma is not None or mask is not None or bandwidth != "global" or plan.mesh is not None):
+        raise ValueError("sigma, bandwidth, mask and a mesh belong to features; an affinity has its own.")
+    if sigma is not None:
+        check_unused(sigma, density, diagonal)
     if k > n:
         raise ValueError(f"num_components = {k}, but there are only n = {n} samples.")
     if method == "nystroem":
         if isinstance(x, AffinityOperator) or not is_features:
             raise ValueError('method="nystroem" needs features: it computes affinities to landmarks only.')
-        return _from_landmarks(x, k, sigma, density, bandwidth, mask, landmarks, start, tile_size, mesh)
+        return _from_landmarks(x, k, sigma, density, bandwidth, mask, landmarks, start, plan)
     if landmarks is not None:
         raise ValueError('landmarks belong to method="nystroem".')
     if method == "auto":
-        in_tiles = isinstance(x, AffinityOperator) or n > _DENSE or mesh is not None
+        in_tiles = isinstance(x, AffinityOperator) or n > _DENSE or plan.mesh is not None
         method = "lobpcg" if in_tiles and 5 * k < n else "dense"
     if method == "lobpcg" and 5 * k >= n:
         raise ValueError(f'method="lobpcg" finds fewer than n / 5 components; got {k} of n = {n}. Take "dense".')
-    if method == "dense" and mesh is not None:
-        raise ValueError(
-            'method="dense" stores the whole matrix on one device: mesh= goes with "lobpcg" or "nystroem".'
-        )
+    if method == "dense":
+        check_single_device(plan, 'method="dense" stores the whole matrix', 'or use "lobpcg" or "nystroem"')
     options: dict[str, Any] = {"density": density, "diagonal": diagonal, "bandwidth": bandwidth, "mask": mask}
     source: Source = x
     if isinstance(x, AffinityOperator):
         source = x.todense() if method == "dense" else x
-    elif is_features and (method == "dense" or (n <= _STORED and tile_size == "auto" and mesh is None)):
-        sigma = solve_sigma(x, tile_size=tile_size, **options).sigma if sigma is None else sigma
+    elif is_features and (method == "dense" or (n <= _STORED and plan == AUTO)):
+        sigma = solve_sigma(x, plan=plan, **options).sigma if sigma is None else sigma
         if mask is not None and jnp.ndim(sigma):
             sigma = jnp.where(jnp.asarray(mask), sigma, 1)  # of masked rows it is nan
-        source = rbf_affinity(x, None, sigma, mask=mask)
+        source = rbf_affinity(x, None, sigma, bandwidth=bandwidth, mask=mask)
     elif is_features:
-        source = affinity_operator(x, None, sigma, tile_size=tile_size, mesh=mesh, **options)
+        if sigma is not None:  # neither has an effect then
+            options = {"bandwidth": bandwidth, "mask": mask}
+        source = affinity_operator(x, None, sigma, plan=plan, **options)
         sigma = source.sigma
     cut = _cut(source, start, k, method, rtol)
     if isinstance(x, AffinityOperator) or sigma is None or jnp.ndim(sigma):
@@ -469,8 +471,7 @@ def _from_landmarks(
     mask: Any,
     landmarks: Any,
     key: Array,
-    tile_size: TileSize,
-    mesh: Mesh | AbstractMesh | None,
+    plan: Plan,
 ) -> NormalizedCut:
     n = x.shape[0]
     real = _checks.row_mask("mask", mask, (n,))
@@ -493,7 +494,7 @@ def _from_landmarks(
     few = jnp.take(x, chosen, 0)
     if sigma is None:
         sigma = solve_sigma(few, density=density, diagonal="exclude").sigma
-    a = affinity_operator(x, few, sigma, mask=mask, tile_size=tile_size, mesh=mesh)
+    a = affinity_operator(x, few, sigma, mask=mask, plan=plan)
     vectors, values, degrees, projection, weights = _cut_by_landmarks(a, rbf_affinity(few, None, sigma), k)
     unknown = jnp.full((k,), jnp.nan, x.dtype)
     cut = NormalizedCut(vectors, values, degrees, unknown, basis=few, sigma=jnp.asarray(sigma))

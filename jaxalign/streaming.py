@@ -15,12 +15,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxalign import _checks
-from jaxalign._plan import TileSize
 from jaxalign.bandwidth import Diagonal, SigmaSolution
 from jaxalign.files.checkpoint import locked_checkpoint
 from jaxalign.files.sigma import density_of_rows, solve_rows
 from jaxalign.files.sources import Rows, Source, open_pairs, open_source
 from jaxalign.files.visit import Progress
+from jaxalign.plan import Plan, check_plan, check_single_device
 
 
 def solve_sigma(
@@ -33,7 +33,7 @@ def solve_sigma(
     mask_y: np.ndarray | None = None,
     rtol: float | None = None,
     block_rows: int | None = None,
-    tile_size: TileSize = "auto",
+    plan: Plan | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress = False,
 ) -> SigmaSolution:
@@ -51,7 +51,7 @@ def solve_sigma(
         rtol: relative error allowed in the density; None: 1e-6 in float32, 1e-13 in float64.
         block_rows: rows in a block, of which three are in memory; None: 256 MB, 65536 rows at most. A sequence has its
             own blocks.
-        tile_size: of the tiles within a pair of blocks, see `jaxalign.solve_sigma`.
+        plan: `jaxalign.Plan(tile_size=...)`: of the tiles within a pair of blocks.
         checkpoint: a file to write progress to, and to go on from if it is there. Removed at the end. One that was
             written for other features or options is refused.
         progress: True shows a bar (needs tqdm); or a function of (pass, block pairs done, block pairs in a pass).
@@ -74,7 +74,7 @@ def solve_sigma(
     target = _number("density", density)
     _checks.density_value(target)
     with locked_checkpoint(checkpoint) as path:
-        pairs = open_pairs(*_open_sides(x, y, mask, mask_y, block_rows), diagonal, tile_size)
+        pairs = open_pairs(*_open_sides(x, y, mask, mask_y, block_rows), diagonal, _plan_for_files(plan))
         return solve_rows(pairs, target, rtol, path, progress)
 
 
@@ -87,7 +87,7 @@ def mean_density(
     mask: np.ndarray | None = None,
     mask_y: np.ndarray | None = None,
     block_rows: int | None = None,
-    tile_size: TileSize = "auto",
+    plan: Plan | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress = False,
 ) -> Array:
@@ -104,7 +104,7 @@ def mean_density(
     sigma = _number("sigma", sigma)
     _checks.positive("sigma", sigma)
     with locked_checkpoint(checkpoint) as path:
-        pairs = open_pairs(*_open_sides(x, y, mask, mask_y, block_rows), diagonal, tile_size)
+        pairs = open_pairs(*_open_sides(x, y, mask, mask_y, block_rows), diagonal, _plan_for_files(plan))
         return density_of_rows(pairs, sigma, path, progress)
 
 
@@ -115,6 +115,12 @@ def _open_sides(
         raise ValueError("mask_y is given without y; mask serves both sides when y is None.")
     others = None if y is None else open_source("y", y, mask_y, block_rows)
     return open_source("x", x, mask, block_rows), others
+
+
+def _plan_for_files(plan: Plan | None) -> Plan:
+    plan = check_plan(plan)
+    check_single_device(plan, "features are read block by block on a single device")
+    return plan
 
 
 def _number(name: str, value: Any) -> float:

@@ -18,12 +18,24 @@ import jax
 import numpy as np
 import reference
 
+import jaxalign
+from jaxalign.kernels import RBF, Laplacian
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS, OTHER_ROWS, WIDTH = 24, 9, 5
 CLUSTERS = 10
 
 MASK = np.arange(ROWS) % 4 != 1  # 18 real rows, and masked ones in between
 MASK_Y = np.arange(OTHER_ROWS) % 3 != 2  # 6 real rows
+
+
+# Options of `align` for plain rows: every step beyond the affinity is left out.
+PLAIN = {"density": 0.05, "channels": None, "decorrelate": None, "standardize": False}
+
+
+def align(features: Any, **options: Any) -> Any:
+    """`jaxalign.align`, with the steps beyond the affinity only where options name them."""
+    return jaxalign.align(features, **{**PLAIN, **options})
 
 
 class Tolerance(NamedTuple):
@@ -277,3 +289,15 @@ def counted(options: dict[str, Any]) -> np.ndarray:
     columns = options.get("mask_y", np.ones(OTHER_ROWS, bool)) if "y" in options else rows
     pairs = np.outer(rows, columns)
     return pairs & ~np.eye(ROWS, dtype=bool) if options.get("diagonal") == "exclude" else pairs
+
+
+def spelled_out(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a measure with a kernel object as the name and the numbers that the references take."""
+    plain = {}
+    for name, value in options.items():
+        if isinstance(value, (RBF, Laplacian)):
+            plain |= {name: type(value).__name__.lower(), "density": value.density, "diagonal": value.diagonal}
+            plain |= {} if value.sigma is None else {"sigma": value.sigma}
+        else:
+            plain[name] = value
+    return plain

@@ -63,7 +63,7 @@ def loss_of(
     *,
     measure: str,
     density: float = 0.05,
-    diagonal: str = "include",
+    diagonal: str = "exclude",
     fixed_sigma: bool = False,
     landmarks: int = 0,
     temperature: float = 0.1,

@@ -26,7 +26,7 @@ def solve_rate(values: np.ndarray, density: float, diagonal: str) -> float:
 
 
 def kernel_matrix(
-    x: np.ndarray, kernel: Any = "rbf", sigma: Any = None, density: float = 0.05, diagonal: str = "include"
+    x: np.ndarray, kernel: Any = "rbf", sigma: Any = None, density: float = 0.05, diagonal: str = "exclude"
 ) -> np.ndarray:
     """K."""
     d2 = sq_distances(x)
@@ -79,37 +79,37 @@ def cka(x: np.ndarray, y: np.ndarray, *, sigma: Any = None, estimator: str = "de
     return hsic_of(k, m, estimator) / np.sqrt(hsic_of(k, k, estimator) * hsic_of(m, m, estimator))
 
 
-def rdm(x: np.ndarray, kind: str, density: float = 0.05, diagonal: str = "include") -> np.ndarray:
+def rdm(x: np.ndarray, metric: str, density: float = 0.05, diagonal: str = "exclude") -> np.ndarray:
     """Dissimilarities."""
-    if kind == "sqeuclidean":
+    if metric == "sqeuclidean":
         return sq_distances(x)
-    if kind == "euclidean":
+    if metric == "euclidean":
         return np.sqrt(sq_distances(x))
-    if kind in ("correlation", "cosine"):
-        x = x - x.mean(1, keepdims=True) if kind == "correlation" else x
+    if metric in ("correlation", "cosine"):
+        x = x - x.mean(1, keepdims=True) if metric == "correlation" else x
         unit = x / np.linalg.norm(x, axis=1, keepdims=True)
         return sq_distances(unit) / 2  # 1 - cos, where 1 - u.v would lose half of the digits
-    if kind == "minus affinity":
+    if metric == "minus rbf":
         return -kernel_matrix(x, "rbf", None, density, diagonal)
     return 1 - kernel_matrix(x, "rbf", None, density, diagonal)
 
 
-def rsa(x: np.ndarray, y: np.ndarray, *, rdm_kind: str, compare: str, **options: Any) -> float:
+def rsa(x: np.ndarray, y: np.ndarray, *, metric: str, comparison: str, **options: Any) -> float:
     """The comparison of two RDMs over i < j."""
     n = len(x)
     first, second = np.triu_indices(n, 1)
-    if rdm_kind == "affinity" and compare in ("spearman", "kendall"):
-        rdm_kind = "minus affinity"  # the same order, where 1 - A of far pairs is rounded to 1
-    a, b = (rdm(z, rdm_kind, **options)[first, second] for z in (x, y))
-    if compare == "pearson":
+    if metric == "rbf" and comparison in ("spearman", "kendall"):
+        metric = "minus rbf"  # the same order, where 1 - A of far pairs is rounded to 1
+    a, b = (rdm(z, metric, **options)[first, second] for z in (x, y))
+    if comparison == "pearson":
         return np.corrcoef(a, b)[0, 1]
-    if compare == "spearman":
+    if comparison == "spearman":
         return scipy.stats.spearmanr(a, b)[0]
-    if compare == "kendall":
+    if comparison == "kendall":
         return scipy.stats.kendalltau(a, b)[0]
-    if compare == "cosine":
+    if comparison == "cosine":
         return a @ b / np.sqrt(a @ a * (b @ b))
-    if compare == "whitened_pearson":
+    if comparison == "whitened_pearson":
         a, b = a - a.mean(), b - b.mean()
     contrasts = np.eye(n)[first] - np.eye(n)[second]  # Diedrichsen et al. 2021: V_(ij)(kl) = (c_ij . c_kl)^2
     white = np.linalg.inv((contrasts @ contrasts.T) ** 2)

@@ -13,7 +13,7 @@ import pytest
 import reference
 
 import jaxalign
-from jaxalign import _linalg, _plan
+from jaxalign import Plan, _linalg, plan
 from jaxalign.core import reduce as reduce_module
 
 N, WIDTH = 167, 7
@@ -40,7 +40,7 @@ def features(kind: str, n: int = N) -> np.ndarray:
 @pytest.mark.parametrize("tile_size", [None, 61])
 def test_sigma(kind, bandwidth, tile_size):
     x = features(kind)
-    solution = jaxalign.solve_sigma(x, bandwidth=bandwidth, tile_size=tile_size)
+    solution = jaxalign.solve_sigma(x, bandwidth=bandwidth, plan=Plan(tile_size))
     expected = reference.solve_sigma(x.astype(np.float64), bandwidth=bandwidth)
     # Sigma follows the density by its slope: up to ten times the relative error that the solver allows, 1e-6.
     assert helpers.relative_error(solution.sigma, expected) < 1e-5
@@ -55,26 +55,26 @@ def test_tiles_are_looked_at_where_distances_may_be_coarse_and_not_where_they_ar
         return visit(reduction, pairs, tile, **options)
 
     monkeypatch.setattr(reduce_module, "visit_tiles", counted)
-    jaxalign.solve_sigma(features("normal", 171), tile_size=61)
+    jaxalign.solve_sigma(features("normal", 171), plan=Plan(61))
     assert True in seen  # the quick visit
     assert False in seen  # the careful one
 
 
 def test_rows_that_are_spread():
     x = features("tight clusters", 164)
-    sigma = jaxalign.solve_sigma(x, mesh=jaxalign.sharding.data_mesh(4), tile_size=23).sigma
+    sigma = jaxalign.solve_sigma(x, plan=Plan(tile_size=23, mesh=jaxalign.sharding.data_mesh(4))).sigma
     assert helpers.relative_error(sigma, reference.solve_sigma(x.astype(np.float64))) < 1e-5
 
 
 def test_masked_rows_do_not_count():
     x, mask = features("normal", 173), np.arange(173) % 4 > 0
-    sigma = jaxalign.solve_sigma(x, mask=mask, tile_size=61).sigma
+    sigma = jaxalign.solve_sigma(x, mask=mask, plan=Plan(61)).sigma
     assert helpers.relative_error(sigma, reference.solve_sigma(x[mask].astype(np.float64))) < 1e-5
 
 
 def test_derivatives_in_tiles():
     x = features("normal", 179)
-    gradient = jax.grad(lambda x: jaxalign.solve_sigma(x, tile_size=61).sigma)(x)
+    gradient = jax.grad(lambda x: jaxalign.solve_sigma(x, plan=Plan(61)).sigma)(x)
     helpers.assert_close(gradient, reference.sigma_gradient(x.astype(np.float64)), 1e-5)
 
 
@@ -109,7 +109,7 @@ def test_halved_products_in_an_affinity_and_its_gradient(rng):
 
 
 def test_more_is_stored_and_tiles_of_many_sets_are_larger():
-    assert _plan.choose_tiles("auto", 4096, 4096, 1, 4, may_store=True) == (True, None)
-    assert _plan.choose_tiles("auto", 4097, 4097, 1, 4, may_store=True, by_memory=False) == (False, 4096)
-    _, size = _plan.choose_tiles("auto", 10_000, 10_000, 24, 4, may_store=True, by_memory=False)
+    assert plan.choose_tile_size("auto", 4096, 4096, 1, 4, may_store=True) is None
+    assert plan.choose_tile_size("auto", 4097, 4097, 1, 4, may_store=True, by_memory=False) == 4096
+    size = plan.choose_tile_size("auto", 10_000, 10_000, 24, 4, may_store=True, by_memory=False)
     assert 24 * size**2 <= 2**26 < 24 * (size + 1) ** 2

@@ -13,6 +13,8 @@ import pytest
 from jax.experimental import checkify
 
 import jaxalign
+from jaxalign import Plan
+from jaxalign.kernels import RBF, Laplacian
 
 ROWS, WIDTH, MASK = helpers.ROWS, helpers.WIDTH, helpers.MASK
 
@@ -265,8 +267,9 @@ def test_one_bad_sigma_of_many(function):
     sigma = np.ones(ROWS, np.float32)
     sigma[4] = -1
     with refused(ValueError, "sigma must be finite and above 0"):
-        function(sigma)
-    assert np.all(np.isfinite(function(sigma, mask=np.arange(ROWS) != 4)))  # of a row that is not there
+        function(sigma, bandwidth="per_row")
+    valid = np.arange(ROWS) != 4
+    assert np.all(np.isfinite(function(sigma, bandwidth="per_row", mask=valid)))  # of a row that is not there
 
 
 @at_sigma
@@ -278,10 +281,14 @@ def test_sigma_that_is_no_real_number(function, sigma):
 
 @at_sigma
 def test_sigma_of_the_wrong_shape(function):
-    with refused(ValueError, "sigma of shape (3,) does not broadcast", "(24,), one sigma a row"):
+    with refused(ValueError, "sigma of shape (3,) does not broadcast"):
         function(np.ones(3, np.float32))
-    with refused(ValueError, "sigma of shape (3,)", "(2, 24), one sigma a row"):
-        function(np.ones(3, np.float32), x=np.stack([X, X]))
+    with refused(ValueError, "sigma of shape (24,) does not broadcast", 'One sigma per row needs bandwidth="per_row"'):
+        function(np.ones(ROWS, np.float32))
+    with refused(ValueError, "sigma of shape (3,)", "one sigma per row of x has shape (2, 24)"):
+        function(np.ones(3, np.float32), x=np.stack([X, X]), bandwidth="per_row")
+    with refused(ValueError, 'bandwidth="per_row" with a sigma of shape ()', "Leave bandwidth out"):
+        function(2.0, bandwidth="per_row")
     with refused(ValueError, "sigma of shape (24, 1)"):
         function(np.ones((ROWS, 1), np.float32))
 
@@ -374,16 +381,18 @@ def test_rtol_of_float64():
 # Options that are whole numbers, as functions of them.
 WHOLE = {
     "csls": lambda k: jaxalign.correspondence(X, X + 1, csls=k).rank,
-    "landmarks of infonce": lambda k: jaxalign.losses.alignment_loss(X, X[::-1], "infonce", landmarks=k, density=0.5),
+    "landmarks of infonce": lambda k: jaxalign.losses.alignment_loss(
+        X, X[::-1], "infonce", landmarks=k, kernel=RBF(density=0.5)
+    ),
     "k of mutual_knn": lambda k: jaxalign.measures.mutual_knn(X, X[::-1], k),
     "k of jaccard": lambda k: jaxalign.measures.jaccard(X, X[::-1], k),
     "k of cknna": lambda k: jaxalign.measures.cknna(X, X[::-1], k),
     "k of nearest_neighbors": lambda k: jaxalign.measures.nearest_neighbors(X, k),
     "folds": lambda k: jaxalign.measures.linear_predictivity(X, X[::-1], folds=k),
-    "components": lambda k: jaxalign.measures.svcca(X, X[::-1], components=k),
-    "tile_size": lambda k: jaxalign.solve_sigma(X, density=0.2, tile_size=k).sigma,
+    "components": lambda k: jaxalign.measures.svcca(X, X[::-1], num_components=k),
+    "tile_size": lambda k: jaxalign.solve_sigma(X, density=0.2, plan=Plan(k)).sigma,
     "num_components": lambda k: jaxalign.normalized_cut(X, k, density=0.2).eigenvalues,
-    "landmarks of align": lambda k: jaxalign.align({"a": X}, landmarks=k, density=0.5).landmarks,
+    "landmarks of align": lambda k: helpers.align({"a": X}, landmarks=k, density=0.5).landmarks,
 }
 
 
@@ -446,16 +455,18 @@ def test_checkify_raises_no_false_alarm(setting):
 COINCIDENT = np.concatenate([np.repeat(X[:1], 18, 0), X[:6]])  # 18 of 24 alike: no sigma brings the mean to 0.05
 OTHER = np.random.default_rng(2).normal(size=X.shape).astype(np.float32)
 WITH_SIGMA = {
-    "hsic": jaxalign.measures.hsic,
-    "cka": jaxalign.measures.cka,
-    "cka laplacian": lambda x, y, **kw: jaxalign.measures.cka(x, y, kernel="laplacian", **kw),
-    "rsa": lambda x, y, **kw: jaxalign.measures.rsa(x, y, rdm="affinity", **kw),
-    "affinity_distance": jaxalign.measures.affinity_distance,
-    "affinity_distance rows": lambda x, y, **kw: jaxalign.measures.affinity_distance(x, y, result="rows", **kw),
-    "loss cka": lambda x, y, **kw: jaxalign.losses.alignment_loss(x, y, "cka", **kw),
-    "loss affinity": lambda x, y, **kw: jaxalign.losses.alignment_loss(x, y, "affinity", **kw),
-    "loss kl": lambda x, y, **kw: jaxalign.losses.alignment_loss(x, y, "kl", **kw),
-    "loss infonce": lambda x, y, **kw: jaxalign.losses.alignment_loss(x, y, "infonce", **kw),
+    "hsic": lambda x, y, **kw: jaxalign.measures.hsic(x, y, RBF(**kw)),
+    "cka": lambda x, y, **kw: jaxalign.measures.cka(x, y, RBF(**kw)),
+    "cka laplacian": lambda x, y, **kw: jaxalign.measures.cka(x, y, Laplacian(**kw)),
+    "rsa": lambda x, y, **kw: jaxalign.measures.rsa(x, y, RBF(**kw)),
+    "affinity_distance": lambda x, y, **kw: jaxalign.measures.affinity_distance(x, y, RBF(**kw)),
+    "affinity_distance rows": lambda x, y, **kw: jaxalign.measures.affinity_distance(x, y, RBF(**kw), result="rows"),
+    **{
+        f"loss {measure}": partial(
+            lambda x, y, measure, **kw: jaxalign.losses.alignment_loss(x, y, measure, kernel=RBF(**kw)), measure=measure
+        )
+        for measure in ("cka", "affinity", "kl", "infonce")
+    },
 }
 every_function_with_sigma = pytest.mark.parametrize("name", WITH_SIGMA)
 
@@ -489,30 +500,35 @@ def test_where_a_trace_finds_no_sigma_the_value_is_nan(name):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: jaxalign.measures.rsa(X, OTHER, sigma=2.0), ("sigma = 2.0 has no meaning", "Leave it out")),
-        (lambda: jaxalign.measures.rdm(X, sigma=7.0), ("sigma = 7.0 has no meaning for kind='sqeuclidean'",)),
+        (lambda: jaxalign.measures.cka(X, OTHER, RBF(2.0, density=0.2)), ("density and diagonal have no effect",)),
+        (lambda: jaxalign.measures.rdm(X, RBF(7.0, diagonal="include")), ("density and diagonal have no effect",)),
+        (lambda: jaxalign.rbf_affinity(X, sigma=2.0, density=0.1), ("density=0.1 has no effect with sigma=2.0",)),
+        (lambda: jaxalign.rbf_affinity(X, sigma=2.0, diagonal="exclude"), ("diagonal='exclude' has no effect",)),
+        (lambda: jaxalign.affinity_operator(X, sigma=2.0, density=0.1), ("density=0.1 has no effect",)),
+        (lambda: jaxalign.normalized_cut(X, 2, sigma=2.0, density=0.1), ("density=0.1 has no effect",)),
+        (lambda: jaxalign.losses.alignment_loss(X, OTHER, temperature=0.2), ("temperature=0.2 is for",)),
         (
-            lambda: jaxalign.compare_grid({"a": X, "b": OTHER}, measure="rsa", sigma=2.0),
-            ("sigma", "has no meaning"),
+            lambda: jaxalign.losses.alignment_loss(X, OTHER, kernel=RBF(2.0), stop_gradient_sigma=True),
+            ("stop_gradient_sigma=True has no effect",),
         ),
     ],
 )
-def test_a_sigma_without_effect(call, words):
+def test_an_option_without_effect(call, words):
     with refused(ValueError, *words):
         call()
 
 
 def test_ways_to_compute_that_a_measure_does_not_have():
     mesh = jaxalign.sharding.data_mesh(2)
-    with refused(TypeError, "measure 'cca' is computed on one device", "leave out mesh="):
-        jaxalign.compare(X, OTHER, "cca", mesh=mesh)
-    with refused(TypeError, "measure 'cca' is computed on one device", "leave out mesh="):
-        jaxalign.compare_grid({"a": X, "b": OTHER}, measure="cca", mesh=mesh)
+    with refused(TypeError, "measure 'cca' is computed on one device", "leave out plan="):
+        jaxalign.compare(X, OTHER, "cca", plan=Plan(mesh=mesh))
+    with refused(TypeError, "measure 'cca' is computed on one device", "leave out plan="):
+        jaxalign.compare_grid({"a": X, "b": OTHER}, measure="cca", plan=Plan(mesh=mesh))
     for comparison in ("spearman", "kendall"):
-        with refused(ValueError, "rsa sorts the values of all pairs, on one device", "pearson"):
-            jaxalign.compare_grid({"a": X, "b": OTHER}, measure="rsa", compare=comparison, mesh=mesh)
-        with refused(ValueError, "rsa sorts the values of all pairs, on one device", "pearson"):
-            of_parts = partial(jaxalign.measures.rsa, compare=comparison, axis_name="data")
+        with refused(ValueError, "rsa sorts the values of all pairs on a single device", "pearson"):
+            jaxalign.compare_grid({"a": X, "b": OTHER}, measure="rsa", comparison=comparison, plan=Plan(mesh=mesh))
+        with refused(ValueError, "rsa sorts the values of all pairs on a single device", "pearson"):
+            of_parts = partial(jaxalign.measures.rsa, comparison=comparison, plan=Plan(axis_name="data"))
             jax.vmap(of_parts, axis_name="data")(X.reshape(2, 12, -1), OTHER.reshape(2, 12, -1))
 
 

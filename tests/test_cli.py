@@ -23,6 +23,7 @@ import pytest
 import jaxalign
 from jaxalign import _memory, cli
 from jaxalign.files import storage
+from jaxalign.kernels import RBF
 from jaxalign.report import cache, commands
 
 pytest.importorskip("matplotlib", reason='pictures: python -m pip install "jaxalign[viz]"')
@@ -111,7 +112,6 @@ def test_align(models, capsys):
     expected = jaxalign.align(
         {path.stem: np.load(path) for path in sets},
         landmarks=np.array(told["landmarks"]),
-        **jaxalign.alignment.RECOMMENDED,
     )
     np.testing.assert_allclose(rows, expected.features["layer2"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(list(told["density reached"].values()), 0.7, rtol=1e-4)
@@ -142,7 +142,7 @@ def test_grid(models, capsys):
     assert run("grid", models / "a", models / "b", "--permutations", 99, "--density", 0.2, "--out", out) == 0
     assert {path.name for path in out.iterdir()} == {"grid.json", "grid.png", "layers.png", "report.html"}
     told = json.loads((out / "grid.json").read_text())
-    expected = jaxalign.compare_grid(models / "a", models / "b", density=0.2)
+    expected = jaxalign.compare_grid(models / "a", models / "b", kernel=RBF(density=0.2))
     assert told["rows"] == ["layer2", "layer9", "layer10"]
     np.testing.assert_allclose(told["values"], expected.values, rtol=1e-4)
     assert list(expected.rows) == told["rows"]  # numbers in names are numbers in both

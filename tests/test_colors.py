@@ -22,7 +22,7 @@ def cut():
 
 @pytest.mark.slow
 def test_groups_have_colours_of_their_own(cut):
-    colours = np.asarray(rgb(cut, components=3))
+    colours = np.asarray(rgb(cut, num_components=3))
     assert colours.min() == 0
     assert colours.max() == 1
     means = np.stack([colours[k::3].mean(0) for k in range(3)])
@@ -85,7 +85,7 @@ def test_layouts_say_what_is_missing(cut, monkeypatch):
         (np.full((9, 3), np.nan, np.float32), {}, "nan or inf"),
         (np.ones((9, 3), np.float32), {"method": "hsv"}, "method must be one of"),
         (np.ones((9, 3), np.float32), {"quantile": 0.5}, "below 0.5"),
-        (np.ones((9, 3), np.float32), {"components": 2}, "at least 3"),
+        (np.ones((9, 3), np.float32), {"num_components": 2}, "at least 3"),
         (np.ones((9, 3), np.float32), {"like": np.ones((9, 4), np.float32)}, "like has 4 columns"),
         (np.ones((9, 3), np.float32), {"like": np.ones((9, 3), np.float32), "method": "tsne"}, "does not have"),
     ],

@@ -278,12 +278,12 @@ def test_an_unknown_metric_is_refused(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["RECOMMENDED", "PUBLISHED"])
+@pytest.mark.parametrize("options", [{}, jaxalign.alignment.PUBLISHED], ids=["default", "published"])
 def test_rows_of_landmarks_are_told_by_their_pattern(options):
     """Of unrelated sets nothing corresponds, but landmarks find themselves."""
     rng = np.random.default_rng(0)
     features = {name: rng.normal(size=(300, d)).astype(np.float32) for name, d in (("a", 16), ("b", 20))}
-    found = jaxalign.align(features, landmarks=100, key=jax.random.key(0), **getattr(jaxalign.alignment, options))
+    found = jaxalign.align(features, landmarks=100, key=jax.random.key(0), **options)
     a, b = found.features.values()
     with pytest.warns(UserWarning, match="landmarks, whose entries for themselves give their matches away"):
         assert jaxalign.correspondence(a, b).top1 > 0.25

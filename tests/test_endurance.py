@@ -22,6 +22,7 @@ from memory import resident, resident_after_trimming
 
 import jaxalign
 from jaxalign import _memory
+from jaxalign.kernels import RBF
 
 NIGHTLY = int(os.environ.get("JAXALIGN_FUZZ", "1000")) > 1000
 
@@ -33,7 +34,7 @@ def sets(count, n=40, d=6):
 def test_threads_find_what_one_finds():
     def everything(x):
         affinity = jaxalign.rbf_affinity(x, density=0.2)
-        return float(jnp.sum(affinity**2)), float(jaxalign.compare(x, x[:, ::-1] + 1, density=0.2))
+        return float(jnp.sum(affinity**2)), float(jaxalign.compare(x, x[:, ::-1] + 1, kernel=RBF(density=0.2)))
 
     some = sets(24)
     expected = [everything(x) for x in some]
@@ -65,7 +66,7 @@ def test_memory_does_not_grow_with_calls():
         for k in range(number):
             jaxalign.rbf_affinity(x + np.float32(k), density=0.2)
             jaxalign.solve_sigma(x, density=0.1 + 0.1 * (k % 5))
-            jaxalign.compare(x, x + np.float32(k), density=0.2)
+            jaxalign.compare(x, x + np.float32(k), kernel=RBF(density=0.2))
 
     arrays, memory = growth(calls, CALLS)
     assert arrays < MOST_ARRAYS
@@ -92,8 +93,8 @@ def test_values_never_recompile_and_shapes_do_once(caplog):
     operations = (
         lambda x, c: jaxalign.rbf_affinity(x, density=c),
         lambda x, c: jaxalign.solve_sigma(x, density=c).sigma,
-        lambda x, c: jaxalign.compare(x, x, density=c),
-        lambda x, c: jaxalign.losses.alignment_loss(x, x, density=c),
+        lambda x, c: jaxalign.compare(x, x, kernel=RBF(density=c)),
+        lambda x, c: jaxalign.losses.alignment_loss(x, x, kernel=RBF(density=c)),
     )
     for operation in operations:
         operation(some[0], 0.2)
@@ -162,7 +163,7 @@ for call in (
     lambda: jaxalign.rbf_affinity(x, sigma=1.0),
     lambda: jaxalign.affinity_operator(x, sigma=1.0).todense(),
     lambda: jaxalign.measures.rdm(x, "sqeuclidean"),
-    lambda: jaxalign.compare(x, x, "rsa", compare="spearman"),
+    lambda: jaxalign.compare(x, x, "rsa", comparison="spearman"),
     lambda: jaxalign.normalized_cut(x, 3, sigma=1.0, method="dense"),
     lambda: jaxalign.permutation_test(x, x, key=key),
     lambda: jaxalign.bootstrap(x, x, kernel="linear", key=key),

@@ -10,6 +10,7 @@ import collections
 import os
 from typing import NamedTuple
 
+import helpers
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ import reference_measures
 from hypothesis import strategies as st
 
 import jaxalign
+from jaxalign.kernels import RBF
 
 pytestmark = pytest.mark.usefixtures("unchecked_types", "usual_promotion")
 GROUPS = 5
@@ -185,8 +187,8 @@ def test_between_two_sets(data):
 
 
 MEASURES = {
-    "cka": ({"density": 0.5}, lambda x, y: reference_measures.cka(x, y, kernel="rbf", density=0.5)),
-    "rsa": ({}, lambda x, y: reference_measures.rsa(x, y, rdm_kind="sqeuclidean", compare="pearson")),
+    "cka": ({"kernel": RBF(density=0.5)}, lambda x, y: reference_measures.cka(x, y, kernel="rbf", density=0.5)),
+    "rsa": ({}, lambda x, y: reference_measures.rsa(x, y, metric="sqeuclidean", comparison="pearson")),
     "distance_correlation": (
         {"estimator": "biased", "squared": False},
         lambda x, y: reference_measures.distance_correlation(x, y, estimator="biased", squared=False),
@@ -236,7 +238,7 @@ def test_measures_of_features_without_variation(data):
         assert float(jaxalign.compare(x, y, name, **MEASURES[name][0])) == 0
     assert float(jaxalign.compare(x, y, "cka", kernel="linear")) == 0
     with pytest.raises(ValueError, match="coincide"):  # no sigma gives the density
-        jaxalign.compare(x, y, "cka", density=0.5)
+        jaxalign.compare(x, y, "cka", kernel=RBF(density=0.5))
 
 
 @fuzz
@@ -268,7 +270,7 @@ def test_losses_and_their_gradients_are_finite(data):
     density = data.draw(st.sampled_from((0.3, 0.5)))
 
     def loss(x):
-        return jaxalign.losses.alignment_loss(x, y, measure=measure, density=density)
+        return jaxalign.losses.alignment_loss(x, y, measure=measure, kernel=RBF(density=density))
 
     if not (usable(x, None) and usable(y, None)):
         with pytest.raises(REFUSALS):
@@ -290,7 +292,7 @@ def test_alignment_and_cuts(data):
     x, y = data.draw(features(n)), data.draw(features(n))
     count = data.draw(st.sampled_from((6, n)))
     try:
-        alignment = jaxalign.align({"x": x, "y": y}, landmarks=np.arange(count), density=0.5, channels="standardize")
+        alignment = helpers.align({"x": x, "y": y}, landmarks=np.arange(count), density=0.5, channels="standardize")
     except REFUSALS as error:
         if usable(x, None) and usable(y, None) and "coincide" not in str(error):
             raise

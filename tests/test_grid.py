@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import compare, compare_grid, io, sharding
+from jaxalign import Plan, compare, compare_grid, io, sharding
+from jaxalign.kernels import RBF, Laplacian
 
 N = 60
 
@@ -33,11 +34,11 @@ def one_by_one(first, second, measure, **options):
 
 CASES = {
     "cka laplacian": {"kernel": "laplacian"},
-    "cka at sigma": {"sigma": 1.5},
-    "rsa cosine": {"rdm": "cosine", "compare": "whitened_pearson"},
+    "cka at sigma": {"kernel": RBF(1.5)},
+    "rsa cosine": {"metric": "cosine", "comparison": "whitened_pearson"},
     "distance_correlation": {"estimator": "biased"},
-    "affinity_distance rows": {"result": "rows", "sigma": 2.0},
-    "rsa spearman": {"compare": "spearman"},
+    "affinity_distance rows": {"result": "rows", "kernel": RBF(2.0)},
+    "rsa spearman": {"comparison": "spearman"},
     "mutual_knn": {"k": 4},
     "procrustes": {},
 }
@@ -77,7 +78,7 @@ def test_all_with_all(x64):
     np.testing.assert_array_equal(grid.values, np.asarray(grid.values).T)
     helpers.assert_close(np.diagonal(grid.values), np.ones(3), 1e-12)
     for name, sigma in zip(grid.rows, grid.sigma, strict=True):
-        helpers.assert_close(sigma, jaxalign.solve_sigma(first[name]).sigma, 1e-11)
+        helpers.assert_close(sigma, jaxalign.solve_sigma(first[name], diagonal="exclude").sigma, 1e-11)
 
 
 @pytest.mark.slow
@@ -85,7 +86,9 @@ def test_all_with_all(x64):
 def test_devices_agree(x64, measure):
     first = layers()
     options = {"kernel": "linear"} if measure == "cka" else {}
-    spread = compare_grid(first, measure=measure, mesh=sharding.data_mesh(8), tile_size=5, **options)  # 60 rows: 8 x 8
+    spread = compare_grid(
+        first, measure=measure, plan=Plan(tile_size=5, mesh=sharding.data_mesh(8)), **options
+    )  # 60 rows: 8 x 8
     helpers.assert_close(spread.values, compare_grid(first, measure=measure, **options).values, 1e-11)
 
 
@@ -124,7 +127,7 @@ def test_mask(x64):
 
 
 def test_json_and_back(x64, tmp_path):
-    grid = compare_grid(layers(), layers("de", 1), "cka", kernel="laplacian", density=0.1)
+    grid = compare_grid(layers(), layers("de", 1), "cka", kernel=Laplacian(density=0.1))
     grid.to_json(tmp_path / "grid.json")
     for source in (tmp_path / "grid.json", grid.to_json()):
         again = jaxalign.ComparisonGrid.from_json(source)
@@ -248,10 +251,14 @@ def test_bad_input(x64, tmp_path):
         (sets, {"measure": "ckaa"}, "measure must be one of.*Did you mean 'cka'"),
         (sets, {"kernal": "linear"}, "no option 'kernal'.*Did you mean 'kernel'"),
         (sets, {"kernel": "cubic"}, "kernel must be one of"),
-        (sets, {"sigma": (1.0, 2.0)}, "one for each of the 3 sets"),
-        (sets, {"sigma": -1.0}, "sigma must be finite and above 0"),
+        (sets, {"kernel": RBF((1.0, 2.0))}, "one for each of the 3 sets"),
+        (sets, {"kernel": RBF(-1.0)}, "sigma must be finite and above 0"),
         (sets, {"measure": "mutual_knn", "k": N}, f"at least {N + 1} samples"),
-        (sets, {"mesh": sharding.data_mesh(2), "block_rows": 10}, "mesh= is for arrays in memory"),
+        (
+            sets,
+            {"plan": Plan(mesh=sharding.data_mesh(2)), "block_rows": 10},
+            "leave mesh and axis_name out of the plan",
+        ),
         ({"same": np.ones((N, 2)), **sets}, {}, "same: no sigma found: too many samples coincide"),
     ]
     for features, options, message in bad:
@@ -316,8 +323,8 @@ def test_a_kernel_of_the_same_name_is_told_by_its_values(x64, tmp_path):
 @pytest.mark.parametrize("kind", [np.float32, jax.numpy.float32])
 def test_the_density_of_a_job_may_be_a_number_of_any_library(kind, tmp_path):
     sets = {name: x.astype(np.float32) for name, x in layers().items()}
-    found = compare_grid(sets, density=kind(0.25), block_rows=20, checkpoint=tmp_path / "state")
-    helpers.assert_close(found.values, compare_grid(sets, density=0.25).values, 1e-4)
+    found = compare_grid(sets, kernel=RBF(density=kind(0.25)), block_rows=20, checkpoint=tmp_path / "state")
+    helpers.assert_close(found.values, compare_grid(sets, kernel=RBF(density=0.25)).values, 1e-4)
 
 
 @pytest.mark.slow
@@ -331,7 +338,7 @@ def test_a_job_goes_on_after_the_free_memory_has_changed(x64, measure, tmp_path,
 
     with pytest.raises(KeyboardInterrupt):
         run(progress=stop)
-    monkeypatch.setattr(jaxalign._plan, "free_memory", lambda device: 30_000.0)
+    monkeypatch.setattr(jaxalign.plan, "free_memory", lambda device: 30_000.0)
     helpers.assert_close(run().values, compare_grid(layers(), measure=measure).values, 1e-11)
 
 
@@ -344,14 +351,14 @@ def test_sets_that_do_not_fit_are_looked_at_again(x64, monkeypatch):
 @pytest.mark.slow
 def test_sigma_may_be_an_array_of_one_a_set(x64):
     sigma = [1.0, 2.0, 3.0]
-    expected = compare_grid(layers(), measure="cka", sigma=tuple(sigma))
+    expected = compare_grid(layers(), measure="cka", kernel=RBF(tuple(sigma)))
     for how in ({}, {"block_rows": 20}):
-        found = compare_grid(layers(), measure="cka", sigma=np.array(sigma), **how)
+        found = compare_grid(layers(), measure="cka", kernel=RBF(np.array(sigma)), **how)
         helpers.assert_close(found.values, expected.values, 1e-11)
         np.testing.assert_array_equal(found.sigma, sigma)
         for wrong in (sigma[:2], [*sigma, 4.0]):
             with pytest.raises(ValueError, match="one for each of the 3 sets"):
-                compare_grid(layers(), measure="cka", sigma=wrong, **how)
+                compare_grid(layers(), measure="cka", kernel=RBF(wrong), **how)
 
 
 @pytest.mark.slow

@@ -29,11 +29,11 @@ PRODUCTS = {
     "cka biased": {"estimator": "biased", "kernel": "linear"},
     "hsic": {"kernel": "linear", "estimator": "lange"},
     "rsa": {},
-    "rsa whitened": {"compare": "whitened_pearson"},
-    "rsa cosine": {"compare": "cosine", "rdm": "affinity"},
+    "rsa whitened": {"comparison": "whitened_pearson"},
+    "rsa cosine": {"comparison": "cosine", "metric": "rbf"},
     "distance_correlation": {},
 }
-OTHERS = {"affinity_distance": {}, "mutual_knn": {"k": 4}, "procrustes": {}, "rsa spearman": {"compare": "spearman"}}
+OTHERS = {"affinity_distance": {}, "mutual_knn": {"k": 4}, "procrustes": {}, "rsa spearman": {"comparison": "spearman"}}
 
 
 @pytest.mark.parametrize("case", [*PRODUCTS, *OTHERS])

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,7 +213,7 @@ def test_state_dicts_of_modules_convert():
 @pytest.mark.usefixtures("unchecked_types")  # the fields are declared as jax arrays
 def test_results_become_the_same_objects_with_tensors():
     x = from_torch(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)))
-    alignment = jaxalign.align({"a": x, "b": -x}, landmarks=8, density=0.3)
+    alignment = helpers.align({"a": x, "b": -x}, landmarks=8, density=0.3)
     solution = jaxalign.solve_sigma(x, density=0.3)
     found = alignment.correspondence("a", "b")
     for result, field in ((solution, "sigma"), (found, "top1"), (found, "rank"), (alignment, "landmarks")):
@@ -303,7 +304,7 @@ class Marked(torch.Tensor):
         (lambda t: jaxalign.rbf_affinity(np.ones((3, 2), np.float32), mask=t), "mask"),
         (lambda t: jaxalign.solve_sigma(t), "x"),
         (lambda t: jaxalign.squared_distances(t), "x"),
-        (lambda t: jaxalign.align({"dino": t}), r"features\['dino'\]"),
+        (lambda t: helpers.align({"dino": t}), r"features\['dino'\]"),
         (lambda t: jaxalign.correspondence(t, t), "a"),
         (lambda t: jaxalign.joint_affinity([t]), r"alignment\[0\]"),
     ],

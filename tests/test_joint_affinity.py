@@ -23,7 +23,7 @@ def features(rng):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("diagonal", ["include", "exclude"])
 def test_it_is_the_affinity_of_the_stacked_rows_in_the_order_of_the_names(diagonal, features):
-    alignment = jaxalign.align(features, landmarks=LANDMARKS, density=0.3)
+    alignment = helpers.align(features, landmarks=LANDMARKS, density=0.3)
     joint = jaxalign.joint_affinity(alignment, density=0.1, diagonal=diagonal)
     rows = [np.asarray(alignment.features[name]) for name in ("clip", "dino")]
     # The solver stops within 1e-13 of the density; sigma and exponents carry some ten times that.
@@ -32,7 +32,7 @@ def test_it_is_the_affinity_of_the_stacked_rows_in_the_order_of_the_names(diagon
 
 @pytest.mark.usefixtures("x64")
 def test_every_row_has_the_density_with_a_bandwidth_per_row(features):
-    alignment = jaxalign.align(features, landmarks=LANDMARKS, density=0.3)
+    alignment = helpers.align(features, landmarks=LANDMARKS, density=0.3)
     joint = jaxalign.joint_affinity(alignment, density=0.1, bandwidth="per_row")
     np.testing.assert_allclose(np.mean(joint, 1), 0.1, rtol=1e-12)
 
@@ -40,7 +40,7 @@ def test_every_row_has_the_density_with_a_bandwidth_per_row(features):
 @pytest.mark.usefixtures("x64")
 def test_the_blocks_of_a_network_and_its_moved_copy_are_equal(features):
     x = features["clip"]
-    alignment = jaxalign.align({"a": x, "b": 3 - 2 * x[:, ::-1]}, landmarks=LANDMARKS, density=0.3)
+    alignment = helpers.align({"a": x, "b": 3 - 2 * x[:, ::-1]}, landmarks=LANDMARKS, density=0.3)
     joint = np.asarray(jaxalign.joint_affinity(alignment, density=0.1))
     for block in (joint[:N, N:], joint[N:, :N], joint[N:, N:]):
         helpers.assert_close(block, joint[:N, :N], 1e-11)
@@ -56,7 +56,7 @@ def test_rows_may_come_as_a_sequence_of_sets_of_different_size(rng):
 @pytest.mark.slow
 def test_it_works_on_an_alignment_under_jit(features):
     features = {name: x.astype(np.float32) for name, x in features.items()}
-    alignment = jaxalign.align(features, landmarks=LANDMARKS, density=0.3)
+    alignment = helpers.align(features, landmarks=LANDMARKS, density=0.3)
     compiled = jax.jit(lambda a: jaxalign.joint_affinity(a, density=0.1))(alignment)
     helpers.assert_close(compiled, jaxalign.joint_affinity(alignment, density=0.1), 1e-5)
 

@@ -13,8 +13,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxalign import losses, measures, sharding
-from jaxalign.losses import Memory, alignment_loss, empty_memory, multi_layer_loss, remember
+from jaxalign import Plan, losses, measures, sharding
+from jaxalign.kernels import RBF
+from jaxalign.losses import FeatureQueue, alignment_loss, multi_layer_loss
 
 N = 32
 MEASURES = ("cka", "affinity", "kl", "infonce")
@@ -29,13 +30,14 @@ def sets(n=N, seed=0):
     return x, np.tanh(x @ rng.normal(size=(4, 6))) + 0.3 * rng.normal(size=(n, 6))
 
 
-def loss(measure, **options):
-    return partial(alignment_loss, measure=measure, **{"density": 0.2, **options})
+def loss(measure, *, sigma=None, density=0.2, diagonal="exclude", **options):
+    kernel = RBF(density=density, diagonal=diagonal) if sigma is None else RBF(sigma)
+    return partial(alignment_loss, measure=measure, kernel=kernel, **options)
 
 
 @pytest.mark.slow
 @every_measure
-@pytest.mark.parametrize("options", [{}, {"diagonal": "exclude"}, {"stop_gradient_sigma": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"diagonal": "include"}, {"stop_gradient_sigma": True}], ids=str)
 def test_values_and_gradients_agree_with_torch(x64, measure, options):
     torch = pytest.importorskip("torch")
     import reference_losses
@@ -62,8 +64,8 @@ def test_values_and_gradients_agree_with_torch(x64, measure, options):
 
 def test_cka_and_affinity_are_those_of_the_measures(x64):
     x, y = sets()
-    helpers.assert_close(loss("cka")(x, y), 1 - measures.cka(x, y, density=0.2), 1e-12)
-    helpers.assert_close(loss("affinity")(x, y), measures.affinity_distance(x, y, density=0.2) ** 2, 1e-12)
+    helpers.assert_close(loss("cka")(x, y), 1 - measures.cka(x, y, kernel=RBF(density=0.2)), 1e-12)
+    helpers.assert_close(loss("affinity")(x, y), measures.affinity_distance(x, y, kernel=RBF(density=0.2)) ** 2, 1e-12)
 
 
 @pytest.mark.slow
@@ -89,7 +91,7 @@ def test_unrelated_sets_cost_more_than_related_ones(measure):
 def test_tiles_and_masks_and_batches_give_the_same(x64, measure):
     x, y = sets(23)
     value, gradient = jax.value_and_grad(loss(measure))(x, y)
-    tiled = jax.jit(jax.value_and_grad(loss(measure, tile_size=6)))(x, y)
+    tiled = jax.jit(jax.value_and_grad(loss(measure, plan=Plan(6))))(x, y)
     padded = [np.concatenate([a, np.full((4, a.shape[1]), 7.0)]) for a in (x, y)]
     masked = jax.jit(jax.value_and_grad(loss(measure, mask=np.arange(27) < 23)))(*padded)
     batched = jax.jit(loss(measure))(np.stack([x, x]), np.stack([y, 2 * y]))
@@ -109,7 +111,7 @@ def test_devices_find_the_loss_of_the_whole_batch(x64, measure):
         order = np.concatenate([np.arange(N).reshape(4, 8)[:, :4].ravel(), np.arange(N).reshape(4, 8)[:, 4:].ravel()])
     mesh = sharding.data_mesh(4)
     local = jax.shard_map(
-        jax.value_and_grad(loss(measure, axis_name="data", **options)),
+        jax.value_and_grad(loss(measure, plan=Plan(axis_name="data"), **options)),
         mesh=mesh,
         in_specs=(P("data", None), P("data", None)),
         out_specs=(P(), P("data", None)),
@@ -123,7 +125,9 @@ def test_devices_find_the_loss_of_the_whole_batch(x64, measure):
 
 def test_devices_have_landmarks_enough_together_for_the_density(x64):
     x, y = sets()
-    devices = partial(alignment_loss, measure="infonce", reduction="none", axis_name="data")
+    devices = partial(
+        alignment_loss, measure="infonce", reduction="none", kernel=RBF(diagonal="include"), plan=Plan(axis_name="data")
+    )
     mesh = sharding.data_mesh(4)
 
     def each(x, y):
@@ -132,7 +136,7 @@ def test_devices_have_landmarks_enough_together_for_the_density(x64):
 
     assert (each(x, y).reshape(4, 8) == 0).sum(1).tolist() == [6] * 4
     each(x[:28], y[:28])
-    with pytest.raises(ValueError, match=r"with 20 landmarks.* 21 landmarks: a batch of 28 real samples"):
+    with pytest.raises(ValueError, match=r"with 20 landmarks.* 21 landmarks: a batch of 28 valid samples"):
         each(x[:24], y[:24])
 
 
@@ -140,7 +144,7 @@ def test_devices_have_landmarks_enough_together_for_the_density(x64):
 @by_pairs
 def test_a_mesh_finds_the_same(x64, measure):
     x, y = sets(29)
-    found = jax.jit(loss(measure, mesh=sharding.data_mesh(4), tile_size=4))(x, y)
+    found = jax.jit(loss(measure, plan=Plan(tile_size=4, mesh=sharding.data_mesh(4))))(x, y)
     helpers.assert_close(found, loss(measure)(x, y), 1e-12)
 
 
@@ -271,29 +275,29 @@ def test_nan_is_not_hidden():
         assert np.isnan(jax.jit(loss(measure))(x, y))
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- queue -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_memory_keeps_the_last_samples(x64):
-    memory = empty_memory(10, 4, 6, jnp.float64)
+    queue = FeatureQueue.empty(10, 4, 6, jnp.float64)
     batches = [sets(4, seed) for seed in range(4)]
     for x, y in batches:
-        memory = remember(memory, x, y)
-    assert memory.filled.all()
+        queue = queue.push(x, y)
+    assert queue.valid.all()
     every = np.concatenate([x for x, _ in batches])
-    assert set(map(tuple, np.asarray(memory.x))) == set(map(tuple, every[-10:]))
-    np.testing.assert_array_equal(np.asarray(memory.y)[np.asarray(memory.x[:, 0]) == every[-1, 0]], batches[-1][1][-1:])
+    assert set(map(tuple, np.asarray(queue.x))) == set(map(tuple, every[-10:]))
+    np.testing.assert_array_equal(np.asarray(queue.y)[np.asarray(queue.x[:, 0]) == every[-1, 0]], batches[-1][1][-1:])
     x, y = sets(23)
-    memory = remember(memory, x, y, np.arange(23) != 20)
-    assert set(map(tuple, np.asarray(memory.x)[memory.filled])) == set(map(tuple, np.delete(x, 20, 0)[-9:]))
+    queue = queue.push(x, y, np.arange(23) != 20)
+    assert set(map(tuple, np.asarray(queue.x)[queue.valid])) == set(map(tuple, np.delete(x, 20, 0)[-9:]))
 
 
 @pytest.mark.slow
 @every_measure
 def test_remembered_samples_count_but_do_not_move(x64, measure):
     (x, y), (past_x, past_y) = sets(12), sets(20, 1)
-    memory = remember(empty_memory(25, 4, 6, jnp.float64), past_x, past_y)
-    value, gradient = jax.jit(jax.value_and_grad(loss(measure)), static_argnames=())(x, y, memory=memory)
+    queue = FeatureQueue.empty(25, 4, 6, jnp.float64).push(past_x, past_y)
+    value, gradient = jax.jit(jax.value_and_grad(loss(measure)), static_argnames=())(x, y, queue=queue)
     whole = np.concatenate([x, past_x]), np.concatenate([y, past_y])
     options = {"landmarks": 20} if measure == "infonce" else {}
 
@@ -312,16 +316,16 @@ def test_a_batch_too_small_for_the_density_needs_a_memory():
     x, y = (a.astype(np.float32) for a in sets(16))
     with pytest.raises(ValueError, match=r"n = 16.*at least 21 samples"):
         jax.jit(alignment_loss)(x, y)
-    memory = remember(empty_memory(64, 4, 6), *(a.astype(np.float32) for a in sets(40, 1)))
-    value, gradient = jax.jit(jax.value_and_grad(alignment_loss))(x, y, memory=memory)
+    queue = FeatureQueue.empty(64, 4, 6).push(*(a.astype(np.float32) for a in sets(40, 1)))
+    value, gradient = jax.jit(jax.value_and_grad(alignment_loss))(x, y, queue=queue)
     assert 0 < value < 1
     assert np.abs(gradient).max() > 0
     # An empty one leaves the batch alone: no sigma, a loss that says nothing, and no step.
-    value, gradient = jax.jit(jax.value_and_grad(alignment_loss))(x, y, memory=empty_memory(64, 4, 6))
+    value, gradient = jax.jit(jax.value_and_grad(alignment_loss))(x, y, queue=FeatureQueue.empty(64, 4, 6))
     assert value == 1
     assert (np.asarray(gradient) == 0).all()
     for measure in MEASURES:  # the first step of a loop, compiled or not
-        step = partial(alignment_loss, measure=measure, memory=empty_memory(64, 4, 6))
+        step = partial(alignment_loss, measure=measure, queue=FeatureQueue.empty(64, 4, 6))
         assert np.isfinite(step(x, y))
         np.testing.assert_allclose(step(x, y), jax.jit(step)(x, y), rtol=1e-5, atol=1e-6)
 
@@ -339,22 +343,23 @@ def test_ordinary_batches_work_with_the_default_density(measure, n):
 @every_measure
 def test_small_batches_work_without_the_diagonal(measure):
     x, y = (a.astype(np.float32) for a in sets(8))
-    value, gradient = jax.value_and_grad(partial(alignment_loss, measure=measure, diagonal="exclude"))(x, y)
+    value, gradient = jax.value_and_grad(partial(alignment_loss, measure=measure, kernel=RBF(diagonal="exclude")))(x, y)
     assert value > 0
     assert np.abs(gradient).max() > 0
 
 
 @pytest.mark.slow
 def test_infonce_takes_half_of_the_batch_as_landmarks_or_as_many_as_the_density_needs(x64):
-    def count(n, density=0.05, diagonal="include", memory=None):
-        least = losses._least_landmarks(jnp.zeros((n, 4)), density, diagonal)
-        return losses._landmarks(None, n, memory, least, 1)
+    def count(n, density=0.05, diagonal="include", queue=None):
+        least = losses._least_landmarks(jnp.zeros((n, 4)), RBF(density=density, diagonal=diagonal))
+        return losses._landmarks(None, n, queue, least, 1)
 
     assert [count(n) for n in (60, 42, 41, 32, 23)] == [30, 21, 21, 21, 21]
     assert [count(n, diagonal="exclude") for n in (60, 32, 8)] == [30, 16, 4]
     assert (count(32, 0.2), count(32, 0.04)) == (16, 26)
-    assert (count(32, memory=empty_memory(8, 4, 6)), count(32, memory=empty_memory(64, 4, 6))) == (21, 64)
-    each = np.asarray(alignment_loss(*sets(), measure="infonce", reduction="none"))
+    assert (count(32, queue=FeatureQueue.empty(8, 4, 6)), count(32, queue=FeatureQueue.empty(64, 4, 6))) == (21, 64)
+    include = RBF(diagonal="include")
+    each = np.asarray(alignment_loss(*sets(), measure="infonce", kernel=include, reduction="none"))
     assert ((each == 0) == (np.arange(N) >= N - 21)).all()
 
 
@@ -371,7 +376,7 @@ TOO_FEW = {
     "a small batch": (16, {}, 14),
     "a mask": (32, {"mask": np.arange(32) < 20}, 13),
     "landmarks": (32, {"landmarks": 8}, 8),
-    "a small memory": (6, {"memory": 5}, 9),
+    "a small queue": (6, {"queue": 5}, 9),
 }
 
 
@@ -380,22 +385,22 @@ TOO_FEW = {
 def test_too_few_landmarks_are_named_with_ways_out_that_work(case):
     n, options, found = TOO_FEW[case]
     x, y = (a.astype(np.float32) for a in sets(n))
-    options = {"measure": "infonce", **options}
-    if "memory" in options:
-        options["memory"] = remember(empty_memory(5, 4, 6), x, y)
+    options = {"measure": "infonce", "kernel": RBF(diagonal="include"), **options}
+    if "queue" in options:
+        options["queue"] = FeatureQueue.empty(5, 4, 6).push(x, y)
     words = rf'density = 0\.05 cannot be reached with {found} landmarks, .*"infonce".*diagonal="exclude".* a density '
-    words += r"above that, .* 21 landmarks: a batch of 23 real samples without landmarks=, or a memory of 21\.$"
+    words += r"above that, .* 21 landmarks: a batch of 23 valid samples without landmarks=, or a queue of 21\.$"
     with pytest.raises(ValueError, match=words):
         alignment_loss(x, y, **options)
 
     def works(n, **options):  # which is known once it is traced
         jax.eval_shape(partial(alignment_loss, **options), *(a.astype(np.float32) for a in sets(n)))
 
-    for more in ({"diagonal": "exclude"}, {"density": 1.01 / found}):
-        works(n, **options, **more)
+    for kernel in (RBF(), RBF(density=1.01 / found, diagonal="include")):
+        works(n, **{**options, "kernel": kernel})
     whole = {name: value for name, value in options.items() if name not in ("mask", "landmarks")}
     works(23, **whole)
-    works(n, **{**whole, "memory": empty_memory(21, 4, 6)})
+    works(n, **{**whole, "queue": FeatureQueue.empty(21, 4, 6)})
 
 
 # --- layers, training -------------------------------------------------------------------------------------------------
@@ -417,20 +422,22 @@ def test_training_aligns_and_never_compiles_again():
 
     @jax.jit
     @chex.assert_max_traces(n=1)
-    def step(weights, state, memory, x, y, mask):
+    def step(weights, state, queue, x, y, mask):
         def of(weights):
-            return alignment_loss(jnp.tanh(x @ weights), y, memory=memory, mask=mask, diagonal="exclude", density=0.2)
+            return alignment_loss(
+                jnp.tanh(x @ weights), y, queue=queue, mask=mask, kernel=RBF(density=0.2, diagonal="exclude")
+            )
 
         value, gradient = jax.value_and_grad(of)(weights)
         updates, state = optimiser.update(gradient, state)
-        memory = remember(memory, jnp.tanh(x @ weights), y, mask)
-        return optax.apply_updates(weights, updates), state, memory, value
+        queue = queue.push(jnp.tanh(x @ weights), y, mask)
+        return optax.apply_updates(weights, updates), state, queue, value
 
-    state, memory, values = optimiser.init(weights), empty_memory(32, 4, 6), []
+    state, queue, values = optimiser.init(weights), FeatureQueue.empty(32, 4, 6), []
     for k in range(60):
         rows = np.arange(k * 20, k * 20 + 20) % 48
         mask = np.arange(20) < (20 if k % 3 else 17)  # a padded batch now and then
-        weights, state, memory, value = step(weights, state, memory, x[rows], y[rows], mask)
+        weights, state, queue, value = step(weights, state, queue, x[rows], y[rows], mask)
         values.append(float(value))
     assert np.mean(values[-10:]) < 0.6 * np.mean(values[:10])
 
@@ -441,23 +448,23 @@ def test_training_aligns_and_never_compiles_again():
 @pytest.mark.usefixtures("unchecked_types")
 def test_bad_input():
     x, y = (a.astype(np.float32) for a in sets())
-    memory = empty_memory(8, 4, 6)
+    queue = FeatureQueue.empty(8, 4, 6)
     bad = [
         (lambda: alignment_loss(x, y, measure="ckaa"), "measure must be one of 'cka', 'affinity'"),
         (lambda: alignment_loss(x, y[:9]), "32 and 9 rows"),
         (lambda: alignment_loss(x, y, reduction="none"), '"cka" is one number'),
         (lambda: alignment_loss(x, y, reduction="avg"), "reduction must be one of"),
-        (lambda: alignment_loss(x, y, density=0.01), "at least 101 samples"),
+        (lambda: alignment_loss(x, y, kernel=RBF(density=0.01, diagonal="include")), "at least 101 samples"),
         (lambda: alignment_loss(x[:3], y[:3]), "at least 4 samples"),
         (lambda: alignment_loss(x, y, landmarks=4), 'landmarks=4 is for measure="infonce"'),
         (lambda: loss("infonce", landmarks=31)(x, y), "from 2 to n - 2 = 30"),
         (lambda: loss("infonce", temperature=0.0)(x, y), "temperature must be finite and above 0"),
-        (lambda: loss("infonce", mesh=sharding.data_mesh(2))(x, y), "mesh= is not for"),
-        (lambda: alignment_loss(y, y, memory=memory), "x has 6 features, the memory 4"),
-        (lambda: alignment_loss(x[None], y[None], memory=memory), r"one batch of shape \(n, d\)"),
+        (lambda: loss("infonce", plan=Plan(mesh=sharding.data_mesh(2)))(x, y), "takes no mesh"),
+        (lambda: alignment_loss(y, y, queue=queue), "x has 6 features, the queue 4"),
+        (lambda: alignment_loss(x[None], y[None], queue=queue), r"a single batch of shape \(n, d\)"),
         (lambda: alignment_loss(x.astype(int), y), "x must be floating point"),
-        (lambda: empty_memory(0, 4, 6), "capacity must be a whole number"),
-        (lambda: remember(memory, y, y), r"x must have shape \(n, 4\)"),
+        (lambda: FeatureQueue.empty(0, 4, 6), "capacity must be a whole number"),
+        (lambda: queue.push(y, y), r"x must have shape \(n, 4\)"),
         (lambda: multi_layer_loss({"a": x}, {"b": y}), r"not in both: \['a', 'b'\]"),
         (lambda: multi_layer_loss({"a": x}, {"a": y}, weights={"b": 1.0}), r"not there: \['b'\]"),
         (lambda: multi_layer_loss({"a": x}, {"a": y}, weights={"a": 0.0}), "not all 0"),
@@ -468,14 +475,13 @@ def test_bad_input():
 
 
 def test_the_memory_is_a_pytree():
-    memory = empty_memory(8, 4, 6)
-    assert isinstance(jax.tree.map(lambda a: a, memory), Memory)
-    assert losses.empty_memory is empty_memory
+    queue = FeatureQueue.empty(8, 4, 6)
+    assert isinstance(jax.tree.map(lambda a: a, queue), FeatureQueue)
 
 
 def test_a_batch_too_small_for_the_density_is_an_error_under_jit_and_with_a_mask():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
-    loss = jax.jit(lambda x, mask: alignment_loss(x, x[:, ::-1], mask=mask))
+    loss = jax.jit(lambda x, mask: alignment_loss(x, x[:, ::-1], kernel=RBF(diagonal="include"), mask=mask))
     with pytest.raises(ValueError, match="cannot be reached with n = 16 samples"):
         loss(x, jnp.ones(16, bool))
 

@@ -25,7 +25,8 @@ def test_equals_the_mean_of_the_definition(setting, per_row, dtype, rng):
         distances = reference.squared_distances(*helpers.sides_in_float64(x, options))
         rows = np.broadcast_to(sigma, helpers.ROWS).astype(np.float64)[:, None]
         expected = np.mean(np.exp(-distances / (2 * rows**2))[helpers.counted(options)])
-        actual = jaxalign.mean_density(x, **options, sigma=sigma)
+        bandwidth = "per_row" if np.ndim(sigma) else "global"
+        actual = jaxalign.mean_density(x, **options, sigma=sigma, bandwidth=bandwidth)
         assert actual.dtype == dtype
         assert actual.shape == ()
         assert helpers.relative_error(actual, expected) < helpers.tolerance(dtype).density, name
@@ -39,7 +40,10 @@ def test_what_masked_rows_hold_makes_no_difference(setting, dtype, rng):
     assert float(jaxalign.mean_density(dirty_x, **dirty, sigma=1.3)) == float(clean)
     # ... nor what a sigma per row holds there.
     sigma = np.where(helpers.MASK, 1.3, np.nan).astype(dtype)
-    assert helpers.relative_error(jaxalign.mean_density(x, **options, sigma=sigma), clean) < 10 * np.finfo(dtype).eps
+    assert (
+        helpers.relative_error(jaxalign.mean_density(x, **options, sigma=sigma, bandwidth="per_row"), clean)
+        < 10 * np.finfo(dtype).eps
+    )
 
 
 def test_inverts_solve_sigma(dtype, rng):
@@ -57,7 +61,8 @@ def test_a_sigma_per_batch_element_and_per_row_of_it(dtype, rng):
         rng.uniform(0.5, 2, helpers.ROWS).astype(dtype),
         rng.uniform(0.5, 2, (2, helpers.ROWS)).astype(dtype),
     ):
-        actual = jaxalign.mean_density(x, sigma=sigma)
+        bandwidth = "per_row" if sigma.shape[-1:] == (helpers.ROWS,) else "global"
+        actual = jaxalign.mean_density(x, sigma=sigma, bandwidth=bandwidth)
         rows = sigma[:, None] if sigma.shape == (2,) else sigma
         rows = np.broadcast_to(rows, (2, helpers.ROWS)).astype(np.float64)
         expected = [np.mean(reference.mean_density(x[i], sigma=rows[i], per_row=True)) for i in range(2)]

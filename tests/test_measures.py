@@ -14,9 +14,10 @@ import rsatoolbox
 import scipy.stats
 
 import jaxalign
-from jaxalign import measures
+from jaxalign import Plan, measures
 from jaxalign.core.features import center_features
 from jaxalign.core.resolved import exact_distances
+from jaxalign.kernels import RBF, Laplacian
 from jaxalign.measures import _rsa
 
 N = 24
@@ -38,15 +39,15 @@ def rational(d2):
 KERNELS = {"kernel": ["rbf", "laplacian", "linear", rational], "estimator": ["debiased", "biased", "lange"]}
 METRICS = ("euclidean", "cosine", "correlation")
 RESULTS = ("angular", "distance", "similarity")
-DISSIMILARITIES = ("sqeuclidean", "euclidean", "correlation", "cosine", "affinity")
+DISSIMILARITIES = ("sqeuclidean", "euclidean", "correlation", "cosine", "rbf")
 COMPARISONS = ("pearson", "spearman", "kendall", "cosine", "whitened_cosine", "whitened_pearson")
 CASES = [
     *(("hsic", {"kernel": k, "estimator": e}) for k in KERNELS["kernel"] for e in KERNELS["estimator"]),
     *(("cka", {"kernel": k, "estimator": e}) for k in KERNELS["kernel"] for e in KERNELS["estimator"]),
-    ("cka", {"diagonal": "exclude", "density": 0.2}),
-    ("cka", {"sigma": (2.0, 3.0)}),
-    ("cka", {"kernel": "laplacian", "sigma": 2.5}),
-    *(("rsa", {"rdm": r, "compare": c}) for r in DISSIMILARITIES for c in COMPARISONS),
+    ("cka", {"kernel": RBF(density=0.2, diagonal="include")}),
+    ("cka", {"kernel": RBF((2.0, 3.0))}),
+    ("cka", {"kernel": Laplacian(2.5)}),
+    *(("rsa", {"metric": r, "comparison": c}) for r in DISSIMILARITIES for c in COMPARISONS),
     *(("distance_correlation", {"estimator": e, "squared": s}) for e in ("biased", "debiased") for s in (True, False)),
     *((name, {"k": 5, "metric": m}) for name in ("mutual_knn", "jaccard") for m in METRICS),
     ("cknna", {"k": 5}),
@@ -60,7 +61,7 @@ IN_FLOAT32 = [
     ("cka", {"kernel": "laplacian", "estimator": "debiased"}),
     ("cka", {"kernel": "rbf", "estimator": "biased"}),
     ("hsic", {"kernel": "linear", "estimator": "lange"}),
-    *(("rsa", {"rdm": "affinity", "compare": c}) for c in ("pearson", "spearman", "whitened_cosine")),
+    *(("rsa", {"metric": "rbf", "comparison": c}) for c in ("pearson", "spearman", "whitened_cosine")),
     ("distance_correlation", {"estimator": "debiased", "squared": False}),
     ("cknna", {"k": 5}),
     ("shape_distance", {"alpha": 0.5, "result": "distance"}),
@@ -79,8 +80,7 @@ def agree(case, dtype, allowed):
     x, y = (a.astype(dtype) for a in sets())
     value = getattr(measures, name)(x, y, **options)
     assert value.dtype == dtype
-    options = {"rdm_kind" if key == "rdm" else key: option for key, option in options.items()}
-    expected = getattr(reference, name)(x.astype(float), y.astype(float), **options)
+    expected = getattr(reference, name)(x.astype(float), y.astype(float), **helpers.spelled_out(options))
     helpers.assert_close(value, expected, allowed, scale=max(1.0, abs(expected)) if dtype == np.float32 else None)
 
 
@@ -104,7 +104,7 @@ def test_canonical_correlations_agree_with_the_reference(x64, widths, components
         helpers.assert_close(measures.cca(x, y), expected.mean(), 1e-10)
         helpers.assert_close(measures.cca(x, y, result="mean_squared"), (expected**2).mean(), 1e-10)
     else:
-        helpers.assert_close(measures.svcca(x, y, components=components), expected.mean(), 1e-10)
+        helpers.assert_close(measures.svcca(x, y, num_components=components), expected.mean(), 1e-10)
 
 
 @pytest.mark.parametrize("result", ["distance", "angular", "similarity"])
@@ -120,7 +120,7 @@ def test_minibatch_cka_agrees_with_the_reference(x64):
     helpers.assert_close(measures.minibatch_cka(batches), reference.minibatch_cka(batches), 1e-10)
 
 
-@pytest.mark.parametrize("kind", ["sqeuclidean", "euclidean", "correlation", "cosine", "affinity"])
+@pytest.mark.parametrize("kind", ["sqeuclidean", "euclidean", "correlation", "cosine", "rbf"])
 def test_rdm_agrees_with_the_reference(dtype, kind):
     x = sets()[0].astype(dtype)
     matrix = measures.rdm(x, kind)
@@ -134,7 +134,7 @@ def test_rdm_agrees_with_the_reference(dtype, kind):
 @pytest.mark.parametrize("tile_size", [None, 7])
 def test_nearest_neighbors_agree_with_the_reference(x64, metric, tile_size):
     x = sets(3, n=23)[0]
-    found = measures.nearest_neighbors(x, 4, metric, tile_size=tile_size)
+    found = measures.nearest_neighbors(x, 4, metric, plan=Plan(tile_size))
     np.testing.assert_array_equal(found, reference.neighbors(x, 4, metric))
 
 
@@ -142,7 +142,7 @@ def test_nearest_neighbors_agree_with_the_reference(x64, metric, tile_size):
 def test_neighbors_at_equal_distances_come_in_order(x64, tile_size):
     x = np.arange(12.0)[:, None] % 3
     np.testing.assert_array_equal(
-        measures.nearest_neighbors(x, 5, "euclidean", tile_size=tile_size), reference.neighbors(x, 5, "euclidean")
+        measures.nearest_neighbors(x, 5, "euclidean", plan=Plan(tile_size)), reference.neighbors(x, 5, "euclidean")
     )
 
 
@@ -180,7 +180,7 @@ def test_rsa_agrees_with_rsatoolbox(x64, compare):
         expected = rsatoolbox.rdm.compare(*rdms, method=RSATOOLBOX[compare])[0, 0]
         # Their whitened comparisons solve with V iteratively.
         allowed = 1e-5 if compare.startswith("whitened") else 1e-10
-        helpers.assert_close(measures.rsa(x, y, rdm=ours, compare=compare), expected, allowed)
+        helpers.assert_close(measures.rsa(x, y, metric=ours, comparison=compare), expected, allowed)
 
 
 @pytest.mark.parametrize("widths", [(5, 5), (5, 7)], ids=str)
@@ -222,13 +222,13 @@ def test_minibatch_cka_has_no_unit_and_no_order():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sigma", [30.0, 1e3, 1e5])
-@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+@pytest.mark.parametrize("kernel", [RBF, Laplacian])
 def test_a_sigma_far_above_the_distances_keeps_its_digits(sigma, kernel):
     x, y = (a.astype(np.float32) for a in sets())
     # exp(-z) = 1 - z there, and cka sees neither the 1 nor the scale.
-    limit = measures.cka(x, y, kernel=(lambda d: -d) if kernel == "rbf" else lambda d: -jnp.sqrt(d))
-    assert abs(measures.cka(x, y, kernel=kernel, sigma=sigma) - limit) < 40 / sigma + 1e-5
-    assert abs(measures.cka(x, y, kernel=kernel, sigma=sigma, estimator="biased")) > 0.1
+    limit = measures.cka(x, y, kernel=(lambda d: -d) if kernel is RBF else lambda d: -jnp.sqrt(d))
+    assert abs(measures.cka(x, y, kernel=kernel(sigma)) - limit) < 40 / sigma + 1e-5
+    assert abs(measures.cka(x, y, kernel=kernel(sigma), estimator="biased")) > 0.1
 
 
 def test_folds_go_by_the_number_of_the_real_sample(x64):
@@ -263,7 +263,7 @@ def test_every_set_of_a_batch_has_its_own_sigma(x64):
     xs, ys = np.stack([x, 2 * x, x + x**2]), np.stack([y, 3 * y, y])
     a, b = np.array([1.0, 2.0, 3.0]), np.array([4.0, 2.5, 1.5])
     expected = [reference.cka(*both, sigma=sigma) for *both, sigma in zip(xs, ys, zip(a, b, strict=True), strict=True)]
-    helpers.assert_close(measures.cka(xs, ys, sigma=(a, b)), expected, 1e-9)
+    helpers.assert_close(measures.cka(xs, ys, kernel=RBF((a, b))), expected, 1e-9)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "correlation"])
@@ -272,16 +272,16 @@ def test_a_row_without_a_direction_is_named(metric):
     x[3] = y[7] = y[9] = 0.0 if metric == "cosine" else 1.5
     what = rf"{'is 0' if metric == 'cosine' else 'has the same value'} everywhere, so its {metric} with others"
     for call, message in (
-        (lambda: measures.rsa(x, y, rdm=metric), rf"^x: row 3 {what} .*\(1 such rows\)"),
-        (lambda: measures.rsa(x, y, rdm=metric, mask=np.arange(N) != 3), rf"^y: row 7 {what} .*\(2 such rows\)"),
+        (lambda: measures.rsa(x, y, metric=metric), rf"^x: row 3 {what} .*\(1 such rows\)"),
+        (lambda: measures.rsa(x, y, metric=metric, mask=np.arange(N) != 3), rf"^y: row 7 {what} .*\(2 such rows\)"),
         (lambda: measures.nearest_neighbors(np.stack([x, y]), 3, metric), rf"^x: row 3 {what} .*\(3 such rows\)"),
-        (lambda: measures.rsa(x[:, :1], y, rdm="correlation"), "^x has one feature"),
+        (lambda: measures.rsa(x[:, :1], y, metric="correlation"), "^x has one feature"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
     at = np.ones(N, bool)
     at[[3, 7, 9]] = False
-    assert np.isfinite(measures.rsa(x, y, rdm=metric, mask=at))
+    assert np.isfinite(measures.rsa(x, y, metric=metric, mask=at))
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -289,9 +289,10 @@ def test_options_are_refused_by_name():
     x, y = (a.astype(np.float32) for a in sets())
     bad = [
         (lambda: measures.cka(x, y, kernel=["rbf"]), "kernel must be one of"),
-        (lambda: measures.cka(x, y, kernel="linear", sigma=2.0), "no meaning for the linear kernel"),
-        (lambda: measures.cka(x, y, sigma=np.array([1.0, 2.0])), "one a set is a tuple"),
-        (lambda: measures.cka(x, y, density=0.0), r"got 0\.0\.$"),
+        (lambda: measures.cka(x, y, kernel=RBF(2.0, density=0.2)), "density and diagonal have no effect"),
+        (lambda: measures.cka(x, y, kernel=RBF), "pass an object"),
+        (lambda: measures.cka(x, y, kernel=RBF(np.array([1.0, 2.0]))), "one a set is a tuple"),
+        (lambda: measures.cka(x, y, kernel=RBF(density=0.0)), r"got 0\.0\.$"),
         (lambda: measures.mutual_knn(x, y, k=jnp.array(3)), "k must be a whole number"),
         (lambda: measures.mutual_knn(x, y, k=N), f"mutual_knn with k = {N} needs at least {N + 1} samples"),
         (lambda: measures.linear_predictivity(x, y, folds=20), "folds = 20 needs at least 40"),
@@ -387,9 +388,7 @@ def test_a_kernel_with_a_cusp_has_finite_gradients_at_duplicates(x64):
     x, y = sets()
     x[4] = x[3]
     laplacian = lambda d: jnp.exp(-jnp.sqrt(d) / 3)  # noqa: E731
-    own, named = (
-        lambda a, k=k: measures.cka(a, y, **k) for k in ({"kernel": laplacian}, {"kernel": "laplacian", "sigma": 3.0})
-    )
+    own, named = (lambda a, k=k: measures.cka(a, y, **k) for k in ({"kernel": laplacian}, {"kernel": Laplacian(3.0)}))
     helpers.assert_close(jax.grad(own)(x), jax.grad(named)(x), 1e-9)
     helpers.assert_close(jax.jvp(own, (x,), (y[:, :5],))[1], jax.jvp(named, (x,), (y[:, :5],))[1], 1e-9)
 
@@ -416,25 +415,25 @@ def test_distances_within_tight_clusters():
     for found in (measures.rdm(x), jaxalign.squared_distances(x), measures.rdm(x, "euclidean") ** 2):
         np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-6)
     for compare in ("spearman", "kendall"):
-        expected = reference.rsa(x.astype(float), y.astype(float), rdm_kind="sqeuclidean", compare=compare)
+        expected = reference.rsa(x.astype(float), y.astype(float), metric="sqeuclidean", comparison=compare)
         # Between clusters the distances differ by less than float32 holds of each.
-        assert abs(float(measures.rsa(x, y, compare=compare)) - expected) < 1e-6
+        assert abs(float(measures.rsa(x, y, comparison=compare)) - expected) < 1e-6
 
 
 @pytest.mark.parametrize("compare", ["spearman", "kendall"])
 def test_equal_distances_of_whole_numbers_tie(compare):
     x = np.random.default_rng(0).integers(0, 3, (N, 6)).astype(np.float32)  # rounding would put them in some order
     y = x + np.random.default_rng(1).integers(0, 2, (N, 6)).astype(np.float32)
-    expected = reference.rsa(x.astype(float), y.astype(float), rdm_kind="sqeuclidean", compare=compare)
-    assert abs(float(measures.rsa(x, y, compare=compare)) - expected) < 1e-6
+    expected = reference.rsa(x.astype(float), y.astype(float), metric="sqeuclidean", comparison=compare)
+    assert abs(float(measures.rsa(x, y, comparison=compare)) - expected) < 1e-6
     for offset in (1e3, 1e6):
-        assert abs(float(measures.rsa(x + np.float32(offset), y, compare=compare)) - expected) < 1e-6
+        assert abs(float(measures.rsa(x + np.float32(offset), y, comparison=compare)) - expected) < 1e-6
 
 
 @pytest.mark.parametrize("tile_size", [None, 7])
 def test_neighbors_at_equal_distances_of_whole_numbers_come_in_order(tile_size):
     x = np.random.default_rng(0).integers(0, 2, (N, 12)).astype(np.float32)
-    found = measures.nearest_neighbors(x + np.float32(0.25), 5, "euclidean", tile_size=tile_size)
+    found = measures.nearest_neighbors(x + np.float32(0.25), 5, "euclidean", plan=Plan(tile_size))
     np.testing.assert_array_equal(found, reference.neighbors(x.astype(float), 5, "euclidean"))
 
 
@@ -447,15 +446,16 @@ def test_exact_sums_of_squares_have_more_digits_than_the_dtype():
     np.testing.assert_allclose(found[off], reference.sq_distances(x.astype(float))[off], rtol=1e-10)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_an_affinity_at_a_given_sigma_may_be_ranked():
     x, y = (a.astype(np.float32) for a in sets())
-    expected = measures.rsa(x, y, compare="spearman")  # the order is that of the distances at any sigma
-    assert measures.rsa(x, y, rdm="affinity", sigma=1.0, compare="spearman") == expected
-    with pytest.raises(ValueError, match=r"sigma = 1\.0 has no meaning here"):
-        measures.rsa(x, y, rdm="euclidean", sigma=1.0, compare="spearman")
+    expected = measures.rsa(x, y, comparison="spearman")  # the order is that of the distances at any sigma
+    assert measures.rsa(x, y, metric=RBF(1.0), comparison="spearman") == expected
+    with pytest.raises(ValueError, match="metric must be one of"):
+        measures.rsa(x, y, metric=Laplacian(1.0), comparison="spearman")
     with pytest.raises(ValueError, match="sigma must be finite and above 0"):
-        measures.rsa(x, y, rdm="affinity", sigma=-1.0, compare="spearman")
-    assert np.isnan(jax.jit(lambda s: measures.rsa(x, y, rdm="affinity", sigma=s, compare="spearman"))(-1.0))
+        measures.rsa(x, y, metric=RBF(-1.0), comparison="spearman")
+    assert np.isnan(jax.jit(lambda s: measures.rsa(x, y, metric=RBF(s), comparison="spearman"))(-1.0))
 
 
 # --- batches of minibatch_cka -----------------------------------------------------------------------------------------
@@ -520,8 +520,8 @@ def test_representations_that_share_a_search_have_the_bandwidths_they_have_alone
     pair = [clusters.astype(np.float32), rng.normal(size=(60, 40)).astype(np.float32)]
     pair = pair if clusters_first else pair[::-1]
     options = {"density": 0.2, "diagonal": "exclude"}  # half of the pairs are within a cluster: so is the bandwidth
-    value = measures.cka(*pair, **options)
+    value = measures.cka(*pair, kernel=RBF(**options))
     alone = tuple(jaxalign.solve_sigma(x, **options).sigma for x in pair)
-    helpers.assert_close(value, measures.cka(*pair, sigma=alone), 1e-5)
+    helpers.assert_close(value, measures.cka(*pair, kernel=RBF(alone)), 1e-5)
     expected = reference.cka(*(x.astype(float) for x in pair), kernel="rbf", **options)
     helpers.assert_close(value, expected, 1e-5)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from jaxalign import measures
+from jaxalign.kernels import RBF
 from jaxalign.measures import REGISTRY
 
 DOC = Path(__file__).parent.parent / "docs" / "pages" / "measures.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->"
 
 N, WIDTH = 24, 5
-# The auto-scaled measures need n > 1 / density.
-OPTIONS = {name: {"density": 0.3} if "density" in entry.options else {} for name, entry in REGISTRY.items()}
+OPTIONS = {name: {"kernel": RBF(density=0.3)} if "kernel" in entry.options else {} for name, entry in REGISTRY.items()}
 
 
 def sets(seed=0, noise=0.5):
@@ -134,14 +134,14 @@ def test_shape_distances_obey_the_triangle_inequality(x64, alpha, result):
 def test_the_whitened_cosine_of_squared_distances_is_biased_linear_cka(x64):
     # Diedrichsen et al. 2021.
     x, y = sets()
-    whitened = measures.rsa(x, y, compare="whitened_cosine")
+    whitened = measures.rsa(x, y, comparison="whitened_cosine")
     helpers.assert_close(whitened, measures.cka(x, y, kernel="linear", estimator="biased"), 1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "kernel"), [(16, "linear"), (256, "linear"), (16, "rbf"), (64, "rbf")])
 def test_debiased_cka_of_independent_sets_is_0_on_average(n, kernel):
-    options = {"kernel": kernel, "diagonal": "exclude"}
+    options = {"kernel": kernel}
     x, y = (np.random.default_rng(n).normal(size=(2, 200, n, 8))).astype(np.float32)
     values = np.asarray(measures.cka(x, y, **options))
     assert abs(values.mean()) < 4 * values.std() / np.sqrt(200)  # 1 in 16 000 by chance, for this seed once and for all
@@ -150,7 +150,9 @@ def test_debiased_cka_of_independent_sets_is_0_on_average(n, kernel):
 
 def test_biased_cka_of_few_independent_samples_is_nearly_1():
     x, y = np.random.default_rng(0).normal(size=(2, 50, 32, 64)).astype(np.float32)
-    assert np.mean(measures.cka(x, y, estimator="biased")) > 0.99
+    include = RBF(diagonal="include")  # as `rbf_affinity`
+    assert np.mean(measures.cka(x, y, include, estimator="biased")) > 0.99
+    assert np.mean(measures.cka(x, y, estimator="biased")) > 0.98
     assert abs(np.mean(measures.cka(x, y))) < 0.02
 
 
@@ -161,7 +163,7 @@ def test_canonical_correlations_of_as_many_features_as_samples_are_1(x64):
 
 def test_svcca_with_all_directions_is_cca(x64):
     x, y = sets()
-    helpers.assert_close(measures.svcca(x, y, components=WIDTH), measures.cca(x, y), 1e-12)
+    helpers.assert_close(measures.svcca(x, y, num_components=WIDTH), measures.cca(x, y), 1e-12)
 
 
 def test_minibatch_cka_of_one_batch_is_cka(x64):

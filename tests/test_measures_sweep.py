@@ -5,6 +5,7 @@ The reference sees the same float32 numbers. All data of one shape run through o
 
 from __future__ import annotations
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ import reference_measures as reference
 
 import jaxalign
 from jaxalign import measures
+from jaxalign.kernels import RBF, Laplacian
 from jaxalign.measures import REGISTRY
 
 # Of numbers of about 1: a hundred roundings of eps = 1.2e-7.
 TOLERANCE = 1e-5
 SEED = 7  # of data in which no two dissimilarities tie but for rounding
 SHAPES = {"tall": (24, 5, 7), "wide": (12, 20, 30)}
-KERNEL = {"density": 0.3, "diagonal": "exclude"}
+KERNEL = {"kernel": RBF(density=0.3)}
 OPTIONS = {
     "cka": KERNEL, "hsic": KERNEL, "affinity_distance": KERNEL,
     "mutual_knn": {"k": 3}, "jaccard": {"k": 3}, "cknna": {"k": 3},
@@ -27,7 +29,7 @@ OPTIONS = {
 REFERENCES = {
     "cka": reference.cka,
     "hsic": reference.hsic,
-    "rsa": lambda x, y: reference.rsa(x, y, rdm_kind="sqeuclidean", compare="pearson"),
+    "rsa": lambda x, y: reference.rsa(x, y, metric="sqeuclidean", comparison="pearson"),
     "distance_correlation": lambda x, y: reference.distance_correlation(x, y, estimator="debiased", squared=False),
     "mutual_knn": reference.mutual_knn,
     "jaccard": reference.jaccard,
@@ -43,7 +45,7 @@ REFERENCES = {
 # Beside the defaults: everything that sorts, or takes unit rows, or another estimator.
 MORE = {
     **{
-        f"rsa {rdm} {compare}": ("rsa", {"rdm": rdm, "compare": compare}, {"rdm_kind": rdm, "compare": compare})
+        f"rsa {rdm} {compare}": ("rsa", {"metric": rdm, "comparison": compare}, {"metric": rdm, "comparison": compare})
         for rdm, compare in (
             ("sqeuclidean", "spearman"),
             ("euclidean", "kendall"),
@@ -109,7 +111,8 @@ def test_hard_data(case, shape):
     wrong = {}
     for label, *both in hard(*SHAPES[shape]):
         x, y = (a.astype(np.float32) for a in both)
-        expected = function(x.astype(float), y.astype(float), **(options if in_reference is None else in_reference))
+        in_reference = helpers.spelled_out(options) if in_reference is None else in_reference
+        expected = function(x.astype(float), y.astype(float), **in_reference)
         value = float(getattr(measures, name)(x, y, **options))
         if not abs(value - expected) < TOLERANCE:
             wrong[label] = (value, expected)
@@ -121,7 +124,7 @@ def test_an_offset_of_ten_million_standard_deviations(name):
     """Features are then whole numbers, so the order of distances is full of ties, and left out."""
     x, y = (np.float32(1e7 + a) for a in related(1, 200, 16, 8))
     options = {"folds": 5, "strengths": (1e-4, 1e-2)} if name == "linear_predictivity" else {}
-    expected = REFERENCES[name](x.astype(float), y.astype(float), **options)
+    expected = REFERENCES[name](x.astype(float), y.astype(float), **helpers.spelled_out(options))
     assert abs(float(getattr(measures, name)(x, y, **options)) - expected) < TOLERANCE
 
 
@@ -156,8 +159,8 @@ def test_ties_are_seen_behind_a_masked_row():
     x, y = (rng.integers(0, 4, (24, 5)).astype(np.float32) for _ in range(2))
     valid = np.arange(24) > 0
     for compare in ("spearman", "kendall"):
-        expected = measures.rsa(x[valid], y[valid], compare=compare)
-        found = measures.rsa(x + np.float32(100.1), y, compare=compare, mask=valid)
+        expected = measures.rsa(x[valid], y[valid], comparison=compare)
+        found = measures.rsa(x + np.float32(100.1), y, comparison=compare, mask=valid)
         assert abs(float(found) - float(expected)) < 1e-6
     expected = reference.mutual_knn(x[valid].astype(float), y[valid].astype(float), 3, "euclidean")
     found = measures.mutual_knn(x + np.float32(100.25), y, 3, "euclidean", mask=valid)
@@ -183,12 +186,12 @@ CONSTANT = {
 }  # fmt: skip
 CONSTANT_CASES = {
     **{name: (name, {}) for name in REGISTRY if CONSTANT.get(name, 0) is not None and name not in ("cka", "hsic")},
-    **{f"rsa {c}": ("rsa", {"compare": c}) for c in ("spearman", "kendall", "whitened_cosine", "whitened_pearson")},
-    **{f"rsa {r}": ("rsa", {"rdm": r}) for r in ("euclidean", "cosine")},
-    "rsa affinity": ("rsa", {"rdm": "affinity", "sigma": 2.0}),
+    **{f"rsa {c}": ("rsa", {"comparison": c}) for c in ("spearman", "kendall", "whitened_cosine", "whitened_pearson")},
+    **{f"rsa {r}": ("rsa", {"metric": r}) for r in ("euclidean", "cosine")},
+    "rsa affinity": ("rsa", {"metric": RBF(2.0)}),
     "distance_correlation biased": ("distance_correlation", {"estimator": "biased"}),
     **{f"cka linear {e}": ("cka", {"kernel": "linear", "estimator": e}) for e in ("debiased", "biased", "lange")},
-    **{f"cka {k}": ("cka", {"kernel": k, "sigma": 1.0}) for k in ("rbf", "laplacian")},
+    **{f"cka {k}": ("cka", {"kernel": k}) for k in (RBF(1.0), Laplacian(1.0))},
     "cka angular": ("cka", {"kernel": "linear", "result": "angular"}),
     "hsic": ("hsic", {"kernel": "linear"}),
     "procrustes angular": ("procrustes", {"result": "angular"}),
@@ -220,10 +223,10 @@ def test_one_or_both_do_not_vary(case):
     ("name", "options"),
     [
         ("cka", {"kernel": "linear"}),
-        ("cka", {"density": 0.2}),
+        ("cka", {"kernel": RBF(density=0.2)}),
         ("distance_correlation", {}),
         ("rsa", {}),
-        ("rsa", {"rdm": "cosine", "compare": "spearman"}),
+        ("rsa", {"metric": "cosine", "comparison": "spearman"}),
         ("cknna", {"k": 3}),
     ],
 )

@@ -11,20 +11,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxalign import measures, sharding
+from jaxalign import Plan, measures, sharding
+from jaxalign.kernels import RBF
 from jaxalign.measures import REGISTRY
 
 N, WIDTH = 24, 5
-OPTIONS = {
-    name: {"density": 0.3, "diagonal": "exclude"} if "density" in entry.options else {}
-    for name, entry in REGISTRY.items()
-}
+OPTIONS = {name: {"kernel": RBF(density=0.3)} if "kernel" in entry.options else {} for name, entry in REGISTRY.items()}
 for few in ("mutual_knn", "jaccard", "cknna"):
     OPTIONS[few] = {"k": 3}
 OPTIONS["linear_predictivity"] = {"folds": 2}
 
 every_measure = pytest.mark.parametrize("name", REGISTRY)
-TILED = [name for name, entry in REGISTRY.items() if "tile_size" in inspect.signature(entry.function).parameters]
+TILED = [name for name, entry in REGISTRY.items() if "plan" in inspect.signature(entry.function).parameters]
 
 
 def sets(n=N, width=WIDTH):
@@ -62,8 +60,8 @@ def test_masked_samples_do_not_count(x64, name):
 def test_tiles_and_devices_give_the_same(x64, name):
     x, y = sets(23)  # divides neither among the tiles nor among the devices
     expected = measure(name)(x, y)
-    helpers.assert_close(measure(name, tile_size=7)(x, y), expected, 1e-12)
-    helpers.assert_close(measure(name, mesh=sharding.data_mesh(8), tile_size=2)(x, y), expected, 1e-12)
+    helpers.assert_close(measure(name, plan=Plan(7))(x, y), expected, 1e-12)
+    helpers.assert_close(measure(name, plan=Plan(tile_size=2, mesh=sharding.data_mesh(8)))(x, y), expected, 1e-12)
 
 
 @pytest.mark.slow
@@ -71,14 +69,14 @@ def test_tiles_and_devices_give_the_same(x64, name):
 def test_gradients_of_tiles_and_devices_are_the_same(x64, name):
     x, y = sets(23)
     expected = jax.grad(measure(name))(x, y)
-    how = {"tile_size": 7} if name == "cka" else {"mesh": sharding.data_mesh(4), "tile_size": 4}
+    how = {"plan": Plan(7)} if name == "cka" else {"plan": Plan(tile_size=4, mesh=sharding.data_mesh(4))}
     helpers.assert_close(jax.jit(jax.grad(measure(name, **how)))(x, y), expected, 1e-10)
 
 
 def test_cka_inside_shard_map(x64):
     x, y = sets()
     local = jax.shard_map(
-        measure("cka", axis_name="data", kernel="linear"),
+        measure("cka", plan=Plan(axis_name="data"), kernel="linear"),
         mesh=sharding.data_mesh(4),
         in_specs=(P("data", None), P("data", None)),
         out_specs=P(),
@@ -139,7 +137,7 @@ def test_values_and_gradients_are_finite(name, case):
         ("cka", {"kernel": "linear", "estimator": "biased"}, 0.0),
         ("hsic", {"kernel": "linear"}, 0.0),
         ("rsa", {}, 0.0),
-        ("rsa", {"compare": "spearman"}, 0.0),
+        ("rsa", {"comparison": "spearman"}, 0.0),
         ("distance_correlation", {}, 0.0),
         ("procrustes", {}, 2**0.5),
         ("cca", {}, 0.0),

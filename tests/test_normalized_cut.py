@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 import jaxalign
-from jaxalign import affinity_operator, kway, normalized_cut, rbf_affinity
+from jaxalign import Plan, affinity_operator, kway, normalized_cut, rbf_affinity
 
 
 def features(n=90, d=5, groups=3, apart=8.0, seed=0):
@@ -50,14 +51,14 @@ def test_defining_equation(method, x64):
 def test_every_input_and_method_is_one_cut():
     x = jnp.asarray(features(), jnp.float32)
     expected = normalized_cut(x, 4, density=0.3)
-    operator = affinity_operator(x, density=0.3, tile_size=32)
+    operator = affinity_operator(x, density=0.3, plan=Plan(32))
     for source, options in (
         (rbf_affinity(x, density=0.3), {}),
         (operator, {}),
         (operator, {"method": "dense"}),
-        (x, {"method": "lobpcg", "density": 0.3, "tile_size": 32}),
+        (x, {"method": "lobpcg", "density": 0.3, "plan": Plan(32)}),
         (x, {"method": "lobpcg", "density": 0.3}),  # of the stored matrix
-        (x, {"density": 0.3, "sigma": expected.sigma}),
+        (x, {"sigma": expected.sigma}),
     ):
         cut = normalized_cut(source, 4, **options)
         np.testing.assert_allclose(cut.eigenvalues, expected.eigenvalues, atol=1e-5)
@@ -116,7 +117,7 @@ def test_a_sigma_a_row_is_cut_in_its_symmetric_part(x64):
     a = np.asarray(rbf_affinity(x, density=0.2, bandwidth="per_row"))
     expected = np.linalg.eigvalsh(matrix_of((a + a.T) / 2))[::-1][:4]
     for method in ("dense", "lobpcg"):
-        cut = normalized_cut(x, 4, density=0.2, bandwidth="per_row", method=method, tile_size=32)
+        cut = normalized_cut(x, 4, density=0.2, bandwidth="per_row", method=method, plan=Plan(32))
         np.testing.assert_allclose(cut.eigenvalues, expected, atol=1e-9)
     with pytest.raises(ValueError, match="does not know where a new sample"):
         cut.transform(x)
@@ -126,7 +127,7 @@ def test_a_sigma_a_row_is_cut_in_its_symmetric_part(x64):
 def test_networks_of_an_alignment_are_cut_together():
     key = jax.random.key(0)
     x = jax.random.normal(key, (60, 6))
-    alignment = jaxalign.align({"a": x, "b": 3 - 2 * x[:, ::-1]}, landmarks=30, key=key)
+    alignment = helpers.align({"a": x, "b": 3 - 2 * x[:, ::-1]}, landmarks=30, key=key)
     cut = normalized_cut(alignment, 4, density=0.2)
     assert cut.eigenvectors.shape == (120, 4)
     # The second is the first, turned and scaled: the same relative features, so the same rows.
@@ -140,7 +141,7 @@ def test_derivatives(method, x64):
     x, weights = rng.normal(size=(40, 3)), rng.normal(size=(40, 3))
 
     def of(x):  # the other method with a given sigma, which takes less compiling
-        options = {"density": 0.3, "tile_size": 32} if method == "lobpcg" else {"sigma": 1.5}
+        options = {"density": 0.3, "plan": Plan(32)} if method == "lobpcg" else {"sigma": 1.5}
         cut = normalized_cut(x, 3, method=method, **options)
         return jnp.sum(weights * cut.eigenvectors**3) + jnp.sum(weights[0] * cut.eigenvalues)
 
@@ -185,7 +186,7 @@ def test_jit_and_vmap():
 def test_rows_over_devices():
     x = jnp.asarray(features(n=96), jnp.float32)
     mesh = jaxalign.sharding.data_mesh()
-    cut = normalized_cut(x, 3, density=0.3, method="lobpcg", mesh=mesh)
+    cut = normalized_cut(x, 3, density=0.3, method="lobpcg", plan=Plan(mesh=mesh))
     np.testing.assert_allclose(cut.eigenvalues, normalized_cut(x, 3, density=0.3).eigenvalues, atol=1e-5)
 
 

@@ -14,6 +14,7 @@ import reference
 from jax.sharding import PartitionSpec as P
 
 import jaxalign
+from jaxalign import Plan
 from jaxalign.sharding import data_mesh, shard_rows
 
 ROWS, OTHER_ROWS, WIDTH, MASK = helpers.ROWS, helpers.OTHER_ROWS, helpers.WIDTH, helpers.MASK
@@ -24,17 +25,21 @@ RTOL = helpers.tolerance(np.float32).value
 
 # setting of helpers; how sigma comes about; how pairs are visited. All of 23 rows.
 OPERATORS = {
-    "density": ("include", {"density": 0.2}, {"tile_size": 4}),
-    "given sigma, all at once": ("include", {"sigma": 1.5}, {"tile_size": None}),
+    "density": ("include", {"density": 0.2}, {"plan": Plan(4)}),
+    "given sigma, all at once": ("include", {"sigma": 1.5}, {"plan": Plan(None)}),
     "density by row, zero diagonal": (
         "masked exclude",
         {"density": 0.2, "bandwidth": "per_row", "zero_diagonal": True},
-        {"tile_size": 7},
+        {"plan": Plan(7)},
     ),
-    "rectangular by row": ("masked rectangular", {"sigma": BY_ROW}, {"tile_size": 4}),
-    "rectangular by row, 8 devices": ("masked rectangular", {"sigma": BY_ROW}, {"mesh": 8}),
-    "masked zero diagonal, 3 devices": ("masked include", {"sigma": 1.5, "zero_diagonal": True}, {"mesh": 3}),
-    "batch": ("batch", {"sigma": np.array([1.0, 2.0], np.float32)}, {"tile_size": 8}),
+    "rectangular by row": ("masked rectangular", {"sigma": BY_ROW, "bandwidth": "per_row"}, {"plan": Plan(4)}),
+    "rectangular by row, 8 devices": ("masked rectangular", {"sigma": BY_ROW, "bandwidth": "per_row"}, {"devices": 8}),
+    "masked zero diagonal, 3 devices": (
+        "masked include",
+        {"sigma": 1.5, "zero_diagonal": True},
+        {"devices": 3},
+    ),
+    "batch": ("batch", {"sigma": np.array([1.0, 2.0], np.float32)}, {"plan": Plan(8)}),
 }
 
 
@@ -45,8 +50,8 @@ def operator_of(name, rng):
     x = np.stack([x[:ODD], x[1:]]) if setting == "batch" else x[:ODD]
     if "mask" in options:
         options["mask"] = MASK[:ODD]
-    if "mesh" in visit:
-        visit = visit | {"mesh": data_mesh(visit["mesh"])}
+    if "devices" in visit:
+        visit = {"plan": Plan(mesh=data_mesh(visit["devices"]))}
     a = jaxalign.affinity_operator(x, **options, **of_sigma, **visit)
     options.pop("diagonal", None)
     zero = of_sigma.get("zero_diagonal", False)
@@ -151,7 +156,7 @@ def test_degree_normalized_is_the_matrix_over_the_roots_of_its_sums(name, rng):
 
 def test_the_root_of_the_degrees_is_the_first_eigenvector_of_a_degree_normalized_operator(rng):
     x = rng.normal(size=(ODD, WIDTH)).astype(np.float32)
-    a = jaxalign.affinity_operator(x, density=0.2, tile_size=4)
+    a = jaxalign.affinity_operator(x, density=0.2, plan=Plan(4))
     root = jnp.sqrt(a.sum(-1))
     helpers.assert_close(a.degree_normalized() @ root, root, 2 * RTOL)
 
@@ -175,7 +180,7 @@ def test_the_mean_is_the_density_that_was_asked_for(rng):
 def test_tight_clusters_far_apart(rng):
     x = helpers.clusters(rng)[:ODD].astype(np.float32)
     expected = reference.rbf_affinity(x, sigma=2.0)
-    a = jaxalign.affinity_operator(x, sigma=2.0, tile_size=4)
+    a = jaxalign.affinity_operator(x, sigma=2.0, plan=Plan(4))
     helpers.assert_close(a.sum(-1), expected.sum(-1), 1e-5)
     helpers.assert_close(a.rows(np.arange(3)), expected[:3], 1e-5)
 
@@ -184,7 +189,7 @@ def test_a_row_of_small_sigma_far_away_does_not_blur_the_distances_of_others():
     x = np.array([[-1000.1, 3.3], [1000.1, -7.7], [1001.37, -6.3], [1003.7, -9.1]], np.float32)
     sigma = np.array([1e-3, 2, 2, 2], np.float32)
     expected = reference.rbf_affinity(x, sigma=sigma)
-    a = jaxalign.affinity_operator(x, sigma=sigma)
+    a = jaxalign.affinity_operator(x, sigma=sigma, bandwidth="per_row")
     helpers.assert_close(a.rows(np.arange(4)), expected, 1e-5)
     helpers.assert_close(a @ np.ones(4, np.float32), expected.sum(-1), 1e-5)
     helpers.assert_close(a.T @ np.ones(4, np.float32), expected.sum(-2), 1e-5)
@@ -209,7 +214,7 @@ def test_inside_shard_map_vectors_are_this_devices_rows(rng):
     x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
 
     def local(x):
-        a = jaxalign.affinity_operator(x, sigma=1.5, axis_name="data")
+        a = jaxalign.affinity_operator(x, sigma=1.5, plan=Plan(axis_name="data"))
         return a @ x[:, 0], a.diagonal()
 
     dense = reference.rbf_affinity(x, sigma=1.5)
@@ -223,7 +228,7 @@ def test_inside_shard_map_sums_and_means_are_those_of_all_devices(rng):
     x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
 
     def local(x):
-        a = jaxalign.affinity_operator(x, sigma=1.5, axis_name="data")
+        a = jaxalign.affinity_operator(x, sigma=1.5, plan=Plan(axis_name="data"))
         return a.sum(), a.mean(), a.sum(-1)
 
     dense = reference.rbf_affinity(x, sigma=1.5)
@@ -255,13 +260,13 @@ def test_jit_and_vmap_give_what_a_loop_gives(rng):
     x, v = rng.normal(size=(2, ODD, WIDTH)).astype(np.float32), rng.normal(size=(2, ODD)).astype(np.float32)
 
     def product(x, v):
-        return jaxalign.affinity_operator(x, sigma=1.5, tile_size=4) @ v
+        return jaxalign.affinity_operator(x, sigma=1.5, plan=Plan(4)) @ v
 
     found = jax.jit(jax.vmap(product))(x, v)
     for i in range(2):
         expected = reference.rbf_affinity(x[i], sigma=1.5) @ v[i]
         helpers.assert_close(found[i], expected, RTOL, 10)
-    batch = jaxalign.affinity_operator(x, sigma=np.array([1.0, 2.0], np.float32), tile_size=8)
+    batch = jaxalign.affinity_operator(x, sigma=np.array([1.0, 2.0], np.float32), plan=Plan(8))
     helpers.assert_close(jax.vmap(lambda a, v: a @ v)(batch, v), (batch @ v[..., None])[..., 0], RTOL, 10)
 
 
@@ -289,7 +294,7 @@ def test_first_and_second_derivatives_are_those_of_the_matrix(name, rng):
     def of_operator(args):
         args = dict(args)
         v, w = args.pop("v"), args.pop("w")
-        visit = {"mesh": data_mesh(3)} if transposed else {"tile_size": 4}
+        visit = {"plan": Plan(mesh=data_mesh(3))} if transposed else {"plan": Plan(4)}
         a = jaxalign.affinity_operator(**args, **options, **visit)
         return v @ (a.T @ w) if transposed else w @ (a @ v)
 
@@ -303,7 +308,7 @@ def test_first_and_second_derivatives_are_those_of_the_matrix(name, rng):
 
 def test_conjugate_gradients_take_the_operator_as_it_is(rng):
     x, b = rng.normal(size=(ODD, WIDTH)).astype(np.float32), rng.normal(size=ODD).astype(np.float32)
-    a = jaxalign.affinity_operator(x, sigma=0.7, tile_size=4)  # next to the identity: well conditioned
+    a = jaxalign.affinity_operator(x, sigma=0.7, plan=Plan(4))  # next to the identity: well conditioned
     z, _ = jax.scipy.sparse.linalg.cg(a, jnp.asarray(b), tol=1e-6)
     helpers.assert_close(z, np.linalg.solve(reference.rbf_affinity(x, sigma=0.7), b), 1e-4)
 
@@ -311,7 +316,7 @@ def test_conjugate_gradients_take_the_operator_as_it_is(rng):
 def test_nan_in_the_features_of_a_trace_makes_every_product_nan(rng):
     x = rng.normal(size=(ODD, WIDTH)).astype(np.float32)
     x[7, 2] = np.nan
-    product = jax.jit(lambda x: jaxalign.affinity_operator(x, sigma=1.5, tile_size=None).sum(-1))(x)
+    product = jax.jit(lambda x: jaxalign.affinity_operator(x, sigma=1.5, plan=Plan(None)).sum(-1))(x)
     assert np.all(np.isnan(product))
 
 
@@ -361,14 +366,14 @@ def test_rows_that_are_not_there(square, rectangular):
 
 
 def test_rows_that_are_spread_over_devices_cannot_be_selected():
-    a = jaxalign.affinity_operator(X, sigma=1.5, mesh=data_mesh())
+    a = jaxalign.affinity_operator(X, sigma=1.5, plan=Plan(mesh=data_mesh()))
     with refused(NotImplementedError, "rows of an operator whose rows are spread over devices", "(a.T @ e).T"):
         a.rows(np.array([0]))
 
 
 def test_a_matrix_inside_shard_map():
     def local(x):
-        return jaxalign.affinity_operator(x, sigma=1.5, axis_name="data").todense()
+        return jaxalign.affinity_operator(x, sigma=1.5, plan=Plan(axis_name="data")).todense()
 
     with refused(ValueError, "todense() inside shard_map", "its own rows only"):
         jax.vmap(local, axis_name="data")(X[None])

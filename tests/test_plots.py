@@ -20,6 +20,7 @@ import reference_measures
 
 import jaxalign
 from jaxalign import plots
+from jaxalign.kernels import RBF
 
 matplotlib = pytest.importorskip("matplotlib", reason='pictures: python -m pip install "jaxalign[viz]"')
 matplotlib.use("agg")
@@ -75,8 +76,8 @@ def matches():
 
 @functools.cache
 def compared_and_tested():
-    test = jaxalign.permutation_test(sets(), sets(), key=jax.random.key(0), permutations=99, density=0.2)
-    return jaxalign.compare_grid(sets(), density=0.2), test
+    test = jaxalign.permutation_test(sets(), sets(), key=jax.random.key(0), permutations=99, kernel=RBF(density=0.2))
+    return jaxalign.compare_grid(sets(), kernel=RBF(density=0.2)), test
 
 
 def grid():
@@ -365,7 +366,7 @@ def test_segments_are_drawn_over_the_picture():
 def test_axes_given_are_drawn_into():
     figure, axes = matplotlib.pyplot.subplots(1, 2)
     assert plots.affinity(np.eye(3), ax=axes[0]) is axes[0]
-    assert plots.grid(jaxalign.compare_grid(sets(), density=0.2), ax=axes[1]) is axes[1]
+    assert plots.grid(jaxalign.compare_grid(sets(), kernel=RBF(density=0.2)), ax=axes[1]) is axes[1]
     matplotlib.pyplot.close(figure)
 
 
@@ -373,7 +374,7 @@ def test_axes_given_are_drawn_into():
 def test_the_first_row_of_a_grid_is_on_top_as_in_the_report():
     some = sets()
     other = {name: some[name] for name in ("layer 1", "layer 3")}
-    compared = jaxalign.compare_grid(some, other, density=0.2)
+    compared = jaxalign.compare_grid(some, other, kernel=RBF(density=0.2))
     ax = plots.grid(compared)
     np.testing.assert_array_equal(ax.images[0].get_array(), compared.values)
     assert ax.transData.transform((0, 0))[1] > ax.transData.transform((0, 1))[1]
@@ -388,8 +389,8 @@ def test_the_first_row_of_a_grid_is_on_top_as_in_the_report():
 def test_what_is_not_beyond_chance_stands_in_brackets():
     some = {"signal": sets()["layer 0"], "noise": np.random.default_rng(5).normal(size=(60, 6)).astype(np.float32)}
     other = {"target": sets()["layer 1"]}
-    test = jaxalign.permutation_test(some, other, key=jax.random.key(0), permutations=99, density=0.2)
-    ax = plots.grid(jaxalign.compare_grid(some, other, density=0.2), test=test)
+    test = jaxalign.permutation_test(some, other, key=jax.random.key(0), permutations=99, kernel=RBF(density=0.2))
+    ax = plots.grid(jaxalign.compare_grid(some, other, kernel=RBF(density=0.2)), test=test)
     texts = [text.get_text() for text in ax.texts]
     assert not texts[0].startswith("(")
     assert texts[1].startswith("(")

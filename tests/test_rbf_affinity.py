@@ -33,7 +33,9 @@ def test_equals_the_definition_at_a_given_sigma(setting, per_row, dtype, rng):
     for features in (helpers.gaussian, helpers.cauchy, helpers.duplicates, helpers.offset, helpers.all_but_two_equal):
         x, options = helpers.problem(setting, features(rng), dtype)
         sigma = rng.uniform(0.3, 3.0, ROWS if per_row else ()).astype(dtype)
-        actual = jaxalign.rbf_affinity(x, **options, sigma=sigma)
+        options.pop("diagonal", None)  # of a mean that is not taken
+        bandwidth = "per_row" if per_row else "global"
+        actual = jaxalign.rbf_affinity(x, **options, sigma=sigma, bandwidth=bandwidth)
         assert actual.dtype == dtype
         clean, clean_options = helpers.in_float64(x, options)
         expected = reference.rbf_affinity(clean, **clean_options, sigma=sigma)
@@ -64,7 +66,8 @@ def test_clusters_far_apart_are_resolved_at_a_sigma_inside_them(dtype, rng):
 def test_shapes_of_sigma(shape, rng):
     x = rng.normal(size=(2, ROWS, WIDTH)).astype(np.float32)
     sigma = rng.uniform(0.5, 2.0, shape).astype(np.float32)
-    actual = jaxalign.rbf_affinity(x, sigma=sigma)
+    bandwidth = "per_row" if shape[-1:] == (ROWS,) else "global"
+    actual = jaxalign.rbf_affinity(x, sigma=sigma, bandwidth=bandwidth)
     rows = np.broadcast_to(sigma[:, None] if shape == (2,) else sigma, (2, ROWS))
     expected = np.stack([reference.rbf_affinity(x[i], sigma=rows[i]) for i in range(2)])
     helpers.assert_close(actual, expected, 10 * helpers.tolerance(np.float32).value)

@@ -10,6 +10,7 @@ import pytest
 import reference
 
 import jaxalign
+from jaxalign import Plan
 
 N, M, WIDTH = 41, 29, 5
 
@@ -35,13 +36,13 @@ def test_totals_rows_and_products_are_those_of_all_pairs(tile_size, problem, rng
     x, y = problem
     values = rng.normal(size=(M, 3))
     kernel = cauchy(reference.squared_distances(x, y))
-    helpers.assert_close(jaxalign.reduce_pairs(cauchy, x, y, tile_size=tile_size), kernel.sum(), 1e-12)
-    helpers.assert_close(jaxalign.reduce_pairs(cauchy, x, y, per_row=True, tile_size=tile_size), kernel.sum(1), 1e-12)
-    product = jaxalign.reduce_pairs(cauchy, x, y, values=values, tile_size=tile_size)
+    helpers.assert_close(jaxalign.reduce_pairs(cauchy, x, y, plan=Plan(tile_size)), kernel.sum(), 1e-12)
+    helpers.assert_close(jaxalign.reduce_pairs(cauchy, x, y, per_row=True, plan=Plan(tile_size)), kernel.sum(1), 1e-12)
+    product = jaxalign.reduce_pairs(cauchy, x, y, values=values, plan=Plan(tile_size))
     helpers.assert_close(product, kernel @ values, 1e-12)
-    vector = jaxalign.reduce_pairs(cauchy, x, y, values=values[:, 0], tile_size=tile_size)
+    vector = jaxalign.reduce_pairs(cauchy, x, y, values=values[:, 0], plan=Plan(tile_size))
     helpers.assert_close(vector, kernel @ values[:, 0], 1e-12)
-    own = jaxalign.reduce_pairs(both, x, self_pairs=False, tile_size=tile_size)
+    own = jaxalign.reduce_pairs(both, x, self_pairs=False, plan=Plan(tile_size))
     distances = reference.squared_distances(x)
     helpers.assert_close(own["cauchy"], cauchy(distances).sum() - N, 1e-12)
     helpers.assert_close(own["root"], np.sqrt(distances).sum(), 1e-12)
@@ -56,11 +57,11 @@ def test_masked_samples_do_not_count_whatever_they_hold(tile_size, problem, rng)
     kernel = cauchy(reference.squared_distances(x, y)) * np.outer(mask, mask_y)
     expected = kernel @ values
     x[~mask], y[~mask_y], values[~mask_y] = np.nan, np.inf, np.nan
-    options = {"mask": mask, "mask_y": mask_y, "tile_size": tile_size}
+    options = {"mask": mask, "mask_y": mask_y, "plan": Plan(tile_size)}
     helpers.assert_close(jaxalign.reduce_pairs(cauchy, x, y, values=values, **options), expected, 1e-12)
     helpers.assert_close(jaxalign.reduce_pairs(cauchy, x, y, per_row=True, **options), kernel.sum(1), 1e-12)
     # A function that is infinite at distance 0, which padded pairs have.
-    inverse = jaxalign.reduce_pairs(lambda d: 1 / d, x, mask=mask & (np.arange(N) != 7), self_pairs=False, tile_size=8)
+    inverse = jaxalign.reduce_pairs(lambda d: 1 / d, x, mask=mask & (np.arange(N) != 7), self_pairs=False, plan=Plan(8))
     assert np.isfinite(inverse)
 
 
@@ -73,7 +74,7 @@ def test_derivatives_are_those_of_finite_differences(tile_size, problem, rng):
 
     def total(args):
         product = jaxalign.reduce_pairs(
-            lambda d: jnp.exp(-d / args["temperature"]), args["x"], y, values=args["values"], tile_size=tile_size
+            lambda d: jnp.exp(-d / args["temperature"]), args["x"], y, values=args["values"], plan=Plan(tile_size)
         )
         return jnp.sum(product**2)
 
@@ -87,7 +88,7 @@ def test_derivatives_are_those_of_finite_differences(tile_size, problem, rng):
     difference = (along(step) - along(-step)) / (2 * step)
     assert abs(float(difference) - helpers.inner(gradient, u)) < 1e-8 * abs(float(difference))
     # Duplicates: the distance between them is at its minimum.
-    slopes = jax.grad(lambda x: jaxalign.reduce_pairs(jnp.sqrt, x, tile_size=tile_size))(x)
+    slopes = jax.grad(lambda x: jaxalign.reduce_pairs(jnp.sqrt, x, plan=Plan(tile_size)))(x)
     apart = np.sqrt(reference.squared_distances(x))
     weights = np.where(apart > 0, 1 / np.where(apart > 0, apart, 1), 0)
     helpers.assert_close(slopes, 2 * (weights.sum(1)[:, None] * x - weights @ x), 1e-10)
@@ -100,7 +101,9 @@ def test_batches_devices_and_jit_give_the_same(problem, rng):
     expected = np.stack([cauchy(reference.squared_distances(part)) @ values for part in x])
     helpers.assert_close(jaxalign.reduce_pairs(cauchy, x, values=values), expected, 1e-12)
     mesh = jaxalign.sharding.data_mesh(4)
-    helpers.assert_close(jaxalign.reduce_pairs(cauchy, x, values=values, mesh=mesh, tile_size=4), expected, 1e-12)
+    helpers.assert_close(
+        jaxalign.reduce_pairs(cauchy, x, values=values, plan=Plan(tile_size=4, mesh=mesh)), expected, 1e-12
+    )
     helpers.assert_close(
         jax.jit(jax.vmap(lambda x: jaxalign.reduce_pairs(cauchy, x, values=values)))(x), expected, 1e-12
     )
@@ -111,7 +114,7 @@ def test_close_pairs_keep_their_digits_far_from_the_others(rng):
     x = (1e-3 * rng.normal(size=(64, WIDTH)) + 100 * (np.arange(64) % 2)[:, None]).astype(np.float32)
     expected = np.exp(-1e5 * reference.squared_distances(x)).sum(1)
     for tile_size in (None, 16):
-        found = jaxalign.reduce_pairs(lambda d: jnp.exp(-1e5 * d), x, per_row=True, tile_size=tile_size)
+        found = jaxalign.reduce_pairs(lambda d: jnp.exp(-1e5 * d), x, per_row=True, plan=Plan(tile_size))
         np.testing.assert_allclose(found, expected, rtol=1e-4)  # x is rounded by 4e-6 of 1e-3
 
 

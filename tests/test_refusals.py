@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import _checks, inference, io, losses, measures, plots
+from jaxalign import Plan, _checks, inference, io, losses, measures, plots
 from jaxalign.interop import capture_features
 from jaxalign.interop._networks import _told
+from jaxalign.kernels import RBF
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")
 
@@ -41,15 +42,15 @@ REFUSED = {
         lambda: measures.cka(np.stack([X] * 2), np.stack([Y] * 3)),
         ValueError, "batch dimensions do not broadcast: x (2, 12, 3), y (3, 12, 3)",
     ),
-    "sigmas": (lambda: measures.cka(X, Y, sigma=(1.0, 2.0, 3.0)), ValueError, "one for each of the 2 sets; got 3"),
+    "sigmas": (lambda: measures.cka(X, Y, RBF((1.0, 2.0, 3.0))), ValueError, "one for each of the 2 sets; got 3"),
     "no batches": (lambda: measures.minibatch_cka([]), ValueError, "batches is empty"),
     "k": (lambda: measures.mutual_knn(X, Y, k=0), ValueError, "k must be"),
     "folds": (
         lambda: measures.linear_predictivity(X, Y, folds=1), ValueError, "folds must be a whole number, at least 2",
     ),
-    "components": (lambda: measures.svcca(X, Y, components=1.5), ValueError, "components must be a whole number"),
-    "rows of a memory": (
-        lambda: losses.remember(losses.empty_memory(8, 3, 3), X, Y[:5]), ValueError, "12 and 5 rows",
+    "components": (lambda: measures.svcca(X, Y, num_components=1.5), ValueError, "components must be a whole number"),
+    "rows of a queue": (
+        lambda: losses.FeatureQueue.empty(8, 3, 3).push(X, Y[:5]), ValueError, "12 and 5 rows",
     ),
     "layers": (lambda: losses.multi_layer_loss([X], [Y]), TypeError, "x must be features by name"),
     "no devices": (lambda: jaxalign.sharding.data_mesh([]), ValueError, "devices is empty"),
@@ -75,15 +76,15 @@ REFUSED = {
         ValueError, "mask= must not be traced",
     ),
     "dense on a mesh": (
-        lambda: jaxalign.normalized_cut(X, 2, method="dense", mesh=jaxalign.sharding.data_mesh(2)),
-        ValueError, 'mesh= goes with "lobpcg" or "nystroem"',
+        lambda: jaxalign.normalized_cut(X, 2, method="dense", plan=Plan(mesh=jaxalign.sharding.data_mesh(2))),
+        ValueError, 'or use "lobpcg" or "nystroem"',
     ),
     "segments of a vector": (lambda: jaxalign.kway(X[None]), ValueError, "eigenvectors must have shape (n, k)"),
     "rows to colour": (lambda: jaxalign.rgb(X[:3], method="tsne"), ValueError, "at least 4 rows"),
     "a test of another grid": (
         lambda: plots.grid(
             grid(),
-            test=jaxalign.permutation_test({"c": X}, {"d": Y}, key=jax.random.key(0), permutations=9, density=0.2),
+            test=jaxalign.permutation_test({"c": X}, {"d": Y}, key=jax.random.key(0), permutations=9),
         ),
         ValueError, "the test is of ('c',) with ('d',)",
     ),
@@ -116,7 +117,7 @@ def test_refused(case):
 
 def test_a_device_with_one_row_needs_others():
     with pytest.raises(ValueError, match=r"1 sample.*only device"):
-        jax.vmap(lambda x: jaxalign.solve_sigma(x, axis_name="data").sigma, axis_name="data")(X[None, :1])
+        jax.vmap(lambda x: jaxalign.solve_sigma(x, plan=Plan(axis_name="data")).sigma, axis_name="data")(X[None, :1])
 
 
 def test_sets_in_files_of_different_dtype_or_too_few_samples(x64, tmp_path):
@@ -128,7 +129,7 @@ def test_sets_in_files_of_different_dtype_or_too_few_samples(x64, tmp_path):
         jaxalign.compare_grid({"a": tmp_path / "single.npy"}, kernel="linear", mask=np.arange(12) < 3)
     np.save(tmp_path / "alike.npy", np.ones_like(X))
     with pytest.raises(ValueError, match=r"b.*coincide"):
-        jaxalign.compare_grid({"a": tmp_path / "single.npy", "b": tmp_path / "alike.npy"}, density=0.5)
+        jaxalign.compare_grid({"a": tmp_path / "single.npy", "b": tmp_path / "alike.npy"}, kernel=RBF(density=0.5))
 
 
 def test_sets_in_files_that_all_hold_nan_are_nan(tmp_path):
@@ -176,8 +177,8 @@ def test_what_a_layer_gave_is_told():
 # --- what a message shows -------------------------------------------------------------------------------------------
 
 WITH_A_KEY = {
-    "align": lambda key: jaxalign.align({"a": X}, landmarks=9, density=0.5, key=key),
-    "align without landmarks": lambda key: jaxalign.align({"a": X}, density=0.5, key=key),
+    "align": lambda key: helpers.align({"a": X}, landmarks=9, density=0.5, key=key),
+    "align without landmarks": lambda key: helpers.align({"a": X}, density=0.5, key=key),
     "permutation_test": lambda key: jaxalign.permutation_test(X, Y, kernel="linear", permutations=9, key=key),
     "bootstrap": lambda key: jaxalign.bootstrap(X, Y, kernel="linear", resamples=9, key=key),
     "paired_difference": lambda key: jaxalign.paired_difference((X, Y), (Y, X), kernel="linear", resamples=9, key=key),
@@ -207,7 +208,7 @@ SHOWS = {
     "a measure": (lambda: jaxalign.compare(X, Y, LARGE), "got float64 array of shape (2000, 50)"),
     "texts": (lambda: jaxalign.solve_sigma(X, density="x" * 10**5), "density must be a real number"),
     "objects": (lambda: jaxalign.solve_sigma(X, density=[list(range(10**5)), []]), "density must be a number or"),
-    "a sigma": (lambda: jaxalign.measures.rsa(X, Y, sigma=LARGE), "sigma = float64 array of shape (2000, 50) has"),
+    "a density": (lambda: jaxalign.rbf_affinity(X, sigma=2, density=LARGE), "float64 array of shape (2000, 50)"),
     "a level": (lambda: jaxalign.bootstrap(X, Y, key=jax.random.key(0), level=LARGE), "level must lie"),
     "alpha": (lambda: measures.shape_distance(X, Y, alpha=LARGE), "alpha must be a number"),
     "strengths": (lambda: measures.linear_predictivity(X, Y, strengths=LARGE), "strengths must be"),
@@ -223,7 +224,7 @@ SHOWS = {
         lambda: jaxalign.solve_sigma(np.stack([X] * 9), density=np.where(np.arange(9) == 7, 2.0, 0.5)),
         "got 2.0 at index 7",
     ),
-    "sigmas": (lambda: jaxalign.rbf_affinity(X, sigma=np.arange(-3, 9) * 1.0), "got -3.0 at index 0"),
+    "sigmas": (lambda: jaxalign.mean_density(X, sigma=np.arange(-3, 9.0), bandwidth="per_row"), "got -3.0 at index 0"),
 }  # fmt: skip
 
 
@@ -250,19 +251,18 @@ def test_a_short_value_is_shown_as_it_is():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("comparison", ["spearman", "kendall"])
-@pytest.mark.parametrize("dissimilarity", ["sqeuclidean", "correlation", "affinity"])
+@pytest.mark.parametrize("dissimilarity", ["sqeuclidean", "correlation", "rbf"])
 def test_comparisons_of_order_with_a_mask(comparison, dissimilarity):
-    options = {"rdm": dissimilarity, "compare": comparison}
+    options = {"metric": dissimilarity, "comparison": comparison}
     found = measures.rsa(np.where(MASK[:, None], X, np.nan), Y, mask=MASK, **options)
     helpers.assert_close(found, measures.rsa(X[MASK], Y[MASK], **options), 1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dissimilarity", ["euclidean", "cosine", "affinity"])
+@pytest.mark.parametrize("dissimilarity", ["euclidean", "cosine", "rbf"])
 def test_dissimilarities_with_a_mask(dissimilarity):
-    options = {"density": 0.2} if dissimilarity == "affinity" else {}
-    found = np.asarray(measures.rdm(X, dissimilarity, mask=MASK, **options))
-    helpers.assert_close(found[:9, :9], measures.rdm(X[MASK], dissimilarity, **options), 1e-6)
+    found = np.asarray(measures.rdm(X, dissimilarity, mask=MASK))
+    helpers.assert_close(found[:9, :9], measures.rdm(X[MASK], dissimilarity), 1e-6)
     assert (found[9:] == 0).all()
     assert (found[:, 9:] == 0).all()
 

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxalign
+from jaxalign import Plan
 from jaxalign.sharding import data_mesh, shard_rows
 
 ROWS, OTHER_ROWS, WIDTH, MASK = helpers.ROWS, helpers.OTHER_ROWS, helpers.WIDTH, helpers.MASK
@@ -86,7 +87,7 @@ def test_sigma_over_a_mesh_is_that_of_one_device(case, rng):
     with jax.enable_x64(case.dtype == F64):
         x, options = problem_of(case, rng)
         solve = partial(jaxalign.solve_sigma, x, **options, density=0.2, bandwidth=case.bandwidth)
-        dense, sharded = solve(), solve(mesh=mesh_of(case.devices), tile_size=case.tile_size)
+        dense, sharded = solve(), solve(plan=Plan(tile_size=case.tile_size, mesh=mesh_of(case.devices)))
         assert sharded.sigma.dtype == sharded.density.dtype == case.dtype
         assert helpers.relative_error(sharded.sigma, dense.sigma) < SAME[case.dtype]
         assert helpers.relative_error(sharded.density, dense.density) < SAME[case.dtype]
@@ -100,8 +101,8 @@ def test_density_over_a_mesh_is_that_of_one_device(case, rng):
         x, options = problem_of(case, rng)
         shape = x.shape[:-1] if case.bandwidth == "per_row" else x.shape[:-2]
         sigma = rng.uniform(0.5, 3, shape).astype(case.dtype)
-        density = partial(jaxalign.mean_density, x, **options, sigma=sigma)
-        sharded = density(mesh=mesh_of(case.devices), tile_size=case.tile_size)
+        density = partial(jaxalign.mean_density, x, **options, sigma=sigma, bandwidth=case.bandwidth)
+        sharded = density(plan=Plan(tile_size=case.tile_size, mesh=mesh_of(case.devices)))
         assert helpers.relative_error(sharded, density()) < SAME[case.dtype]
 
 
@@ -114,7 +115,7 @@ def test_the_axis_is_the_one_that_is_named(rng):
         (Mesh(devices.reshape(2, 4), ("model", "data")), None),  # "data"
         (Mesh(devices.reshape(2, 4), ("model", "data")), "model"),
     ):
-        found = jaxalign.mean_density(x, sigma=1.0, mesh=mesh, axis_name=name)
+        found = jaxalign.mean_density(x, sigma=1.0, plan=Plan(mesh=mesh, axis_name=name))
         assert helpers.relative_error(found, expected) < SAME[F32]
 
 
@@ -131,7 +132,7 @@ def test_first_and_second_derivatives_over_a_mesh_are_those_of_one_device(rng):
 
     def derivatives(mesh):
         def fn(args):
-            return jaxalign.solve_sigma(**args, **options, mesh=mesh).sigma
+            return jaxalign.solve_sigma(**args, **options, plan=Plan(mesh=mesh)).sigma
 
         return jax.jit(lambda args, u: jax.jvp(jax.grad(fn), (args,), (u,)))(args, u)
 
@@ -192,11 +193,11 @@ def test_affinity_and_distances_of_rows_that_are_spread_stay_spread(kind, jit, r
 
 
 def local_sigma(x, mask=None):
-    return jaxalign.solve_sigma(x, density=0.2, mask=mask, axis_name="data").sigma
+    return jaxalign.solve_sigma(x, density=0.2, mask=mask, plan=Plan(axis_name="data")).sigma
 
 
 def local_sigma_by_row(x):
-    return jaxalign.solve_sigma(x, density=0.2, bandwidth="per_row", axis_name="data").sigma
+    return jaxalign.solve_sigma(x, density=0.2, bandwidth="per_row", plan=Plan(axis_name="data")).sigma
 
 
 def test_inside_shard_map_all_devices_form_the_set(rng):
@@ -212,9 +213,10 @@ def test_inside_shard_map_a_mask_and_a_sigma_may_be_constants(name, rng):
     # The same on every device: for shard_map these do not vary over the axis, while the rows do.
     x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
     options = {"mask": {"mask": MASK[:3], "sigma": 1.0}, "sigma": {"sigma": np.array([1, 2, 3], np.float32)}}[name]
+    bandwidth = "per_row" if name == "sigma" else "global"
 
     def local(x):
-        return jaxalign.mean_density(x, **options, axis_name="data")
+        return jaxalign.mean_density(x, **options, bandwidth=bandwidth, plan=Plan(axis_name="data"))
 
     density = jax.jit(jax.shard_map(local, mesh=mesh_of(8), in_specs=P("data"), out_specs=P()))(x)
     everywhere = {key: np.tile(value, 8) if np.ndim(value) else value for key, value in options.items()}
@@ -247,7 +249,9 @@ def test_inside_vmap_a_sigma_by_row_belongs_to_the_rows_of_the_device(rng):
 def test_a_density_below_the_diagonal_counts_the_rows_of_all_devices():
     x = np.random.default_rng(0).normal(size=(8, 3, WIDTH)).astype(np.float32)
     with pytest.raises(ValueError, match=r"density = 0\.04 cannot be reached with n = 24"):
-        jax.vmap(lambda x: jaxalign.solve_sigma(x, density=0.04, axis_name="data").sigma, axis_name="data")(x)
+        jax.vmap(lambda x: jaxalign.solve_sigma(x, density=0.04, plan=Plan(axis_name="data")).sigma, axis_name="data")(
+            x
+        )
 
 
 # --- what travels ---------------------------------------------------------------------------------------------------
@@ -263,7 +267,7 @@ def largest_array(text):
 @pytest.mark.slow
 def test_rows_travel_from_neighbour_to_neighbour_and_no_device_gathers_them():
     def sigma(x):
-        return jaxalign.solve_sigma(x, density=0.1, mesh=mesh_of(8), tile_size=TILE).sigma
+        return jaxalign.solve_sigma(x, density=0.1, plan=Plan(tile_size=TILE, mesh=mesh_of(8))).sigma
 
     x = jax.ShapeDtypeStruct((MANY, FEW_FEATURES), np.float32, sharding=NamedSharding(mesh_of(8), P("data", None)))
     compiled = jax.jit(jax.value_and_grad(sigma)).lower(x).compile()
@@ -344,10 +348,10 @@ def test_without_a_name_rows_are_spread_over_the_axis_that_mesh_takes(rng):
     for names in (("model", "data"), ("data", "model")):
         mesh = Mesh(np.array(jax.devices()).reshape(2, 4), names)
         assert shard_rows(x, mesh).sharding.spec == P("data", None)
-        sigma = jaxalign.solve_sigma(x, mesh=mesh, density=0.2).sigma
+        sigma = jaxalign.solve_sigma(x, plan=Plan(mesh=mesh), density=0.2).sigma
         assert helpers.relative_error(sigma, jaxalign.solve_sigma(x, density=0.2).sigma) < SAME[F32]
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "model"))
-    for spread_over in (lambda: shard_rows(x, mesh), lambda: jaxalign.solve_sigma(x, mesh=mesh)):
+    for spread_over in (lambda: shard_rows(x, mesh), lambda: jaxalign.solve_sigma(x, plan=Plan(mesh=mesh))):
         with pytest.raises(ValueError, match=r"mesh has no axis 'data', its axes are \('rows', 'model'\)\. Name"):
             spread_over()
 
@@ -381,7 +385,7 @@ def refused(error, *words):
 def test_a_tile_size_that_is_none(function, tile_size):
     words = "tile_size must be a whole number of rows, at least 1, 'auto', or None for all pairs at once; got"
     with refused(ValueError, words, repr(tile_size)):
-        function(X, tile_size=tile_size)
+        function(X, plan=Plan(tile_size))
 
 
 @every_function
@@ -389,30 +393,30 @@ def test_a_tile_size_that_is_none(function, tile_size):
 def test_a_mesh_that_is_none_or_lacks_the_axis(function):
     for mesh in (np.array(jax.devices()), jax.devices(), "data", 8):
         with refused(TypeError, "mesh must be a jax.sharding.Mesh", f"got {type(mesh).__name__}", "data_mesh()"):
-            function(X, mesh=mesh)
+            function(X, plan=Plan(mesh=mesh))
     with refused(ValueError, "mesh has no axis 'rows', its axes are ('data',)", "axis_name="):
-        function(X, mesh=data_mesh(), axis_name="rows")
+        function(X, plan=Plan(mesh=data_mesh(), axis_name="rows"))
     two = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
     with refused(ValueError, "mesh has no axis 'data', its axes are ('a', 'b')", "axis_name="):
-        function(X, mesh=two)
+        function(X, plan=Plan(mesh=two))
     with refused(TypeError, "axis_name must be the name of one axis; got ('a', 'b')"):
-        function(X, mesh=two, axis_name=("a", "b"))
+        function(X, plan=Plan(mesh=two, axis_name=("a", "b")))
 
 
 @every_function
 def test_a_named_axis_that_is_not_bound(function):
-    with refused(ValueError, "axis_name='data' is not bound here", "jax.shard_map", "give mesh= as well"):
-        function(X, axis_name="data")
+    with refused(ValueError, "axis_name='data' is not bound here", "jax.shard_map", "give Plan a mesh as well"):
+        function(X, plan=Plan(axis_name="data"))
     with refused(ValueError, "axis_name='other' is not bound here"):
-        jax.vmap(lambda x: function(x, axis_name="other"), axis_name="data")(X[None])
+        jax.vmap(lambda x: function(x, plan=Plan(axis_name="other")), axis_name="data")(X[None])
 
 
 @every_function
 def test_fewer_rows_than_devices(function):
     with refused(ValueError, "x has 7 rows, fewer than the 8 devices along axis 'data'", "a smaller mesh"):
-        function(X[:7], mesh=data_mesh())
+        function(X[:7], plan=Plan(mesh=data_mesh()))
     with refused(ValueError, "y has 3 rows, fewer than the 8 devices along axis 'data'"):
-        function(X, X[:3], mesh=data_mesh())
+        function(X, X[:3], plan=Plan(mesh=data_mesh()))
 
 
 @every_function
@@ -428,11 +432,11 @@ def test_nan_names_its_row_also_over_a_mesh(name):
     x[[19, 22], 2] = np.nan
     function = FUNCTIONS[name]
     with refused(ValueError, "x has nan or inf in 2 row(s), the first is row 19", "mask="):
-        function(x, mesh=data_mesh())
+        function(x, plan=Plan(mesh=data_mesh()))
     if name == "solve_sigma":  # which checks after it solved: what follows would compile two more
         return
     with refused(ValueError, "x has nan or inf in 1 row(s), the first is row 22"):
-        function(x, mesh=data_mesh(), mask=np.arange(ODD) != 19)
+        function(x, plan=Plan(mesh=data_mesh()), mask=np.arange(ODD) != 19)
     y = shard_rows(np.where(np.arange(ROWS)[:, None] == 21, np.float32(np.inf), X), data_mesh())
     with refused(ValueError, "y has nan or inf in 1 row(s), the first is row 21"):
         function(shard_rows(X, data_mesh()), y)
@@ -442,7 +446,7 @@ def test_coincident_samples_are_told_also_over_a_mesh():
     x = X[:ODD].copy()
     x[3:15] = x[3]
     with refused(ValueError, "no sigma found", "samples coincide"):
-        jaxalign.solve_sigma(x, density=0.2, mesh=data_mesh())
+        jaxalign.solve_sigma(x, density=0.2, plan=Plan(mesh=data_mesh()))
 
 
 # --- what once went wrong -------------------------------------------------------------------------------------------
@@ -455,13 +459,13 @@ def test_one_row_a_device_with_a_sigma_of_its_own(x64, rng):
     mesh = mesh_of(5)
     options = {"density": 0.6, "bandwidth": "per_row"}
     expected = jaxalign.solve_sigma(x, **options).sigma
-    helpers.assert_close(jaxalign.solve_sigma(x, **options, mesh=mesh).sigma, expected, 1e-12)
+    helpers.assert_close(jaxalign.solve_sigma(x, **options, plan=Plan(mesh=mesh)).sigma, expected, 1e-12)
     a = jaxalign.rbf_affinity(x, sigma=sigma)
-    operator = jaxalign.affinity_operator(x, None, sigma, mesh=mesh)
-    helpers.assert_close(jaxalign.mean_density(x, sigma=sigma, mesh=mesh), a.mean(), 1e-12)
+    operator = jaxalign.affinity_operator(x, None, sigma, plan=Plan(mesh=mesh))
+    helpers.assert_close(jaxalign.mean_density(x, sigma=sigma, plan=Plan(mesh=mesh)), a.mean(), 1e-12)
     helpers.assert_close(operator @ v, a @ v, 1e-12)
     helpers.assert_close(operator.T @ v, a.T @ v, 1e-12)
-    alone = jax.vmap(lambda row: jaxalign.solve_sigma(row, axis_name="i", **options).sigma, axis_name="i")
+    alone = jax.vmap(lambda row: jaxalign.solve_sigma(row, plan=Plan(axis_name="i"), **options).sigma, axis_name="i")
     helpers.assert_close(alone(x[:, None])[:, 0], expected, 1e-12)
 
 
@@ -484,11 +488,11 @@ def test_rows_that_do_not_divide_over_an_explicit_mesh(x64, rng):
     x, v = rng.normal(size=(ODD, 3)), np.ones(ODD)
     mesh = mesh_of(4, "explicit")
     a = jaxalign.rbf_affinity(x, sigma=1.0)
-    operator = jaxalign.affinity_operator(x, sigma=1.0, mesh=mesh)
+    operator = jaxalign.affinity_operator(x, sigma=1.0, plan=Plan(mesh=mesh))
     helpers.assert_close(operator @ v, a @ v, 1e-12)
     helpers.assert_close(operator.mean(-1), a.mean(-1), 1e-12)
     options = {"density": 0.2, "bandwidth": "per_row"}
-    found = jaxalign.solve_sigma(x, **options, mesh=mesh).sigma
+    found = jaxalign.solve_sigma(x, **options, plan=Plan(mesh=mesh)).sigma
     helpers.assert_close(found, jaxalign.solve_sigma(x, **options).sigma, 1e-12)
     spread_rows = spread(mesh, rng.normal(size=(ROWS, 3)))
     dense = jaxalign.affinity_operator(spread_rows, sigma=1.0).degree_normalized().todense()
@@ -500,7 +504,9 @@ def test_rows_that_do_not_divide_over_an_explicit_mesh(x64, rng):
 def test_a_mask_of_one_device_says_nothing_of_the_others(x64, rng):
     x = rng.normal(size=(4, 6, 3))
     mask = np.arange(6) < 5
-    alone = jax.vmap(lambda a: jaxalign.solve_sigma(a, axis_name="i", mask=mask, density=0.2).sigma, axis_name="i")
+    alone = jax.vmap(
+        lambda a: jaxalign.solve_sigma(a, plan=Plan(axis_name="i"), mask=mask, density=0.2).sigma, axis_name="i"
+    )
     helpers.assert_close(alone(x)[0], jaxalign.solve_sigma(x[:, mask].reshape(-1, 3), density=0.2).sigma, 1e-12)
 
 
@@ -508,9 +514,12 @@ def test_a_mesh_without_devices_and_a_mesh_inside_shard_map_are_refused(rng):
     x = rng.normal(size=(ROWS, 3)).astype(np.float32)
     mesh = mesh_of(4)
     with pytest.raises(ValueError, match="mesh is an AbstractMesh"):
-        jaxalign.solve_sigma(x, density=0.2, mesh=mesh.abstract_mesh)
+        jaxalign.solve_sigma(x, density=0.2, plan=Plan(mesh=mesh.abstract_mesh))
     inside = jax.shard_map(
-        lambda a: jaxalign.solve_sigma(a, density=0.2, mesh=mesh).sigma, mesh=mesh, in_specs=P("data"), out_specs=P()
+        lambda a: jaxalign.solve_sigma(a, density=0.2, plan=Plan(mesh=mesh)).sigma,
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P(),
     )
     with pytest.raises(ValueError, match="'data' is bound here"):
         inside(x)
@@ -525,7 +534,7 @@ def test_rings_of_any_length_visit_every_pair_once(x64, devices, tiles, rng):
     size = 2
     x, v = rng.normal(size=(devices * tiles * size, 3)), rng.normal(size=devices * tiles * size)
     a = jaxalign.rbf_affinity(x, sigma=1.0)
-    how = {"tile_size": size, **({"mesh": mesh_of(devices)} if devices > 1 else {})}
+    how = {"plan": Plan(size), **({"plan": Plan(mesh=mesh_of(devices))} if devices > 1 else {})}
     helpers.assert_close(jaxalign.affinity_operator(x, sigma=1.0, **how) @ v, a @ v, 1e-12)
     found, slope = jax.value_and_grad(lambda x: jaxalign.mean_density(x, sigma=1.0, **how))(x)
     helpers.assert_close(found, a.mean(), 1e-12)

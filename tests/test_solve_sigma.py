@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxalign
+from jaxalign import Plan
 from jaxalign import bandwidth as bw
 from jaxalign.core.bandwidth import _series_root
 
@@ -474,7 +475,7 @@ def test_few_pairs_that_bear_the_density_are_accurate_in_float32(tile_size):
     x[1:8:2] = x[0:8:2] + 0.07 * rng.normal(size=(4, 8))
     x = x.astype(np.float32)
     density = 0.6 * 8 / (200 * 199)
-    found = jaxalign.solve_sigma(x, density=density, diagonal="exclude", tile_size=tile_size).sigma
+    found = jaxalign.solve_sigma(x, density=density, diagonal="exclude", plan=Plan(tile_size)).sigma
     expected = reference.solve_sigma(x.astype(float), density=density, diagonal="exclude")
     assert helpers.relative_error(found, expected) < 1e-6
 
@@ -484,7 +485,7 @@ def test_few_pairs_that_bear_the_density_are_accurate_in_float32(tile_size):
 def test_rows_of_heavy_tails_are_accurate_in_float32(tile_size):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(150, 3)) * np.exp(2 * rng.normal(size=(150, 1)))).astype(np.float32)
-    found = jaxalign.solve_sigma(x, density=0.3, bandwidth="per_row", tile_size=tile_size).sigma
+    found = jaxalign.solve_sigma(x, density=0.3, bandwidth="per_row", plan=Plan(tile_size)).sigma
     expected = reference.solve_sigma(x.astype(float), density=0.3, bandwidth="per_row")
     assert helpers.relative_error(found, expected) < 2e-6  # the largest of 150 errors
 
@@ -494,8 +495,8 @@ def test_a_search_on_explicit_distances_has_as_many_passes_as_the_first(width):
     rng = np.random.default_rng(0)
     x = np.concatenate([width * rng.normal(size=(50, 3)), 1 + rng.normal(size=(50, 3))])
     with jax.enable_x64():
-        stored = jaxalign.solve_sigma(x, density=0.05, tile_size=None)
-        tiled = jaxalign.solve_sigma(x, density=0.05, tile_size=30)
+        stored = jaxalign.solve_sigma(x, density=0.05, plan=Plan(None))
+        tiled = jaxalign.solve_sigma(x, density=0.05, plan=Plan(30))
     helpers.assert_close(
         stored.sigma, tiled.sigma, 1e-11
     )  # the solver's tolerance of 1e-13, by the slope of the density

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import streaming
+from jaxalign import Plan, streaming
 from jaxalign.files.sources import open_pairs, open_source
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +99,7 @@ def test_the_number_of_rows_in_a_block_does_not_matter(block_rows):
 def test_nor_does_the_size_of_a_tile(tile_size):
     x = X.astype(np.float32)
     whole = streaming.mean_density(x, sigma=2.0, block_rows=BLOCK)
-    tiled = streaming.mean_density(x, sigma=2.0, block_rows=ROWS, tile_size=tile_size)
+    tiled = streaming.mean_density(x, sigma=2.0, block_rows=ROWS, plan=Plan(tile_size))
     np.testing.assert_allclose(tiled, whole, rtol=equal(np.float32))
 
 
@@ -163,7 +163,7 @@ def test_features_of_all_kinds(name):
     theirs = jaxalign.solve_sigma(x, density=0.9)
     # The density is what the solver is held to; how far sigma moves with it depends on the features.
     tolerance = helpers.tolerance(np.float64)
-    reached = jaxalign.mean_density(x, sigma=ours.sigma, tile_size=BLOCK)
+    reached = jaxalign.mean_density(x, sigma=ours.sigma, plan=Plan(BLOCK))
     np.testing.assert_allclose(reached, 0.9, rtol=tolerance.density)
     np.testing.assert_allclose(ours.sigma, theirs.sigma, rtol=tolerance.sigma)
 
@@ -403,7 +403,7 @@ FOREIGN = {
     "rtol": (JOBS["solve_sigma"], {"rtol": 1e-4}, ("rtol", "there 0.0001", "here 1e-06")),
     "task": (JOBS["mean_density"], {}, ("task", "there 'mean_density'", "here 'solve_sigma'")),
     "diagonal": (JOBS["solve_sigma"], {"diagonal": "exclude"}, ("diagonal", "'exclude'", "'include'")),
-    "tile_size": (JOBS["solve_sigma"], {"tile_size": 3}, ("tile_size", "there 3")),
+    "tile_size": (JOBS["solve_sigma"], {"plan": Plan(3)}, ("tile_size", "there 3")),
     "block_rows": (JOBS["solve_sigma"], {"block_rows": 8}, ("blocks", "there [[8, 8, 8]]", "here [[7, 7, 7, 3]]")),
     "mask": (JOBS["solve_sigma"], {"mask": np.arange(ROWS) > 2}, ("checksums",)),
     "y": (JOBS["solve_sigma"], {"y": Y.astype(np.float32)}, ("rows", "there [24, 10]", "here [24]")),
@@ -665,15 +665,15 @@ def test_rtol_out_of_range(rtol):
 @pytest.mark.parametrize("tile_size", [0, -3])
 def test_bad_tile_size(tile_size):
     with refused(ValueError, "tile_size must be a whole number of rows, at least 1"):
-        streaming.mean_density(X.astype(np.float32), sigma=2.0, tile_size=tile_size)
+        streaming.mean_density(X.astype(np.float32), sigma=2.0, plan=Plan(tile_size))
 
 
 def test_a_job_does_not_depend_on_the_free_memory(monkeypatch):
     # Or it could not go on from its checkpoint after other programs have started or ended.
     x = np.zeros((70_000, 40), np.float32)
-    before = open_pairs(open_source("x", x), None, "include", "auto").identity
-    monkeypatch.setattr(jaxalign._plan, "free_memory", lambda device: 30_000.0)
-    assert open_pairs(open_source("x", x), None, "include", "auto").identity == before
+    before = open_pairs(open_source("x", x), None, "include", Plan()).identity
+    monkeypatch.setattr(jaxalign.plan, "free_memory", lambda device: 30_000.0)
+    assert open_pairs(open_source("x", x), None, "include", Plan()).identity == before
     assert len(before["blocks"][0]) == 2
 
 

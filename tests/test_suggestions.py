@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import jaxalign
-from jaxalign import io, losses, measures, plots, streaming
+from jaxalign import Plan, io, losses, measures, plots, streaming
+from jaxalign.kernels import RBF
 from jaxalign.interop import capture_features
 from jaxalign.report import commands
 
@@ -34,6 +36,7 @@ MASK = np.arange(24) < 20
 HOLES = np.where(MASK[:, None], X, np.nan)
 NAMES = {
     "np": np, "jax": jax, "jnp": jnp, "jaxalign": jaxalign, "io": io, "losses": losses, "measures": measures,
+    "Plan": Plan, "RBF": RBF,
     "plots": plots, "streaming": streaming, "capture_features": capture_features, "commands": commands,
     **{name: getattr(jaxalign, name) for name in ("align", "compare_grid", "correspondence", "rbf_affinity")},
     "solve": lambda x, y=None, **more: jaxalign.solve_sigma(x, y, **{"density": 0.2, **more}),
@@ -241,9 +244,11 @@ def aligned():
     decorrelated = {"decorrelate": 0.1, "density": 0.7, "standardize": True}
     return {
         "features": {"a": X, "b": Y}, "number": 10, "a": "a", "b": "b", "name_a": "a", "name_b": "b", "x": Y, "y": X,
-        "everything": jaxalign.align({"a": X, "b": Y}, density=0.2),
-        "alignment": jaxalign.align({"a": X, "b": Y}, landmarks=10, density=0.2),
-        "rows": jaxalign.align({"a": x, "b": x + 0.1 * y}, landmarks=40, **decorrelated).features,
+        "everything": helpers.align({"a": X, "b": Y}, density=0.2),
+        "alignment": helpers.align({"a": X, "b": Y}, landmarks=10, density=0.2),
+        "rows": helpers.align(
+            {"a": x, "b": x + 0.1 * y}, landmarks=jaxalign.alignment.farthest_points({"a": x}, 40), **decorrelated
+        ).features,
     }  # fmt: skip
 
 
@@ -296,7 +301,7 @@ ROWS = {
         {"np.flatnonzero(landmarks)": "align({'a': X}, landmarks={}, density=0.2)"}, named(landmarks=MASK),
     ),
     "nan": Row("solve(x)", {"mask=": "solve(x, {}mask)"}, named(x=HOLES)),
-    "nan in a loss": Row("losses.alignment_loss(x, X)", {"mask=": "losses.alignment_loss(x, X, {}mask, density=0.2)"},
+    "nan in a loss": Row("losses.alignment_loss(x, X)", {"mask=": "losses.alignment_loss(x, X, {}mask)"},
                          named(x=HOLES)),
     "nan in a file": Row(
         save("x", "x") + "compare_grid({'a': folder / 'x.npy'}, measure='procrustes'))",
@@ -333,27 +338,28 @@ ROWS = {
         "streaming.solve_sigma(x, density=0.04)", {'diagonal="exclude"': "streaming.solve_sigma(x, density=0.04, {})"}
     ),
     "no direction": Row(
-        "measures.rsa(x, y, rdm='correlation')", {"mask=": "measures.rsa(x, y, rdm='correlation', {}mask)"},
+        "measures.rsa(x, y, metric='correlation')", {"mask=": "measures.rsa(x, y, metric='correlation', {}mask)"},
         named(x=np.where(MASK[:, None], X, 1)),
     ),
     "no direction in a file": Row(
-        save("x", "x") + "compare_grid({'a': folder / 'x.npy'}, measure='rsa', rdm='correlation'))",
-        {"mask=": "compare_grid({'a': folder / 'x.npy'}, measure='rsa', rdm='correlation', {}mask)"},
+        save("x", "x") + "compare_grid({'a': folder / 'x.npy'}, measure='rsa', metric='correlation'))",
+        {"mask=": "compare_grid({'a': folder / 'x.npy'}, measure='rsa', metric='correlation', {}mask)"},
         named(x=np.where(MASK[:, None], X, 1)),
     ),
     "sorting on a mesh": Row(
-        "compare_grid({'a': x}, measure='rsa', compare='kendall', mesh=mesh)",
-        {'"pearson"': "compare_grid({'a': x}, measure='rsa', compare={}, mesh=mesh)",
-         "mesh=": "compare_grid({'a': x}, measure='rsa', compare='kendall', {}None)"},
+        "compare_grid({'a': x}, measure='rsa', comparison='kendall', plan=Plan(mesh=mesh))",
+        {'"pearson"': "compare_grid({'a': x}, measure='rsa', comparison={}, plan=Plan(mesh=mesh))",
+         "leave mesh and axis_name out of the plan": "compare_grid({'a': x}, measure='rsa', comparison='kendall')"},
         lambda: {"mesh": mesh("data")},
     ),
-    "a mesh by name": Row("solve(x, mesh='data')", {"jaxalign.sharding.data_mesh()": "solve(x, mesh={})"}),
+    "a mesh by name": Row("Plan(mesh='data')", {"jaxalign.sharding.data_mesh()": "solve(x, plan=Plan(mesh={}))"}),
     "a mesh without devices": Row(
-        "solve(x, mesh=AbstractMesh)", {"jaxalign.sharding.data_mesh()": "solve(x, mesh={})"},
+        "solve(x, plan=Plan(mesh=AbstractMesh))", {"jaxalign.sharding.data_mesh()": "solve(x, plan=Plan(mesh={}))"},
         lambda: {"AbstractMesh": AbstractMesh((2,), ("data",))},
     ),
     "a mesh of two axes": Row(
-        "solve(x, mesh=mesh)", {"axis_name=": "solve(x, mesh=mesh, {}'a')"}, lambda: {"mesh": mesh("a", "b")}
+        "solve(x, plan=Plan(mesh=mesh))", {"axis_name=": "solve(x, plan=Plan(mesh=mesh, {}'a'))"},
+        lambda: {"mesh": mesh("a", "b")},
     ),
     "rows on a mesh of two axes": Row(
         "jaxalign.sharding.shard_rows(x, mesh)", {"axis_name=": "jaxalign.sharding.shard_rows(x, mesh, {}'a')"},
@@ -362,23 +368,24 @@ ROWS = {
     "rows that do not divide": Row(
         "jaxalign.sharding.shard_rows(x[:23], mesh)",
         {"mask=": "solve(jaxalign.sharding.shard_rows(x, mesh), {}np.arange(24) < 23)",
-         "mesh=": "solve(x[:23], {}mesh)"},
+         "plan=jaxalign.Plan(mesh=": "solve(x[:23], {}mesh))"},
         lambda: {"mesh": mesh("data")},
     ),
     "rows on two meshes": Row(
         "solve(jaxalign.sharding.shard_rows(x, mesh), jaxalign.sharding.shard_rows(y, other))",
-        {"jaxalign.sharding.shard_rows": "solve({}(x, mesh), {}(y, mesh))", "mesh=": "solve(x, y, {}mesh)"},
+        {"jaxalign.sharding.shard_rows": "solve({}(x, mesh), {}(y, mesh))", "plan=Plan(mesh=": "solve(x, y, {}mesh))"},
         lambda: {"mesh": mesh("data"), "other": mesh("rows")},
     ),
     "a mesh inside": Row(
-        "jax.vmap(lambda x: solve(x, mesh=mesh).sigma, axis_name='data')(x[None])",
-        {"axis_name='data'": "jax.vmap(lambda x: solve(x, {}).sigma, axis_name='data')(x[None])"},
+        "jax.vmap(lambda x: solve(x, plan=Plan(mesh=mesh)).sigma, axis_name='data')(x[None])",
+        {"Plan(axis_name='data')": "jax.vmap(lambda x: solve(x, plan={}).sigma, axis_name='data')(x[None])"},
         lambda: {"mesh": mesh("data")},
     ),
     "an axis outside": Row(
-        "solve(x, axis_name='data')",
-        {"jax.vmap(axis_name=": "jax.vmap(lambda x: solve(x, axis_name='data').sigma, axis_name='data')(x[None])",
-         "mesh=": "solve(x, axis_name='data', {}mesh)"},
+        "solve(x, plan=Plan(axis_name='data'))",
+        {"jax.vmap(axis_name=": "jax.vmap(lambda x: solve(x, plan=Plan(axis_name='data')).sigma, "
+                                "axis_name='data')(x[None])",
+         "give Plan a mesh": "solve(x, plan=Plan(mesh=mesh, axis_name='data'))"},
         lambda: {"mesh": mesh("data")},
     ),
     "a density": Row(
@@ -386,14 +393,45 @@ ROWS = {
         {'diagonal="exclude"': "solve(x, density=0.04, {})",
          "at least 26 samples": "solve(np.concatenate([x, y[:2]]), density=0.04)"},
     ),
+    "an affinity of a linear kernel": Row(
+        "measures.affinity_distance(x, y, 'linear')", {'kernel="rbf"': "measures.affinity_distance(x, y, {})"}
+    ),
+    "the divergence of linear kernels": Row(
+        "losses.alignment_loss(x, y, 'kl', kernel='linear')",
+        {'measure="cka"': "traced(x, kernel='linear', {})"}, lambda: {"traced": traced},
+    ),
+    "a temperature": Row(
+        "losses.alignment_loss(x, y, temperature=0.2)",
+        {'measure="infonce"': "traced(x, temperature=0.2, {})"}, lambda: {"traced": traced},
+    ),
+    "neighbors on a device": Row(
+        "jax.vmap(lambda x: measures.mutual_knn(x, x, plan=Plan(axis_name='d')), axis_name='d')(x[None])",
+        {"plan=Plan(mesh=": "measures.mutual_knn(x, y, {}mesh))"}, lambda: {"mesh": mesh("data")},
+    ),
+    "a density and a sigma": Row(
+        "rbf_affinity(x, sigma=2.0, density=0.1)", {"density=0.1": "rbf_affinity(x, {})"}
+    ),
+    "a density of a measure": Row(
+        "jaxalign.compare(x, y, density=0.2)",
+        {"kernel=jaxalign.kernels.RBF(density=": "jaxalign.compare(x, y, {}0.2))"}, error=TypeError,
+    ),
+    "a sigma per row": Row(
+        "jaxalign.rbf_affinity(x, sigma=np.ones(24))",
+        {'bandwidth="per_row"': "jaxalign.rbf_affinity(x, sigma=np.ones(24), {})"},
+    ),
+    "a class of kernels": Row("measures.cka(x, y, RBF)", {"RBF()": "measures.cka(x, y, {})"}, error=TypeError),
+    "a plan of a number": Row(
+        "solve(x, plan=1024)", {"jaxalign.Plan(tile_size=1024)": "solve(x, plan={})"}, error=TypeError
+    ),
     "a density per row": Row(
-        "align({'a': x}, landmarks=10, density=0.05, bandwidth='per_row')",
+        "align({'a': x}, landmarks=10, density=0.05, bandwidth='per_row', decorrelate=None)",
         {'bandwidth="global"': "align({'a': x}, landmarks=10, density=0.05, {}, diagonal='exclude')",
-         "at least 21 landmarks": "align({'a': x}, landmarks=21, density=0.05, bandwidth='per_row')"},
+         "at least 21 landmarks": "align({'a': x}, landmarks=21, density=0.05, bandwidth='per_row', decorrelate=None)"},
     ),
     "decorrelated per row": Row(
         "align({'a': x}, density=0.2, decorrelate=0.1, bandwidth='per_row')",
-        {'bandwidth="global"': "align({'a': x}, density=0.2, decorrelate=0.1, {})"},
+        {"decorrelate=None": "align({'a': x}, density=0.2, {}, bandwidth='per_row')",
+         'bandwidth="global"': "align({'a': x}, density=0.2, decorrelate=0.1, {})"},
     ),
     "all are landmarks": Row(
         "everything.correspondence(a, b)",
@@ -413,7 +451,7 @@ ROWS = {
     "no bootstrap": Row(
         "jaxalign.bootstrap(x, y, 'cka', kernel='linear', estimator='biased', key=key)",
         {'estimator="debiased"': "jaxalign.bootstrap(x, y, 'cka', kernel='linear', {}, key=key, resamples=9)",
-         'compare="pearson"': "jaxalign.bootstrap(x, y, 'rsa', {}, key=key, resamples=9)",
+         'comparison="pearson"': "jaxalign.bootstrap(x, y, 'rsa', {}, key=key, resamples=9)",
          "permutation_test": "jaxalign.{}(x, y, 'cka', kernel='linear', estimator='biased', key=key, permutations=9)"},
     ),
     "named subjects": Row(
@@ -422,25 +460,26 @@ ROWS = {
     ),
     # Whether a loss can be computed is known once it is traced.
     "landmarks of a loss": Row(
-        "losses.alignment_loss(x, y, density=0.2, landmarks=8)",
-        {'measure="infonce"': "traced(x, density=0.2, landmarks=8, {})"}, lambda: {"traced": traced},
+        "losses.alignment_loss(x, y, landmarks=8)",
+        {'measure="infonce"': "traced(x, landmarks=8, {})"}, lambda: {"traced": traced},
     ),
     "too few landmarks of a loss": Row(
-        "losses.alignment_loss(x[:16], y[:16], 'infonce')",
-        {'diagonal="exclude"': "traced(x[:16], measure='infonce', {})",
-         "a batch of 23 real samples": "traced(x[:23], measure='infonce')",
-         "a memory of 21": "traced(x[:16], measure='infonce', memory=losses.empty_memory(21, 5, 5))"},
-        lambda: {"traced": traced},
+        "losses.alignment_loss(x[:16], y[:16], 'infonce', kernel=include)",
+        {'RBF(diagonal="exclude")': "traced(x[:16], measure='infonce', kernel={})",
+         "a batch of 23 valid samples": "traced(x[:23], measure='infonce', kernel=include)",
+         "a queue of 21":
+             "traced(x[:16], measure='infonce', kernel=include, queue=losses.FeatureQueue.empty(21, 5, 5))"},
+        lambda: {"traced": traced, "include": RBF(diagonal="include")},
     ),
     "infonce on a mesh": Row(
-        "losses.alignment_loss(x, y, 'infonce', mesh=mesh)",
-        {"axis_name=": "jax.eval_shape(jax.vmap(lambda x: losses.alignment_loss(x, x, 'infonce', {}'a'), "
-                       "axis_name='a'), x[None])"},
+        "losses.alignment_loss(x, y, 'infonce', plan=Plan(mesh=mesh))",
+        {"Plan(axis_name=": "jax.eval_shape(jax.vmap(lambda x: losses.alignment_loss(x, x, 'infonce', plan={}'a')), "
+                            "axis_name='a'), x[None])"},
         lambda: {"mesh": mesh("data")},
     ),
     "a loss of samples": Row(
         "losses.alignment_loss(x, y, reduction='none')",
-        {'"affinity"': "losses.alignment_loss(x, y, {}, density=0.2, reduction='none')"},
+        {'"affinity"': "losses.alignment_loss(x, y, {}, reduction='none')"},
     ),
     "a mask of rows": Row(
         "operator.rows(mask)", {"np.flatnonzero(mask)": "operator.rows({})"},
@@ -471,8 +510,8 @@ ROWS = {
         {'method="nystroem"': "jaxalign.normalized_cut(x, 2, density=0.2, landmarks=8, {})"},
     ),
     "a dense cut on a mesh": Row(
-        "jaxalign.normalized_cut(x, 2, density=0.2, method='dense', mesh=mesh)",
-        {'"lobpcg"': "jaxalign.normalized_cut(x, 2, density=0.2, method={}, mesh=mesh)"},
+        "jaxalign.normalized_cut(x, 2, density=0.2, method='dense', plan=Plan(mesh=mesh))",
+        {'"lobpcg"': "jaxalign.normalized_cut(x, 2, density=0.2, method={}, plan=Plan(mesh=mesh))"},
         lambda: {"mesh": mesh("data")},
     ),
     "a cut with landmarks per row": Row(
@@ -489,7 +528,7 @@ ROWS = {
     ),
     "float64 in a file": Row(
         save("x", "x") + "compare_grid({'a': folder / 'x.npy'}))",
-        {re.compile(r"np\.save.*(?=\.$)"): "[{}, compare_grid({'a': folder / 'x.npy'}, density=0.2)]"},
+        {re.compile(r"np\.save.*(?=\.$)"): "[{}, compare_grid({'a': folder / 'x.npy'})]"},
         named(x=X.astype(np.float64)),
     ),
     "maps": Row(
@@ -615,7 +654,7 @@ WITHOUT_A_ROW = {
     "x must have the same number of rows in every process": "test_multi_process",
     "the eigenvectors did not reach rtol": "no matrix is known on which that happens within a second",
     "Write tensor.cpu() to come over the host": "takes a device that torch has and jax does not",
-    "sigma = {} has no meaning for kind=": "to leave it out",
+    "diagonal={} has no effect with sigma=": "to leave it out",
 }
 
 

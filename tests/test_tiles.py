@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxalign
+from jaxalign import Plan
 from jaxalign.core import reduce as reduce_module
 from jaxalign.core.features import center_features
 from jaxalign.core.reduce import reduce_pairs
@@ -94,7 +95,7 @@ def test_sigma_of_tiles_is_that_of_all_pairs_at_once(case, rng):
         x, options = problem_of(case, rng)
 
         def solve(tile_size):
-            return jaxalign.solve_sigma(x, **options, density=0.2, bandwidth=case.bandwidth, tile_size=tile_size)
+            return jaxalign.solve_sigma(x, **options, density=0.2, bandwidth=case.bandwidth, plan=Plan(tile_size))
 
         dense, tiled = solve(None), solve(case.tile_size)
         assert tiled.sigma.dtype == tiled.density.dtype == case.dtype
@@ -121,7 +122,7 @@ def test_density_of_tiles_is_that_of_all_pairs_at_once(case, rng):
         if case.bandwidth == "per_row" and "mask" in options:
             sigma[..., ~options["mask"]] = np.nan  # of rows that are not there
         dense, tiled = (
-            jaxalign.mean_density(x, **options, sigma=sigma, tile_size=tile_size)
+            jaxalign.mean_density(x, **options, sigma=sigma, plan=Plan(tile_size))
             for tile_size in (None, case.tile_size)
         )
         assert tiled.dtype == case.dtype
@@ -139,7 +140,7 @@ def test_tiles_fail_for_the_reason_that_all_pairs_at_once_fail_for(name, bandwid
     reasons = []
     for tile_size in (None, 8):
         with pytest.raises(ValueError, match=r"coincide|nan or inf") as error:
-            jaxalign.solve_sigma(x, density=0.2, bandwidth=bandwidth, tile_size=tile_size)
+            jaxalign.solve_sigma(x, density=0.2, bandwidth=bandwidth, plan=Plan(tile_size))
         reasons.append(str(error.value))
     assert reasons[0] == reasons[1]
 
@@ -152,7 +153,7 @@ def test_tiles_resolve_tight_clusters_far_apart(separation, bandwidth, rng):
     top = helpers.share_of_pairs_in_a_cluster({}, bandwidth)
     for level in (0.3, 0.9):
         density = 1 / ROWS + level * (top - 1 / ROWS)
-        found = jaxalign.solve_sigma(x, density=density, bandwidth=bandwidth, tile_size=8)
+        found = jaxalign.solve_sigma(x, density=density, bandwidth=bandwidth, plan=Plan(8))
         reached = helpers.density_reached(x, {}, found.sigma, bandwidth)
         assert helpers.relative_error(reached, np.full(np.shape(reached), np.float32(density))) < 1e-5
         expected = reference.solve_sigma(x, density=float(np.float32(density)), bandwidth=bandwidth)
@@ -166,7 +167,7 @@ def test_a_row_of_small_sigma_far_away_does_not_blur_the_distances_of_others(nar
     # centre, can does not depend on it.
     x = np.array([[-1000.1, 3.3], [1000.1, -7.7], [1001.37, -6.3], [1003.7, -9.1]], np.float32)
     sigma = np.array([narrow, 2, 2, 2], np.float32)
-    density = jaxalign.mean_density(x, sigma=sigma, tile_size=tile_size)
+    density = jaxalign.mean_density(x, sigma=sigma, bandwidth="per_row", plan=Plan(tile_size))
     assert helpers.relative_error(density, reference.mean_density(x, sigma=sigma)) < 1e-5
 
 
@@ -183,7 +184,7 @@ def scalar_of_sigma(setting, bandwidth):
         args = {"x": x, "density": np.asarray(0.2)} | ({"y": options.pop("y")} if "y" in options else {})
 
         def fn(args, tile_size):
-            found = jaxalign.solve_sigma(**args, **options, bandwidth=bandwidth, tile_size=tile_size)
+            found = jaxalign.solve_sigma(**args, **options, bandwidth=bandwidth, plan=Plan(tile_size))
             return jnp.sum(weights * found.sigma)
 
         return fn, args
@@ -238,7 +239,7 @@ def elements(compiled):
 
 
 def sigma_in_tiles(x):
-    return jaxalign.solve_sigma(x, density=0.1, tile_size=TILE).sigma
+    return jaxalign.solve_sigma(x, density=0.1, plan=Plan(TILE)).sigma
 
 
 @pytest.mark.slow
@@ -252,7 +253,7 @@ def test_no_array_of_a_tiled_program_and_its_gradient_has_n_squared_elements():
 
 def test_the_program_of_all_pairs_at_once_has_such_an_array():
     x = jax.ShapeDtypeStruct((MANY, FEW_FEATURES), np.float32)
-    compiled = jax.jit(lambda x: jaxalign.mean_density(x, sigma=1.0, tile_size=None)).lower(x).compile()
+    compiled = jax.jit(lambda x: jaxalign.mean_density(x, sigma=1.0, plan=Plan(None))).lower(x).compile()
     assert max(elements(compiled)) >= MANY**2
 
 

@@ -13,6 +13,7 @@ import pytest
 
 import jaxalign
 from jaxalign.interop import torch_function, torch_losses
+from jaxalign.kernels import RBF
 
 torch = pytest.importorskip("torch")
 
@@ -55,7 +56,7 @@ def test_losses_of_first_and_second_order(x64, measure):
     x, y = tensors(10, 3, count=2)
 
     def loss(x, y):
-        return torch_losses.alignment_loss(x, y, measure=measure, density=0.4, stop_gradient_target=False)
+        return torch_losses.alignment_loss(x, y, measure=measure, kernel=RBF(density=0.4), stop_gradient_target=False)
 
     assert torch.autograd.gradcheck(loss, (x, y))
     assert torch.autograd.gradgradcheck(loss, (x, y))
@@ -64,10 +65,10 @@ def test_losses_of_first_and_second_order(x64, measure):
 @pytest.mark.slow
 def test_gradients_are_those_of_jax():
     x, y = tensors(24, 5, count=2, dtype=torch.float32)
-    torch_losses.alignment_loss(x, y, density=0.2).backward()
+    torch_losses.alignment_loss(x, y, kernel=RBF(density=0.2)).backward()
     total, each = torch_losses.multi_layer_loss({"a": x, "b": x[:, :2]}, {"a": y, "b": y}, weights={"a": 1.0, "b": 3.0})
     assert torch.isclose(total, each["a"] / 4 + 3 * each["b"] / 4)
-    expected = jax.grad(lambda x, y: jaxalign.losses.alignment_loss(x, y, density=0.2))(
+    expected = jax.grad(lambda x, y: jaxalign.losses.alignment_loss(x, y, kernel=RBF(density=0.2)))(
         x.detach().numpy(), y.detach().numpy()
     )
     # Not bit by bit: the two are compiled as different programs, which may round sums in another order.
@@ -137,7 +138,7 @@ def test_a_step_of_torch_lowers_the_loss_and_compiles_once():
     @torch_function
     def loss(x, y):
         traces.append(1)
-        return jaxalign.losses.alignment_loss(x, y, density=0.2)
+        return jaxalign.losses.alignment_loss(x, y, kernel=RBF(density=0.2))
 
     torch.manual_seed(0)
     x, y = (a.detach() for a in tensors(32, 5, count=2, dtype=torch.float32))
@@ -156,12 +157,12 @@ def test_a_step_of_torch_lowers_the_loss_and_compiles_once():
 
 def test_memory_goes_from_step_to_step():
     x, y = (a.detach() for a in tensors(8, 5, count=2, dtype=torch.float32))
-    memory = torch_losses.empty_memory(32, 5, 5)
+    queue = torch_losses.empty_queue(32, 5, 5)
     for _ in range(4):
-        memory = torch_losses.remember(memory, x, y)
-    assert memory.filled.all()
+        queue = torch_losses.push(queue, x, y)
+    assert queue.valid.all()
     x.requires_grad_()
-    torch_losses.alignment_loss(x, y, memory=memory).backward()
+    torch_losses.alignment_loss(x, y, queue=queue).backward()
     assert torch.isfinite(x.grad).all()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jaxalign
+from jaxalign.kernels import RBF
 
 ROWS, OTHER_ROWS, WIDTH = helpers.ROWS, helpers.OTHER_ROWS, helpers.WIDTH
 RTOL = helpers.tolerance(np.float32).density
@@ -174,7 +175,7 @@ def test_jit_traces_once(rng):
 
 # Their values are known inside the trace, where operations on them are not: checks must look at them all the same.
 X, Y = (np.random.default_rng(k).normal(size=(24, 6)).astype(np.float32) for k in range(2))
-MEASURE_OPTIONS = {"k": 5, "density": 0.3}
+MEASURE_OPTIONS = {"k": 5, "kernel": RBF(density=0.3)}
 
 
 def measure(name, **more):
@@ -191,10 +192,10 @@ TWO_ARRAYS = {
     "rbf_affinity": lambda x, y: jaxalign.rbf_affinity(x, y, density=0.3),
     "affinity_operator": lambda x, y: jaxalign.affinity_operator(x, y, density=0.3).sum(),
     "reduce_pairs": lambda x, y: jaxalign.reduce_pairs(cauchy, x, y),
-    "align": lambda x, y: jaxalign.align({"x": x, "y": y}, landmarks=9, density=0.5, standardize=True).features,
+    "align": lambda x, y: helpers.align({"x": x, "y": y}, landmarks=9, density=0.5, standardize=True).features,
     "joint_affinity": lambda x, y: jaxalign.joint_affinity([x, y], density=0.3),
     "correspondence": jaxalign.correspondence,
-    "Alignment.correspondence": lambda x, y: jaxalign.align({"x": x, "y": y}, landmarks=9, density=0.5).correspondence(
+    "Alignment.correspondence": lambda x, y: helpers.align({"x": x, "y": y}, landmarks=9, density=0.5).correspondence(
         "x", "y"
     ),
     "rgb": lambda x, y: jaxalign.rgb(x, like=y),
@@ -207,16 +208,16 @@ TWO_ARRAYS = {
     "paired_difference": lambda x, y: jaxalign.paired_difference((x, y), (x, x + y), key=KEY, resamples=5).value,
     "noise_ceiling": lambda x, y: jaxalign.noise_ceiling([x, y]),
     "alignment_loss": jaxalign.losses.alignment_loss,
-    "alignment_loss infonce": lambda x, y: jaxalign.losses.alignment_loss(x, y, "infonce", density=0.3),
+    "alignment_loss infonce": lambda x, y: jaxalign.losses.alignment_loss(x, y, "infonce", kernel=RBF(density=0.3)),
     "multi_layer_loss": lambda x, y: jaxalign.losses.multi_layer_loss({"a": x}, {"a": y})[0],
-    "remember": lambda x, y: jaxalign.losses.remember(jaxalign.losses.empty_memory(40, 6, 6), x, y),
+    "push": lambda x, y: jaxalign.losses.FeatureQueue.empty(40, 6, 6).push(x, y),
     **{name: measure(name) for name in jaxalign.measures.REGISTRY},
-    "rsa of cosines": measure("rsa", rdm="cosine"),
-    "rsa by spearman": measure("rsa", compare="spearman"),
-    "rsa by kendall": measure("rsa", compare="kendall"),
+    "rsa of cosines": measure("rsa", metric="cosine"),
+    "rsa by spearman": measure("rsa", comparison="spearman"),
+    "rsa by kendall": measure("rsa", comparison="kendall"),
     "cka of linear kernels": measure("cka", kernel="linear"),
     "angular cka": measure("cka", result="angular"),
-    "rsa of correlations": measure("rsa", rdm="correlation"),
+    "rsa of correlations": measure("rsa", metric="correlation"),
     "minibatch_cka": lambda x, y: jaxalign.measures.minibatch_cka([(x, y)]),
 }
 AFFINITY = np.exp(-((X[:, None] - X[None]) ** 2).sum(-1) / 8)
@@ -228,7 +229,7 @@ ONE_ARRAY = {
     "normalized_cut": lambda x: jaxalign.normalized_cut(x, 3, density=0.3).eigenvalues,
     "kway": lambda x: jaxalign.kway(x[:, :3]),
     "rgb": jaxalign.rgb,
-    "align": lambda x: jaxalign.align({"x": x}, landmarks=9, density=0.5, channels="whiten").features["x"],
+    "align": lambda x: helpers.align({"x": x}, landmarks=9, density=0.5, channels="whiten").features["x"],
     "nearest_neighbors": lambda x: jaxalign.measures.nearest_neighbors(x, 3),
     "rdm": jaxalign.measures.rdm,
     "rdm of cosines": lambda x: jaxalign.measures.rdm(x, "cosine"),

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxalign._plan import STORED, Plan
 from jaxalign.core.devices import on_any_device, varying_like
 from jaxalign.core.features import (
     CenteredFeatures,
@@ -40,6 +39,7 @@ from jaxalign.core.features import (
 )
 from jaxalign.core.reduce import reduce_pairs
 from jaxalign.core.tiles import Pairs, Reduction, Tile, kernel_terms, over_rows, stacked_over_all
+from jaxalign.plan import STORED, Plan
 
 # Status codes of a search.
 CONVERGED = 0
@@ -366,7 +366,7 @@ def pairs_of(
     """The pairs of rows, with stored squared distances or none."""
     stored = None if distances is None else (attach_derivative(features, distances),)
     return Pairs(
-        (features,), stored, skip_self, plan.tile_size, plan.axis_name, precision, euclidean=euclidean, density=density
+        (features,), stored, skip_self, plan.tile_rows, plan.axis_name, precision, euclidean=euclidean, density=density
     )
 
 

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxalign._plan import Plan
+from jaxalign.plan import Plan
 
 # Which axis of a result or an argument holds the rows.
 NO_ROWS = 0  # not None, which would be an empty pytree

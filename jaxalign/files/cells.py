@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxalign._plan import make_plan
 from jaxalign.files.checkpoint import Checkpoint
 from jaxalign.files.storage import json_value
 from jaxalign.files.visit import Progress, reporting
+from jaxalign.kernels import RBF, Laplacian, Linear, for_representations, with_bandwidth
 from jaxalign.measures._evaluate import (
     Missing,
     SummaryMeasure,
@@ -23,6 +23,7 @@ from jaxalign.measures._evaluate import (
     explain_status,
     summarize,
 )
+from jaxalign.plan import Plan, resolve_plan
 
 # Summaries are kept up to this many bytes, and at least two of them.
 _KEPT_BYTES = 2**30
@@ -38,7 +39,7 @@ class GridTask:
     options: dict[str, Any]  # of the measure
     mask: Any
     missing: Missing
-    tile_size: Any
+    plan: Plan
     progress: Progress
 
     @property
@@ -56,16 +57,22 @@ class GridTask:
         """Of the grid."""
         return self.split, len(self.columns)
 
-    def sigma_of(self, k: int) -> Any:
-        """The sigma that the options give a representation."""
-        sigma = self.options.get("sigma")
-        return sigma[k] if isinstance(sigma, (tuple, list)) else sigma
+    @property
+    def kernel(self) -> RBF | Laplacian | None:
+        """The kernel with a bandwidth, if there is one."""
+        return with_bandwidth(self.options)
+
+    def bandwidth_of(self, k: int) -> RBF | Laplacian:
+        """The kernel of a representation, if there is one with a bandwidth."""
+        assert self.kernel is not None
+        return for_representations(self.kernel, k)
 
     def subset(self, numbers: Sequence[int], mask: np.ndarray | None) -> GridTask:
         """The task of some of the representations, and of the samples of a mask."""
-        options = dict(self.options)
-        if isinstance(options.get("sigma"), (tuple, list)):
-            options["sigma"] = [self.sigma_of(k) for k in numbers]
+        options = {
+            name: for_representations(value, *numbers) if isinstance(value, (RBF, Laplacian)) else value
+            for name, value in self.options.items()
+        }
         features, names = [self.features[k] for k in numbers], [self.names[k] for k in numbers]
         split = sum(k < self.split for k in numbers)
         return replace(self, features=features, names=names, split=split, options=options, mask=mask)
@@ -74,7 +81,7 @@ class GridTask:
         """What a checkpoint is compared by, beside the features."""
         return {
             "measure": measure,
-            "options": {name: json_value(value) for name, value in self.options.items()},
+            "options": {name: option_value(value) for name, value in self.options.items()},
             # A few values of a function of distances: two with one name may differ.
             "kernels": {
                 name: np.asarray(value(jnp.logspace(-3, 3, 13))).tolist()
@@ -85,6 +92,11 @@ class GridTask:
             "split": self.split,
             "missing": self.missing,
         }
+
+
+def option_value(option: Any) -> Any:
+    """An option as JSON: a kernel by its text."""
+    return repr(option) if isinstance(option, (RBF, Laplacian, Linear)) else json_value(option)
 
 
 class GridResult(NamedTuple):
@@ -103,8 +115,6 @@ class Summaries:
     measure: SummaryMeasure
     load: Callable[[int], Array]
     mask: Array | None
-    mesh: Any = None
-    axis_name: Any = None
     kept: dict[int, Any] = field(default_factory=dict)  # the most recently used one last
 
     def __getitem__(self, k: int) -> Any:
@@ -115,9 +125,9 @@ class Summaries:
 
     def _summarize(self, k: int) -> Any:
         x, name, function = self.load(k), self.task.names[k], self.measure.function
-        plan = make_plan(x, None, self.task.tile_size, self.mesh, self.axis_name)
-        density = self.task.options.get("density")
-        sigmas, target = check_function([name], (x,), self.mask, self.task.sigma_of(k), density, function, plan)
+        kernel = None if self.task.kernel is None else for_representations(self.task.kernel, k)
+        plan = resolve_plan(self.task.plan, x, None)
+        sigmas, target = check_function([name], (x,), self.mask, kernel, function, plan)
         sigma = None if sigmas is None else sigmas[0]
         summary = _summarize_jit(x, self.mask, sigma, target, self.measure, plan)
         explain_status(name, summary.status)

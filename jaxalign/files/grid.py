@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxalign import _checks
-from jaxalign._plan import choose_tiles, default_block_rows
 from jaxalign.core.bandwidth import gamma_of
 from jaxalign.core.features import CenteredFeatures
 from jaxalign.core.reduce import reduce_both_sides, reduce_pairs
@@ -34,6 +33,7 @@ from jaxalign.measures._pair_sums import (
     make_reduction,
     max_square_norm,
 )
+from jaxalign.plan import choose_tile_size, default_block_rows
 
 
 def compare_files(
@@ -79,7 +79,7 @@ def _compare_complete(
     for name, value in zip(task.names, task.features, strict=True):
         source = open_source(name, value, task.mask, block_rows, direction)
         source = replace(source, way_out='missing="omit" leaves out samples that are missing in any set.')
-        pairs.append(open_pairs(source, None, diagonal, task.tile_size))
+        pairs.append(open_pairs(source, None, diagonal, task.plan))
     identities = {f"features of {name}": features.identity for name, features in zip(task.names, pairs, strict=True)}
     saved = Checkpoint(checkpoint, "compare_grid", {**task.inputs(measure.name), **identities})
     if isinstance(measure, PairMeasure):
@@ -107,7 +107,7 @@ def _compare_blocks(
     zero = zero_sums(num_products + number, task.num_samples, width)
     state = _with_sigma(saved.load({"sigma": np.full(number, np.nan), **zero}), task, pairs, measure.function, saved)
     itemsize = pairs[0].dtype.itemsize
-    tile = choose_tiles(task.tile_size, rows, rows, number, itemsize, may_store=False, by_memory=False)[1]
+    tile = choose_tile_size(task.plan.tile_size, rows, rows, number, itemsize, may_store=False, by_memory=False)
     terms = _Terms(measure.function, measure.centering, task.split, tile)
     state, shift, properties = _visit(terms, pairs, state, saved, partial(reporting, task.progress, "pairs"))
     cross, diagonal = np.split(totals_of(state), [num_products])
@@ -123,9 +123,9 @@ def _with_sigma(
     if not function.needs_sigma:
         return state
     if not function.solves:
-        return {**state, "sigma": np.asarray([task.sigma_of(k) for k in range(len(pairs))], np.float64)}
+        return {**state, "sigma": np.asarray([task.bandwidth_of(k).sigma for k in range(len(pairs))], np.float64)}
     beside = None if saved.path is None else saved.path.with_name(saved.path.name + ".sigma")
-    density = float(task.options["density"])  # as JSON holds it
+    density = float(np.asarray(task.bandwidth_of(0).density))  # as JSON holds it
     with reporting(task.progress, "sigma", len(pairs), unit="set") as show:
         for k, features in enumerate(pairs):
             if np.isnan(state["sigma"][k]):

@@ -18,10 +18,10 @@ from jaxtyping import Array
 
 from jaxalign import _checks, _directions
 from jaxalign._linalg import power_of_two
-from jaxalign._plan import check_tile_size, choose_tiles, default_block_rows
 from jaxalign.core.bandwidth import SUBSAMPLE
 from jaxalign.core.features import CenteredFeatures
 from jaxalign.files.readers import open_npy
+from jaxalign.plan import Plan, choose_tile_size, default_block_rows
 
 Rows = Any  # a path to a .npy file, an array or memory map (n, d), or a sequence of arrays (n_i, d)
 
@@ -251,10 +251,9 @@ def _summarize(source: Source) -> _Summary:
     return _Summary(total, least, most, checksum, np.concatenate(sample))
 
 
-def open_pairs(x: Source, y: Source | None, diagonal: Any, tile_size: Any) -> RowPairs:
+def open_pairs(x: Source, y: Source | None, diagonal: Any, plan: Plan) -> RowPairs:
     """Read all rows once, for what every later visit needs to know; refuses nan and inf."""
     _check_sides(x, y, diagonal)
-    check_tile_size(tile_size)
     sides = [x] if y is None else [x, y]
     summaries = [_summarize(side) for side in sides]
     center = sum(summary.total for summary in summaries) / sum(side.num_valid for side in sides)
@@ -262,7 +261,7 @@ def open_pairs(x: Source, y: Source | None, diagonal: Any, tile_size: Any) -> Ro
     scale, inverse = power_of_two(jnp.asarray(largest, x.dtype))
     skip_self, n, m = diagonal == "exclude", float(sides[0].num_valid), float(sides[-1].num_valid)
     rows = max(size for side in sides for size in side.sizes)
-    tile = choose_tiles(tile_size, rows, rows, 1, x.dtype.itemsize, may_store=False, by_memory=False)[1]
+    tile = choose_tile_size(plan.tile_size, rows, rows, 1, x.dtype.itemsize, may_store=False, by_memory=False)
     identity = {
         "rows": [side.num_rows for side in sides],
         "width": x.width,

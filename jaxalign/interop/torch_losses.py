@@ -3,7 +3,7 @@
     loss = jaxalign.interop.torch_losses.alignment_loss(student(x), teacher(x).detach(), measure="cka")
     loss.backward()
 
-With a memory: `empty_memory` and `remember` here hold tensors.
+With a queue: `empty_queue` makes one that holds tensors, and `push` adds a batch to it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from jaxalign.interop.torch import to_torch
 
 alignment_loss = torch_function(losses.alignment_loss)
 multi_layer_loss = partial(losses.multi_layer_loss, loss=alignment_loss)
-remember = torch_function(losses.remember)
+push = torch_function(losses.FeatureQueue.push)
 
 
-def empty_memory(capacity: int, width_x: int, width_y: int) -> losses.Memory:
-    """A memory of tensors that holds nothing yet; see `jaxalign.losses.empty_memory`."""
-    return to_torch(losses.empty_memory(capacity, width_x, width_y))
+def empty_queue(capacity: int, width_x: int, width_y: int) -> losses.FeatureQueue:
+    """A queue of tensors without samples; see `jaxalign.losses.FeatureQueue.empty`."""
+    return to_torch(losses.FeatureQueue.empty(capacity, width_x, width_y))

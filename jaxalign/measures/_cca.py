@@ -93,7 +93,7 @@ def svcca(
     x: Float[AnyArray, "*#batch n d1"],
     y: Float[AnyArray, "*#batch n d2"],
     *,
-    components: float | int = 0.99,
+    num_components: float | int = 0.99,
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     missing: Missing = "raise",
 ) -> Float[Array, "*batch"]:
@@ -102,7 +102,7 @@ def svcca(
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
-        components: a whole number of singular directions of each set, or the share of its variance, 0 < share < 1,
+        num_components: a whole number of singular directions of each set, or the share of its variance, 0 < share < 1,
             that the fewest directions kept have to explain.
         mask: see `hsic`.
         missing: see `hsic`.
@@ -111,15 +111,15 @@ def svcca(
         Shape (...), from 0 to 1. Once differentiable, as long as the same directions are kept.
 
     Raises:
-        TypeError, ValueError: see `cca`; components neither a number of directions nor a share.
+        TypeError, ValueError: see `cca`; num_components neither a number of directions nor a share.
 
     Example:
         >>> import jax, jaxalign
         >>> x, noise = jax.random.normal(jax.random.key(0), (2, 100, 8))
-        >>> round(float(jaxalign.measures.svcca(x, 2 * x + 1, components=3)), 3)
+        >>> round(float(jaxalign.measures.svcca(x, 2 * x + 1, num_components=3)), 3)
         1.0
     """
-    return evaluate(svcca_measure(components), x, y, mask=mask, missing=missing)
+    return evaluate(svcca_measure(num_components), x, y, mask=mask, missing=missing)
 
 
 @_checks.cached
@@ -136,13 +136,13 @@ def pwcca_measure() -> SummaryMeasure:
 
 
 @_checks.cached
-def svcca_measure(components: Any) -> SummaryMeasure:
+def svcca_measure(num_components: Any) -> SummaryMeasure:
     """The measure behind `svcca`."""
-    if isinstance(components, (float, np.floating)) and 0 < components < 1:
-        keep: Keep = ("share", float(components))
+    if isinstance(num_components, (float, np.floating)) and 0 < num_components < 1:
+        keep: Keep = ("share", float(num_components))
     else:
         share = ", or a share of the variance strictly between 0 and 1"
-        keep = ("count", _checks.whole("components", components, of=" of singular directions", otherwise=share))
+        keep = ("count", _checks.whole("num_components", num_components, of=" of singular directions", otherwise=share))
     return SummaryMeasure("svcca", partial(_directions, keep=keep), partial(_correlation, squared=False), 2)
 
 

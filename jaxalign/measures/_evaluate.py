@@ -14,13 +14,14 @@ from jaxtyping import Array
 
 from jaxalign import _checks
 from jaxalign._memory import check_stored
-from jaxalign._plan import Plan, TileSize, make_plan, rows_are_local
 from jaxalign._problem import check_density, check_problem, check_rtol, raise_if_failed
 from jaxalign.core.bandwidth import CONVERGED, NON_FINITE, is_bandwidth
 from jaxalign.core.devices import batched
 from jaxalign.core.features import valid_rows
+from jaxalign.kernels import RBF, Laplacian
 from jaxalign.measures._centering import Centering
 from jaxalign.measures._pair_sums import InnerProducts, PairFunction, pair_products_jit
+from jaxalign.plan import Plan, check_plan, check_single_device, resolve_plan
 
 Missing = Literal["raise", "omit", "propagate"]
 # The advice about missing samples in functions without the option `missing`.
@@ -138,24 +139,22 @@ def evaluate(
     measure: PairMeasure | SummaryMeasure,
     x: Any,
     y: Any,
+    kernel: Any = None,
     *,
-    sigma: Any = None,
-    density: Any = None,
     mask: Any = None,
     missing: Missing = "raise",
-    tile_size: TileSize = "auto",
-    mesh: Any = None,
-    axis_name: Any = None,
+    plan: Plan | None = None,
 ) -> Array:
     """The value of a measure for a pair of representations, (...)."""
-    min_samples = 1 if rows_are_local(mesh, axis_name) else measure.min_samples
+    plan = check_plan(plan)
+    min_samples = 1 if plan.rows_are_local else measure.min_samples
     (x, y), mask = check_representations((("x", x), ("y", y)), mask, missing, min_samples, measure.label)
-    plan = make_plan(x, None, tile_size, mesh, axis_name, representations=2)
+    check_pairs_fit(measure, plan)
+    plan = resolve_plan(plan, x, None, representations=2)
     if isinstance(measure, PairMeasure):
-        return compute_values(compute_products((x, y), 1, mask, sigma, density, measure, plan), measure)[..., 0, 0]
-    problem = check_function(("x", "y"), (x, y), mask, sigma, density, measure.function, plan)
+        return compute_values(compute_products((x, y), 1, mask, kernel, measure, plan), measure)[..., 0, 0]
+    problem = check_function(("x", "y"), (x, y), mask, kernel, measure.function, plan)
     if measure.stores_pairs:
-        check_single_device(measure, mesh, axis_name)
         check_stored("dissimilarities to be sorted", x, None)
     value, *statuses = _evaluate_summaries(x, y, mask, *problem, measure, plan)
     for name, status in zip(("x", "y"), statuses, strict=True):
@@ -163,51 +162,51 @@ def evaluate(
     return value
 
 
-def check_single_device(measure: PairMeasure | SummaryMeasure, mesh: Any, axis_name: Any) -> None:
+def check_pairs_fit(measure: PairMeasure | SummaryMeasure, plan: Plan) -> None:
     """Raise if a measure that sorts all pairs gets rows on several devices."""
-    if isinstance(measure, SummaryMeasure) and measure.stores_pairs and (mesh is not None or axis_name is not None):
-        raise ValueError(
-            f"{measure.label} sorts the values of all pairs, on one device: leave out mesh= and axis_name=, or take a "
-            'comparison that is an inner product, such as "pearson".'
-        )
+    if isinstance(measure, SummaryMeasure) and measure.stores_pairs:
+        advice = 'or use a comparison that is an inner product, such as "pearson"'
+        check_single_device(plan, f"{measure.label} sorts the values of all pairs on a single device", advice)
 
 
 def check_function(
     names: Sequence[str],
     features: tuple[Array, ...],
     mask: Array | None,
-    sigma: Any,
-    density: Any,
+    kernel: Any,
     function: PairFunction,
     plan: Plan,
 ) -> tuple[Array | None, Array | None]:
-    """Check what a pair function needs; its sigmas (..., representations), or its density (...)."""
+    """Check what a pair function needs; its sigmas (..., representations), or its density (...), from the kernel."""
     for name, x in zip(names, features, strict=True):
         check_directions(name, x, function.normalization, mask)
-    if sigma is not None and not function.needs_sigma:
-        value = _checks.shown(sigma)
-        raise ValueError(f"sigma = {value} has no meaning here, where no affinity is taken. Leave it out.")
-    sigmas = None if sigma is None else sigma_per_representation(sigma, len(features), features[0])
-    if not function.solves:
-        return sigmas, None
+    if not isinstance(kernel, (RBF, Laplacian)):
+        return None, None
+    if not kernel.solves:
+        return sigma_per_representation(kernel.sigma, len(features), features[0]), None
+    if not function.solves:  # only the order of distances counts
+        return None, None
     problem = check_problem(features[0], None, mask, None, function.diagonal, local_rows=plan.rows_are_local)
-    return None, jnp.asarray(check_density(density, problem, "global", plan))
+    return None, jnp.asarray(check_density(kernel.density, problem, "global", plan))
 
 
 def compute_products(
     features: tuple[Array, ...],
     split: int,
     mask: Array | None,
-    sigma: Any,
-    density: Any,
+    kernel: Any,
     measure: PairMeasure,
     plan: Plan,
     names: Sequence[str] = ("x", "y"),
+    *,
+    differentiable: bool = True,
 ) -> InnerProducts:
     """The inner products of checked features."""
-    sigmas, target = check_function(names, features, mask, sigma, density, measure.function, plan)
+    sigmas, target = check_function(names, features, mask, kernel, measure.function, plan)
     rtol = check_rtol(None, features[0].dtype)
-    inner = pair_products_jit(features, split, mask, sigmas, target, measure.function, measure.centering, rtol, plan)
+    inner = pair_products_jit(
+        features, split, mask, sigmas, target, measure.function, measure.centering, rtol, plan, differentiable
+    )
     for k, name in enumerate(names):
         explain_status(name, inner.status[..., k])
     return inner

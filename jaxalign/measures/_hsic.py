@@ -12,25 +12,22 @@ them centre, so K of the linear kernel is -D / 2, and distance correlation is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import arccos, bounded
-from jaxalign._plan import TileSize, make_plan
-from jaxalign._problem import Diagonal
 from jaxalign._typing import AnyArray
+from jaxalign.kernels import Kernel, kernel_of
 from jaxalign.measures._centering import CENTERINGS
 from jaxalign.measures._evaluate import Missing, PairMeasure, check_representations, compute_products, evaluate
-from jaxalign.measures._pair_sums import Form, InnerProducts, PairFunction, correlation
+from jaxalign.measures._pair_sums import InnerProducts, PairFunction, correlation, kernel_function
+from jaxalign.plan import AUTO, Plan, resolve_plan
 
-Kernel = Literal["rbf", "linear", "laplacian"] | Callable[[Array], Array]
 Estimator = Literal["debiased", "biased", "lange"]
 
 _LEAST = {"debiased": 4, "biased": 2, "lange": 4}
@@ -39,35 +36,26 @@ _LEAST = {"debiased": 4, "biased": 2, "lange": 4}
 def hsic(
     x: Float[AnyArray, "*#batch n d1"],
     y: Float[AnyArray, "*#batch n d2"],
-    *,
     kernel: Kernel = "rbf",
-    sigma: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-    density: ArrayLike = 0.05,
-    diagonal: Diagonal = "include",
+    *,
     estimator: Estimator = "debiased",
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     missing: Missing = "raise",
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
-    axis_name: str | None = None,
+    plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
     """Hilbert-Schmidt independence criterion: 0 in expectation for independent sets (debiased), larger is more similar.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
-        kernel: "rbf" exp(-D / (2 sigma^2)); "linear", of features less their mean; "laplacian" exp(-sqrt(D) / sigma);
-            or a function of an array of squared distances that returns kernel values, elementwise.
-        sigma: bandwidth, in units of the features: a number, or one a set. None: solved for each set by its density.
-        density: the wanted mean of the kernel where sigma is None, see `jaxalign.solve_sigma`.
-        diagonal: whether the ones on the diagonal count in that mean. "include" needs n > 1 / density.
+        kernel: "rbf" exp(-D / (2 sigma^2)), "laplacian" exp(-sqrt(D) / sigma), "linear" (of centered features); an
+            object of `jaxalign.kernels`, which also holds sigma or its target density; or a function of an array of
+            squared distances that returns kernel values, elementwise.
         estimator: "debiased", "biased" or "lange"; see the top of the module.
         mask: shape (..., n), True = a real sample.
         missing: what to do about nan and inf: "raise"; "omit" leaves out samples missing in either set; "propagate"
             gives nan.
-        tile_size: see `jaxalign.solve_sigma`.
-        mesh: see `jaxalign.solve_sigma`.
-        axis_name: see `jaxalign.solve_sigma`.
+        plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
         HSIC, shape (...), in squared units of the features for the linear kernel. Differentiable.
@@ -83,37 +71,21 @@ def hsic(
         >>> bool(abs(measures.hsic(x, y)) < 0.1 * measures.hsic(x, x))
         True
     """
-    check_kernel_sigma(kernel, sigma)
-    measure = hsic_measure(kernel, sigma is None, diagonal, estimator)
-    return evaluate(
-        measure,
-        x,
-        y,
-        sigma=sigma,
-        density=density,
-        mask=mask,
-        missing=missing,
-        tile_size=tile_size,
-        mesh=mesh,
-        axis_name=axis_name,
-    )
+    kernel = kernel_of(kernel)
+    measure = hsic_measure(kernel_function(kernel), estimator)
+    return evaluate(measure, x, y, kernel, mask=mask, missing=missing, plan=plan)
 
 
 def cka(
     x: Float[AnyArray, "*#batch n d1"],
     y: Float[AnyArray, "*#batch n d2"],
-    *,
     kernel: Kernel = "rbf",
-    sigma: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-    density: ArrayLike = 0.05,
-    diagonal: Diagonal = "include",
+    *,
     estimator: Estimator = "debiased",
     result: Literal["similarity", "angular"] = "similarity",
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     missing: Missing = "raise",
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
-    axis_name: str | None = None,
+    plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
     """Centred kernel alignment (Kornblith et al. 2019): 1 for the same geometry, 0 on average for independent sets.
 
@@ -124,17 +96,12 @@ def cka(
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
         kernel: see `hsic`.
-        sigma: see `hsic`. None scales the bandwidth of each set to the density.
-        density: see `hsic`.
-        diagonal: see `hsic`.
         estimator: of HSIC, in all three places; see `hsic`.
         result: "similarity" CKA itself; "angular" arccos(CKA), from 0 to pi. With the biased estimator that is a
             metric, at most pi / 2 (Williams et al. 2021). It resolves angles down to about 1e-3 in float32.
         mask: see `hsic`.
         missing: see `hsic`.
-        tile_size: see `jaxalign.solve_sigma`.
-        mesh: see `jaxalign.solve_sigma`.
-        axis_name: see `jaxalign.solve_sigma`.
+        plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
         Shape (...). CKA is at most 1, and not below 0 for the biased estimator; 0 where a representation does not vary,
@@ -152,39 +119,21 @@ def cka(
         >>> abs(float(jaxalign.measures.cka(x, noise))) < 0.05
         True
     """
-    check_kernel_sigma(kernel, sigma)
-    measure = cka_measure(kernel, sigma is None, diagonal, estimator, result)
-    return evaluate(
-        measure,
-        x,
-        y,
-        sigma=sigma,
-        density=density,
-        mask=mask,
-        missing=missing,
-        tile_size=tile_size,
-        mesh=mesh,
-        axis_name=axis_name,
-    )
+    kernel = kernel_of(kernel)
+    measure = cka_measure(kernel_function(kernel), estimator, result)
+    return evaluate(measure, x, y, kernel, mask=mask, missing=missing, plan=plan)
 
 
 def minibatch_cka(
     batches: Iterable[tuple[AnyArray, AnyArray]],
-    *,
     kernel: Kernel = "linear",
-    sigma: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-    density: ArrayLike = 0.05,
-    diagonal: Diagonal = "include",
 ) -> Float[Array, ""]:
     """CKA from minibatches (Nguyen et al. 2021, eq. 2-3): debiased HSIC averaged over the batches, then the ratio.
 
     Args:
         batches: pairs (x, y) of features (n, d1), (n, d2), n >= 4; n may differ from batch to batch. Leave out a last
             batch of fewer samples.
-        kernel: see `hsic`. With sigma = None every batch has its own bandwidth, so give sigma where batches are small.
-        sigma: see `hsic`.
-        density: see `hsic`.
-        diagonal: see `hsic`.
+        kernel: see `hsic`. Unless the kernel has a sigma, every batch has its own: give one if batches are small.
 
     Returns:
         A scalar, from -1 to 1; 0 where a representation does not vary within any batch.
@@ -198,16 +147,16 @@ def minibatch_cka(
         >>> round(float(jaxalign.measures.minibatch_cka(zip(x, 2 * x))), 4)
         1.0
     """
-    check_kernel_sigma(kernel, sigma)
-    measure = hsic_measure(kernel, sigma is None, diagonal, "debiased")
+    kernel = kernel_of(kernel)
+    measure = hsic_measure(kernel_function(kernel), "debiased")
     sums = units = None
     widths: tuple[int, ...] = ()
     for k, batch in enumerate(batches):
         x, y = _checked_batch(k, batch, measure.min_samples, widths)
         widths = (x.shape[-1], y.shape[-1])
         names = (f"batch {k}: x", f"batch {k}: y")
-        plan = make_plan(x, None, "auto", None, None)
-        inner = compute_products((x, y), 1, None, sigma, density, measure, plan, names)
+        plan = resolve_plan(AUTO, x, None)
+        inner = compute_products((x, y), 1, None, kernel, measure, plan, names)
         part = jnp.stack([inner.cross[0, 0], inner.self_x[0], inner.self_y[0]]) / (x.shape[0] * (x.shape[0] - 3))
         part = jnp.where(inner.is_defined[0, 0], part, jnp.nan)
         unit = jnp.stack([inner.unit_x[0], inner.unit_y[0]])
@@ -261,9 +210,7 @@ def distance_correlation(
     squared: bool = False,
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     missing: Missing = "raise",
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
-    axis_name: str | None = None,
+    plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
     """Distance correlation: 0 in the limit only for independent sets, 1 for the same geometry.
 
@@ -275,9 +222,7 @@ def distance_correlation(
         squared: the square of it, which the debiased estimator is about; else its root, with the sign of the square.
         mask: see `hsic`.
         missing: see `hsic`.
-        tile_size: see `jaxalign.solve_sigma`.
-        mesh: see `jaxalign.solve_sigma`.
-        axis_name: see `jaxalign.solve_sigma`.
+        plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
         Shape (...), at most 1. 0 where a set does not vary. Differentiable, except that the root is not at 0.
@@ -292,49 +237,29 @@ def distance_correlation(
         1.0
     """
     measure = distance_correlation_measure(estimator, squared)
-    return evaluate(measure, x, y, mask=mask, missing=missing, tile_size=tile_size, mesh=mesh, axis_name=axis_name)
+    return evaluate(measure, x, y, mask=mask, missing=missing, plan=plan)
 
 
 # --- the measures themselves: options that were checked, as what is compiled for ------------------------------------
 
 
-def kernel_function(kernel: Any, solves: bool, diagonal: Any) -> PairFunction:
-    """What a kernel gives a pair of samples; the linear one is given by -2 times itself."""
-    _checks.choice("diagonal", diagonal, ("include", "exclude"))
-    if not isinstance(kernel, str) and callable(kernel):
-        return PairFunction(cast(Callable[[Array], Array], kernel))
-    _checks.choice("kernel", kernel, ("rbf", "linear", "laplacian"))
-    if kernel == "linear":
-        return PairFunction("squared")
-    return PairFunction(cast(Form, kernel), solves=solves, diagonal=diagonal, minus_one=not solves)
-
-
-def check_kernel_sigma(kernel: Any, sigma: Any) -> None:
-    """Raise where a bandwidth is given to a kernel that has none."""
-    if sigma is not None and (kernel == "linear" or not isinstance(kernel, str)):
-        what = "the linear kernel" if isinstance(kernel, str) else "a kernel of your own"
-        given = _checks.shown(sigma)
-        raise ValueError(f"sigma = {given} has no meaning for {what}, which has no bandwidth. Leave it out.")
-
-
 @_checks.cached
-def hsic_measure(kernel: Any, solves: bool, diagonal: Any, estimator: Any) -> PairMeasure:
+def hsic_measure(function: PairFunction, estimator: Any) -> PairMeasure:
     """The measure behind `hsic`."""
     _checks.choice("estimator", estimator, tuple(_LEAST))
-    factor = 0.25 if kernel == "linear" else 1.0
+    factor = 0.25 if function.form == "squared" else 1.0  # the linear kernel is centered -D / 2
     finish = partial(_covariance, estimator=estimator, factor=factor)
-    function = kernel_function(kernel, solves, diagonal)
     return PairMeasure("hsic", function, CENTERINGS[estimator], finish, _LEAST[estimator])
 
 
 @_checks.cached
-def cka_measure(kernel: Any, solves: bool, diagonal: Any, estimator: Any, result: Any = "similarity") -> PairMeasure:
+def cka_measure(function: PairFunction, estimator: Any, result: Any = "similarity") -> PairMeasure:
     """The measure behind `cka`."""
     _checks.choice("estimator", estimator, tuple(_LEAST))
     _checks.choice("result", result, ("similarity", "angular"))
-    low = 0.0 if estimator == "biased" and isinstance(kernel, str) else -1.0  # kernels by name are positive definite
+    # Kernels of this library are positive definite.
+    low = 0.0 if estimator == "biased" and not callable(function.form) else -1.0
     finish = partial(_ratio, low=low, angular=result == "angular")
-    function = kernel_function(kernel, solves, diagonal)
     return PairMeasure("cka", function, CENTERINGS[estimator], finish, _LEAST[estimator])
 
 

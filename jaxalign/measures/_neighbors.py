@@ -13,13 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _checks
 from jaxalign._directions import unit_features
 from jaxalign._linalg import bounded, matmul
-from jaxalign._plan import Plan, TileSize, make_plan
 from jaxalign._typing import AnyArray
 from jaxalign.core.devices import ROWS_SECOND_LAST, on_mesh
 from jaxalign.core.reduce import reduce_pairs
@@ -35,6 +33,7 @@ from jaxalign.measures._evaluate import (
     evaluate,
 )
 from jaxalign.measures._pair_sums import PairFunction, correlation
+from jaxalign.plan import Plan, check_plan, resolve_plan
 
 Metric = Literal["euclidean", "cosine", "correlation"]
 
@@ -51,8 +50,7 @@ def nearest_neighbors(
     metric: Metric = "cosine",
     *,
     mask: Bool[AnyArray, "*#batch n"] | None = None,
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
+    plan: Plan | None = None,
 ) -> Int[Array, "*batch n k"]:
     """The numbers of the k samples that are nearest to each sample, itself left out, nearest first.
 
@@ -61,8 +59,7 @@ def nearest_neighbors(
         k: how many neighbours, 1 <= k < n.
         metric: "euclidean", "cosine" (1 - cos) or "correlation" (1 - r).
         mask: shape (..., n), True = a real sample; the others are nobody's neighbour and have none: -1.
-        tile_size: see `jaxalign.solve_sigma`.
-        mesh: see `jaxalign.solve_sigma`.
+        plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
         Sample numbers, int32, shape (..., n, k).
@@ -80,7 +77,7 @@ def nearest_neighbors(
     k = _check_k(k)
     (x,), mask = check_representations((("x", x),), mask, "raise", k + 1, f"k = {k} neighbours", MASK_ADVICE)
     check_directions("x", x, function.normalization, mask)
-    found = _neighbors_jit(x, mask, k, function, make_plan(x, None, tile_size, mesh, None))
+    found = _neighbors_jit(x, mask, k, function, resolve_plan(check_plan(plan, local_rows=False), x, None))
     return jnp.where(found == _NOBODY, -1, found)
 
 
@@ -92,8 +89,7 @@ def mutual_knn(
     *,
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     missing: Missing = "raise",
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
+    plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
     """The mean share of the k nearest neighbours that a sample has in both sets (Huh et al. 2024, eq. 11).
 
@@ -104,8 +100,7 @@ def mutual_knn(
         metric: "euclidean", "cosine" (as published) or "correlation".
         mask: see `hsic`.
         missing: see `hsic`.
-        tile_size: see `jaxalign.solve_sigma`.
-        mesh: see `jaxalign.solve_sigma`.
+        plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
         Shape (...), from 0 to 1; k / (n - 1) on average for independent sets. Its derivatives are 0.
@@ -120,7 +115,7 @@ def mutual_knn(
         1.0
     """
     measure = mutual_knn_measure(k, metric)
-    return evaluate(measure, x, y, mask=mask, missing=missing, tile_size=tile_size, mesh=mesh)
+    return evaluate(measure, x, y, mask=mask, missing=missing, plan=check_plan(plan, local_rows=False))
 
 
 def jaccard(
@@ -131,8 +126,7 @@ def jaccard(
     *,
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     missing: Missing = "raise",
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
+    plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
     """The mean Jaccard index of the k nearest neighbours of a sample in both sets: shared ones over all.
 
@@ -143,8 +137,7 @@ def jaccard(
         metric: "euclidean", "cosine" or "correlation".
         mask: see `hsic`.
         missing: see `hsic`.
-        tile_size: see `jaxalign.solve_sigma`.
-        mesh: see `jaxalign.solve_sigma`.
+        plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
         Shape (...), from 0 to 1. Its derivatives are 0.
@@ -159,7 +152,7 @@ def jaccard(
         1.0
     """
     measure = jaccard_measure(k, metric)
-    return evaluate(measure, x, y, mask=mask, missing=missing, tile_size=tile_size, mesh=mesh)
+    return evaluate(measure, x, y, mask=mask, missing=missing, plan=check_plan(plan, local_rows=False))
 
 
 def cknna(
@@ -169,8 +162,7 @@ def cknna(
     *,
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     missing: Missing = "raise",
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
+    plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
     """Centred kernel nearest-neighbour alignment: CKA of cosines, over pairs that are neighbours in both sets.
 
@@ -183,8 +175,7 @@ def cknna(
         k: how many neighbours, 1 <= k < n. n - 1 compares all pairs.
         mask: see `hsic`.
         missing: see `hsic`.
-        tile_size: see `jaxalign.solve_sigma`.
-        mesh: see `jaxalign.solve_sigma`.
+        plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
         Shape (...), at most 1. Differentiable for fixed neighbours.
@@ -198,7 +189,7 @@ def cknna(
         >>> round(float(jaxalign.measures.cknna(x, 2 * x, 5)), 4)
         1.0
     """
-    return evaluate(cknna_measure(k), x, y, mask=mask, missing=missing, tile_size=tile_size, mesh=mesh)
+    return evaluate(cknna_measure(k), x, y, mask=mask, missing=missing, plan=check_plan(plan, local_rows=False))
 
 
 # --- the measures themselves ------------------------------------------------------------------------------------------
@@ -261,7 +252,7 @@ def neighbors(x: Array, mask: Array | None, k: int, function: PairFunction, plan
         features = unit_features(x, mask, function.normalization, plan.axis_name)
         ties = has_ties(features, plan.axis_name)
         gamma = _RESOLVED_BELOW_RMS * inverse_rms_distance(features, plan.axis_name)
-        pairs = Pairs((features,), None, True, plan.tile_size, plan.axis_name, differentiable=False, euclidean=True)
+        pairs = Pairs((features,), None, True, plan.tile_rows, plan.axis_name, differentiable=False, euclidean=True)
         keep = Reduction(_candidates, partial(_nearest, k=k), combine=_nearer, init=_nobody)
         return reduce_pairs(keep, pairs, gammas=(jnp.where(ties, jnp.inf, gamma),))[1].sample
 

@@ -25,7 +25,6 @@ from jaxtyping import Array
 
 from jaxalign._directions import Rows, unit_features
 from jaxalign._linalg import bounded, root
-from jaxalign._plan import Plan
 from jaxalign._problem import Diagonal
 from jaxalign.core.bandwidth import CONVERGED, gamma_of, is_bandwidth, solve_pairs
 from jaxalign.core.devices import NO_ROWS, ROWS_SECOND_LAST, on_mesh, over_devices
@@ -48,7 +47,9 @@ from jaxalign.core.tiles import (
     over_rows,
     smooth,
 )
+from jaxalign.kernels import RBF, Laplacian, Linear
 from jaxalign.measures._centering import Centering, PairSums
+from jaxalign.plan import Plan
 
 Form = Literal["rbf", "laplacian", "one_minus_rbf", "squared", "root"]
 
@@ -106,6 +107,16 @@ class PairFunction:
         """The unit of f_ij."""
         one = jnp.ones_like(scale)
         return scale * scale if self.form == "squared" else scale if self.form == "root" else one
+
+
+def kernel_function(kernel: RBF | Laplacian | Linear | Callable[[Array], Array]) -> PairFunction:
+    """What a kernel gives a pair of samples; the linear one is given by -2 times itself."""
+    if isinstance(kernel, Linear):
+        return PairFunction("squared")
+    if isinstance(kernel, (RBF, Laplacian)):
+        form: Form = "rbf" if isinstance(kernel, RBF) else "laplacian"
+        return PairFunction(form, solves=kernel.solves, diagonal=kernel.diagonal, minus_one=not kernel.solves)
+    return PairFunction(kernel)
 
 
 class InnerProducts(NamedTuple):
@@ -166,6 +177,7 @@ def pair_products(
     centering: Centering | None,
     rtol: float,
     plan: Plan,
+    differentiable: bool = True,
 ) -> InnerProducts:
     """The inner products of features[:split] with features[split:], or with each other if the latter are empty.
 
@@ -179,6 +191,7 @@ def pair_products(
         centering: of the matrices; None: compare their differences, not their products.
         rtol: of the density.
         plan: how pairs are visited.
+        differentiable: False if no derivative is needed, which saves a pass over each tile.
     """
 
     def local(
@@ -186,7 +199,7 @@ def pair_products(
     ) -> InnerProducts:
         prepared = prepare_representations((x, *rest), mask, sigmas, density, function, rtol, plan)
         shift = _shifts(prepared, function, centering)
-        sums = _sum_pairs(prepared, shift, split, function, centering, plan)
+        sums = _sum_pairs(prepared, shift, split, function, centering, differentiable)
         properties = collect_properties(prepared, function, plan.axis_name)
         return centered_products(sums, shift, properties, split, centering, function, plan.axis_name)
 
@@ -214,7 +227,9 @@ def solve_bandwidth(
 
 
 solve_bandwidth_jit = partial(jax.jit, static_argnames=("function", "rtol", "plan"))(solve_bandwidth)
-pair_products_jit = partial(jax.jit, static_argnames=("split", "function", "centering", "rtol", "plan"))(pair_products)
+pair_products_jit = partial(
+    jax.jit, static_argnames=("split", "function", "centering", "rtol", "plan", "differentiable")
+)(pair_products)
 
 
 class Representation(NamedTuple):
@@ -296,7 +311,7 @@ def _prepare_unsolved(
     else:
         gamma = gamma_of(sigma, features.scale, euclidean=function.euclidean)
     distances = _stored_distances(features, gamma, function, resolved) if plan.stored else None
-    pairs = Pairs((features,), distances, True, plan.tile_size, plan.axis_name, euclidean=function.euclidean)
+    pairs = Pairs((features,), distances, True, plan.tile_rows, plan.axis_name, euclidean=function.euclidean)
     return Representation(pairs, gamma, sigma, jnp.full((), CONVERGED, jnp.int32))
 
 
@@ -343,27 +358,31 @@ def _sum_pairs(
     split: int,
     function: PairFunction,
     centering: Centering | None,
-    plan: Plan,
+    differentiable: bool = True,
 ) -> ShiftedSums:
     scales = tuple(part.features.scale for part in prepared)
-    totals, rows = visit_pairs(make_reduction(scales, split, function, centering), prepared, plan, shift)
+    totals, rows = visit_pairs(
+        make_reduction(scales, split, function, centering), prepared, shift, differentiable=differentiable
+    )
     cross, self_products = totals or (rows, rows)  # differences have no totals: placeholders
     return ShiftedSums(cross, self_products, rows)
 
 
-def squared_differences(prepared: list[Representation], function: PairFunction, plan: Plan) -> Array:
+def squared_differences(prepared: list[Representation], function: PairFunction) -> Array:
     """sum_j (f_ij - g_ij)^2 of two representations, (n, 1)."""
-    return _sum_pairs(prepared, _shifts(prepared, function, None), 1, function, None, plan).rows
+    return _sum_pairs(prepared, _shifts(prepared, function, None), 1, function, None).rows
 
 
-def visit_pairs(reduction: Reduction, prepared: list[Representation], plan: Plan, values: Any = ()) -> tuple[Any, Any]:
+def visit_pairs(
+    reduction: Reduction, prepared: list[Representation], values: Any = (), *, differentiable: bool = True
+) -> tuple[Any, Any]:
     """Reduce over the pairs i != j of all representations together; `values` are those of rows and of columns."""
     stored = tuple(part.pairs.distances[0] for part in prepared if part.pairs.distances is not None)
     pairs = replace(
         prepared[0].pairs,
         features=tuple(part.features for part in prepared),
         distances=stored or None,
-        differentiable=plan.differentiable,
+        differentiable=differentiable,
     )
     gammas = tuple(part.gamma for part in prepared)
     return reduce_pairs(reduction, pairs, gammas=gammas, row_values=values, column_values=values, in_blocks=False)

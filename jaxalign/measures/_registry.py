@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxalign import _checks
+from jaxalign.kernels import kernel_of
 from jaxalign.measures import _affinities, _cca, _hsic, _neighbors, _predictivity, _rsa, _shape
 from jaxalign.measures._evaluate import PairMeasure, SummaryMeasure
+from jaxalign.measures._pair_sums import kernel_function
 
 Invariance = Literal["orthogonal", "shift", "scale", "channel scale", "affine"]
 
@@ -66,33 +68,27 @@ class Entry:
 
 
 # How a value is computed, not what it is.
-_HOW = ("mask", "missing", "tile_size", "mesh", "axis_name")
+_HOW = ("mask", "missing", "plan")
 
 _RIGID: frozenset[Invariance] = frozenset({"orthogonal", "shift", "scale"})
 _AFFINE: frozenset[Invariance] = frozenset({"orthogonal", "shift", "scale", "channel scale", "affine"})
 _ROTATION: frozenset[Invariance] = frozenset({"orthogonal", "scale"})
 
 
-def _specify_hsic(kernel: Any, sigma: Any, density: Any, diagonal: Any, estimator: Any) -> PairMeasure:
-    del density
-    _hsic.check_kernel_sigma(kernel, sigma)
-    return _hsic.hsic_measure(kernel, sigma is None, diagonal, estimator)
+def _specify_hsic(kernel: Any, estimator: Any) -> PairMeasure:
+    return _hsic.hsic_measure(kernel_function(kernel_of(kernel)), estimator)
 
 
-def _specify_cka(kernel: Any, sigma: Any, density: Any, diagonal: Any, estimator: Any, result: Any) -> PairMeasure:
-    del density
-    _hsic.check_kernel_sigma(kernel, sigma)
-    return _hsic.cka_measure(kernel, sigma is None, diagonal, estimator, result)
+def _specify_cka(kernel: Any, estimator: Any, result: Any) -> PairMeasure:
+    return _hsic.cka_measure(kernel_function(kernel_of(kernel)), estimator, result)
 
 
-def _specify_rsa(rdm: Any, compare: Any, sigma: Any, density: Any, diagonal: Any) -> PairMeasure | SummaryMeasure:
-    del density
-    return _rsa.rsa_measure(rdm, compare, sigma is None, diagonal)
+def _specify_rsa(metric: Any, comparison: Any) -> PairMeasure | SummaryMeasure:
+    return _rsa.rsa_measure(_rsa.metric_function(metric, _rsa.metric_kernel(metric)), comparison)
 
 
-def _specify_affinity_distance(sigma: Any, density: Any, diagonal: Any, result: Any) -> PairMeasure:
-    del density
-    return _affinities.affinity_distance_measure(sigma is None, diagonal, result)
+def _specify_affinity_distance(kernel: Any, result: Any) -> PairMeasure:
+    return _affinities.affinity_distance_measure(kernel_function(kernel_of(kernel)), result)
 
 
 def _specify_linear_predictivity(folds: Any, strengths: Any) -> SummaryMeasure:
@@ -184,9 +180,11 @@ def specified(measure: Any, options: dict[str, Any]) -> tuple[Entry, dict[str, A
     known = entry.options
     for name in options:
         if name not in known:
+            hint = closest(name, known)
+            if name in ("sigma", "density", "diagonal") and "kernel" in known:
+                hint = f" It belongs to the kernel: kernel=jaxalign.kernels.RBF({name}=...)."
             raise TypeError(
-                f"measure {entry.name!r} has no option {name!r}; its options are {', '.join(map(repr, known))}."
-                f"{closest(name, known)}"
+                f"measure {entry.name!r} has no option {name!r}; its options are {', '.join(map(repr, known))}.{hint}"
             )
     filled = {**known, **options}
     return entry, filled, entry.specify(**filled)

@@ -16,20 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jaxalign import _checks
 from jaxalign._directions import unit_features
 from jaxalign._linalg import bounded
 from jaxalign._memory import check_stored
-from jaxalign._plan import STORED, TileSize
-from jaxalign._problem import Diagonal, check_density, check_problem, check_rtol, explain_failure
+from jaxalign._problem import check_problem, check_rtol, explain_failure
 from jaxalign._typing import AnyArray
 from jaxalign.core.devices import batched
 from jaxalign.core.features import CenteredFeatures, fast_distances, when_any
 from jaxalign.core.resolved import are_unresolved, exact_distances, has_ties, resolved_distances
+from jaxalign.kernels import RBF, kernel_of
 from jaxalign.measures._centering import CENTERINGS
 from jaxalign.measures._evaluate import (
     MASK_ADVICE,
@@ -37,14 +35,14 @@ from jaxalign.measures._evaluate import (
     Missing,
     PairMeasure,
     SummaryMeasure,
-    check_directions,
+    check_function,
     check_representations,
     evaluate,
-    sigma_per_representation,
 )
 from jaxalign.measures._pair_sums import InnerProducts, PairFunction, correlation, prepare_representations
+from jaxalign.plan import STORED, Plan
 
-Dissimilarity = Literal["sqeuclidean", "euclidean", "correlation", "cosine", "affinity"]
+Dissimilarity = Literal["sqeuclidean", "euclidean", "correlation", "cosine", "rbf"] | RBF
 Comparison = Literal["pearson", "spearman", "kendall", "cosine", "whitened_cosine", "whitened_pearson"]
 
 _FUNCTIONS: dict[str, dict[str, Any]] = {
@@ -52,7 +50,6 @@ _FUNCTIONS: dict[str, dict[str, Any]] = {
     "euclidean": {"form": "root"},
     "correlation": {"form": "squared", "normalization": "correlation"},
     "cosine": {"form": "squared", "normalization": "cosine"},
-    "affinity": {"form": "one_minus_rbf"},
 }
 # The centering behind each comparison that is an inner product.
 _COMPARISONS = {
@@ -65,22 +62,17 @@ _COMPARISONS = {
 
 def rdm(
     x: Float[AnyArray, "*batch n d"],
-    kind: Dissimilarity = "sqeuclidean",
+    metric: Dissimilarity = "sqeuclidean",
     *,
-    sigma: ArrayLike | None = None,
-    density: ArrayLike = 0.05,
-    diagonal: Diagonal = "include",
     mask: Bool[AnyArray, "*#batch n"] | None = None,
 ) -> Float[Array, "*batch n n"]:
     """The representational dissimilarity matrix of a set, stored.
 
     Args:
         x: features, shape (..., n, d).
-        kind: "sqeuclidean" D_ij = ||x_i - x_j||^2 (not divided by d); "euclidean" its root; "correlation" 1 - r of the
-            two rows, from 0 to 2; "cosine" 1 - cos; "affinity" 1 - A of the RBF affinity.
-        sigma: bandwidth for "affinity", in units of the features. None: solved for by the density.
-        density: the wanted mean of A where sigma is None.
-        diagonal: whether the ones on the diagonal count in that mean.
+        metric: "sqeuclidean" D_ij = ||x_i - x_j||^2 (not divided by d); "euclidean" its root; "correlation" 1 - r of
+            the two rows, from 0 to 2; "cosine" 1 - cos; "rbf" 1 - A of the RBF kernel, or a `jaxalign.kernels.RBF`,
+            which also holds sigma or its target density.
         mask: shape (..., n), True = a real sample; the others have rows and columns of 0.
 
     Returns:
@@ -99,15 +91,10 @@ def rdm(
                [2., 1., 0.]], dtype=float32)
     """
     (x,), mask = check_representations((("x", x),), mask, "raise", 2, "rdm", MASK_ADVICE)
-    _checks.choice("kind", kind, tuple(_FUNCTIONS))
-    function = _function(kind, sigma is None, diagonal)
-    check_directions("x", x, function.normalization, mask)
-    problem = check_problem(x, None, mask, None, diagonal)
-    target = jnp.asarray(check_density(density, problem, "global")) if function.solves else None
-    if sigma is not None and not function.needs_sigma:
-        given = _checks.shown(sigma)
-        raise ValueError(f'sigma = {given} has no meaning for kind={kind!r}, only for "affinity". Leave it out.')
-    sigmas = None if sigma is None else sigma_per_representation(sigma, 1, x)
+    kernel = metric_kernel(metric)
+    function = metric_function(metric, kernel)
+    problem = check_problem(x, None, mask, None, function.diagonal)
+    sigmas, target = check_function(("x",), (x,), mask, kernel, function, STORED)
     check_stored("the dissimilarities", x, None)
     matrix, status = _rdm(x, mask, sigmas, target, function, check_rtol(None, x.dtype))
     explain_failure(status, problem)
@@ -117,36 +104,26 @@ def rdm(
 def rsa(
     x: Float[AnyArray, "*#batch n d1"],
     y: Float[AnyArray, "*#batch n d2"],
+    metric: Dissimilarity = "sqeuclidean",
     *,
-    rdm: Dissimilarity = "sqeuclidean",
-    compare: Comparison = "pearson",
-    sigma: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-    density: ArrayLike = 0.05,
-    diagonal: Diagonal = "include",
+    comparison: Comparison = "pearson",
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     missing: Missing = "raise",
-    tile_size: TileSize = "auto",
-    mesh: Mesh | AbstractMesh | None = None,
-    axis_name: str | None = None,
+    plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
     """Representational similarity: a correlation between the dissimilarities of two sets over all pairs i < j.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
-        rdm: the dissimilarity, see `rdm`.
-        compare: "pearson"; "spearman", of average ranks; "kendall", tau-b; "cosine", without taking the means away;
+        metric: the dissimilarity, see `rdm`.
+        comparison: "pearson"; "spearman", of average ranks; "kendall", tau-b; "cosine", without taking the means away;
             "whitened_cosine" and "whitened_pearson": the latter two weighted by the inverse covariance that
             dissimilarities have when the features are noise (Diedrichsen et al. 2021; identity noise covariance). The
             whitened cosine of squared Euclidean RDMs is biased linear CKA.
-        sigma: bandwidth for "affinity": see `hsic`.
-        density: see `hsic`.
-        diagonal: see `hsic`.
         mask: see `hsic`.
         missing: see `hsic`.
-        tile_size: see `jaxalign.solve_sigma`. spearman and kendall store all pairs.
-        mesh: see `jaxalign.solve_sigma`. Not for spearman and kendall.
-        axis_name: see `jaxalign.solve_sigma`.
+        plan: how pairs are visited, see `jaxalign.Plan`. "spearman" and "kendall" store all pairs on one device.
 
     Returns:
         Shape (...), from -1 to 1. 0 where all dissimilarities of a set are equal. Differentiable but for spearman and
@@ -158,41 +135,42 @@ def rsa(
     Example:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (50, 8))
-        >>> round(float(jaxalign.measures.rsa(x, 3 * x[:, ::-1] + 1, compare="spearman")), 4)
+        >>> round(float(jaxalign.measures.rsa(x, 3 * x[:, ::-1] + 1, comparison="spearman")), 4)
         1.0
     """
-    return evaluate(
-        rsa_measure(rdm, compare, sigma is None, diagonal),
-        x,
-        y,
-        sigma=sigma,
-        density=density,
-        mask=mask,
-        missing=missing,
-        tile_size=tile_size,
-        mesh=mesh,
-        axis_name=axis_name,
-    )
+    kernel = metric_kernel(metric)
+    measure = rsa_measure(metric_function(metric, kernel), comparison)
+    return evaluate(measure, x, y, kernel, mask=mask, missing=missing, plan=plan)
 
 
 @_checks.cached
-def rsa_measure(rdm: Any, compare: Any, solves: bool, diagonal: Any) -> PairMeasure | SummaryMeasure:
+def rsa_measure(function: PairFunction, comparison: Any) -> PairMeasure | SummaryMeasure:
     """The measure behind `rsa`."""
-    _checks.choice("rdm", rdm, tuple(_FUNCTIONS))
-    _checks.choice("compare", compare, (*_COMPARISONS, "spearman", "kendall"))
-    function = _function(rdm, solves, diagonal)
-    if compare in _COMPARISONS:
-        return PairMeasure("rsa", function, _COMPARISONS[compare], InnerProducts.ratio, 3)
-    combine = {"spearman": _spearman, "kendall": _kendall}[compare]
+    _checks.choice("comparison", comparison, (*_COMPARISONS, "spearman", "kendall"))
+    if comparison in _COMPARISONS:
+        return PairMeasure("rsa", function, _COMPARISONS[comparison], InnerProducts.ratio, 3)
+    combine = {"spearman": _spearman, "kendall": _kendall}[comparison]
     # All dissimilarities of the same rows are in the order of their squared distances, at any sigma; far pairs would
     # tie at 1 by rounding.
     function = replace(function, solves=False)
     return SummaryMeasure("rsa", partial(_ordered, function=function), combine, 3, function, stores_pairs=True)
 
 
-def _function(kind: str, solves: bool, diagonal: Any) -> PairFunction:
-    _checks.choice("diagonal", diagonal, ("include", "exclude"))
-    return PairFunction(**_FUNCTIONS[kind], solves=solves and kind == "affinity", diagonal=diagonal)
+def metric_kernel(metric: Any) -> RBF | None:
+    """The kernel behind a metric, if there is one."""
+    if isinstance(metric, RBF) or (isinstance(metric, str) and metric == "rbf"):
+        kernel = kernel_of(metric, "metric")
+        assert isinstance(kernel, RBF)
+        return kernel
+    _checks.choice("metric", metric, (*_FUNCTIONS, "rbf"))
+    return None
+
+
+def metric_function(metric: Any, kernel: RBF | None) -> PairFunction:
+    """What a metric gives a pair of samples; `kernel` from `metric_kernel`."""
+    if kernel is None:
+        return PairFunction(**_FUNCTIONS[metric])
+    return PairFunction("one_minus_rbf", solves=kernel.solves, diagonal=kernel.diagonal)
 
 
 @partial(jax.jit, static_argnames=("function", "rtol"))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxalign.alignment import RECOMMENDED, align
+from jaxalign.alignment import align
 from jaxalign.colors import ColorMethod, rgb
 from jaxalign.report.baselines import standardized
 from jaxalign.spectral import NormalizedCut, normalized_cut
@@ -28,7 +28,7 @@ def own_colors(features: Features, method: ColorMethod = "rotate") -> Colors:
 
 
 def joint_cut(
-    features: Features, landmarks: Int[np.ndarray, " m"], options: Mapping[str, Any] = RECOMMENDED
+    features: Features, landmarks: Int[np.ndarray, " m"], options: Mapping[str, Any] | None = None
 ) -> NormalizedCut:
     """One cut of the relative features of all networks.
 
@@ -37,13 +37,13 @@ def joint_cut(
         landmarks: which samples all are described by.
         options: of `jaxalign.align`.
     """
-    return normalized_cut(align(features, landmarks=landmarks, **options), COMPONENTS, bandwidth="per_row")
+    return normalized_cut(align(features, landmarks=landmarks, **(options or {})), COMPONENTS, bandwidth="per_row")
 
 
 def joint_colors(
     features: Features,
     landmarks: Int[np.ndarray, " m"],
-    options: Mapping[str, Any] = RECOMMENDED,
+    options: Mapping[str, Any] | None = None,
     *,
     method: ColorMethod = "rotate",
 ) -> Colors:

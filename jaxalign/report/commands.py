@@ -27,7 +27,7 @@ import numpy as np
 from jaxalign import io, sharding, streaming
 from jaxalign._memory import check_bytes
 from jaxalign._version import __version__
-from jaxalign.alignment import PUBLISHED, RECOMMENDED, Alignment, align
+from jaxalign.alignment import PUBLISHED, Alignment, align
 from jaxalign.bandwidth import mean_density, solve_sigma
 from jaxalign.colors import rgb
 from jaxalign.files.readers import open_npy
@@ -35,6 +35,8 @@ from jaxalign.files.sources import rows_are_finite
 from jaxalign.files.storage import PREFIX, hash_of, json_value, locked, read_json, replace_file
 from jaxalign.grid import ComparisonGrid, compare_grid
 from jaxalign.inference import permutation_test
+from jaxalign.kernels import RBF, Laplacian
+from jaxalign.plan import Plan
 from jaxalign.report.baselines import standardized
 from jaxalign.report.coloring import joint_colors, own_colors
 from jaxalign.report.tables import format_table
@@ -182,10 +184,10 @@ def _landmark_densities(alignment: Alignment, rows: Mapping[str, Any], channels:
 
 def _densities(sets: list[Any], compared: ComparisonGrid, options: Mapping[str, Any]) -> list[float | None]:
     """Mean affinity of every set at its sigma; None where the measure has none, or another kernel."""
-    sigmas, settings = np.asarray(compared.sigma, np.float64), dict(compared.settings)
-    if not np.isfinite(sigmas).all() or settings.get("kernel", "rbf") != "rbf":
+    sigmas, kernel = np.asarray(compared.sigma, np.float64), _measure_options(options).get("kernel")
+    if not np.isfinite(sigmas).all() or not isinstance(kernel, RBF):
         return [None for _ in sets]
-    how = {"diagonal": settings.get("diagonal", "include"), "tile_size": options["tile_size"]}
+    how: dict[str, Any] = {"diagonal": kernel.diagonal, "plan": Plan(options["tile_size"])}
     densities = []
     for x, sigma in zip(sets, sigmas, strict=True):
         of = streaming.mean_density if isinstance(x, np.memmap) else mean_density  # which may be larger than the memory
@@ -334,7 +336,7 @@ def info(options: dict[str, Any]) -> Found:
                 some = values[: options["rows"]]
                 x = jnp.asarray(np.asarray(some, None if options["x64"] and some.dtype.itemsize > 2 else np.float32))
                 try:
-                    sigma = float(solve_sigma(x, density=options["density"], tile_size=options["tile_size"]).sigma)
+                    sigma = float(solve_sigma(x, density=options["density"], plan=Plan(options["tile_size"])).sigma)
                 except ValueError as error:
                     status = str(error)
             data.append({
@@ -370,7 +372,7 @@ def compare_files(options: dict[str, Any]) -> Found:
     same_samples({"x": x, "y": y})
     measure_options = _measure_options(options)
     first, second = (_in_memory({name: rows}) for name, rows in zip(names, (x, y), strict=True))
-    compared = compare_grid(first, second, options["measure"], tile_size=options["tile_size"], **measure_options)
+    compared = compare_grid(first, second, options["measure"], plan=Plan(options["tile_size"]), **measure_options)
     value = float(np.asarray(compared.values)[0, 0])
     data: dict[str, Any] = {"x": names[0], "y": names[1], "measure": options["measure"], "value": value, "n": len(x)}
     data |= {"sigma": compared.sigma, "density reached": _densities([x, y], compared, options)}
@@ -397,8 +399,9 @@ def align_files(options: dict[str, Any]) -> Found:
 
 
 def _align(given: Input, n: int, out: Path, options: Mapping[str, Any]) -> Found:
-    how: dict[str, Any] = {**(PUBLISHED if options["published"] else RECOMMENDED)}
-    how["density"] = options["density"] or how["density"]
+    how: dict[str, Any] = {**(PUBLISHED if options["published"] else {"channels": "standardize"})}
+    if options["density"] is not None:
+        how["density"] = options["density"]
     if options["bandwidth"] == "per_row":
         how["decorrelate"] = None  # which needs one sigma
     alignment = align(
@@ -455,17 +458,17 @@ def _cut(given: Input, pictures: Pictures | None, out: Path, options: Mapping[st
         (x,) = _in_memory(given.rows).values()
         n = len(x)
         many: dict[str, Any] = {"method": "nystroem"} if n > 200_000 else {"bandwidth": options["bandwidth"]}
-        cut = normalized_cut(x, k, kind="features", density=options["density"], tile_size=options["tile_size"], **many)
+        cut = normalized_cut(x, k, kind="features", density=options["density"], plan=Plan(options["tile_size"]), **many)
     else:
         n = same_samples(given.rows)
         chosen = min(options["landmarks"], n // 2)
         alignment = align(
-            _in_memory(given.rows), landmarks=chosen, key=jax.random.key(options["seed"]), **RECOMMENDED,
+            _in_memory(given.rows), landmarks=chosen, key=jax.random.key(options["seed"]),
         )  # fmt: skip
         cut = normalized_cut(
-            alignment, k, density=options["density"], bandwidth=options["bandwidth"], tile_size=options["tile_size"]
+            alignment, k, density=options["density"], bandwidth=options["bandwidth"], plan=Plan(options["tile_size"])
         )
-    colours = np.asarray(rgb(cut, options["colors"], components=min(k, 8), seed=options["seed"]))
+    colours = np.asarray(rgb(cut, options["colors"], num_components=min(k, 8), seed=options["seed"]))
     labels = np.asarray(kway(cut, min(options["segments"], k)))
     files = []
     places = io.file_names(names)
@@ -658,13 +661,13 @@ def _compared(
         for path in (values, checkpoint, checkpoint.with_name(f"{_CHECKPOINT}.sigma")):
             path.unlink(missing_ok=True)
     sets = [dict(one.rows) for one in ((ours,) if theirs is None else (ours, theirs))]
-    how: dict[str, Any] = {"checkpoint": checkpoint}
+    how: dict[str, Any] = {"checkpoint": checkpoint, "plan": Plan(options["tile_size"])}
     if options["devices"] > 1:
-        how = {"mesh": sharding.data_mesh(options["devices"])}
+        how = {"plan": Plan(options["tile_size"], sharding.data_mesh(options["devices"]))}
         sets = [{name: jnp.asarray(np.array(rows)) for name, rows in one.items()} for one in sets]
     compared = compare_grid(
         sets[0], sets[1] if theirs is not None else None, options["measure"],
-        tile_size=options["tile_size"], progress=_progress(options["quiet"]), **how, **measure_options,
+        progress=_progress(options["quiet"]), **how, **measure_options,
     )  # fmt: skip
     write_json(values, {**json.loads(compared.to_json()), "provenance": job})
     return compared
@@ -706,11 +709,18 @@ def _short(name: str, most: int = 40) -> str:
 
 
 def _measure_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the measure: the density where it has one, and those of --option."""
+    """Options of the measure, from --option; --density, sigma and diagonal are those of its kernel."""
     from jaxalign.measures._registry import find
 
-    known = find(options["measure"]).options
-    return {**({"density": options["density"]} if "density" in known else {}), **dict(options["option"])}
+    known, given = find(options["measure"]).options, dict(options["option"])
+    name = "kernel" if "kernel" in known else "metric"
+    kernel = {"rbf": RBF, "laplacian": Laplacian}.get(str(given.get(name, known.get(name))))
+    if kernel is None:
+        return given
+    of_kernel = {option: given.pop(option) for option in ("sigma", "diagonal") if option in given}
+    if "sigma" not in of_kernel:
+        of_kernel["density"] = options["density"]
+    return {**given, name: kernel(**of_kernel)}
 
 
 def _some_rows(n: int) -> np.ndarray:

@@ -38,6 +38,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxalign
+from jaxalign import Plan
 
 from . import hlo, page, report
 
@@ -176,10 +177,10 @@ def alone() -> list[Program]:
         )
 
     def sigma(x: jax.Array) -> jax.Array:
-        return jaxalign.solve_sigma(x, tile_size=TILE).sigma
+        return jaxalign.solve_sigma(x, plan=Plan(TILE)).sigma
 
     def operator(x: jax.Array, s: jax.Array, v: jax.Array) -> jax.Array:
-        return jaxalign.affinity_operator(x, sigma=s, tile_size=TILE) @ v
+        return jaxalign.affinity_operator(x, sigma=s, plan=Plan(TILE)) @ v
 
     def cut(x: jax.Array) -> Any:
         found = jaxalign.normalized_cut(x, 20, kind="features", sigma=sigma(x))  # the affinity is stored
@@ -216,26 +217,25 @@ def grids() -> list[Program]:
     """What `compare_grid` compiles for 6 x 6 sets of 1000 samples: a sigma (twelve times), and all products."""
 
     def one_sigma(where: Where) -> Built:
-        from jaxalign._plan import STORED
         from jaxalign._problem import check_rtol
-        from jaxalign.measures._hsic import cka_measure
-        from jaxalign.measures._pair_sums import solve_bandwidth
+        from jaxalign.kernels import RBF
+        from jaxalign.measures._pair_sums import kernel_function, solve_bandwidth
+        from jaxalign.plan import STORED
 
-        function, rtol = cka_measure("rbf", True, "include", "debiased").function, check_rtol(None, jnp.float32)
+        function, rtol = kernel_function(RBF(diagonal="include")), check_rtol(None, jnp.float32)
         return lambda x, c: solve_bandwidth(x, None, c, function, rtol, STORED), (where.whole(1000, 768), where.whole())
 
     def products(where: Where) -> Built:
-        from jaxalign._plan import Plan
         from jaxalign._problem import check_rtol
+        from jaxalign.kernels import RBF
         from jaxalign.measures._centering import CENTERINGS
-        from jaxalign.measures._hsic import cka_measure
-        from jaxalign.measures._pair_sums import pair_products
+        from jaxalign.measures._pair_sums import kernel_function, pair_products
 
-        function, rtol = cka_measure("rbf", False, "include", "debiased").function, check_rtol(None, jnp.float32)
-        plan = Plan(False, 1000, differentiable=False)
+        function, rtol = kernel_function(RBF(1.0)), check_rtol(None, jnp.float32)
+        plan = Plan(1000)
 
         def inner(sigmas: jax.Array, *sets: jax.Array) -> Any:
-            return pair_products(sets, 6, None, sigmas, None, function, CENTERINGS["debiased"], rtol, plan)
+            return pair_products(sets, 6, None, sigmas, None, function, CENTERINGS["debiased"], rtol, plan, False)
 
         return inner, (where.whole(12), *(where.whole(1000, 64 * k) for k in range(1, 13)))
 
@@ -247,14 +247,14 @@ def on_meshes() -> list[Program]:
     n, batch = 2**18, 8192
 
     def solve(where: Where) -> Callable[[jax.Array], jax.Array]:
-        return lambda x: jaxalign.solve_sigma(x, mesh=where.mesh, tile_size=TILE).sigma
+        return lambda x: jaxalign.solve_sigma(x, plan=Plan(tile_size=TILE, mesh=where.mesh)).sigma
 
     def cka(where: Where) -> Built:
-        function = lambda x, y: jaxalign.measures.cka(x, y, mesh=where.mesh, tile_size=TILE)  # noqa: E731
+        function = lambda x, y: jaxalign.measures.cka(x, y, plan=Plan(tile_size=TILE, mesh=where.mesh))  # noqa: E731
         return function, (where.rows(n, 64), where.rows(n, 64))
 
     def mine(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jaxalign.losses.alignment_loss(x, y, axis_name="data", tile_size=TILE)
+        return jaxalign.losses.alignment_loss(x, y, plan=Plan(tile_size=TILE, axis_name="data"))
 
     def mapped(where: Where) -> Built:
         loss = jax.shard_map(mine, mesh=where.mesh, in_specs=(P("data"), P("data")), out_specs=P())

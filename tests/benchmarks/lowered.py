@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxalign
+from jaxalign import Plan
 
 from . import hlo
 
@@ -33,7 +34,7 @@ def table(n: int, d: int) -> str:
     for devices in (2, 8, 64):
         mesh = jaxalign.sharding.data_mesh(devices)
         rows = jax.ShapeDtypeStruct((n, d), jnp.float32, sharding=NamedSharding(mesh, P("data", None)))
-        solve = lambda x, mesh=mesh: jaxalign.solve_sigma(x, mesh=mesh, tile_size=512).sigma  # noqa: E731
+        solve = lambda x, mesh=mesh: jaxalign.solve_sigma(x, plan=Plan(tile_size=512, mesh=mesh)).sigma  # noqa: E731
         for name, function in (("sigma", solve), ("gradient", jax.grad(solve))):
             compiled = jax.jit(function).lower(rows).compile()
             sizes, text = compiled.memory_analysis(), compiled.as_text()

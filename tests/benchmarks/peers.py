@@ -119,7 +119,7 @@ def rsatoolbox(x: np.ndarray, y: np.ndarray, rounds: int) -> Iterator[Result | s
         def theirs(name: str = name) -> np.ndarray:
             return compare_rdms(*(calc_rdm(Dataset(z), method="euclidean") for z in (x, y)), method=name)
 
-        ours = jax.jit(lambda x, y, m=method: jaxalign.measures.rsa(x, y, rdm="sqeuclidean", compare=m))
+        ours = jax.jit(lambda x, y, m=method: jaxalign.measures.rsa(x, y, metric="sqeuclidean", comparison=m))
         yield faster(
             f"RSA, {method}, {n} conditions, d = {d}: times faster than rsatoolbox",
             ("jaxalign", lambda f=ours: f(jx, jy)),

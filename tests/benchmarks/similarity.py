@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxalign
+from jaxalign.kernels import RBF
 
 from . import floor, rivals
 from .timing import Result, compare, seconds
@@ -43,10 +44,10 @@ def grids(layers: int, n: int, d: int, rounds: int) -> Iterator[Result | str]:
 
     sets = [{str(k): jnp.asarray(x) for k, x in enumerate(model)} for model in make_layers(layers, n, d)]
     tensors = [[torch.from_numpy(np.array(x)) for x in model.values()] for model in sets]
-    grid = jaxalign.compare_grid(*sets, "cka", density=DENSITY)
+    grid = jaxalign.compare_grid(*sets, "cka", kernel=RBF(density=DENSITY))
     sigma = [float(s) for s in np.asarray(grid.sigma)]
     sigmas = [sigma[:layers], sigma[layers:]]
-    own = ("compare_grid", lambda: jaxalign.compare_grid(*sets, "cka", density=DENSITY).values)
+    own = ("compare_grid", lambda: jaxalign.compare_grid(*sets, "cka", kernel=RBF(density=DENSITY)).values)
     label = f"{layers} x {layers} layers, n = {n}, d = {d}: times faster than torch"
     for what, rival, times, target in (
         ("with every affinity kept", rivals.cka_grid_cached, rounds, 1.0),

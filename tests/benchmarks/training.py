@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxalign
+from jaxalign.kernels import RBF
 from jaxalign.losses import alignment_loss
 
 from . import floor
@@ -23,13 +24,17 @@ def run(batch: int, width: int, rounds: int) -> Iterator[Result]:
     rng = np.random.default_rng(0)
     x, noise = (jnp.asarray(a) for a in rng.normal(size=(2, batch, width)).astype(np.float32))
     y = jnp.tanh(x) + 0.5 * noise
-    sigmas = tuple(float(jaxalign.solve_sigma(a, density=DENSITY).sigma) for a in (x, y))
+    sigmas = tuple(float(jaxalign.solve_sigma(a, density=DENSITY, diagonal="exclude").sigma) for a in (x, y))
     once = floor.affinity(batch, width, sets=2)  # and a product of its cotangent with the features for the gradient
     work = floor.Work(once.flops + 2 * 2 * batch * batch * width, once.exps)
     for measure in ("cka", "affinity", "kl"):
         auto, fixed, constant = (
             jax.jit(jax.value_and_grad(partial(alignment_loss, measure=measure, **options)))
-            for options in ({"density": DENSITY}, {"sigma": sigmas}, {"density": DENSITY, "stop_gradient_sigma": True})
+            for options in (
+                {"kernel": RBF(density=DENSITY)},
+                {"kernel": RBF(sigmas)},
+                {"kernel": RBF(density=DENSITY), "stop_gradient_sigma": True},
+            )
         )
         case = f"loss {measure}, batch {batch}, d = {width}, value and gradient: auto-scaled / fixed sigma"
         other = ("fixed", lambda f=fixed: f(x, y))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxalign
-from jaxalign import measures
+from jaxalign import Plan, measures
 from jaxalign.losses import alignment_loss
 from tests import reference
 from tests import reference_measures as expected
@@ -84,7 +84,7 @@ def affinities(n: int) -> Iterator[Check]:
     x64 = x.astype(np.float64)
     sigma = reference.solve_sigma(x64)
     yield "sigma", partial(apart, x, sigma), SIGMA
-    yield "sigma in tiles", partial(apart, x, sigma, tile_size=n // 3), SIGMA
+    yield "sigma in tiles", partial(apart, x, sigma, plan=Plan(n // 3)), SIGMA
     for dtype in (jnp.bfloat16, jnp.float16):
         half = jnp.asarray(x - 30, dtype)
         yield f"sigma of {half.dtype}", partial(apart, half, reference.solve_sigma(np.asarray(half, np.float64))), SIGMA
@@ -100,10 +100,10 @@ def affinities(n: int) -> Iterator[Check]:
     tight = clusters(n)
     sigma = reference.solve_sigma(tight.astype(np.float64), density=0.02)
     yield "sigma of tight clusters far apart", partial(apart, tight, sigma, density=0.02), 1e-5
-    in_tiles = partial(apart, tight, sigma, density=0.02, tile_size=n // 3)
+    in_tiles = partial(apart, tight, sigma, density=0.02, plan=Plan(n // 3))
     yield "sigma of tight clusters far apart, in tiles", in_tiles, 1e-5
     v = np.random.default_rng(2).normal(size=(n, 3)).astype(np.float32)
-    product = lambda: jaxalign.affinity_operator(x, tile_size=n // 3) @ v  # noqa: E731
+    product = lambda: jaxalign.affinity_operator(x, plan=Plan(n // 3)) @ v  # noqa: E731
     yield "operator times vectors", lambda: largest(product(), reference.rbf_affinity(x64) @ v), AFFINITY
 
 
@@ -123,7 +123,7 @@ def derivatives(n: int) -> Iterator[Check]:
     step = 1e-4
     second = (reference.sigma_gradient(x64 + step * v) - reference.sigma_gradient(x64 - step * v)) / (2 * step)
     for name, size in (("stored", None), ("in tiles", n // 3)):
-        gradient = jax.grad(lambda x, size=size: jaxalign.solve_sigma(x, tile_size=size).sigma)
+        gradient = jax.grad(lambda x, size=size: jaxalign.solve_sigma(x, plan=Plan(size)).sigma)
         yield f"gradient of sigma, {name}", lambda g=gradient: largest(jax.jit(g)(x), first), DERIVATIVE
         yield (
             f"Hessian of sigma times a vector, {name}",
@@ -150,14 +150,20 @@ def similarities(n: int) -> Iterator[Check]:
     y = np.tanh(x[:, :20] - 30) + 0.3 * features(n, 20, 6) - 9
     pair, pair64 = (x, y.astype(np.float32)), (x.astype(np.float64), y.astype(np.float32).astype(np.float64))
     linear = {"kernel": "linear", "estimator": "biased"}
-    squared = {"rdm_kind": "sqeuclidean"}
+    squared = {"metric": "sqeuclidean"}
     similarity = {"result": "similarity"}
     cases: tuple[tuple[str, Callable[..., Any], dict[str, Any], Callable[..., Any], dict[str, Any]], ...] = (
         ("CKA", measures.cka, {}, expected.cka, {}),
         ("CKA, linear, biased", measures.cka, linear, expected.cka, linear),
-        ("CKA in tiles", measures.cka, {"tile_size": n // 3}, expected.cka, {}),
-        ("RSA, Pearson", measures.rsa, {}, expected.rsa, {**squared, "compare": "pearson"}),
-        ("RSA, Spearman", measures.rsa, {"compare": "spearman"}, expected.rsa, {**squared, "compare": "spearman"}),
+        ("CKA in tiles", measures.cka, {"plan": Plan(n // 3)}, expected.cka, {}),
+        ("RSA, Pearson", measures.rsa, {}, expected.rsa, {**squared, "comparison": "pearson"}),
+        (
+            "RSA, Spearman",
+            measures.rsa,
+            {"comparison": "spearman"},
+            expected.rsa,
+            {**squared, "comparison": "spearman"},
+        ),
         (
             "distance correlation",
             measures.distance_correlation,
@@ -232,7 +238,7 @@ def degenerate(n: int) -> Iterator[Check]:
 def large_density(n: int, d: int) -> float:
     """How far the density at the solved sigma is from the wanted one, in float64, relatively."""
     x = features(n, d)
-    sigma = float(jaxalign.solve_sigma(x, density=DENSITY, tile_size=None).sigma)
+    sigma = float(jaxalign.solve_sigma(x, density=DENSITY, plan=Plan(None)).sigma)
     return abs(density_reached(x, sigma) / DENSITY - 1)
 
 
@@ -255,7 +261,7 @@ def distances64(x: np.ndarray) -> np.ndarray:
 def tiled_density(n: int, d: int) -> float:
     """The same where n x n is not stored, by torch in float64 on the device if it is there."""
     x = features(n, d)
-    sigma = float(jaxalign.solve_sigma(x, density=DENSITY, tile_size=min(4096, n // 3)).sigma)
+    sigma = float(jaxalign.solve_sigma(x, density=DENSITY, plan=Plan(min(4096, n // 3))).sigma)
     if importlib.util.find_spec("torch"):
         import torch
 

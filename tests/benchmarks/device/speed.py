@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxalign
+from jaxalign.kernels import RBF
 from jaxalign.losses import alignment_loss
 
 from .. import floor, rivals
@@ -137,7 +138,7 @@ def sigmas(sizes: tuple[int, ...], d: int, rounds: int) -> Iterator[Result | str
 
 def losses(batches: tuple[int, ...], d: int, rounds: int) -> Iterator[Result | str]:
     """Value and gradient of the alignment loss inside jit, beside torch's."""
-    step = jax.jit(jax.value_and_grad(lambda x, y: alignment_loss(x, y, density=DENSITY)))
+    step = jax.jit(jax.value_and_grad(lambda x, y: alignment_loss(x, y, kernel=RBF(density=DENSITY))))
     pairs = {}
     for n in batches:
         x = features(n, d)
@@ -187,9 +188,9 @@ def grid(layers: int, n: int, d: int, rounds: int) -> Iterator[Result | str]:
         for k, key in enumerate(keys)
     ]
     sets = [{str(k): x for k, x in enumerate(part)} for part in (made[:layers], made[layers:])]
-    ours = ("compare_grid", lambda: jaxalign.compare_grid(*sets, "cka", density=DENSITY).values)
+    ours = ("compare_grid", lambda: jaxalign.compare_grid(*sets, "cka", kernel=RBF(density=DENSITY)).values)
     work, label = floor.grid(layers, n, d), f"{layers} x {layers} CKA grid, n = {n}, d = {d}"
-    solved = jaxalign.compare_grid(*sets, "cka", density=DENSITY)
+    solved = jaxalign.compare_grid(*sets, "cka", kernel=RBF(density=DENSITY))
     yield COMPILED
     tensors = [[torch_array(x) for x in part.values()] for part in sets]
     if tensors[0][0] is None:

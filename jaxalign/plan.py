@@ -32,44 +32,100 @@ _MIN_TILE_ROWS = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """How all pairs are visited.
+    """How the pairs of samples are visited. Values do not depend on it; memory, time and devices do.
+
+    Every function that visits pairs takes `plan=`. A plan is hashable: use it as a static argument, or close over it.
 
     Attributes:
-        stored: all distances are stored.
-        tile_size: rows and columns of a tile at most; None: one tile.
-        axis_name: the named axis over which rows are sharded.
-        mesh: the mesh with that axis; None if the caller is already inside `jax.shard_map` or similar.
-        differentiable: False if no derivative is needed, which saves memory and time.
+        tile_size: the largest number of rows and columns of a tile. Distances are computed tile by tile, and again for
+            a gradient, so memory is a few tiles plus the features. None stores all n x m distances; "auto" stores them
+            if they are few, and otherwise chooses a size from the device and its free memory.
+        mesh: a `jax.sharding.Mesh`: rows of x and of y are sharded along one of its axes, whose size need not divide
+            n. Rows that are already sharded need no mesh.
+        axis_name: with `mesh`, the axis to use; None: the only one, or "data". Without `mesh`, an axis that is bound,
+            inside `jax.shard_map`, `jax.pmap` or `jax.vmap(axis_name=...)`: x, y and masks are then the rows of this
+            device, and all devices together hold the representation.
+
+    Raises:
+        TypeError: mesh is not a mesh, or axis_name not a string. ValueError: tile_size is not a positive integer,
+            "auto" or None.
+
+    Example:
+        >>> import jax, jaxalign
+        >>> x = jax.random.normal(jax.random.key(0), (300, 8))
+        >>> tiled = jaxalign.solve_sigma(x, plan=jaxalign.Plan(tile_size=128))
+        >>> bool(abs(tiled.sigma / jaxalign.solve_sigma(x).sigma - 1) < 1e-5)
+        True
     """
 
-    stored: bool = True
-    tile_size: int | None = None
-    axis_name: str | None = None
+    tile_size: TileSize = "auto"
     mesh: Mesh | AbstractMesh | None = None
-    differentiable: bool = True
+    axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        size, mesh, axis_name = self.tile_size, self.mesh, self.axis_name
+        if not (size is None or (isinstance(size, str) and size == "auto")):
+            whole = _checks.whole("tile_size", size, of=" of rows", otherwise=", 'auto', or None for all pairs at once")
+            object.__setattr__(self, "tile_size", whole)
+        if axis_name is not None and not isinstance(axis_name, str):
+            raise TypeError(f"axis_name must be the name of one axis; got {_checks.shown(axis_name)}.")
+        if mesh is not None and not isinstance(mesh, (Mesh, AbstractMesh)):
+            raise TypeError(
+                f"mesh must be a jax.sharding.Mesh, known before anything is traced; got {type(mesh).__name__}. "
+                "jaxalign.sharding.data_mesh() makes one of all devices."
+            )
+
+    @property
+    def stored(self) -> bool:
+        """Whether all distances are stored; of a resolved plan."""
+        return self.tile_size is None and self.axis_name is None
+
+    @property
+    def tile_rows(self) -> int | None:
+        """The largest number of rows of a tile, None for a single tile; of a resolved plan."""
+        assert not isinstance(self.tile_size, str)
+        return self.tile_size
 
     @property
     def rows_are_local(self) -> bool:
-        """Whether the caller passes only the rows of one device: see `rows_are_local`."""
-        return rows_are_local(self.mesh, self.axis_name)
+        """Whether features are the rows of one device: inside `jax.shard_map` or similar."""
+        return self.mesh is None and self.axis_name is not None
 
     def total_rows(self, n: int) -> int:
         """The number of rows on all devices, if the caller passes n."""
         return n * lax.axis_size(self.axis_name) if self.rows_are_local else n
 
 
-def rows_are_local(mesh: Any, axis_name: Any) -> bool:
-    """Whether features passed with these options are the rows of one device: inside `jax.shard_map` or similar."""
-    return mesh is None and axis_name is not None
+AUTO = Plan()
+STORED = Plan(tile_size=None)
 
 
-STORED = Plan()
+def check_plan(plan: Any, *, local_rows: bool = True) -> Plan:
+    """The plan of the caller; None is the default. Unless `local_rows`, refuse one for the rows of a single device."""
+    if plan is None:
+        return AUTO
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan must be a jaxalign.Plan, such as jaxalign.Plan(tile_size=1024); got {_checks.shown(plan)}."
+        )
+    if plan.rows_are_local and not local_rows:
+        raise ValueError(
+            f"Plan(axis_name={plan.axis_name!r}) without a mesh is not supported here: call this outside jax.shard_map "
+            "with plan=Plan(mesh=...)."
+        )
+    return plan
 
 
-def make_plan(x: Array, y: Array | None, tile_size: Any, mesh: Any, axis_name: Any, representations: int = 1) -> Plan:
-    """Check tile_size, mesh and axis_name, and choose defaults; so many `representations` are visited together."""
-    check_tile_size(tile_size)
-    mesh, axis_name, devices = _find_mesh(x, y, mesh, axis_name)
+def check_single_device(plan: Plan, reason: str, advice: str = "") -> None:
+    """Raise if the plan spreads rows over devices."""
+    if plan.mesh is not None or plan.axis_name is not None:
+        raise ValueError(f"{reason}: leave mesh and axis_name out of the plan{', ' + advice if advice else ''}.")
+
+
+def resolve_plan(plan: Plan, x: Array, y: Array | None, representations: int = 1) -> Plan:
+    """The plan with its mesh, axis and tile size chosen; so many `representations` are visited together."""
+    mesh, axis_name, devices = _find_mesh(x, y, plan.mesh, plan.axis_name)
     n, m = x.shape[-2], (x if y is None else y).shape[-2]
     for name, rows in (("x", n), ("y", m)):
         if mesh is not None and rows < devices:
@@ -82,40 +138,30 @@ def make_plan(x: Array, y: Array | None, tile_size: Any, mesh: Any, axis_name: A
     elif devices * n < 2 and y is None:
         raise ValueError(f"x has n = {n} sample(s) on the only device of axis {axis_name!r}; at least 2 are needed.")
     representations *= math.prod(x.shape[:-2])
-    stored, tile_size = choose_tiles(tile_size, n, m, representations, x.dtype.itemsize, may_store=axis_name is None)
-    return Plan(stored, tile_size, axis_name, mesh)
+    tile_size = choose_tile_size(plan.tile_size, n, m, representations, x.dtype.itemsize, may_store=axis_name is None)
+    return Plan(tile_size, mesh, axis_name)
 
 
-def check_tile_size(tile_size: Any) -> None:
-    """Raise unless it is a number of rows, "auto" or None."""
-    if tile_size is None or (isinstance(tile_size, str) and tile_size == "auto"):
-        return
-    _checks.whole("tile_size", tile_size, of=" of rows", otherwise=", 'auto', or None for all pairs at once")
-
-
-def choose_tiles(
-    tile_size: Any, n: int, m: int, representations: int, itemsize: int, *, may_store: bool, by_memory: bool = True
-) -> tuple[bool, int | None]:
-    """Whether n x m distances are stored, and the tile size (None: one tile). `by_memory`: limited by free memory."""
-    if tile_size is None:
-        return may_store, None
-    if tile_size != "auto":
-        return False, int(tile_size)
-    stored = may_store and n * m * representations <= _for_backend(_MAX_STORED_PAIRS)
-    return stored, None if stored else _auto_tile_size(max(n, m), representations, itemsize, by_memory)
+def choose_tile_size(
+    tile_size: TileSize, n: int, m: int, representations: int, itemsize: int, *, may_store: bool, by_memory: bool = True
+) -> int | None:
+    """The tile size for n x m distances; None: a single tile. `by_memory`: limited by free memory."""
+    if not isinstance(tile_size, str):
+        return tile_size
+    if may_store and n * m * representations <= _for_backend(_MAX_STORED_PAIRS):
+        return None
+    return _auto_tile_size(max(n, m), representations, itemsize, by_memory)
 
 
 def _find_mesh(
     x: Array, y: Array | None, mesh: Any, axis_name: Any
 ) -> tuple[Mesh | AbstractMesh | None, str | None, int]:
     """The mesh, the axis and its size, from the options or from the sharding of x and y."""
-    if axis_name is not None and not isinstance(axis_name, str):
-        raise TypeError(f"axis_name must be the name of one axis; got {_checks.shown(axis_name)}.")
     if mesh is None and axis_name is not None:
         if not _is_bound(axis_name):
             raise ValueError(
                 f"axis_name={axis_name!r} is not bound here: call this inside jax.shard_map, jax.pmap or "
-                "jax.vmap(axis_name=...), or give mesh= as well."
+                "jax.vmap(axis_name=...), or give Plan a mesh as well."
             )
         return None, axis_name, lax.axis_size(axis_name)
     if mesh is None:
@@ -126,19 +172,14 @@ def _find_mesh(
         if shardings[0] != shardings[-1]:
             raise ValueError(
                 f"the rows of x and y are spread over different devices: {shardings[0]} and {shardings[-1]}. "
-                "Put both on one mesh with jaxalign.sharding.shard_rows, or give mesh=."
+                "Put both on one mesh with jaxalign.sharding.shard_rows, or pass plan=Plan(mesh=...)."
             )
         mesh, axis_name = shardings[0]
         return mesh, axis_name, mesh.shape[axis_name]
-    if not isinstance(mesh, (Mesh, AbstractMesh)):
-        raise TypeError(
-            f"mesh must be a jax.sharding.Mesh, known before anything is traced; got {type(mesh).__name__}. "
-            "jaxalign.sharding.data_mesh() makes one of all devices."
-        )
     names = mesh.axis_names
     if isinstance(mesh, AbstractMesh) and jax.sharding.get_abstract_mesh().empty and _checks.is_concrete(x):
         raise ValueError(
-            "mesh is an AbstractMesh, which has no devices: give a jax.sharding.Mesh (jaxalign.sharding.data_mesh()), "
+            "mesh is an AbstractMesh, which has no devices: pass a jax.sharding.Mesh (jaxalign.sharding.data_mesh()), "
             "or call within jax.set_mesh."
         )
     if axis_name is None:
@@ -151,7 +192,7 @@ def _find_mesh(
     if _is_bound(axis_name):
         raise ValueError(
             f"the axis {axis_name!r} is bound here, inside jax.shard_map or the like, where x is one device's rows: "
-            f"give axis_name={axis_name!r} without mesh=."
+            f"use Plan(axis_name={axis_name!r}) without a mesh."
         )
     return mesh, axis_name, mesh.shape[axis_name]
 
