@@ -59,7 +59,7 @@ def padded_batches(rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 def score(student: Student, pixels: jax.Array, teacher: np.ndarray) -> tuple[float, float]:
     """Debiased CKA with the teacher, and the share of the 10 nearest neighbours that a digit has in both."""
     x = student(pixels)
-    return float(jaxalign.compare(x, teacher)), float(jaxalign.measures.mutual_knn(x, teacher, 10, "euclidean"))
+    return float(jaxalign.compare(x, teacher)), float(jaxalign.measures.mutual_knn(x, teacher, 10, metric="euclidean"))
 
 
 def main(epochs: int = EPOCHS, seed: int = 0) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -43,7 +43,7 @@ def score(student: torch.nn.Module, pixels: torch.Tensor, teacher: np.ndarray) -
     """Compare what the student makes of digits with the teacher."""
     with torch.no_grad():
         features = student(pixels).numpy()
-    neighbours = jaxalign.measures.mutual_knn(features, teacher, 10, "euclidean")
+    neighbours = jaxalign.measures.mutual_knn(features, teacher, 10, metric="euclidean")
     return Scores(float(jaxalign.measures.cka(features, teacher)), float(neighbours))
 
 

@@ -141,7 +141,7 @@ def evaluate(parameters: Parameters, points: Points) -> Result:
     right = [np.mean(np.argmax(logits, -1) == points.label) for _, logits in outputs.values()]
     a, b = (features for features, _ in outputs.values())
     cka = jaxalign.measures.cka(a, b, kernel=RBF(density=DENSITY))
-    return Result(float(np.mean(right)), float(cka), float(jaxalign.measures.mutual_knn(a, b, 10, "euclidean")))
+    return Result(float(np.mean(right)), float(cka), float(jaxalign.measures.mutual_knn(a, b, 10, metric="euclidean")))
 
 
 def train(seed: int, weight: float = WEIGHT, measure: str = "cka", steps: int = STEPS, devices: int = 1) -> Run:

@@ -43,8 +43,8 @@ _SYMMETRIC = 0.5
 PUBLISHED: Mapping[str, Any] = MappingProxyType(
     {"channels": None, "decorrelate": None, "density": 0.05, "standardize": True}
 )
-"""Options of `align` for the published method, `align(features, **PUBLISHED)`: plain auto-scaled rows, whose columns are
-standardized so that scores can be compared."""
+"""Options of `align` for the published method, `align(features, **PUBLISHED)`: plain auto-scaled rows, with
+standardized columns so that scores can be compared."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("centre", "scale", "factor"), meta_fields=())

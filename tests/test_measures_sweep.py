@@ -150,7 +150,7 @@ def test_correlations_do_not_see_the_scale_of_a_row():
             expected = reference.rdm(z.astype(float), rdm)
             np.testing.assert_allclose(np.asarray(measures.rdm(z, rdm)), expected, atol=2e-6)
         expected = reference.mutual_knn(z.astype(float), y.astype(float), 3, "correlation")
-        assert abs(float(measures.mutual_knn(z, y, 3, "correlation")) - expected) < 1e-6
+        assert abs(float(measures.mutual_knn(z, y, 3, metric="correlation")) - expected) < 1e-6
 
 
 @pytest.mark.slow

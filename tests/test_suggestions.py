@@ -22,8 +22,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 import jaxalign
 from jaxalign import Plan, io, losses, measures, plots, streaming
-from jaxalign.kernels import RBF
 from jaxalign.interop import capture_features
+from jaxalign.kernels import RBF
 from jaxalign.report import commands
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")
