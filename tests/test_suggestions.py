@@ -341,6 +341,11 @@ ROWS = {
         {"mask=": "compare_grid({'a': folder / 'x.npy'}, measure='rsa', rdm='correlation', {}mask)"},
         named(x=np.where(MASK[:, None], X, 1)),
     ),
+    "an angle of representations of any size": Row(
+        "measures.shape_distance(x, y, normalize=False)",
+        {'result="distance"': "measures.shape_distance(x, y, normalize=False, {})",
+         "normalize=False out": "measures.shape_distance(x, y)"},
+    ),
     "sorting on a mesh": Row(
         "compare_grid({'a': x}, measure='rsa', compare='kendall', mesh=mesh)",
         {'"pearson"': "compare_grid({'a': x}, measure='rsa', compare={}, mesh=mesh)",
