@@ -40,6 +40,7 @@ CASES = {
     "rsa spearman": {"compare": "spearman"},
     "mutual_knn": {"k": 4},
     "procrustes": {},
+    "procrustes unscaled": {"normalize": False},
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
