@@ -170,14 +170,19 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x)
 
 
-def shape_distance(x: np.ndarray, y: np.ndarray, *, alpha: float = 1.0, result: str = "angular") -> float:
+def shape_distance(
+    x: np.ndarray, y: np.ndarray, *, alpha: float = 1.0, normalize: bool = True, result: str = "angular"
+) -> float:
     """Williams et al. 2021, by an explicit alignment of the sets padded to one width."""
 
     def part(z: np.ndarray) -> np.ndarray:
-        z = _unit(z)
+        z = z - z.mean(0)
+        size = np.linalg.norm(z)
+        z = _unit(z) if normalize else z
         u, s, vt = np.linalg.svd(z, full_matrices=False)
         kept = s > len(z) * np.finfo(float).eps * s[0]
-        return _unit(alpha * z + (1 - alpha) * (u[:, kept] @ vt[kept]))
+        mixed = _unit(alpha * z + (1 - alpha) * (u[:, kept] @ vt[kept]))
+        return mixed if normalize else size * mixed
 
     a, b = part(x), part(y)
     width = max(a.shape[1], b.shape[1])

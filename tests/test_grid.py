@@ -41,6 +41,7 @@ CASES = {
     "rsa spearman": {"comparison": "spearman"},
     "mutual_knn": {"k": 4},
     "procrustes": {},
+    "procrustes unscaled": {"normalize": False},
 }
 every_case = pytest.mark.parametrize("case", CASES)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import dcor
 import helpers
 import jax
@@ -11,6 +13,7 @@ import procrustes as qc_procrustes
 import pytest
 import reference_measures as reference
 import rsatoolbox
+import scipy.linalg
 import scipy.stats
 
 import jaxalign
@@ -52,6 +55,7 @@ CASES = [
     *((name, {"k": 5, "metric": m}) for name in ("mutual_knn", "jaccard") for m in METRICS),
     ("cknna", {"k": 5}),
     *(("shape_distance", {"alpha": a, "result": r}) for a in (0.0, 0.5, 1.0) for r in RESULTS),
+    *(("shape_distance", {"alpha": a, "normalize": False, "result": "distance"}) for a in (0.0, 0.5, 1.0)),
     ("linear_predictivity", {"folds": 4, "strengths": (1e-3, 1e-1, 1e1)}),
     *(("affinity_distance", {"result": r}) for r in ("frobenius", "rows")),
     ("pwcca", {}),
@@ -65,6 +69,7 @@ IN_FLOAT32 = [
     ("distance_correlation", {"estimator": "debiased", "squared": False}),
     ("cknna", {"k": 5}),
     ("shape_distance", {"alpha": 0.5, "result": "distance"}),
+    ("shape_distance", {"alpha": 0.5, "normalize": False, "result": "distance"}),
     ("linear_predictivity", {"folds": 4, "strengths": (1e-3, 1e-1, 1e1)}),
     ("affinity_distance", {"result": "rows"}),
     ("pwcca", {}),
@@ -105,6 +110,8 @@ def test_canonical_correlations_agree_with_the_reference(x64, widths, components
         helpers.assert_close(measures.cca(x, y, result="mean_squared"), (expected**2).mean(), 1e-10)
     else:
         helpers.assert_close(measures.svcca(x, y, num_components=components), expected.mean(), 1e-10)
+        squared = measures.svcca(x, y, num_components=components, result="mean_squared")
+        helpers.assert_close(squared, (expected**2).mean(), 1e-10)
 
 
 @pytest.mark.parametrize("result", ["distance", "angular", "similarity"])
@@ -113,6 +120,93 @@ def test_procrustes_agrees_with_the_reference(x64, result):
         x, y = sets(2, widths=widths)
         expected = reference.shape_distance(x, y, result=result)
         helpers.assert_close(measures.procrustes(x, y, result=result), expected, 1e-10)
+
+
+def unscaled(x, y):
+    """min_Q ||x - y Q||_F of centered x and y, from an explicit Q."""
+    width = max(x.shape[1], y.shape[1])
+    x, y = (np.pad(z - z.mean(0), ((0, 0), (0, width - z.shape[1]))) for z in (x, y))
+    return np.linalg.norm(x - y @ scipy.linalg.orthogonal_procrustes(y, x)[0])
+
+
+@pytest.mark.parametrize("widths", [(5, 7), (7, 5), (5, 5), (40, 30)], ids=str)
+def test_procrustes_without_normalization_has_the_unit_of_the_features(x64, widths):
+    x, y = sets(2, widths=widths)
+    expected = unscaled(x, y)
+    assert abs(expected - reference.shape_distance(x, y, normalize=False, result="distance")) < 1e-10 * expected
+    for unit in (1.0, 2.0**100, 1e-30):
+        value = measures.procrustes(unit * x + unit, unit * y, normalize=False)
+        helpers.assert_close(value, unit * expected, 1e-10)
+        value = measures.shape_distance(unit * x, unit * y, normalize=False, result="distance")
+        helpers.assert_close(value, unit * expected, 1e-10)
+
+
+def test_procrustes_without_normalization_of_float32_far_from_0():
+    for offset, unit in ((1e5, 1.0), (1e3, 2.0**118), (0.0, 2.0**-100)):
+        x, y = (np.float32(unit * (offset + z)) for z in sets(2))
+        expected = unscaled(x.astype(float), y.astype(float))
+        helpers.assert_close(measures.procrustes(x, y, normalize=False), expected, 1e-6)
+
+
+def test_procrustes_without_normalization_of_masked_samples_and_batches(x64):
+    x, y = np.stack([sets(2)[0], 3 * sets(3)[0]]), np.stack([sets(2)[1], sets(3)[1]])
+    mask = np.arange(N) % 5 != 2
+    dirty = np.where(mask[:, None], x, np.nan)
+    for alpha in (0.5, 1.0):
+        options = {"alpha": alpha, "normalize": False, "result": "distance"}
+        expected = [reference.shape_distance(a[mask], b[mask], **options) for a, b in zip(x, y, strict=True)]
+        helpers.assert_close(measures.shape_distance(dirty, y, mask=mask, **options), expected, 1e-10)
+        helpers.assert_close(
+            jax.vmap(lambda a, b: measures.shape_distance(a, b, **options))(x, y)[0],  # noqa: B023
+            reference.shape_distance(x[0], y[0], **options),
+            1e-10,
+        )
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_gradients_of_the_distance_without_normalization(x64, alpha):
+    (x, y), rng, step = sets(4), np.random.default_rng(0), 1e-6
+    options = {"alpha": alpha, "normalize": False, "result": "distance"}
+    gradients = jax.grad(lambda a, b: measures.shape_distance(a, b, **options), (0, 1))(x, y)
+    directions = [rng.normal(size=z.shape) for z in (x, y)]
+    above, below = (
+        reference.shape_distance(x + s * directions[0], y + s * directions[1], **options) for s in (step, -step)
+    )
+    slope = sum(float(np.sum(g * u)) for g, u in zip(gradients, directions, strict=True))
+    helpers.assert_close(slope, (above - below) / (2 * step), 1e-7)
+
+
+def test_distance_without_normalization_of_equal_and_of_constant_sets(x64):
+    x, y = sets(4)
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
+    unscaled_procrustes = partial(measures.procrustes, normalize=False)
+    value, slope = jax.value_and_grad(unscaled_procrustes)(x, x @ turn + 3)
+    assert value < 1e-13 * np.linalg.norm(x)
+    assert not slope.any()  # there is no direction to move in
+    value, slope = jax.value_and_grad(unscaled_procrustes)(x, np.full_like(y, 3.3))
+    size = np.linalg.norm(x - x.mean(0))
+    helpers.assert_close(value, size, 1e-12)
+    helpers.assert_close(slope, (x - x.mean(0)) / size, 1e-12)
+    assert unscaled_procrustes(np.ones_like(x), np.ones_like(y)) == 0
+
+
+@pytest.mark.parametrize("result", ["angular", "similarity"])
+def test_results_that_need_normalization_are_refused_without_it(result):
+    x, y = (z.astype(np.float32) for z in sets(4))
+    for call in (
+        lambda: measures.procrustes(x, y, normalize=False, result=result),
+        lambda: measures.shape_distance(x, y, alpha=0.5, normalize=False, result=result),
+        lambda: jaxalign.compare(x, y, "procrustes", normalize=False, result=result),
+    ):
+        with pytest.raises(ValueError, match=f'result={result!r} .*pass result="distance"'):
+            call()
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_whether_to_normalize_is_true_or_false():
+    x, y = (z.astype(np.float32) for z in sets(4))
+    with pytest.raises(ValueError, match="normalize must be one of True, False; got 'no'"):
+        measures.procrustes(x, y, normalize="no")
 
 
 def test_minibatch_cka_agrees_with_the_reference(x64):

@@ -21,6 +21,8 @@ BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->"
 
 N, WIDTH = 24, 5
 OPTIONS = {name: {"kernel": RBF(density=0.3)} if "kernel" in entry.options else {} for name, entry in REGISTRY.items()}
+# Options that change what a measure is invariant to: rows of the table of their own.
+VARIANTS = {"procrustes": {"normalize": False}}
 
 
 def sets(seed=0, noise=0.5):
@@ -29,8 +31,8 @@ def sets(seed=0, noise=0.5):
     return x, x @ rng.normal(size=(WIDTH, WIDTH)) + noise * 10 * rng.normal(size=(N, WIDTH)) + 2
 
 
-def value(name, x, y):
-    return float(getattr(measures, name)(x, y, **OPTIONS[name]))
+def value(name, x, y, **options):
+    return float(getattr(measures, name)(x, y, **OPTIONS[name], **options))
 
 
 def mapped(invariance, x):
@@ -49,20 +51,31 @@ def mapped(invariance, x):
 INVARIANCES = ("orthogonal", "shift", "scale", "channel scale", "affine")
 
 
-def is_invariant(name, invariance):
+def is_invariant(name, invariance, **options):
     """Whether the value stays when either set is mapped; None where it is neither equal nor clearly different."""
     x, y = sets()
-    before = value(name, x, y)
-    changes = [abs(value(name, mapped(invariance, x), y) - before), abs(value(name, x, mapped(invariance, y)) - before)]
+    before = value(name, x, y, **options)
+    after = [value(name, mapped(invariance, x), y, **options), value(name, x, mapped(invariance, y), **options)]
+    changes = [abs(changed - before) for changed in after]
     size = max(1.0, abs(before))
     if max(changes) < 1e-9 * size:
         return True
     return False if max(changes) > 1e-3 * size else None
 
 
-def is_symmetric(name):
+def is_symmetric(name, **options):
     x, y = sets()
-    return abs(value(name, x, y) - value(name, y, x)) < 1e-9 * max(1.0, abs(value(name, x, y)))
+    there, back = value(name, x, y, **options), value(name, y, x, **options)
+    return abs(there - back) < 1e-9 * max(1.0, abs(there))
+
+
+def rows():
+    """A label, a measure and its options, for each row of the table."""
+    for name in REGISTRY:
+        yield f"`{name}`", name, {}
+        if name in VARIANTS:
+            options = ", ".join(f"{option}={value}" for option, value in VARIANTS[name].items())
+            yield f"`{name}`, `{options}`", name, VARIANTS[name]
 
 
 def table():
@@ -73,11 +86,12 @@ def table():
 
     head = ["measure", "direction", "range", *INVARIANCES, "symmetric", "differentiable", "source"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for name, entry in REGISTRY.items():
-        found = ["yes" if is_invariant(name, invariance) else "" for invariance in INVARIANCES]
-        ends = f"{number(entry.range[0])} to {number(entry.range[1])}"
-        symmetric = "yes" if is_symmetric(name) else ""
-        cells = [f"`{name}`", entry.direction, ends, *found, symmetric, entry.differentiable, entry.source]
+    for label, name, options in rows():
+        entry = REGISTRY[name]
+        found = ["yes" if is_invariant(name, invariance, **options) else "" for invariance in INVARIANCES]
+        ends = " to ".join(number(end) for end in entry.range_with(options))
+        symmetric = "yes" if is_symmetric(name, **options) else ""
+        cells = [label, entry.direction_with(options), ends, *found, symmetric, entry.differentiable, entry.source]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -91,6 +105,13 @@ every_measure = pytest.mark.parametrize("name", REGISTRY)
 def test_invariance_is_what_the_registry_says(x64, name, invariance):
     # hsic of the RBF kernel is auto-scaled, so it has no unit; its linear kernel has.
     assert is_invariant(name, invariance) is (invariance in REGISTRY[name].invariances)
+
+
+@pytest.mark.parametrize("invariance", INVARIANCES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_invariance_with_other_options_is_what_the_registry_says(x64, name, invariance):
+    options = VARIANTS[name]
+    assert is_invariant(name, invariance, **options) is (invariance in REGISTRY[name].invariances_with(options))
 
 
 def test_the_table_in_the_docs_is_what_was_found(x64):
@@ -119,14 +140,14 @@ def test_a_set_is_most_like_itself(x64, name):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("result", ["angular", "distance"])
-def test_shape_distances_obey_the_triangle_inequality(x64, alpha, result):
+@pytest.mark.parametrize(("result", "normalize"), [("angular", True), ("distance", True), ("distance", False)])
+def test_shape_distances_obey_the_triangle_inequality(x64, alpha, result, normalize):
     # Williams et al. 2021, proposition 1.
     x, y, z = np.random.default_rng(1).normal(size=(3, 40, N, WIDTH))
     y = 0.7 * x + 0.3 * y  # close to a straight line, where it is tight
 
     def distance(a, b):
-        return np.asarray(measures.shape_distance(a, b, alpha=alpha, result=result))
+        return np.asarray(measures.shape_distance(a, b, alpha=alpha, normalize=normalize, result=result))
 
     assert (distance(x, z) <= distance(x, y) + distance(y, z) + 1e-12).all()
 

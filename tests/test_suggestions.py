@@ -346,6 +346,11 @@ ROWS = {
         {"mask=": "compare_grid({'a': folder / 'x.npy'}, measure='rsa', metric='correlation', {}mask)"},
         named(x=np.where(MASK[:, None], X, 1)),
     ),
+    "an angle of representations of any size": Row(
+        "measures.shape_distance(x, y, normalize=False)",
+        {'result="distance"': "measures.shape_distance(x, y, normalize=False, {})",
+         "normalize=False out": "measures.shape_distance(x, y)"},
+    ),
     "sorting on a mesh": Row(
         "compare_grid({'a': x}, measure='rsa', comparison='kendall', plan=Plan(mesh=mesh))",
         {'"pearson"': "compare_grid({'a': x}, measure='rsa', comparison={}, plan=Plan(mesh=mesh))",

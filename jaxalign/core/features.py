@@ -150,9 +150,16 @@ def first_valid_row(x: Array, mask: Array | None) -> Array:
 
 def centered_columns(x: Array, mask: Array | None) -> Array:
     """Mean-centered columns, scaled by about the largest entry; invalid rows and constants are 0."""
-    rows = center_features(x, None, mask).x
+    return scaled_columns(x, mask)[0]
+
+
+def scaled_columns(x: Array, mask: Array | None) -> tuple[Array, Array]:
+    """`centered_columns`, and the power of two by which they are scaled, a constant: their product has x's unit."""
+    features = center_features(x, None, mask)
+    rows = features.x
     # Once more: the first mean was rounded, by as much as the features vary where their offset is large.
-    return valid_rows(rows - jnp.sum(rows, 0, keepdims=True) / _at_least_one(_count(rows, mask)), mask)
+    rows = valid_rows(rows - jnp.sum(rows, 0, keepdims=True) / _at_least_one(_count(rows, mask)), mask)
+    return rows, features.scale
 
 
 def diagonal(shape: tuple[int, ...]) -> Array:

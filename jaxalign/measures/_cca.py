@@ -65,7 +65,8 @@ def pwcca(
     """Projection-weighted CCA (Morcos et al. 2018): canonical correlations weighted by what they explain of x.
 
     The weight of the canonical variate h_i of x is sum_j |<h_i, x_j>| over the columns of x, so x and y do not
-    play the same part.
+    play the same part. Where canonical correlations are equal, their variates, and with them the value, are not unique
+    unless all of them are equal.
 
     Args:
         x: features, shape (..., n, d1); the weights are theirs.
@@ -94,16 +95,20 @@ def svcca(
     y: Float[AnyArray, "*#batch n d2"],
     *,
     num_components: float | int = 0.99,
+    result: Literal["mean", "mean_squared"] = "mean",
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     missing: Missing = "raise",
 ) -> Float[Array, "*batch"]:
     """Singular vector CCA (Raghu et al. 2017): mean canonical correlation of the leading singular directions.
+
+    The mean is over as many correlations as the representation with fewer directions has.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
         num_components: a whole number of singular directions of each set, or the share of its variance, 0 < share < 1,
             that the fewest directions kept have to explain.
+        result: see `cca`.
         mask: see `hsic`.
         missing: see `hsic`.
 
@@ -119,7 +124,7 @@ def svcca(
         >>> round(float(jaxalign.measures.svcca(x, 2 * x + 1, num_components=3)), 3)
         1.0
     """
-    return evaluate(svcca_measure(num_components), x, y, mask=mask, missing=missing)
+    return evaluate(svcca_measure(num_components, result), x, y, mask=mask, missing=missing)
 
 
 @_checks.cached
@@ -136,14 +141,15 @@ def pwcca_measure() -> SummaryMeasure:
 
 
 @_checks.cached
-def svcca_measure(num_components: Any) -> SummaryMeasure:
+def svcca_measure(num_components: Any, result: Any) -> SummaryMeasure:
     """The measure behind `svcca`."""
+    _checks.choice("result", result, ("mean", "mean_squared"))
     if isinstance(num_components, (float, np.floating)) and 0 < num_components < 1:
         keep: Keep = ("share", float(num_components))
     else:
         share = ", or a share of the variance strictly between 0 and 1"
         keep = ("count", _checks.whole("num_components", num_components, of=" of singular directions", otherwise=share))
-    return SummaryMeasure("svcca", partial(_directions, keep=keep), partial(_correlation, squared=False), 2)
+    return SummaryMeasure("svcca", partial(_directions, keep=keep), partial(_correlation, squared=result != "mean"), 2)
 
 
 class _Directions(NamedTuple):

@@ -66,6 +66,16 @@ class Entry:
             return 1.0 if self.direction == "distance" else 0.0
         return self.range[1] if self.direction == "similarity" else self.range[0]
 
+    def range_with(self, options: dict[str, Any]) -> tuple[float, float]:
+        """The range with these options: without normalization a distance has no largest value."""
+        return (self.range[0], _INFINITY) if options.get("normalize") is False else self.range
+
+    def invariances_with(self, options: dict[str, Any]) -> frozenset[Invariance]:
+        """The invariances with these options: without normalization a distance has the unit of the features."""
+        return self.invariances - {"scale"} if options.get("normalize") is False else self.invariances
+
+
+_INFINITY = float("inf")
 
 # How a value is computed, not what it is.
 _HOW = ("mask", "missing", "plan")
@@ -94,8 +104,6 @@ def _specify_affinity_distance(kernel: Any, result: Any) -> PairMeasure:
 def _specify_linear_predictivity(folds: Any, strengths: Any) -> SummaryMeasure:
     return _predictivity.linear_predictivity_measure(folds, strengths)
 
-
-_INFINITY = float("inf")
 
 _ENTRIES = (
     Entry(

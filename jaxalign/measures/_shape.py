@@ -1,13 +1,14 @@
 """Distances between shapes: what is left of the difference after the best rotation.
 
-Columns are centred and each set scaled to unit Frobenius norm; with s the sum of the singular values of x'y, the best
-rotation leaves ||x - y Q||_F = sqrt(2 - 2 s), and the angle arccos(s) (Schönemann 1966; Williams et al. 2021).
+Columns are centered. With s the sum of the singular values of x'y, the best rotation leaves ||x - y Q||_F =
+sqrt(||x||^2 + ||y||^2 - 2 s) (Schönemann 1966). If each representation is first scaled to unit Frobenius norm, that is
+sqrt(2 - 2 s), and the angle is arccos(s) (Williams et al. 2021).
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from jaxalign import _checks
 from jaxalign._linalg import bounded, matmul, root, transposed, unit
 from jaxalign._typing import AnyArray
-from jaxalign.core.features import centered_columns
+from jaxalign.core.features import scaled_columns
 from jaxalign.measures._evaluate import Context, Missing, SummaryMeasure, evaluate
 from jaxalign.measures._spectra import leading, narrowed, nuclear_norm
 
@@ -28,33 +29,44 @@ def procrustes(
     x: Float[AnyArray, "*#batch n d1"],
     y: Float[AnyArray, "*#batch n d2"],
     *,
+    normalize: bool = True,
     result: Result = "distance",
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     missing: Missing = "raise",
 ) -> Float[Array, "*batch"]:
-    """Procrustes: how close two sets come by shifting, scaling to unit size, and the best rotation or reflection.
+    """Procrustes distance: what the best rotation or reflection leaves between two centered representations.
+
+    With s the sum of the singular values of x'y, min_Q ||x - y Q||_F = sqrt(||x||^2 + ||y||^2 - 2 s) (Schönemann 1966,
+    Williams et al. 2021, eq. 5). It is not squared, and not divided by n.
 
     Args:
         x: features, shape (..., n, d1).
-        y: features of the same samples, shape (..., n, d2); the narrower set counts as padded with zeros.
+        y: features of the same samples, shape (..., n, d2); the narrower representation is padded with zeros.
+        normalize: True scales each centered representation to unit Frobenius norm, so that the distance has no unit.
+            False keeps their size: the distance is in the unit of the features and grows with sqrt(n).
         result: "distance" sqrt(2 - 2 s), from 0 to sqrt(2); "angular" arccos(s), from 0 to pi/2; "similarity" s itself.
+            Without normalization only "distance", from 0 to sqrt(||x||^2 + ||y||^2).
         mask: see `hsic`.
         missing: see `hsic`.
 
     Returns:
-        Shape (...). Distance and angle are metrics. A set that does not vary has s = 0 with all. Once differentiable;
-        the derivatives of distance and angle at 0 are taken as 0.
+        Shape (...). Distance and angle are metrics. Of a representation that does not vary, s is 0 with any other. Once
+        differentiable; the derivatives of distance and angle at 0 are taken as 0.
 
     Raises:
-        TypeError, ValueError: see `hsic`; fewer than 2 samples.
+        TypeError, ValueError: see `hsic`; fewer than 2 samples; "angular" or "similarity" without normalization.
 
     Example:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (100, 8))
         >>> float(jaxalign.measures.procrustes(x, 3 * x[:, ::-1] + 1)) < 1e-3
         True
+        >>> x -= x.mean(0, keepdims=True)
+        >>> distance = jaxalign.measures.procrustes(x, 3 * x[:, ::-1] + 1, normalize=False)
+        >>> bool(abs(distance - 2 * jax.numpy.linalg.norm(x)) < 1e-3)
+        True
     """
-    return evaluate(procrustes_measure(result), x, y, mask=mask, missing=missing)
+    return evaluate(procrustes_measure(normalize, result), x, y, mask=mask, missing=missing)
 
 
 def shape_distance(
@@ -62,21 +74,24 @@ def shape_distance(
     y: Float[AnyArray, "*#batch n d2"],
     *,
     alpha: float | int = 1.0,
+    normalize: bool = True,
     result: Result = "angular",
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     missing: Missing = "raise",
 ) -> Float[Array, "*batch"]:
     """Generalised shape metrics (Williams et al. 2021): from Procrustes (alpha = 1) to CCA (alpha = 0).
 
-    Each set, centred and scaled to unit Frobenius norm, is multiplied by alpha I + (1 - alpha) (x'x)^(-1/2), scaled to
-    unit norm again, and compared as by `procrustes`. Scaling first makes the result independent of the unit of
-    features.
+    Each representation, centered and scaled to unit Frobenius norm, is multiplied by alpha I + (1 - alpha)
+    (x'x)^(-1/2), scaled to unit norm again, and compared as by `procrustes`. Scaling first makes the result independent
+    of the unit of the features.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
         alpha: 1 compares geometry up to rotation; 0 up to any invertible linear map; between, partly whitened.
-        result: "angular" arccos(s), "distance" sqrt(2 - 2 s) or "similarity" s.
+        normalize: False does not scale to unit norm first, and then scales to the norm that the centered features have:
+            the distance is in their unit. For 0 < alpha < 1 how much is whitened depends on that unit.
+        result: "angular" arccos(s), "distance" sqrt(2 - 2 s) or "similarity" s. Without normalization only "distance".
         mask: see `hsic`.
         missing: see `hsic`.
 
@@ -84,7 +99,7 @@ def shape_distance(
         Shape (...). Angle and distance are metrics. Once differentiable, see `procrustes`.
 
     Raises:
-        TypeError, ValueError: see `hsic`; alpha outside [0, 1].
+        TypeError, ValueError: see `procrustes`; alpha outside [0, 1].
 
     Example:
         >>> import jax, jaxalign
@@ -92,44 +107,84 @@ def shape_distance(
         >>> float(jaxalign.measures.shape_distance(x, x @ a, alpha=0.0)) < 1e-2
         True
     """
-    return evaluate(shape_distance_measure(alpha, result), x, y, mask=mask, missing=missing)
+    return evaluate(shape_distance_measure(alpha, normalize, result), x, y, mask=mask, missing=missing)
 
 
 @_checks.cached
-def procrustes_measure(result: Any) -> SummaryMeasure:
+def procrustes_measure(normalize: Any, result: Any) -> SummaryMeasure:
     """The measure behind `procrustes`."""
-    _checks.choice("result", result, ("distance", "angular", "similarity"))
-    return SummaryMeasure("procrustes", partial(_shape, alpha=1.0), partial(_compared, result=result), 2)
+    return _measure("procrustes", 1.0, normalize, result)
 
 
 @_checks.cached
-def shape_distance_measure(alpha: Any, result: Any) -> SummaryMeasure:
+def shape_distance_measure(alpha: Any, normalize: Any, result: Any) -> SummaryMeasure:
     """The measure behind `shape_distance`."""
-    _checks.choice("result", result, ("distance", "angular", "similarity"))
     if not (isinstance(alpha, (int, float, np.number)) and 0 <= alpha <= 1):
         raise ValueError(f"alpha must be a number from 0 (CCA) to 1 (Procrustes); got {_checks.shown(alpha)}.")
-    return SummaryMeasure("shape_distance", partial(_shape, alpha=float(alpha)), partial(_compared, result=result), 2)
+    return _measure("shape_distance", float(alpha), normalize, result)
 
 
-def _shape(x: Array, context: Context, alpha: float) -> tuple[Array, None]:
+def _measure(name: str, alpha: float, normalize: Any, result: Any) -> SummaryMeasure:
+    _checks.choice("normalize", normalize, (True, False))
+    _checks.choice("result", result, ("distance", "angular", "similarity"))
+    if not normalize and result != "distance":
+        raise ValueError(
+            f'result={result!r} is of representations of unit norm: with normalize=False pass result="distance", or '
+            "leave normalize=False out."
+        )
+    shape = partial(_shape, alpha=alpha, normalize=normalize)
+    return SummaryMeasure(name, shape, partial(_compared, normalize=normalize, result=result), 2)
+
+
+class _Shape(NamedTuple):
+    features: Array  # (n, min(n, d)), centered, partly whitened
+    scale: Array | None  # () a power of two that gives them their unit; None where their norm is 1
+
+
+def _shape(x: Array, context: Context, alpha: float, normalize: bool) -> tuple[_Shape, None]:
     matrix = (-2, -1)
-    x = unit(narrowed(centered_columns(x, context.mask)), matrix)
-    return (x if alpha == 1 else unit(alpha * x + (1 - alpha) * leading(x)[0], matrix)), None
+    x, scale = scaled_columns(x, context.mask)
+    x = narrowed(x)
+    if normalize:
+        x = unit(x, matrix)
+        return _Shape(x if alpha == 1 else unit(alpha * x + (1 - alpha) * leading(x)[0], matrix), None), None
+    if alpha != 1:
+        # In the unit of the features, alpha scale x + (1 - alpha) x (x'x)^(-1/2), up to a factor.
+        whitened = jnp.maximum(alpha * scale, 1 - alpha)
+        mixed = (alpha * scale / whitened) * x + ((1 - alpha) / whitened) * leading(x)[0]
+        x = unit(mixed, matrix) * root(jnp.sum(x * x, matrix))
+    return _Shape(x, scale), None
 
 
-def _compared(x: Array, y: Array, mask: Array | None, result: Result) -> Array:
+def _compared(first: _Shape, second: _Shape, mask: Array | None, normalize: bool, result: Result) -> Array:
     del mask
+    x, y, scale = first.features, second.features, None
+    if first.scale is not None and second.scale is not None:
+        scale = jnp.maximum(first.scale, second.scale)
+        x, y = (first.scale / scale) * x, (second.scale / scale) * y
     product = matmul(transposed(x), y)
-    similarity = bounded(nuclear_norm(product), 0, 1)
+    similarity = nuclear_norm(product)
+    if normalize:
+        similarity = bounded(similarity, 0, 1)
     if result == "similarity":
         return similarity
-    # 2 - 2 s loses half the digits of a small distance; what the rotation leaves does not. Its derivatives are those
-    # of the formula.
-    formula = 2 - 2 * similarity
-    exact = _left_over(*lax.stop_gradient((x, y, product)))
-    equal = exact <= (8 * float(jnp.finfo(exact.dtype).eps)) ** 2  # to rounding: there is no direction to move in
-    distance = bounded(root(exact + jnp.where(equal, 0, formula - lax.stop_gradient(formula))), 0, 2**0.5)
+    squares = jnp.full_like(similarity, 2) if normalize else jnp.sum(x * x) + jnp.sum(y * y)
+    # |x|^2 + |y|^2 - 2 s loses half the digits of a small distance; what the rotation leaves does not. Its derivatives
+    # are those of the formula.
+    formula = squares - 2 * similarity
+    exact = lax.stop_gradient(jnp.where(_any_is_zero(x, y), squares, _left_over(*lax.stop_gradient((x, y, product)))))
+    rounding = (8 * float(jnp.finfo(exact.dtype).eps)) ** 2 * lax.stop_gradient(squares) / 2
+    equal = exact <= rounding  # there is no direction to move in
+    distance = root(exact + jnp.where(equal, 0, formula - lax.stop_gradient(formula)))
+    if scale is not None:
+        return scale * distance
+    distance = bounded(distance, 0, 2**0.5)
     return distance if result == "distance" else 2 * jnp.arcsin(distance / 2)  # between unit vectors
+
+
+def _any_is_zero(x: Array, y: Array) -> Array:
+    """Whether one of the two does not vary, and so has no shape."""
+    return jnp.all(x == 0) | jnp.all(y == 0)
 
 
 def _left_over(x: Array, y: Array, product: Array) -> Array:
@@ -140,5 +195,4 @@ def _left_over(x: Array, y: Array, product: Array) -> Array:
     for rows, turned, back in ((x, x_turned, transposed(u)), (y, y_turned, vt)):
         if rows.shape[-1] > turned.shape[-1]:
             squares += jnp.sum((rows - matmul(turned, back)) ** 2, (-2, -1))
-    no_shape = jnp.any(jnp.stack([jnp.all(rows == 0, (-2, -1)) for rows in (x, y)]), 0)
-    return jnp.where(no_shape, 2, squares)
+    return squares
