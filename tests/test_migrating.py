@@ -5,7 +5,6 @@ Packages of the test extra are called. The others are restated in numpy, as thei
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable
@@ -348,31 +347,7 @@ def rows():
 ROWS = list(rows())
 
 
-# Until kernels and the new names of options are here: then `kernels` and `measures` are those of jaxalign.
-RENAMED = {"metric": "rdm", "comparison": "compare", "num_components": "components"}
-
-
-def _with_new_names(fn):
-    known = inspect.signature(fn).parameters
-
-    def call(*args, **options):
-        options = {name if name in known else RENAMED[name]: value for name, value in options.items()}
-        if isinstance(options.get("kernel"), tuple):
-            options["kernel"], options["sigma"] = options["kernel"]
-        return fn(*args, **options)
-
-    return call
-
-
-if hasattr(jaxalign, "kernels"):
-    NAMES = {"measures": measures, "kernels": jaxalign.kernels}
-else:
-    NAMES = {
-        "measures": SimpleNamespace(
-            **{name: _with_new_names(fn) for name, fn in vars(measures).items() if inspect.isfunction(fn)}
-        ),
-        "kernels": SimpleNamespace(RBF=lambda sigma: ("rbf", sigma), Laplacian=lambda sigma: ("laplacian", sigma)),
-    }
+NAMES: dict[str, Any] = {"measures": measures, "kernels": jaxalign.kernels}
 NAMES |= {name: value for name, value in vars(jaxalign).items() if callable(value)} | {
     "jnp": jnp, "math": math, "n": N, "d": D1, "d1": D1, "d2": D2, "k": K, "g": G, "s": S, "t": 3.1, "h": 0.4, "a": 0.5,
     "c": 0.2, "median_x": MEDIANS[0], "median_y": MEDIANS[1], "mean_D": reference.sq_distances(X).mean(),
