@@ -214,13 +214,16 @@ PAIRS = {
     "nearest_neighbors": (
         lambda **kw: measures.nearest_neighbors(X, **kw), {"k": 3, "metric": "euclidean", "mask": MASK},
     ),
-    "procrustes": (lambda **kw: measures.procrustes(X, Y, **kw), {"result": "angular", "mask": MASK}),
+    "procrustes": (lambda **kw: measures.procrustes(X, Y, **kw), {"result": "angular", "normalize": False, "mask": MASK}),
     "shape_distance": (
         lambda **kw: measures.shape_distance(X, Y, **kw), {"alpha": 0.5, "result": "distance", "mask": MASK},
     ),
+    "shape_distance not angular": (
+        lambda **kw: measures.shape_distance(X, Y, **{"result": "distance", **kw}), {"normalize": False},
+    ),
     "cca": (lambda **kw: measures.cca(X, Y, **kw), {"result": "mean_squared", "mask": MASK}),
     "pwcca": (lambda **kw: measures.pwcca(X, Y, **kw), {"mask": MASK}),
-    "svcca": (lambda **kw: measures.svcca(X, Y, **kw), {"num_components": 2, "mask": MASK}),
+    "svcca": (lambda **kw: measures.svcca(X, Y, **kw), {"num_components": 2, "result": "mean_squared", "mask": MASK}),
     "linear_predictivity": (
         lambda **kw: measures.linear_predictivity(X, Y, **kw), {"folds": 3, "strengths": (1.0,), "mask": MASK},
     ),
