@@ -26,35 +26,13 @@ from jaxalign._problem import (
     raise_if_failed,
 )
 from jaxalign._typing import AnyArray
-from jaxalign.core.bandwidth import (
-    BAD_DENSITY,
-    CONVERGED,
-    INFEASIBLE,
-    NO_SAMPLES,
-    NON_FINITE,
-    NOT_CONVERGED,
-    gamma_of,
-    pairs_of,
-    solve_pairs,
-)
+from jaxalign.core.bandwidth import gamma_of, pairs_of, solve_pairs
 from jaxalign.core.devices import NO_ROWS, ROWS_LAST, on_mesh
 from jaxalign.core.features import center_features
 from jaxalign.core.reduce import reduce_pairs
 from jaxalign.core.tiles import Reduction, kernel_terms, over_all
 
-__all__ = [
-    "BAD_DENSITY",
-    "CONVERGED",
-    "INFEASIBLE",
-    "NON_FINITE",
-    "NOT_CONVERGED",
-    "NO_SAMPLES",
-    "Bandwidth",
-    "Diagonal",
-    "SigmaSolution",
-    "mean_density",
-    "solve_sigma",
-]
+__all__ = ["Bandwidth", "Diagonal", "SigmaSolution", "mean_density", "solve_sigma"]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("sigma", "density", "passes", "status"), meta_fields=())
@@ -66,8 +44,7 @@ class SigmaSolution:
         sigma: the bandwidth, in units of the features; nan where there is none (see status) and in masked rows.
         density: the mean density that sigma reaches.
         passes: passes over all pairs that were needed, an integer array of shape (...).
-        status: 0 = `bandwidth.CONVERGED`, `NOT_CONVERGED`, `INFEASIBLE` (coincident samples), `NON_FINITE` (nan or inf
-            in the features), `BAD_DENSITY` or `NO_SAMPLES` (all masked).
+        status: how the search ended, an integer for each sigma: a code of `jaxalign.Status`, 0 where it was found.
     """
 
     sigma: Float[Array, "..."]
@@ -169,6 +146,7 @@ def solve_sigma(
     tile_size: TileSize = "auto",
     mesh: Mesh | AbstractMesh | None = None,
     axis_name: str | None = None,
+    throw: bool = True,
 ) -> SigmaSolution:
     """The sigma at which mean(exp(-||x_i - y_j||^2 / (2 sigma^2))) equals a density.
 
@@ -192,6 +170,8 @@ def solve_sigma(
         axis_name: the axis of the mesh, if it has several and none is called "data". Without a mesh: an axis that is
             bound, inside `jax.shard_map`, `jax.pmap` or `jax.vmap(axis_name=...)`; x, y and the masks then are this
             device's rows, and all devices together form the set.
+        throw: whether to raise where there is no sigma. False: the status is not read, so the call does not wait for
+            the device; where there is no sigma it is nan, and the status says why.
 
     Returns:
         `SigmaSolution` with sigma, the density reached, the number of passes over all pairs, and a status. sigma has
@@ -212,12 +192,13 @@ def solve_sigma(
         >>> abs(float(jaxalign.mean_density(x, sigma=solution.sigma)) - 0.05) < 1e-6
         True
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=rows_are_local(mesh, axis_name))
+    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=rows_are_local(mesh, axis_name), throw=throw)
     plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
-    target = check_density(density, problem, bandwidth, plan)
+    target = check_density(density, problem, bandwidth, plan, throw=throw)
     rtol = check_rtol(rtol, problem.x.dtype)
     solution = solve_checked(problem, target, bandwidth, rtol, plan)
-    explain_failure(solution.status, problem)
+    if throw:
+        explain_failure(solution.status, problem)
     return solution
 
 

@@ -51,6 +51,7 @@ def affinity_operator(
     tile_size: TileSize = "auto",
     mesh: Mesh | AbstractMesh | None = None,
     axis_name: str | None = None,
+    throw: bool = True,
 ) -> AffinityOperator:
     """The affinity of `rbf_affinity` as an operator: memory is a tile and a few times the features, never n x m.
 
@@ -68,6 +69,8 @@ def affinity_operator(
         tile_size: rows and columns of a tile at most, see `solve_sigma`.
         mesh: spreads rows over devices, see `solve_sigma`. Results are spread as the rows are.
         axis_name: see `solve_sigma`. Without a mesh, vectors and results are this device's rows.
+        throw: whether to raise where there is no sigma. False: the status is not read, so the call does not wait for
+            the device; where there is no sigma products are nan.
 
     Returns:
         An `AffinityOperator`, differentiable in x, y, density and sigma.
@@ -84,24 +87,26 @@ def affinity_operator(
         >>> (a @ jax.numpy.ones(200)).shape
         (200,)
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=rows_are_local(mesh, axis_name))
+    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=rows_are_local(mesh, axis_name), throw=throw)
     if zero_diagonal and y is not None:
         raise ValueError("zero_diagonal=True has no meaning with y: row i and column i are different samples.")
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
     plan = make_plan(problem.x, problem.y, tile_size, mesh, axis_name)
     if sigma is None:
-        target = check_density(density, problem, bandwidth, plan)
+        target = check_density(density, problem, bandwidth, plan, throw=throw)
         solution = solve_checked(problem, target, bandwidth, check_rtol(None, problem.x.dtype), plan, precision)
-        explain_failure(solution.status, problem)
+        if throw:
+            explain_failure(solution.status, problem)
         per_row, bandwidths = bandwidth == "per_row", solution.sigma
         if per_row and problem.mask is not None:  # nan there, which would reach the other rows
             bandwidths = jnp.where(problem.mask, bandwidths, 1)
     else:
-        given, per_row = check_sigma(sigma, problem)
+        given, per_row = check_sigma(sigma, problem, throw=throw)
         bandwidths = jnp.asarray(given)
-        _checks.finite_rows("x", problem.x, problem.mask, differences=True)
-        if problem.y is not None:
-            _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
+        if throw:
+            _checks.finite_rows("x", problem.x, problem.mask, differences=True)
+            if problem.y is not None:
+                _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
     return AffinityOperator(
         *problem[:4],
         bandwidths,
