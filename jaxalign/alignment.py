@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxalign import _checks
 from jaxalign._directions import less_row_mean
 from jaxalign._linalg import matmul, power_of_two, products, root, scaled, unit
+from jaxalign._repr import short_repr
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
@@ -107,7 +108,7 @@ class _Space:
     data_fields=("features", "sigma", "landmarks", "spaces"),
     meta_fields=(),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Alignment:
     """Relative features of several networks over the same landmarks; made by `align`.
 
@@ -123,6 +124,9 @@ class Alignment:
     sigma: dict[str, Float[Array, "..."]]
     landmarks: Int[Array, " m"]
     spaces: dict[str, _Space]
+
+    def __repr__(self) -> str:
+        return short_repr(self, omit=("spaces",))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -420,7 +424,7 @@ def joint_affinity(
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("index", "rank", "top1", "top5", "mrr"), meta_fields=())
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Correspondence:
     """How well rows find their partners; made by `correspondence`.
 
@@ -439,6 +443,9 @@ class Correspondence:
     top1: Float[Array, "*batch"]
     top5: Float[Array, "*batch"]
     mrr: Float[Array, "*batch"]
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def correspondence(

@@ -25,6 +25,8 @@ from jaxalign._problem import (
     explain_failure,
     raise_if_failed,
 )
+from jaxalign._repr import describe_codes, short_repr
+from jaxalign._status import Status
 from jaxalign._typing import AnyArray
 from jaxalign.core.bandwidth import gamma_of, pairs_of, solve_pairs
 from jaxalign.core.devices import NO_ROWS, ROWS_LAST, on_mesh
@@ -36,7 +38,7 @@ __all__ = ["Bandwidth", "Diagonal", "SigmaSolution", "mean_density", "solve_sigm
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("sigma", "density", "passes", "status"), meta_fields=())
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SigmaSolution:
     """What `solve_sigma` found; a pytree of arrays of shape (...) or, with a bandwidth per row, (..., n).
 
@@ -51,6 +53,9 @@ class SigmaSolution:
     density: Float[Array, "..."]
     passes: Int[Array, "..."]
     status: Int[Array, "..."]
+
+    def __repr__(self) -> str:
+        return short_repr(self, status=describe_codes(self.status, Status))
 
     def raise_if_failed(self) -> SigmaSolution:
         """Return self, or raise a ValueError that says what went wrong and where; does nothing under a trace."""

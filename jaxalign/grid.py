@@ -26,6 +26,7 @@ from jaxalign import _checks
 from jaxalign._plan import TileSize, make_plan
 from jaxalign._positions import Positions, check_positions
 from jaxalign._problem import check_rtol
+from jaxalign._repr import describe, short_repr
 from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
 from jaxalign.files.cells import GridResult, GridTask, Summaries, compare_cells
@@ -103,7 +104,7 @@ def compare(
     data_fields=("values", "sigma"),
     meta_fields=("measure", "direction", "rows", "columns", "itself", "settings", "samples", "versions"),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ComparisonGrid:
     """Every set of one model compared with every set of another; made by `compare_grid`.
 
@@ -131,6 +132,9 @@ class ComparisonGrid:
     settings: tuple[tuple[str, Any], ...]
     samples: int
     versions: tuple[tuple[str, str], ...]
+
+    def __repr__(self) -> str:
+        return short_repr(self, omit=("settings", "versions"), options=describe(self.options))
 
     @property
     def options(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from jaxalign._memory import check_room
 from jaxalign._plan import STORED
 from jaxalign._positions import Positions, check_positions
 from jaxalign._problem import check_rtol
+from jaxalign._repr import short_repr
 from jaxalign.io import named_sets
 from jaxalign.measures._centering import CENTERINGS, Centering
 from jaxalign.measures._evaluate import (
@@ -59,7 +60,7 @@ _GATHERED = 2**24
     data_fields=("value", "p_value", "corrected", "null", "null_mean", "null_std", "score", "calibrated"),
     meta_fields=("measure", "direction", "rows", "columns"),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PermutationTest:
     """What `permutation_test` found; arrays of shape () or, for named sets, (rows, columns).
 
@@ -92,13 +93,16 @@ class PermutationTest:
     rows: tuple[str, ...]
     columns: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return short_repr(self, omit=("null_mean", "null_std"))
+
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("value", "low", "high", "resampled"),
     meta_fields=("level", "method"),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Interval:
     """A value and its bootstrap interval.
 
@@ -118,9 +122,12 @@ class Interval:
     level: float
     method: str
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("lower", "upper", "each"), meta_fields=())
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NoiseCeiling:
     """How well the best possible model could do, given how much subjects differ; made by `noise_ceiling`.
 
@@ -133,6 +140,9 @@ class NoiseCeiling:
     lower: Array
     upper: Array
     each: Array
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def permutation_test(

@@ -19,6 +19,7 @@ import numpy as np
 from jaxalign import _checks
 from jaxalign._memory import check_bytes
 from jaxalign._positions import Positions, rows_of
+from jaxalign._repr import short_repr
 from jaxalign.files.readers import READERS, read_arrays
 
 # Characters of a name that become a file's.
@@ -27,7 +28,7 @@ _RAW_BYTES = " numpy writes bfloat16 and float8 as raw bytes, |V2 and |V1: save 
 _NATIVE = "Save it in the byte order of this machine."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FeatureSet:
     """Features as they lie in a file.
 
@@ -41,6 +42,9 @@ class FeatureSet:
     name: str
     values: Any
     path: Path
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     def rows(self, positions: Positions = "samples") -> Any:
         """Features (n, d): every position a sample, those of each sample side by side as channels, or their mean."""

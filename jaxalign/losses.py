@@ -32,6 +32,7 @@ from jaxalign import _checks
 from jaxalign._linalg import unit
 from jaxalign._plan import STORED, Plan, TileSize, make_plan
 from jaxalign._problem import Diagonal, check_rtol
+from jaxalign._repr import short_repr
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.core.bandwidth import CONVERGED, is_bandwidth
@@ -58,7 +59,7 @@ _LOG_NOTHING = -1e30
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("x", "y", "filled", "place"), meta_fields=())
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Memory:
     """Samples of past batches, a pytree to be carried from step to step; made by `empty_memory`.
 
@@ -73,6 +74,9 @@ class Memory:
     y: Any
     filled: Any
     place: Any
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def empty_memory(capacity: int, width_x: int, width_y: int, dtype: Any = jnp.float32) -> Memory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from jaxalign._problem import (
     check_sigma,
     explain_failure,
 )
+from jaxalign._repr import describe, short_repr
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import solve_checked
@@ -125,7 +126,7 @@ def affinity_operator(
     data_fields=("x", "y", "mask", "mask_y", "bandwidths", "left", "right"),
     meta_fields=("per_row", "zero_diagonal", "transposed", "plan", "precision"),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AffinityOperator:
     """diag(left) A diag(right), A the RBF affinity of rows of x with rows of y; made by `affinity_operator`.
 
@@ -147,6 +148,15 @@ class AffinityOperator:
     precision: Any
 
     __array_ufunc__ = None  # numpy arrays leave `v @ a` to this class
+
+    def __repr__(self) -> str:
+        shown = {"sigma": describe(self.bandwidths)}
+        if hasattr(self.x, "shape"):  # jax puts other things than arrays into pytrees too
+            shown = {"shape": str(self.shape), "dtype": str(self.dtype), **shown}
+        flags = {"per_row": self.per_row, "zero_diagonal": self.zero_diagonal, "transposed": self.transposed}
+        flags["scaled"] = self.left is not None or self.right is not None
+        shown |= {name: "True" for name, flag in flags.items() if flag}
+        return short_repr(self, omit=[field.name for field in fields(self)], **shown)
 
     @property
     def shape(self) -> tuple[int, ...]:

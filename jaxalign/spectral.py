@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxalign import _checks
 from jaxalign._linalg import matmul, unit
 from jaxalign._plan import TileSize
+from jaxalign._repr import short_repr
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.alignment import Alignment
@@ -56,7 +57,7 @@ _STEPS = 200
     ),
     meta_fields=(),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NormalizedCut:
     """Leading eigenpairs of D^-1/2 A D^-1/2, made by `normalized_cut`.
 
@@ -79,6 +80,9 @@ class NormalizedCut:
     sigma: Float[Array, "..."] | None = None
     projection: Float[Array, "m k"] | None = None
     weights: Float[Array, "m 1"] | None = None
+
+    def __repr__(self) -> str:
+        return short_repr(self, omit=("basis", "basis_mask", "projection", "weights"))
 
     @property
     def embedding(self) -> Float[Array, "n k"]:
