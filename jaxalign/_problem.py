@@ -43,7 +43,7 @@ def check_problem(
     is left to the status.
     """
     _checks.choice("diagonal", diagonal, ("include", "exclude"))
-    x, y = _checks.feature_pair(x, y, min_rows=1 if local_rows else 2)
+    x, y = _checks.feature_pair(x, y, min_rows=1 if local_rows else 2, mask=mask, mask_y=mask_y)
     if y is None and mask_y is not None:
         raise ValueError("mask_y is given without y; mask serves both sides when y is None.")
     if y is not None and diagonal != "include":

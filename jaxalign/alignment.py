@@ -73,7 +73,7 @@ class _Channels:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("channels", "landmarks", "sigma", "density", "cholesky", "centre", "scale"),
+    data_fields=("channels", "landmarks", "sigma", "density", "cholesky", "centre", "scale", "shift"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class _Space:
     cholesky: Array | None = None  # (m, m) lower Cholesky factor of A_LL + lambda I
     centre: Array | None = None  # (1, m) mean and standard deviation of the columns
     scale: Array | None = None
+    shift: _checks.Shift | None = None  # was subtracted from the features, ahead of the channels' map
 
     def affinity(self, x: Array) -> Array:
         """Affinity of samples, after the channels' map, to the landmarks."""
@@ -153,7 +154,7 @@ class Alignment:
             ValueError, TypeError: x_new of another width, see also `rbf_affinity`.
         """
         space = self.spaces[self._known(name)]
-        x = _checks.features("x_new", x_new)
+        x = _checks.shifted_features("x_new", x_new, space.shift)
         if x.ndim != 2 or x.shape[-1] != space.landmarks.shape[-1]:
             raise ValueError(f"x_new must have shape (k, {space.landmarks.shape[-1]}) for {name!r}; got {x.shape}.")
         return space.standardize(space.decorrelate(space.affinity(space.channels(x))))
@@ -259,9 +260,9 @@ def align(
             raise ValueError('decorrelate needs bandwidth="global": (A_LL + lambda I) must be symmetric.')
         _checks.parameter("decorrelate", decorrelate, jnp.float32, (), "one number")
         _checks.positive("decorrelate", decorrelate)
-    arrays = {}
+    arrays, shifts = {}, {}
     for name, value in features.items():
-        array = _checks.features(f"features[{name!r}]", value, min_rows=2)
+        array, shifts[name] = _checks.centered_features(f"features[{name!r}]", value, min_rows=2)
         if array.ndim != 2:
             raise ValueError(f"features[{name!r}] must have shape (n, d); got {array.shape}.")
         way_out = "Remove these samples from every network."
@@ -286,7 +287,8 @@ def align(
                 _check_own_share(density, block)
                 sigma[name] = solve_sigma(x, block, density=density, bandwidth="per_row").sigma
             wanted = jnp.asarray(density, x.dtype)
-            space = _Space(maps[name], block, sigma[name] if bandwidth == "global" else None, wanted)
+            fitted_sigma = sigma[name] if bandwidth == "global" else None
+            space = _Space(maps[name], block, fitted_sigma, wanted, shift=shifts[name])
             affinity = rbf_affinity(x, block, sigma[name])
             # A landmark's distance from itself is 0; as an entry between two different sets it carries rounding.
             affinity = affinity.at[chosen, jnp.arange(len(chosen))].set(1)

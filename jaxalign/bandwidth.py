@@ -156,7 +156,8 @@ def solve_sigma(
     """The sigma at which mean(exp(-||x_i - y_j||^2 / (2 sigma^2))) equals a density.
 
     Args:
-        x: features, shape (..., n, d), n >= 2 (n >= 1 with y).
+        x: features, shape (..., n, d), n >= 2 (n >= 1 with y): an array of any real dtype, nested lists, or a table.
+            Without x64, float64 is centered before it becomes float32, so that an offset costs distances nothing.
         y: features, shape (..., m, d); None compares x with itself.
         density: the wanted mean c of the affinity, 0 < c < 1; a number or an array that broadcasts to (...), may be
             traced.
@@ -184,7 +185,7 @@ def solve_sigma(
         d sigma / d D_ij = sigma A_ij / (2 sum_kl A_kl D_kl).
 
     Raises:
-        TypeError: features that are not floating-point arrays; float64 without x64.
+        TypeError: features that are not real numbers (complex, texts, dates, objects), or are a torch tensor.
         ValueError: wrong shapes; density outside (0, 1); a density that cannot be reached because the diagonal alone
             exceeds it (always, also under jit), or because samples coincide; nan or inf; an empty mask. Under a
             trace, what only the values can tell gives sigma = nan and a status instead.

@@ -45,6 +45,7 @@ from jaxalign.measures._evaluate import (
     check_single_device,
     compute_products,
     compute_values,
+    depends_on_differences,
     explain_status,
 )
 from jaxalign.measures._pair_sums import solve_bandwidth_jit
@@ -315,7 +316,11 @@ def _compare_in_memory(
     task: GridTask, measure: PairMeasure | SummaryMeasure, mesh: Any = None, axis_name: Any = None
 ) -> GridResult:
     """Arrays in memory, spread over devices or not: in one visit of the pairs, or cell by cell."""
-    named = [(name, _checks.features(name, value)) for name, value in zip(task.names, task.features, strict=True)]
+    center = depends_on_differences(measure)
+    named = [
+        (name, _checks.features(name, value, center=center, mask=task.mask))
+        for name, value in zip(task.names, task.features, strict=True)
+    ]
     if isinstance(measure, PairMeasure) and measure.function.normalization is None:
         named = _pad_widths(named)
     features, mask = check_representations(named, task.mask, task.missing, measure.min_samples, measure.label)

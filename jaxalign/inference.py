@@ -37,6 +37,7 @@ from jaxalign.measures._evaluate import (
     check_function,
     check_representations,
     compare_summaries,
+    depends_on_differences,
     explain_status,
     summarize,
 )
@@ -415,7 +416,10 @@ def _real_samples(
         if isinstance(value, Mapping):
             raise TypeError(f"{name} must be one array (n, d); got a mapping. Only permutation_test takes named sets.")
     rows = check_positions(dict(zip(names, arrays, strict=True)), positions)
-    sets, mask = check_representations(list(rows.items()), mask, missing, measure.min_samples, measure.label)
+    center = depends_on_differences(measure)
+    sets, mask = check_representations(
+        list(rows.items()), mask, missing, measure.min_samples, measure.label, center=center
+    )
     if mask is None:
         return sets
     kept = np.flatnonzero(_checks.on_host(mask))

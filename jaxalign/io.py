@@ -142,19 +142,8 @@ def _array_of(argument: str, name: str, value: Any) -> Any:
                 f"{str(path)!r}."
             )
     if isinstance(value, FeatureSet):
-        path, value = value.path, value.values
-        if value.dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
-            narrowed = _checks.as_floats(f"np.load({str(path)!r})", value)
-            save = f"once for all: np.save({str(path)!r}, {narrowed})"
-            raise TypeError(
-                f"{label}: {path} is float64, but jax is set to 32 bits and would narrow it without a word. Either "
-                'jax.config.update("jax_enable_x64", True) at the start of the program, or '
-                f"{save if path.suffix.lower() == '.npy' else 'store it as float32'}."
-            )
-    _checks.refuse_foreign(label, value, is_features=True)
-    if not isinstance(value, (np.ndarray, jax.Array)):
-        raise TypeError(f"{label} must be an array or a path to a file; got {type(value).__name__}.")
-    return value
+        value = value.values
+    return _checks.numbers(label, value)
 
 
 def _of_file(path: Path, *, alone: bool) -> Iterator[FeatureSet]:

@@ -134,9 +134,10 @@ def remember(
         32
     """
     capacity = memory.filled.shape[0]
+    x, y = _checks.features("x", x), _checks.features("y", y)
     for name, value, kept in (("x", x, memory.x), ("y", y, memory.y)):
-        if np.ndim(value) != 2 or value.shape[1] != kept.shape[1]:
-            raise ValueError(f"{name} must have shape (n, {kept.shape[1]}) to fit the memory; got {np.shape(value)}.")
+        if value.ndim != 2 or value.shape[1] != kept.shape[1]:
+            raise ValueError(f"{name} must have shape (n, {kept.shape[1]}) to fit the memory; got {value.shape}.")
     n = x.shape[0]
     if y.shape[0] != n:
         raise ValueError(f"x and y must hold the same samples, row by row: {n} and {y.shape[0]} rows.")
@@ -145,7 +146,7 @@ def remember(
     last = slice(max(0, n - capacity), n)
     number = n - last.start
     place = (memory.place + jnp.arange(number, dtype=jnp.int32)) % capacity
-    x, y = (lax.stop_gradient(jnp.asarray(a)[last]) for a in (x, y))
+    x, y = (lax.stop_gradient(a[last]) for a in (x, y))
     return Memory(
         memory.x.at[place].set(jnp.where(real[last, None], x, 0).astype(memory.x.dtype)),
         memory.y.at[place].set(jnp.where(real[last, None], y, 0).astype(memory.y.dtype)),
@@ -239,7 +240,9 @@ def alignment_loss(
         got = _checks.shown(landmarks)
         raise ValueError(f'landmarks={got} is for measure="infonce"; {measure!r} compares all with all.')
     named, what = (("x", x), ("y", y)), f'alignment_loss "{measure}"'
-    (x, y), mask = check_representations(named, mask, "raise", _LEAST[measure], what, MASK_ADVICE)
+    # Samples of a memory were not shifted, so these must not be either.
+    center = memory is None
+    (x, y), mask = check_representations(named, mask, "raise", _LEAST[measure], what, MASK_ADVICE, center=center)
     if stop_gradient_target:
         y = lax.stop_gradient(y)
     n = x.shape[-2]

@@ -455,7 +455,7 @@ def test_bad_input():
         (lambda: loss("infonce", mesh=sharding.data_mesh(2))(x, y), "mesh= is not for"),
         (lambda: alignment_loss(y, y, memory=memory), "x has 6 features, the memory 4"),
         (lambda: alignment_loss(x[None], y[None], memory=memory), r"one batch of shape \(n, d\)"),
-        (lambda: alignment_loss(x.astype(int), y), "x must be floating point"),
+        (lambda: alignment_loss(x.astype(str), y), "x must hold real numbers"),
         (lambda: empty_memory(0, 4, 6), "capacity must be a whole number"),
         (lambda: remember(memory, y, y), r"x must have shape \(n, 4\)"),
         (lambda: multi_layer_loss({"a": x}, {"b": y}), r"not in both: \['a', 'b'\]"),

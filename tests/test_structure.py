@@ -21,7 +21,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 
 # A module imports from lower layers only. What a layer is for stands in the docstring of its module.
 LAYERS = [
-    {"_linalg", "_repr", "_status", "_typing", "_version"},
+    {"_linalg", "_numbers", "_repr", "_status", "_typing", "_version"},
     {"_checks"},
     {"_memory", "_positions"},
     {"_plan"},

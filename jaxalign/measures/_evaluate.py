@@ -92,6 +92,11 @@ class SummaryMeasure:
         return self.long_name or self.name
 
 
+def depends_on_differences(measure: PairMeasure | SummaryMeasure) -> bool:
+    """Whether a measure depends on the differences of rows alone: all but those of directions from the origin."""
+    return measure.function.normalization is None
+
+
 def check_representations(
     named: Sequence[tuple[str, Any]],
     mask: Any,
@@ -99,10 +104,15 @@ def check_representations(
     min_samples: int,
     measure: str,
     advice: str = 'missing="omit" leaves out samples that are missing in any set.',
+    *,
+    center: bool = False,
 ) -> tuple[tuple[Array, ...], Array | None]:
-    """Features of the same samples in one dtype and batch shape, and the mask of the samples valid in all of them."""
+    """Features of the same samples in one dtype and batch shape, and the mask of the samples valid in all of them.
+
+    `center`: each representation may be shifted, as the measure depends on differences of its rows alone.
+    """
     _checks.choice("missing", missing, ("raise", "omit", "propagate"))
-    features = [_checks.features(name, value) for name, value in named]
+    features = [_checks.features(name, value, center=center, mask=mask) for name, value in named]
     n = features[0].shape[-2]
     for (name, _), x in zip(named, features, strict=True):
         if x.shape[-2] != n:
@@ -149,7 +159,9 @@ def evaluate(
 ) -> Array:
     """The value of a measure for a pair of representations, (...)."""
     min_samples = 1 if rows_are_local(mesh, axis_name) else measure.min_samples
-    (x, y), mask = check_representations((("x", x), ("y", y)), mask, missing, min_samples, measure.label)
+    (x, y), mask = check_representations(
+        (("x", x), ("y", y)), mask, missing, min_samples, measure.label, center=depends_on_differences(measure)
+    )
     plan = make_plan(x, None, tile_size, mesh, axis_name, representations=2)
     if isinstance(measure, PairMeasure):
         return compute_values(compute_products((x, y), 1, mask, sigma, density, measure, plan), measure)[..., 0, 0]
