@@ -10,6 +10,7 @@ Student: an MLP, 64-64-16, on the 8 x 8 pixels of the digits. It is trained on 7
 On the 300 other digits the table shows how many of the 10 nearest neighbours a digit has both in the student and in the
 teacher, and debiased CKA; mean and standard deviation over seeds, each with other weights and another split.
 
+    python -m pip install "jaxalign[viz]" optax
     python examples/distill.py                          # prints a table, writes distill/distill.png
     python examples/distill.py --teacher "mobilenet-v2 block 13" --measure infonce
 """

@@ -8,6 +8,7 @@ other. Trained on labels alone each arranges its features in its own way. With
 
 the second network arranges its features as the first does, and classifies as well.
 
+    python -m pip install "jaxalign[viz]" optax
     python examples/train_alignment_loss.py                 # prints a table, writes train_alignment_loss/training.png
     python examples/train_alignment_loss.py --measure kl --seeds 3
     python examples/train_alignment_loss.py --devices 8     # the batch spread over 8 devices: the same parameters

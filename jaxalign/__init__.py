@@ -10,6 +10,7 @@ from jaxalign import measures as measures
 from jaxalign import plots as plots
 from jaxalign import sharding as sharding
 from jaxalign import streaming as streaming
+from jaxalign._status import Status as Status
 from jaxalign._version import __version__ as __version__
 from jaxalign.affinity import rbf_affinity as rbf_affinity
 from jaxalign.alignment import Alignment as Alignment

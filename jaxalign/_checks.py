@@ -7,11 +7,13 @@ exception.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +21,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
 
+from jaxalign import _numbers
 from jaxalign._linalg import smallest
 from jaxalign._typing import AnyArray
-
-HALF_DTYPES = (jnp.float16, jnp.bfloat16)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,30 +52,62 @@ def looked_at(fn: Callable[..., Any], *values: Any) -> Any:
         return jax.tree.map(on_host, fn(*values))
 
 
-def features(name: str, value: Any, *, min_rows: int = 1) -> jax.Array:
-    """`value` as a floating-point array of shape (..., n, d) in a dtype fit for accumulation."""
-    array = _floating(name, value)
-    if array.ndim < 2:
-        ways_out = f" One sample of d features is {name}[None, :], n samples of one feature are {name}[:, None]."
-        ways_out = ways_out if array.ndim else ""
-        raise ValueError(
-            f"{name} must have shape (..., n, d): n samples of d features; got shape {array.shape}.{ways_out}"
-        )
-    if 0 in array.shape:
-        raise ValueError(f"{name} is empty: shape {array.shape}; every axis of (..., n, d) must be at least 1.")
-    if array.shape[-2] < min_rows:
-        raise ValueError(
-            f"{name} has n = {array.shape[-2]} sample(s) in shape {array.shape}; at least {min_rows} are needed."
-        )
-    return array.astype(jnp.float32) if array.dtype in HALF_DTYPES else array
+def features(name: str, value: Any, *, min_rows: int = 1, center: bool = False, mask: Any = None) -> jax.Array:
+    """`value` as a floating-point array of shape (..., n, d) in a dtype fit for accumulation.
+
+    Args:
+        name: of the argument, for messages.
+        value: numbers in any form: see `numbers`.
+        min_rows: the least n.
+        center: whether rows may be shifted by a constant, as where their differences alone count. Wider numbers than
+            jax holds are then centered before they are narrowed, and lose nothing; else they are refused if narrowing
+            would round away what tells rows apart.
+        mask: True marks valid rows, of which the mean is taken; checked elsewhere.
+    """
+    array = _shaped(name, value, min_rows)
+    known = _known_mask(mask, array) if _is_wide(array) else None
+    return _narrowed(name, array, _shift((array,), mask, known) if center else None, known)
 
 
-def feature_pair(x: Any, y: Any | None, *, min_rows: int = 1) -> tuple[jax.Array, jax.Array | None]:
-    """Both feature arrays, of one width, one dtype and one batch shape; y may be None."""
-    x = features("x", x, min_rows=min_rows if y is None else 1)
+class Shift(NamedTuple):
+    """A row (1, d) that was subtracted from features, as the sum of two of them in the dtype of the computation."""
+
+    high: jax.Array
+    low: jax.Array
+
+
+def centered_features(name: str, value: Any, *, min_rows: int = 1, mask: Any = None) -> tuple[jax.Array, Shift | None]:
+    """Features as with `center`, and what was subtracted from them: of new samples the same is to be subtracted."""
+    array = _shaped(name, value, min_rows)
+    known = _known_mask(mask, array) if _is_wide(array) else None
+    row = _shift((array,), mask, known)
+    centered = _narrowed(name, array, row, known)
+    if row is None:
+        return centered, None
+    high = row.astype(centered.dtype)
+    with jax.ensure_compile_time_eval():
+        return centered, Shift(jnp.asarray(high), jnp.asarray((row - high).astype(high.dtype)))
+
+
+def shifted_features(name: str, value: Any, shift: Shift | None) -> jax.Array:
+    """Features of new samples, less what was subtracted from those before."""
+    array = _shaped(name, value, 1)
+    if shift is None or array.shape[-1] != shift.high.shape[-1]:  # another width is refused by the caller
+        return _narrowed(name, array, None, None, refuse=False)  # those before were rounded too
+    if isinstance(array, np.ndarray) and is_concrete(*shift):
+        return _narrowed(name, array, on_host(shift.high).astype(np.float64) + on_host(shift.low), None)
+    rows = _narrowed(name, array, None, None)
+    lead = (1,) * (rows.ndim - 2)
+    return (rows - shift.high.reshape(*lead, 1, -1)) - shift.low.reshape(*lead, 1, -1)
+
+
+def feature_pair(
+    x: Any, y: Any | None, *, min_rows: int = 1, mask: Any = None, mask_y: Any = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Both feature arrays, of one width, one dtype and one batch shape, for their distances; y may be None."""
     if y is None:
-        return x, None
-    y = features("y", y)
+        return features("x", x, min_rows=min_rows, center=True, mask=mask), None
+    x, y = _shaped("x", x, 1), _shaped("y", y, 1)
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(
             f"x and y must have the same number of features: x has shape {x.shape}, y has shape {y.shape}. "
@@ -87,11 +120,205 @@ def feature_pair(x: Any, y: Any | None, *, min_rows: int = 1) -> tuple[jax.Array
         raise ValueError(
             f"the batch dimensions of x, {x.shape[:-2]}, and of y, {y.shape[:-2]}, do not broadcast."
         ) from None
+    known = known_y = None
+    if _is_wide(x) or _is_wide(y):
+        known, known_y = _known_mask(mask, x), _known_mask(mask_y, y)
+    shift = _shift((x, y), mask, known)
+    # Next to an array of jax, whose offset stays, rows can only be rounded as those were.
+    refuse = isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
+    x, y = _narrowed("x", x, shift, known, refuse=refuse), _narrowed("y", y, shift, known_y, refuse=refuse)
     dtype = np.promote_types(x.dtype, y.dtype)
     return (
         jnp.broadcast_to(x, batch + x.shape[-2:]).astype(dtype),
         jnp.broadcast_to(y, batch + y.shape[-2:]).astype(dtype),
     )
+
+
+def _shaped(name: str, value: Any, min_rows: int) -> jax.Array | np.ndarray:
+    """Numbers of shape (..., n, d)."""
+    array = numbers(name, value)
+    if array.ndim < 2:
+        ways_out = f" One sample of d features is {name}[None, :], n samples of one feature are {name}[:, None]."
+        if not isinstance(value, (jax.Array, np.ndarray)):  # a list or a table has no such indices
+            ways_out = f" Make it an array first: np.asarray({name})[:, None] are n samples of one feature."
+        ways_out = ways_out if array.ndim else ""
+        raise ValueError(
+            f"{name} must have shape (..., n, d): n samples of d features; got shape {array.shape}.{ways_out}"
+        )
+    if 0 in array.shape:
+        raise ValueError(f"{name} is empty: shape {array.shape}; every axis of (..., n, d) must be at least 1.")
+    if array.shape[-2] < min_rows:
+        raise ValueError(
+            f"{name} has n = {array.shape[-2]} sample(s) in shape {array.shape}; at least {min_rows} are needed."
+        )
+    return array
+
+
+def _is_wide(array: jax.Array | np.ndarray) -> bool:
+    """Whether features are in a dtype wider than the one in which they are computed."""
+    return not _numbers.holds_exactly(_numbers.computing_dtype(array.dtype), array.dtype)
+
+
+def _known_mask(mask: Any, array: jax.Array | np.ndarray) -> np.ndarray | None:
+    """A mask of rows on the host, in the shape of the features (..., n), if both can be read."""
+    if mask is None or isinstance(array, jax.Array) or not is_concrete(mask):
+        return None
+    if isinstance(mask, jax.Array) and not mask.is_fully_addressable:
+        return None
+    known = _as_bool(np.asarray(mask))
+    if known.dtype != bool:  # which is refused where masks are checked
+        return None
+    while known.ndim > array.ndim - 1:  # of a batch that shares its features: valid in any of its elements
+        known = known.any(0)
+    try:
+        return np.broadcast_to(known, array.shape[:-1])
+    except ValueError:  # likewise
+        return None
+
+
+def _shift(arrays: Sequence[jax.Array | np.ndarray], mask: Any, known: np.ndarray | None) -> np.ndarray | None:
+    """The row that is subtracted from all of these before they are narrowed: the mean of the first.
+
+    None where nothing is narrowed, or where they cannot all be shifted alike: where some are on a device already, or
+    are traced. With a mask that is traced nothing is known of which rows count, and others may hold anything.
+    """
+    if any(isinstance(array, jax.Array) for array in arrays) or (mask is not None and known is None):
+        return None
+    if not any(map(_is_wide, arrays)):
+        return None
+    assert isinstance(arrays[0], np.ndarray)
+    return _numbers.mean_row(arrays[0], known)
+
+
+def _narrowed(
+    name: str,
+    array: jax.Array | np.ndarray,
+    shift: np.ndarray | None,
+    mask: np.ndarray | None,
+    *,
+    refuse: bool = True,
+) -> jax.Array:
+    """Features in the dtype in which they are computed, less a row; `refuse`: unless that rounds away what differs."""
+    dtype = _numbers.computing_dtype(array.dtype)
+    if isinstance(array, jax.Array):
+        if _is_wide(array) and is_concrete(array):  # whole numbers that are spread over devices
+            most = float(looked_at(lambda a: jnp.max(jnp.abs(a.astype(dtype))), array))
+            if most > 2.0 ** (jnp.finfo(dtype).nmant + 1):
+                raise ValueError(
+                    f"{name} is {array.dtype} and reaches {most:.3g}, where {dtype} rounds whole numbers. Subtract one "
+                    "of its rows from all of them first: distances stay the same."
+                )
+        return array.astype(dtype)
+    narrowed = _numbers.narrow(array, dtype, shift)
+    if _is_wide(array) or shift is not None:
+        if _numbers.overflows(array, narrowed, mask) or _numbers.vanishes(array, narrowed):
+            code = f"np.asarray({name})"  # it may be a list, or a table
+            raise ValueError(
+                f"{name} holds numbers up to {_numbers.largest(array):.3g}, which are beyond the range of {dtype}. Use "
+                f"another unit: {code} / np.abs({code}).max()."
+            )
+        if shift is None and refuse:
+            refuse_rounding(name, array)
+    with jax.ensure_compile_time_eval():  # a numpy array is known inside a trace too
+        return jnp.asarray(narrowed)
+
+
+def refuse_rounding(name: str, array: np.ndarray) -> None:
+    """Raise where narrowing, without a shift, would round away what tells rows apart."""
+    if _numbers.error_of_narrowing(array) > _numbers.ALLOWED:
+        raise ValueError(
+            f"{name} is {array.dtype} and far from 0: float32 would round away what tells its rows apart. Subtract "
+            f"what they share, {name} - np.mean({name}, -2, keepdims=True), if the origin means nothing, or compute "
+            'in float64: jax.config.update("jax_enable_x64", True) at the start of the program.'
+        )
+
+
+def numbers(name: str, value: Any) -> jax.Array | np.ndarray:
+    """Real numbers as an array: those of jax stay there, all others are on the host, in the dtype that they have.
+
+    Takes arrays of numpy and jax, (nested) lists, and whatever numpy makes an array of numbers of, as a DataFrame.
+    """
+    refuse_foreign(name, value)
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        array = _converted(name, value)
+    elif isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, whose mask would be lost. Give {name}.data, and "
+            f"mask=~np.ma.getmaskarray({name}).any(-1): True where a sample is real."
+        )
+    else:
+        array = value
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{name} is complex ({array.dtype}). Stack its parts as features: np.concatenate([{name}.real, "
+            f"{name}.imag], -1) has the same distances."
+        )
+    is_number = array.dtype == bool or any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    if not is_number:
+        raise TypeError(f"{name} must hold real numbers; got {_dtypes(value, array)}.{_as_numbers(name, value, array)}")
+    if isinstance(array, jax.Array) and is_concrete(array) and _is_wide(array):
+        is_here = array.is_fully_addressable and len(array.sharding.device_set) == 1
+        return np.asarray(array) if is_here else array
+    return array
+
+
+def _converted(name: str, value: Any) -> jax.Array | np.ndarray:
+    """What is no array yet, as one."""
+    kind = type(value)
+    is_sparse = hasattr(value, "toarray") or hasattr(value, "todense")
+    is_numbers = isinstance(value, (list, tuple, int, float)) or hasattr(kind, "__array__")
+    if is_sparse or not (is_numbers or hasattr(kind, "__array_interface__") or hasattr(kind, "__dlpack__")):
+        raise TypeError(f"{name} must be an array of numbers; got {kind.__name__}.{_other_way(name, value)}")
+    first = value
+    while isinstance(first, (list, tuple)) and len(first):
+        first = first[0]
+    if _is_tensor(first):
+        raise TypeError(f"{name} holds torch tensors. Stack them first, and give torch.stack({name}).numpy().")
+    try:
+        if hasattr(kind, "__dlpack__") and not hasattr(kind, "__array__"):
+            return jnp.from_dlpack(value)
+        array = np.asarray(value)
+        if array.dtype == object and _odd_columns(value) == []:  # bool beside float, or columns that may miss values
+            with contextlib.suppress(TypeError, ValueError):  # and do
+                return array.astype(np.float64)
+        return array
+    except jax.errors.TracerArrayConversionError:
+        return jnp.asarray(value)
+    except ValueError:
+        raise TypeError(f"{name} must hold rows of one length; got {shown(value)}.") from None
+
+
+def _dtypes(value: Any, array: Any) -> str:
+    """The dtype of what is no array of numbers; of a table those columns that are none."""
+    odd = _odd_columns(value)
+    if odd is None:
+        return f"dtype {array.dtype}"
+    more = f", and {len(odd) - _FEW} more" if len(odd) > _FEW else ""
+    return f"column {', '.join(odd[:_FEW])}{more}" if odd else "missing values"
+
+
+def _odd_columns(value: Any) -> list[str] | None:
+    """The columns of a table whose dtype is not that of numbers; None of what is no table."""
+    columns, dtypes = getattr(value, "columns", None), getattr(value, "dtypes", None)
+    if columns is None or dtypes is None:
+        return None
+    named = zip(columns, dtypes, strict=False)
+    return [f"{column!r} of {dtype}" for column, dtype in named if not _NUMERIC.match(str(dtype))]
+
+
+_NUMERIC = re.compile(r"u?int|float|bool", re.IGNORECASE)  # as pandas and polars call them
+
+
+def _as_numbers(name: str, value: Any, array: Any) -> str:
+    """What to do with what has a dtype of no numbers."""
+    odd = _odd_columns(value)
+    if odd is not None:
+        return " Leave it out." if odd else f" {name}.to_numpy(np.float64, na_value=np.nan) makes nan of them."
+    try:
+        np.asarray(array).astype(np.float64)
+    except (TypeError, ValueError):
+        return " Its entries are no numbers."
+    return f" Write np.asarray({name}).astype(np.float64)."
 
 
 def _array(name: str, value: Any) -> jax.Array | np.ndarray:
@@ -143,7 +370,7 @@ def row_mask(name: str, value: Any | None, shape: tuple[int, ...]) -> jax.Array 
     """A boolean mask over rows, True = a real sample, broadcast to `shape` = (..., n)."""
     if value is None:
         return None
-    array = _array(name, value)
+    array = _as_bool(_array(name, value))
     if array.dtype != bool:
         raise TypeError(
             f"{name} must be boolean, True where a sample is real; got dtype {array.dtype}. "
@@ -155,6 +382,12 @@ def row_mask(name: str, value: Any | None, shape: tuple[int, ...]) -> jax.Array 
         return jnp.broadcast_to(jnp.asarray(array), shape)
     except ValueError:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape}: one entry a sample.") from None
+
+
+def _as_bool(mask: Any) -> Any:
+    """A mask out of a column of a table that could hold missing values, but holds none; any other as it is."""
+    is_bool = mask.dtype == object and all(isinstance(entry, (bool, np.bool_)) for entry in mask.ravel())
+    return mask.astype(bool) if is_bool else mask
 
 
 def choice(name: str, value: Any, valid: Sequence[Any]) -> None:
@@ -337,24 +570,27 @@ def shown(value: Any) -> str:
     return _Short().repr(value)
 
 
-def refuse_foreign(name: str, value: Any, *, is_features: bool = False) -> None:
-    """Raise for a torch tensor; of features the way out ends in a dtype that they may have."""
+def refuse_foreign(name: str, value: Any) -> None:
+    """Raise for a torch tensor."""
     if not _is_tensor(value):
         return
-    if is_features and str(value.dtype) in _TO_NARROW and not _to_dense(value) and value.device.type != "meta":
-        host = value.detach().cpu().numpy()
-        raise TypeError(
-            f"{name} is a torch tensor of {value.dtype}. Give {as_floats(f'{name}.detach().cpu().numpy()', host)}."
-        )
     dense = name + _to_dense(value)
-    host = f"{dense}.detach().cpu()" + (".float()" if str(value.dtype) == "torch.bfloat16" else "")
-    raise TypeError(
-        f"{name} is a torch tensor. Convert it with jaxalign.interop.from_torch({dense}), or give {host}.numpy()."
-    )
+    host = f"{dense}.detach().cpu()" + (".float()" if str(value.dtype) == "torch.bfloat16" else "") + ".numpy()"
+    if str(value.dtype) in _TAKEN_BY_NUMPY:  # torch's own conversion would narrow it
+        raise TypeError(f"{name} is a torch tensor of {value.dtype}. Give {host}.")
+    raise TypeError(f"{name} is a torch tensor. Convert it with jaxalign.interop.from_torch({dense}), or give {host}.")
 
 
-# Tensors that are no features as they are.
-_TO_NARROW = ("torch.float64", "torch.int64", "torch.int32", "torch.int16", "torch.int8", "torch.uint8", "torch.bool")
+# Tensors whose numbers jax does not hold as they are, or that are no floats.
+_TAKEN_BY_NUMPY = (
+    "torch.float64",
+    "torch.int64",
+    "torch.int32",
+    "torch.int16",
+    "torch.int8",
+    "torch.uint8",
+    "torch.bool",
+)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -373,96 +609,6 @@ def x64_enabled() -> bool:
     return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
 
-# Rows that are looked at to see what narrowing does to them, and how much it may, relative to their spread.
-_LOOKED_AT, ALLOWED = 4096, 1e-4
-
-
-def as_floats(code: str, value: Any) -> str:
-    """Code for the numbers of `code`, whose value is `value`, in a floating point dtype that jax holds now; or ''.
-
-    Where float32 would round away what tells samples apart (ids near 1e9, a large offset) it centers them first.
-    """
-    dtype = getattr(value, "dtype", None)
-    wide = x64_enabled()
-    if dtype is not None and (dtype in (np.float32, np.float16, jnp.bfloat16) or (wide and dtype == np.float64)):
-        return code
-    error = error_of_narrowing(value)
-    if np.isnan(error):
-        return ""
-    is_array, to = isinstance(value, (np.ndarray, jax.Array)), "np.float64" if wide else "np.float32"
-    if wide or error <= ALLOWED:
-        return f"{code}.astype({to})" if is_array else f"np.asarray({code}, {to})"
-    exact = code if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" else f"np.asarray({code}, np.float64)"
-    if np.isinf(error):
-        return f"({exact} / np.abs({exact}).max()).astype(np.float32)"
-    mean = "mean(0)" if np.ndim(value) < 3 else "mean(-2, keepdims=True)"
-    return f"({exact} - {exact}.{mean}).astype(np.float32)"
-
-
-def _why(code: str) -> str:
-    return " (float32 keeps 7 digits: centered, all of them are of what differs)" if ".mean(" in code else ""
-
-
-def error_of_narrowing(value: Any) -> float:
-    """The error of the first rows in float32 relative to their spread: inf beyond float32, nan of what is no number."""
-    if not is_concrete(value):
-        return 0.0
-    try:
-        array = on_host(value)
-        rows = array.reshape(-1, array.shape[-1])[:_LOOKED_AT] if array.ndim > 1 else array.reshape(-1, 1)
-        rows = rows.astype(np.longdouble if array.dtype == np.longdouble else np.float64)
-    except (TypeError, ValueError):  # texts, objects, lists of different length
-        return np.nan
-    rows = rows[np.isfinite(rows).all(-1)]
-    if not array.ndim or not rows.size:
-        return 0.0 if array.ndim else np.nan
-    with np.errstate(all="ignore"):
-        error, spread = np.abs(rows.astype(np.float32) - rows).max(), np.abs(rows - rows.mean(0)).max()
-        if not error or np.isinf(error):  # beyond float32
-            return float(error)
-        # Of rows that are all alike, or one alone, nothing is known but that whole numbers should stay whole.
-        return float(error / spread) if spread else float(array.dtype.kind in "iu")
-
-
-def _floating(name: str, value: Any) -> jax.Array:
-    refuse_foreign(name, value, is_features=True)
-    if not isinstance(value, (jax.Array, np.ndarray)):
-        raise TypeError(f"{name} must be a jax or numpy array; got {type(value).__name__}.{_other_way(name, value)}")
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} is a masked array, whose mask would be lost. Give {as_floats(f'{name}.data', value.data)}, and "
-            f"mask=~np.ma.getmaskarray({name}).any(-1): True where a sample is real."
-        )
-    if jnp.issubdtype(value.dtype, jnp.complexfloating):
-        parts = f"np.concatenate([{name}.real, {name}.imag], -1)"
-        like = np.zeros((1, 1), np.float32 if value.dtype == np.complex64 else np.float64)
-        raise TypeError(
-            f"{name} is complex ({value.dtype}). Stack its parts as features: {as_floats(parts, like)} has the same "
-            "distances."
-        )
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        code = as_floats(name, value)
-        may_be_ids = jnp.issubdtype(value.dtype, jnp.integer) and value.dtype.itemsize > 2
-        ids = ", and ids or labels are no features" if may_be_ids else ""
-        way_out = f" Write {code}{_why(code)}." if code else " Its entries are no numbers."
-        raise TypeError(f"{name} must be floating point; got dtype {value.dtype}{ids}.{way_out}")
-    if value.dtype.itemsize > (8 if x64_enabled() else 4):
-        if x64_enabled():
-            raise TypeError(f"{name} has dtype {value.dtype}, which jax does not hold. Write {as_floats(name, value)}.")
-        code = as_floats(name, value)
-        raise TypeError(
-            f"{name} is {value.dtype}, but jax is set to 32 bits and would narrow it without a word. Either "
-            f'jax.config.update("jax_enable_x64", True) at the start of the program, or {code}{_why(code)}.'
-        )
-    # Byte order is how a file was written, not what it says.
-    if isinstance(value, np.ndarray) and not value.dtype.isnative:
-        value = value.astype(value.dtype.newbyteorder("="))
-    if isinstance(value, jax.Array):
-        return value
-    with jax.ensure_compile_time_eval():  # a numpy array is known inside a trace too
-        return jnp.asarray(value)
-
-
 def _other_way(name: str, value: Any) -> str:
     """What to do with features that are no array."""
     if isinstance(value, (str, Path)):
@@ -471,7 +617,5 @@ def _other_way(name: str, value: Any) -> str:
         return " jaxalign.compare_grid takes several sets by name."
     for method in ("toarray", "todense"):  # sparse matrices of scipy, and of jax
         if hasattr(value, method):
-            empty = np.zeros((1, 1), value.dtype)
-            return f" It is sparse: write {as_floats(f'{name}.{method}()', empty)}."
-    code = as_floats(name, value)
-    return f" Write {code}{_why(code)}." if code else ""
+            return f" It is sparse: write {name}.{method}()."
+    return ""

@@ -33,12 +33,12 @@ def rows_of(values: Any, positions: Positions) -> Any:
 
 def check_positions(named: Mapping[str, Any], positions: Positions | None) -> dict[str, Any]:
     """Representations as rows (n, d); raises where `positions` is needed and not given, or given and not needed."""
-    arrays = {name: value for name, value in named.items() if isinstance(value, (np.ndarray, jax.Array))}
+    arrays = {name: _checks.numbers(name, value) for name, value in named.items()}
     if positions is None:
         for name, value in arrays.items():
             if value.ndim != 2:
                 raise ValueError(f"{name} must have shape (n, d); got {value.shape}.{_way_out(name, value)}")
-        return dict(named)
+        return arrays
     _checks.choice("positions", positions, ("samples", "channels", "mean"))
     for name, value in arrays.items():
         if not 2 <= value.ndim <= 4:
@@ -47,7 +47,7 @@ def check_positions(named: Mapping[str, Any], positions: Positions | None) -> di
             )
     if all(value.ndim == 2 for value in arrays.values()):
         raise ValueError(f"positions={positions!r} has no effect on features of shape (n, d). Leave it out.")
-    return {name: rows_of(value, positions) if name in arrays else value for name, value in named.items()}
+    return {name: rows_of(value, positions) for name, value in arrays.items()}
 
 
 def _way_out(name: str, value: Any) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from jaxalign import _checks
+from jaxalign._status import Status
 from jaxalign._typing import AnyArray
-from jaxalign.core.bandwidth import BAD_DENSITY, CONVERGED, INFEASIBLE, NO_SAMPLES, NON_FINITE, NOT_CONVERGED
 from jaxalign.plan import STORED, Plan
 
 Diagonal = Literal["include", "exclude"]
@@ -19,17 +20,6 @@ Bandwidth = Literal["global", "per_row"]
 
 # The default target density.
 DENSITY = 0.05
-
-_REASONS = {
-    NOT_CONVERGED: "the root-finder did not converge (please report this with your data)",
-    INFEASIBLE: (
-        "too many samples coincide: the share of pairs at zero distance is not below the density, so no sigma "
-        "reaches it. Remove duplicate samples, or ask for a larger density"
-    ),
-    NON_FINITE: "the features hold nan or inf",
-    BAD_DENSITY: "density is not between 0 and 1",
-    NO_SAMPLES: "the mask leaves too few real samples to form a pair",
-}
 
 
 class Problem(NamedTuple):
@@ -47,10 +37,16 @@ class Problem(NamedTuple):
         return self.x.shape[:-2]
 
 
-def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any, *, local_rows: bool = False) -> Problem:
-    """Check everything but density and sigma. `local_rows`: x holds the rows of one device, others hold more."""
+def check_problem(
+    x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any, *, local_rows: bool = False, throw: bool = True
+) -> Problem:
+    """Check everything but density and sigma. `local_rows`: x holds the rows of one device, others hold more.
+
+    Without `throw`, here and below, nothing is read from a device, which would wait for it: what only values can tell
+    is left to the status.
+    """
     _checks.choice("diagonal", diagonal, ("include", "exclude"))
-    x, y = _checks.feature_pair(x, y, min_rows=1 if local_rows else 2)
+    x, y = _checks.feature_pair(x, y, min_rows=1 if local_rows else 2, mask=mask, mask_y=mask_y)
     if y is None and mask_y is not None:
         raise ValueError("mask_y is given without y; mask serves both sides when y is None.")
     if y is not None and diagonal != "include":
@@ -61,7 +57,7 @@ def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any, *, loca
     mask = _checks.row_mask("mask", mask, x.shape[:-1])
     mask_y = None if y is None else _checks.row_mask("mask_y", mask_y, y.shape[:-1])
     for name, value, min_samples in (("mask", mask, 2 if y is None else 1), ("mask_y", mask_y, 1)):
-        if value is not None and _checks.is_concrete(value) and not local_rows:
+        if value is not None and throw and _checks.is_concrete(value) and not local_rows:
             counts = _checks.on_host(value).sum(-1)
             if (counts < min_samples).any():
                 raise ValueError(
@@ -71,15 +67,19 @@ def check_problem(x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any, *, loca
     return Problem(x, y, mask, mask_y, diagonal)
 
 
-def check_density(density: Any, problem: Problem, bandwidth: Any, plan: Plan = STORED) -> AnyArray:
+def check_density(
+    density: Any, problem: Problem, bandwidth: Any, plan: Plan = STORED, *, throw: bool = True
+) -> AnyArray:
     """The density as an array (...); raises if no sigma can reach it."""
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
     target = _checks.parameter(
         "density", density, problem.x.dtype, problem.batch, "the batch dimensions of the features"
     )
+    if not _may_read(density, throw):
+        return target
     _checks.density_value(density)
-    if problem.y is None and problem.diagonal == "include" and _checks.is_concrete(density):
-        if problem.mask is None or plan.rows_are_local or not _checks.is_concrete(problem.mask):
+    if problem.y is None and problem.diagonal == "include":
+        if problem.mask is None or plan.rows_are_local or not _may_read(problem.mask, throw):
             counts = plan.total_rows(problem.x.shape[-2])  # an upper bound: how many samples masks leave is unknown
         else:
             counts = _checks.on_host(problem.mask).sum(-1)
@@ -116,7 +116,7 @@ def check_unused(sigma: Any, density: Any, diagonal: Any) -> None:
         )
 
 
-def check_sigma(sigma: Any, problem: Problem, bandwidth: Any) -> AnyArray:
+def check_sigma(sigma: Any, problem: Problem, bandwidth: Any, *, throw: bool = True) -> AnyArray:
     """The sigma of the caller as an array (...), or (..., n) with one per row."""
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
     n, batch, shape = problem.x.shape[-2], problem.batch, np.shape(sigma)
@@ -130,10 +130,17 @@ def check_sigma(sigma: Any, problem: Problem, bandwidth: Any) -> AnyArray:
     if shape[-1:] == (n,):
         meaning += '. One sigma per row needs bandwidth="per_row"'
     value = _checks.parameter("sigma", sigma, problem.x.dtype, (*batch, n) if per_row else batch, meaning)
-    _checks.positive("sigma", sigma, problem.mask if per_row else None)
+    valid = problem.mask if per_row else None
+    if _may_read(sigma, throw) and _may_read(valid, throw):
+        _checks.positive("sigma", sigma, valid)
     if per_row and problem.mask is not None:  # nan in a masked row would reach the gradients of other rows
         value = jnp.where(problem.mask, value, 1)
     return value
+
+
+def _may_read(value: Any, throw: bool) -> bool:
+    """Whether a value is known, and known on the host if reading it from a device is ruled out."""
+    return _checks.is_concrete(value) and (throw or not isinstance(value, jax.Array))
 
 
 def check_rtol(rtol: float | None, dtype: Any) -> float:
@@ -161,6 +168,7 @@ def raise_if_failed(status: Array) -> None:
         return
     values = _checks.on_host(status)
     if values.any():
-        index = tuple(int(i) for i in np.argwhere(values != CONVERGED)[0])
+        index = tuple(int(i) for i in np.argwhere(values != Status.CONVERGED)[0])
         position = f" (at index {index} of {values.shape})" if index else ""
-        raise ValueError(f"no sigma found{position}: {_REASONS[int(values[index])]}.")
+        message = Status(int(values[index])).message
+        raise ValueError(f"no sigma found{position}: {message[0].lower()}{message[1:]}")

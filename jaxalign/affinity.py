@@ -41,6 +41,7 @@ def rbf_affinity(
     mask: Bool[AnyArray, "*#batch n"] | None = None,
     mask_y: Bool[AnyArray, "*#batch m"] | None = None,
     precision: lax.PrecisionLike = None,
+    throw: bool = True,
 ) -> Float[Array, "*batch n m"]:
     """RBF affinity A_ij = exp(-||x_i - y_j||^2 / (2 sigma^2)), by default scaled to a mean of 0.05.
 
@@ -61,6 +62,8 @@ def rbf_affinity(
         mask: shape (..., n), True = a real sample. The others get rows and columns of 0 and do not count in any mean.
         mask_y: the same for y, shape (..., m).
         precision: of the matrix product in the distances, see `squared_distances`.
+        throw: whether to raise where there is no sigma. False: the status is not read, so the call does not wait for
+            the device; where there is no sigma the affinity is nan.
 
     Returns:
         The affinity, shape (..., n, m), entries in [0, 1]; float32 for half-precision features. Differentiable in x, y,
@@ -80,15 +83,15 @@ def rbf_affinity(
         >>> a.shape == b.shape, round(float(a.mean()), 5), round(float(b.mean()), 5)
         (True, 0.05, 0.05)
     """
-    problem = check_problem(x, y, mask, mask_y, diagonal)
+    problem = check_problem(x, y, mask, mask_y, diagonal, throw=throw)
     if zero_diagonal and y is not None:
         raise ValueError("zero_diagonal=True has no meaning with y: row i and column i are different samples.")
     given = target = None
     if sigma is None:
-        target = check_density(density, problem, bandwidth)
+        target = check_density(density, problem, bandwidth, throw=throw)
     else:
         check_unused(sigma, density, diagonal)
-        given = check_sigma(sigma, problem, bandwidth)
+        given = check_sigma(sigma, problem, bandwidth, throw=throw)
     check_stored("the affinity", problem.x, problem.y)
     affinity, status = _rbf_affinity(
         problem.x,
@@ -103,7 +106,8 @@ def rbf_affinity(
         precision,
         check_rtol(None, problem.x.dtype),
     )
-    explain_failure(status, problem)
+    if throw:
+        explain_failure(status, problem)
     return affinity
 
 

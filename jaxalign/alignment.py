@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxalign import _checks
 from jaxalign._directions import less_row_mean
 from jaxalign._linalg import matmul, power_of_two, products, root, scaled, unit
+from jaxalign._repr import short_repr
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
@@ -68,7 +69,7 @@ class _Channels:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("channels", "landmarks", "sigma", "density", "cholesky", "centre", "scale"),
+    data_fields=("channels", "landmarks", "sigma", "density", "cholesky", "centre", "scale", "shift"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class _Space:
     cholesky: Array | None = None  # (m, m) lower Cholesky factor of A_LL + lambda I
     centre: Array | None = None  # (1, m) mean and standard deviation of the columns
     scale: Array | None = None
+    shift: _checks.Shift | None = None  # was subtracted from the features, ahead of the channels' map
 
     def affinity(self, x: Array) -> Array:
         """Affinity of samples, after the channels' map, to the landmarks."""
@@ -103,7 +105,7 @@ class _Space:
     data_fields=("features", "sigma", "landmarks", "spaces"),
     meta_fields=(),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Alignment:
     """Relative features of several networks over the same landmarks; made by `align`.
 
@@ -119,6 +121,9 @@ class Alignment:
     sigma: dict[str, Float[Array, "..."]]
     landmarks: Int[Array, " m"]
     spaces: dict[str, _Space]
+
+    def __repr__(self) -> str:
+        return short_repr(self, omit=("spaces",))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -145,7 +150,7 @@ class Alignment:
             ValueError, TypeError: x_new of another width, see also `rbf_affinity`.
         """
         space = self.spaces[self._known(name)]
-        x = _checks.features("x_new", x_new)
+        x = _checks.shifted_features("x_new", x_new, space.shift)
         if x.ndim != 2 or x.shape[-1] != space.landmarks.shape[-1]:
             raise ValueError(f"x_new must have shape (k, {space.landmarks.shape[-1]}) for {name!r}; got {x.shape}.")
         return space.standardize(space.decorrelate(space.affinity(space.channels(x))))
@@ -251,7 +256,7 @@ def align(
             )
         _checks.parameter("decorrelate", decorrelate, jnp.float32, (), "one number")
         _checks.positive("decorrelate", decorrelate)
-    arrays = _check_features(features)
+    arrays, shifts = _check_features(features)
     n = next(iter(arrays.values())).shape[0]
     maps = {name: _fit_channels(x, channels) for name, x in arrays.items()}
     arrays = {name: maps[name](x) for name, x in arrays.items()}
@@ -267,7 +272,8 @@ def align(
                 _check_own_share(density, block)
                 sigma[name] = solve_sigma(x, block, density=density, bandwidth="per_row").sigma
             wanted = jnp.asarray(density, x.dtype)
-            space = _Space(maps[name], block, sigma[name] if bandwidth == "global" else None, wanted)
+            fitted_sigma = sigma[name] if bandwidth == "global" else None
+            space = _Space(maps[name], block, fitted_sigma, wanted, shift=shifts[name])
             affinity = rbf_affinity(x, block, sigma[name], bandwidth=bandwidth)
             # A landmark's distance from itself is 0; as an entry between two different sets it carries rounding.
             affinity = affinity.at[chosen, jnp.arange(len(chosen))].set(1)
@@ -330,15 +336,15 @@ def _others(chosen: Array, n: int) -> Array:
     return jnp.nonzero(jnp.ones(n, bool).at[chosen].set(False), size=n - len(chosen))[0]
 
 
-def _check_features(features: Any) -> dict[str, Array]:
-    """The features (n, d_k) of every network, of the same n samples."""
+def _check_features(features: Any) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The features (n, d_k) of every network, of the same n samples, and the shift that was subtracted from each."""
     if not isinstance(features, Mapping):
         raise TypeError(f"features must be a mapping from names to arrays; got {type(features).__name__}.")
     if not features:
         raise ValueError("features is empty: give at least one network's features, {name: array}.")
-    arrays = {}
+    arrays, shifts = {}, {}
     for name, value in features.items():
-        array = _checks.features(f"features[{name!r}]", value, min_rows=2)
+        array, shifts[name] = _checks.centered_features(f"features[{name!r}]", value, min_rows=2)
         if array.ndim != 2:
             raise ValueError(f"features[{name!r}] must have shape (n, d); got {array.shape}.")
         way_out = "Remove these samples from every network."
@@ -347,7 +353,7 @@ def _check_features(features: Any) -> dict[str, Array]:
     counts = {name: array.shape[0] for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"all networks must have the same samples in the same order; got n = {_checks.shown(counts)}.")
-    return arrays
+    return arrays, shifts
 
 
 def _choose_landmarks(landmarks: Any, key: Array | None, n: int) -> Array:
@@ -384,7 +390,7 @@ def farthest_points(features: Mapping[str, Float[AnyArray, "n _"]], number: int)
         >>> jaxalign.align({"a": x, "b": -x}, landmarks=landmarks).features["b"].shape
         (200, 50)
     """
-    arrays = _check_features(features)
+    arrays, _ = _check_features(features)
     number = _checks.whole("number", number, 1, next(iter(arrays.values())).shape[0], most_is="n = ")
     return _farthest_points(tuple(arrays.values()), number)
 
@@ -449,7 +455,7 @@ def joint_affinity(
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("index", "rank", "top1", "top5", "mrr"), meta_fields=())
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Correspondence:
     """How well rows find their partners; made by `correspondence`.
 
@@ -468,6 +474,9 @@ class Correspondence:
     top1: Float[Array, "*batch"]
     top5: Float[Array, "*batch"]
     mrr: Float[Array, "*batch"]
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def correspondence(

@@ -23,41 +23,21 @@ from jaxalign._problem import (
     explain_failure,
     raise_if_failed,
 )
+from jaxalign._repr import describe_codes, short_repr
+from jaxalign._status import Status
 from jaxalign._typing import AnyArray
-from jaxalign.core.bandwidth import (
-    BAD_DENSITY,
-    CONVERGED,
-    INFEASIBLE,
-    NO_SAMPLES,
-    NON_FINITE,
-    NOT_CONVERGED,
-    gamma_of,
-    pairs_of,
-    solve_pairs,
-)
+from jaxalign.core.bandwidth import gamma_of, pairs_of, solve_pairs
 from jaxalign.core.devices import NO_ROWS, ROWS_LAST, on_mesh
 from jaxalign.core.features import center_features
 from jaxalign.core.reduce import reduce_pairs
 from jaxalign.core.tiles import Reduction, kernel_terms, over_all
 from jaxalign.plan import Plan, check_plan, resolve_plan
 
-__all__ = [
-    "BAD_DENSITY",
-    "CONVERGED",
-    "INFEASIBLE",
-    "NON_FINITE",
-    "NOT_CONVERGED",
-    "NO_SAMPLES",
-    "Bandwidth",
-    "Diagonal",
-    "SigmaSolution",
-    "mean_density",
-    "solve_sigma",
-]
+__all__ = ["Bandwidth", "Diagonal", "SigmaSolution", "mean_density", "solve_sigma"]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("sigma", "density", "passes", "status"), meta_fields=())
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SigmaSolution:
     """What `solve_sigma` found; a pytree of arrays of shape (...) or, with a bandwidth per row, (..., n).
 
@@ -65,14 +45,16 @@ class SigmaSolution:
         sigma: the bandwidth, in units of the features; nan where there is none (see status) and in masked rows.
         density: the mean density that sigma reaches.
         passes: passes over all pairs that were needed, an integer array of shape (...).
-        status: 0 = `bandwidth.CONVERGED`, `NOT_CONVERGED`, `INFEASIBLE` (coincident samples), `NON_FINITE` (nan or inf
-            in the features), `BAD_DENSITY` or `NO_SAMPLES` (all masked).
+        status: how the search ended, an integer for each sigma: a code of `jaxalign.Status`, 0 where it was found.
     """
 
     sigma: Float[Array, "..."]
     density: Float[Array, "..."]
     passes: Int[Array, "..."]
     status: Int[Array, "..."]
+
+    def __repr__(self) -> str:
+        return short_repr(self, status=describe_codes(self.status, Status))
 
     def raise_if_failed(self) -> SigmaSolution:
         """Return self, or raise a ValueError that says what went wrong and where; does nothing under a trace."""
@@ -159,11 +141,13 @@ def solve_sigma(
     mask_y: Bool[AnyArray, "*#batch m"] | None = None,
     rtol: float | None = None,
     plan: Plan | None = None,
+    throw: bool = True,
 ) -> SigmaSolution:
     """The sigma at which mean(exp(-||x_i - y_j||^2 / (2 sigma^2))) equals a density.
 
     Args:
-        x: features, shape (..., n, d), n >= 2 (n >= 1 with y).
+        x: features, shape (..., n, d), n >= 2 (n >= 1 with y): an array of any real dtype, nested lists, or a table.
+            Without x64, float64 is centered before it becomes float32, so that an offset costs distances nothing.
         y: features, shape (..., m, d); None compares x with itself.
         density: the wanted mean c of the affinity, 0 < c < 1; a number or an array that broadcasts to (...), may be
             traced.
@@ -175,6 +159,8 @@ def solve_sigma(
         rtol: relative error allowed in the density reached, and about that in derivatives; None: 1e-6 in float32, 1e-13
             in float64.
         plan: how pairs are visited, see `jaxalign.Plan`.
+        throw: whether to raise if there is no sigma. False: the status is not read, so the call does not wait for the
+            device; where there is no sigma it is nan, and the status says why.
 
     Returns:
         `SigmaSolution` with sigma, the density reached, the number of passes over all pairs, and a status. sigma has
@@ -182,7 +168,7 @@ def solve_sigma(
         d sigma / d D_ij = sigma A_ij / (2 sum_kl A_kl D_kl).
 
     Raises:
-        TypeError: features that are not floating-point arrays; float64 without x64.
+        TypeError: features that are not real numbers (complex, texts, dates, objects), or are a torch tensor.
         ValueError: wrong shapes; density outside (0, 1); a density that cannot be reached because the diagonal alone
             exceeds it (always, also under jit), or because samples coincide; nan or inf; an empty mask. Under a
             trace, what only the values can tell gives sigma = nan and a status instead.
@@ -196,12 +182,13 @@ def solve_sigma(
         True
     """
     plan = check_plan(plan)
-    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=plan.rows_are_local)
+    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=plan.rows_are_local, throw=throw)
     plan = resolve_plan(plan, problem.x, problem.y)
-    target = check_density(density, problem, bandwidth, plan)
+    target = check_density(density, problem, bandwidth, plan, throw=throw)
     rtol = check_rtol(rtol, problem.x.dtype)
     solution = solve_checked(problem, target, bandwidth, rtol, plan)
-    explain_failure(solution.status, problem)
+    if throw:
+        explain_failure(solution.status, problem)
     return solution
 
 

@@ -22,7 +22,7 @@ _GRID = (16, 16)
 _FEATURES = "features/"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PatchFeatures:
     """Features of the 768 patches of three photographs: a 16 x 16 grid on each.
 
@@ -52,8 +52,13 @@ class PatchFeatures:
     provenance: Mapping[str, str]
     licenses: Mapping[str, str]
 
+    def __repr__(self) -> str:
+        from jaxalign._repr import short_repr  # not at the top: the module alone needs numpy only
 
-@dataclass(frozen=True, eq=False)
+        return short_repr(self, omit=("provenance", "licenses"))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class DigitFeatures:
     """Features of 1000 handwritten digits, one vector for each digit and network.
 
@@ -72,6 +77,11 @@ class DigitFeatures:
     labels: np.ndarray
     provenance: Mapping[str, str]
     licenses: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        from jaxalign._repr import short_repr  # not at the top: the module alone needs numpy only
+
+        return short_repr(self, omit=("provenance", "licenses"))
 
 
 def load_patch_features() -> PatchFeatures:

@@ -39,7 +39,7 @@ def squared_distances(
     explicit differences (unless `precision` is given), which takes longer where there are many.
 
     Raises:
-        TypeError: not an array, integer or complex features, float64 without x64.
+        TypeError: features that are not real numbers (complex, texts, dates, objects), or are a torch tensor.
         ValueError: wrong rank, an empty array, x and y of different widths.
         MemoryError: n x m does not fit into the memory of the CPU.
 

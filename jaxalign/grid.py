@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float
 from jaxalign import _checks
 from jaxalign._positions import Positions, check_positions
 from jaxalign._problem import check_rtol
+from jaxalign._repr import describe, short_repr
 from jaxalign._typing import AnyArray
 from jaxalign._version import __version__
 from jaxalign.files.cells import GridResult, GridTask, Summaries, compare_cells, option_value
@@ -43,6 +44,7 @@ from jaxalign.measures._evaluate import (
     check_representations,
     compute_products,
     compute_values,
+    depends_on_differences,
     explain_status,
 )
 from jaxalign.measures._pair_sums import solve_bandwidth_jit
@@ -103,7 +105,7 @@ def compare(
     data_fields=("values", "sigma"),
     meta_fields=("measure", "direction", "rows", "columns", "itself", "settings", "samples", "versions"),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ComparisonGrid:
     """Every set of one model compared with every set of another; made by `compare_grid`.
 
@@ -131,6 +133,9 @@ class ComparisonGrid:
     settings: tuple[tuple[str, Any], ...]
     samples: int
     versions: tuple[tuple[str, str], ...]
+
+    def __repr__(self) -> str:
+        return short_repr(self, omit=("settings", "versions"), options=describe(self.options))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -304,7 +309,11 @@ def compare_grid(
 
 def _compare_in_memory(task: GridTask, measure: PairMeasure | SummaryMeasure) -> GridResult:
     """Arrays in memory, spread over devices or not: in one visit of the pairs, or cell by cell."""
-    named = [(name, _checks.features(name, value)) for name, value in zip(task.names, task.features, strict=True)]
+    center = depends_on_differences(measure)
+    named = [
+        (name, _checks.features(name, value, center=center, mask=task.mask))
+        for name, value in zip(task.names, task.features, strict=True)
+    ]
     if isinstance(measure, PairMeasure) and measure.function.normalization is None:
         named = _pad_widths(named)
     features, mask = check_representations(named, task.mask, task.missing, measure.min_samples, measure.label)

@@ -26,6 +26,7 @@ from jaxalign._linalg import matmul
 from jaxalign._memory import check_room
 from jaxalign._positions import Positions, check_positions
 from jaxalign._problem import check_rtol
+from jaxalign._repr import short_repr
 from jaxalign.io import named_sets
 from jaxalign.kernels import with_bandwidth
 from jaxalign.measures._centering import CENTERINGS, Centering
@@ -36,6 +37,7 @@ from jaxalign.measures._evaluate import (
     check_function,
     check_representations,
     compare_summaries,
+    depends_on_differences,
     explain_status,
     summarize,
 )
@@ -60,7 +62,7 @@ _GATHERED = 2**24
     data_fields=("value", "p_value", "corrected", "null", "null_mean", "null_std", "score", "calibrated"),
     meta_fields=("measure", "direction", "rows", "columns"),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PermutationTest:
     """What `permutation_test` found; arrays of shape () or, for named sets, (rows, columns).
 
@@ -93,13 +95,16 @@ class PermutationTest:
     rows: tuple[str, ...]
     columns: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return short_repr(self, omit=("null_mean", "null_std"))
+
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("value", "low", "high", "resampled"),
     meta_fields=("level", "method"),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Interval:
     """A value and its bootstrap interval.
 
@@ -119,9 +124,12 @@ class Interval:
     level: float
     method: str
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("lower", "upper", "each"), meta_fields=())
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NoiseCeiling:
     """How well the best possible model could do, given how much subjects differ; made by `noise_ceiling`.
 
@@ -134,6 +142,9 @@ class NoiseCeiling:
     lower: Array
     upper: Array
     each: Array
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def permutation_test(
@@ -406,7 +417,10 @@ def _real_samples(
         if isinstance(value, Mapping):
             raise TypeError(f"{name} must be one array (n, d); got a mapping. Only permutation_test takes named sets.")
     rows = check_positions(dict(zip(names, arrays, strict=True)), positions)
-    sets, mask = check_representations(list(rows.items()), mask, missing, measure.min_samples, measure.label)
+    center = depends_on_differences(measure)
+    sets, mask = check_representations(
+        list(rows.items()), mask, missing, measure.min_samples, measure.label, center=center
+    )
     if mask is None:
         return sets
     kept = np.flatnonzero(_checks.on_host(mask))

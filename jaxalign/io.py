@@ -19,6 +19,7 @@ import numpy as np
 from jaxalign import _checks
 from jaxalign._memory import check_bytes
 from jaxalign._positions import Positions, rows_of
+from jaxalign._repr import short_repr
 from jaxalign.files.readers import READERS, read_arrays
 
 # Characters of a name that become a file's.
@@ -27,7 +28,7 @@ _RAW_BYTES = " numpy writes bfloat16 and float8 as raw bytes, |V2 and |V1: save 
 _NATIVE = "Save it in the byte order of this machine."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FeatureSet:
     """Features as they lie in a file.
 
@@ -41,6 +42,9 @@ class FeatureSet:
     name: str
     values: Any
     path: Path
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     def rows(self, positions: Positions = "samples") -> Any:
         """Features (n, d): every position a sample, those of each sample side by side as channels, or their mean."""
@@ -138,19 +142,8 @@ def _array_of(argument: str, name: str, value: Any) -> Any:
                 f"{str(path)!r}."
             )
     if isinstance(value, FeatureSet):
-        path, value = value.path, value.values
-        if value.dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
-            narrowed = _checks.as_floats(f"np.load({str(path)!r})", value)
-            save = f"once for all: np.save({str(path)!r}, {narrowed})"
-            raise TypeError(
-                f"{label}: {path} is float64, but jax is set to 32 bits and would narrow it without a word. Either "
-                'jax.config.update("jax_enable_x64", True) at the start of the program, or '
-                f"{save if path.suffix.lower() == '.npy' else 'store it as float32'}."
-            )
-    _checks.refuse_foreign(label, value, is_features=True)
-    if not isinstance(value, (np.ndarray, jax.Array)):
-        raise TypeError(f"{label} must be an array or a path to a file; got {type(value).__name__}.")
-    return value
+        value = value.values
+    return _checks.numbers(label, value)
 
 
 def _of_file(path: Path, *, alone: bool) -> Iterator[FeatureSet]:

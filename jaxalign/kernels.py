@@ -119,7 +119,7 @@ def kernel_of(kernel: Any, name: str = "kernel") -> RBF | Laplacian | Linear | C
     return NAMED[cast(str, kernel)]()
 
 
-T = TypeVar("T", RBF, Laplacian)
+T = TypeVar("T", bound=RBF | Laplacian)
 
 
 def for_representations(kernel: T, *numbers: int) -> T:

@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float
 from jaxalign import _checks
 from jaxalign._linalg import unit
 from jaxalign._problem import check_rtol
+from jaxalign._repr import short_repr
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.core.bandwidth import CONVERGED, is_bandwidth
@@ -59,7 +60,7 @@ _LOG_NOTHING = -1e30
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("x", "y", "valid", "cursor"), meta_fields=())
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FeatureQueue:
     """Features of past batches in both networks, as in MoCo (He et al. 2020): a pytree, carried from step to step.
 
@@ -76,6 +77,9 @@ class FeatureQueue:
     y: Any
     valid: Any
     cursor: Any
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     @staticmethod
     def empty(capacity: int, width_x: int, width_y: int, dtype: Any = jnp.float32) -> FeatureQueue:
@@ -128,11 +132,10 @@ class FeatureQueue:
             32
         """
         capacity = self.valid.shape[0]
+        x, y = _checks.features("x", x), _checks.features("y", y)
         for name, value, kept in (("x", x, self.x), ("y", y, self.y)):
-            if np.ndim(value) != 2 or value.shape[1] != kept.shape[1]:
-                raise ValueError(
-                    f"{name} must have shape (n, {kept.shape[1]}) to fit the queue; got {np.shape(value)}."
-                )
+            if value.ndim != 2 or value.shape[1] != kept.shape[1]:
+                raise ValueError(f"{name} must have shape (n, {kept.shape[1]}) to fit the queue; got {value.shape}.")
         n = x.shape[0]
         if y.shape[0] != n:
             raise ValueError(f"x and y must hold the same samples, row by row: {n} and {y.shape[0]} rows.")
@@ -141,7 +144,7 @@ class FeatureQueue:
         last = slice(max(0, n - capacity), n)
         number = n - last.start
         slots = (self.cursor + jnp.arange(number, dtype=jnp.int32)) % capacity
-        x, y = (lax.stop_gradient(jnp.asarray(a)[last]) for a in (x, y))
+        x, y = (lax.stop_gradient(a[last]) for a in (x, y))
         return FeatureQueue(
             self.x.at[slots].set(jnp.where(valid[last, None], x, 0).astype(self.x.dtype)),
             self.y.at[slots].set(jnp.where(valid[last, None], y, 0).astype(self.y.dtype)),
@@ -228,7 +231,9 @@ def alignment_loss(
     kernel, function = _check_kernel(kernel, measure, stop_gradient_sigma)
     plan = check_plan(plan)
     named, what = (("x", x), ("y", y)), f'alignment_loss "{measure}"'
-    (x, y), mask = check_representations(named, mask, "raise", _LEAST[measure], what, MASK_ADVICE)
+    # Samples of a queue were not shifted, so these must not be either.
+    center = queue is None
+    (x, y), mask = check_representations(named, mask, "raise", _LEAST[measure], what, MASK_ADVICE, center=center)
     if stop_gradient_target:
         y = lax.stop_gradient(y)
     n = x.shape[-2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from jaxalign._problem import (
     check_unused,
     explain_failure,
 )
+from jaxalign._repr import describe, short_repr
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import solve_checked
@@ -49,6 +50,7 @@ def affinity_operator(
     mask_y: Bool[AnyArray, "*#batch m"] | None = None,
     precision: lax.PrecisionLike = None,
     plan: Plan | None = None,
+    throw: bool = True,
 ) -> AffinityOperator:
     """The affinity of `rbf_affinity` as an operator: memory is a tile and a few times the features, never n x m.
 
@@ -65,6 +67,8 @@ def affinity_operator(
         precision: of the products in the distances, see `squared_distances`.
         plan: how pairs are visited, see `jaxalign.Plan`. With a mesh, results are sharded as the rows are; with an axis
             name alone, vectors and results are the rows of this device.
+        throw: whether to raise if there is no sigma. False: the status is not read, so the call does not wait for the
+            device; where there is no sigma, products are nan.
 
     Returns:
         An `AffinityOperator`, differentiable in x, y, density and sigma.
@@ -82,23 +86,25 @@ def affinity_operator(
         (200,)
     """
     plan = check_plan(plan)
-    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=plan.rows_are_local)
+    problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=plan.rows_are_local, throw=throw)
     if zero_diagonal and y is not None:
         raise ValueError("zero_diagonal=True has no meaning with y: row i and column i are different samples.")
     plan = resolve_plan(plan, problem.x, problem.y)
     if sigma is None:
-        target = check_density(density, problem, bandwidth, plan)
+        target = check_density(density, problem, bandwidth, plan, throw=throw)
         solution = solve_checked(problem, target, bandwidth, check_rtol(None, problem.x.dtype), plan, precision)
-        explain_failure(solution.status, problem)
+        if throw:
+            explain_failure(solution.status, problem)
         bandwidths = solution.sigma
         if bandwidth == "per_row" and problem.mask is not None:  # nan there, which would reach the other rows
             bandwidths = jnp.where(problem.mask, bandwidths, 1)
     else:
         check_unused(sigma, density, diagonal)
-        bandwidths = jnp.asarray(check_sigma(sigma, problem, bandwidth))
-        _checks.finite_rows("x", problem.x, problem.mask, differences=True)
-        if problem.y is not None:
-            _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
+        bandwidths = jnp.asarray(check_sigma(sigma, problem, bandwidth, throw=throw))
+        if throw:
+            _checks.finite_rows("x", problem.x, problem.mask, differences=True)
+            if problem.y is not None:
+                _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
     return AffinityOperator(
         *problem[:4],
         bandwidths,
@@ -117,7 +123,7 @@ def affinity_operator(
     data_fields=("x", "y", "mask", "mask_y", "bandwidths", "left", "right"),
     meta_fields=("per_row", "zero_diagonal", "transposed", "plan", "precision"),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AffinityOperator:
     """diag(left) A diag(right), A the RBF affinity of rows of x with rows of y; made by `affinity_operator`.
 
@@ -139,6 +145,15 @@ class AffinityOperator:
     precision: Any
 
     __array_ufunc__ = None  # numpy arrays leave `v @ a` to this class
+
+    def __repr__(self) -> str:
+        shown = {"sigma": describe(self.bandwidths)}
+        if hasattr(self.x, "shape"):  # jax puts other things than arrays into pytrees too
+            shown = {"shape": str(self.shape), "dtype": str(self.dtype), **shown}
+        flags = {"per_row": self.per_row, "zero_diagonal": self.zero_diagonal, "transposed": self.transposed}
+        flags["scaled"] = self.left is not None or self.right is not None
+        shown |= {name: "True" for name, flag in flags.items() if flag}
+        return short_repr(self, omit=[field.name for field in fields(self)], **shown)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -59,16 +59,20 @@ def shard_rows(
 
     Args:
         x: this process's rows; their number must divide among its devices (with `jaxalign.Plan(mesh=...)` it need not).
+            Of any real dtype, which stays, except for float64 if jax does not hold it.
         mesh: the mesh.
         axis_name: the axis of the mesh; None: the only one, or "data" where it has several.
 
     Raises:
-        TypeError: x is not an array. ValueError: the mesh has no such axis; rows that do not divide, or another number
-            of them in another process.
+        TypeError: x is no array of numbers. ValueError: the mesh has no such axis; rows that do not divide, or another
+            number of them in another process.
     """
-    if not isinstance(x, (np.ndarray, jax.Array)) or x.ndim < 2:
-        what = f"shape {x.shape}" if isinstance(x, (np.ndarray, jax.Array)) else type(x).__name__
-        raise TypeError(f"x must be an array of shape (..., n, d); got {what}.")
+    array = _checks.numbers("x", x)
+    if array.ndim < 2:
+        raise TypeError(f"x must be an array of shape (..., n, d); got shape {array.shape}.")
+    # Rows are spread as they are, but for float64 that jax does not hold. Each process has rows of its own, so they are
+    # not shifted by a mean.
+    x = _checks.features("x", array) if array.dtype.itemsize > 4 and array.dtype.kind == "f" else array
     if jax.process_count() > 1:
         rows = np.asarray(multihost_utils.process_allgather(np.int32(x.shape[-2]))).ravel()
         if (rows != rows[0]).any():

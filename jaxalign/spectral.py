@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxalign import _checks
 from jaxalign._linalg import matmul, unit
 from jaxalign._problem import check_unused
+from jaxalign._repr import short_repr
 from jaxalign._typing import AnyArray
 from jaxalign.affinity import rbf_affinity
 from jaxalign.alignment import Alignment
@@ -53,10 +54,11 @@ _STEPS = 200
         "sigma",
         "projection",
         "weights",
+        "shift",
     ),
     meta_fields=(),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NormalizedCut:
     """Leading eigenpairs of D^-1/2 A D^-1/2, made by `normalized_cut`.
 
@@ -67,7 +69,8 @@ class NormalizedCut:
         eigenvalues: shape (k,), largest first, at most 1.
         degrees: row sums of A, shape (n,).
         residual: |D^-1/2 A D^-1/2 v - lambda v| of each pair, shape (k,): how exact it is. nan for "nystroem".
-        basis, basis_mask, sigma, projection, weights: what `transform` needs; None for a cut of a given affinity.
+        basis, basis_mask, sigma, projection, weights, shift: what `transform` needs; None for a cut of a given
+            affinity.
     """
 
     eigenvectors: Float[Array, "n k"]
@@ -79,6 +82,10 @@ class NormalizedCut:
     sigma: Float[Array, "..."] | None = None
     projection: Float[Array, "m k"] | None = None
     weights: Float[Array, "m 1"] | None = None
+    shift: _checks.Shift | None = None
+
+    def __repr__(self) -> str:
+        return short_repr(self, omit=("basis", "basis_mask", "projection", "weights", "shift"))
 
     @property
     def embedding(self) -> Float[Array, "n k"]:
@@ -106,7 +113,7 @@ class NormalizedCut:
                 "this cut was made of an affinity, or with a sigma per row, so it does not know where a new sample "
                 "would lie. Cut features with one sigma instead."
             )
-        rows = _checks.features("x_new", x_new)
+        rows = _checks.shifted_features("x_new", x_new, self.shift)
         if rows.ndim != 2 or rows.shape[-1] != self.basis.shape[-1]:
             raise ValueError(f"x_new must have shape (q, {self.basis.shape[-1]}); got {rows.shape}.")
         dtype = np.promote_types(rows.dtype, self.basis.dtype)
@@ -187,6 +194,7 @@ def normalized_cut(
     _checks.random_key(start)
     if isinstance(x, Alignment):
         x, kind = jnp.concatenate(list(x.features.values())), "features"
+    shift = None
     if isinstance(x, AffinityOperator):
         n = x.shape[-1]
         if x.shape != (n, n) or x.y is not None or x.left is not None or x.right is not None:
@@ -196,7 +204,12 @@ def normalized_cut(
             )
         is_features = False
     else:
-        x = _checks.features("x", x, min_rows=2)
+        given = _checks.numbers("x", x)
+        # An affinity may not be shifted; a square matrix is one unless `kind` says otherwise.
+        if kind == "features" or (kind == "auto" and given.ndim == 2 and given.shape[0] != given.shape[1]):
+            x, shift = _checks.centered_features("x", given, min_rows=2, mask=mask)
+        else:
+            x = _checks.features("x", given, min_rows=2)
         if x.ndim != 2:
             raise ValueError(f"x must have shape (n, d) or (n, n); got {x.shape}. Use jax.vmap for a batch.")
         n = x.shape[0]
@@ -206,12 +219,14 @@ def normalized_cut(
         raise ValueError("sigma, bandwidth, mask and a mesh belong to features; an affinity has its own.")
     if sigma is not None:
         check_unused(sigma, density, diagonal)
+    mask = _checks.row_mask("mask", mask, (n,))
     if k > n:
         raise ValueError(f"num_components = {k}, but there are only n = {n} samples.")
     if method == "nystroem":
         if isinstance(x, AffinityOperator) or not is_features:
             raise ValueError('method="nystroem" needs features: it computes affinities to landmarks only.')
-        return _from_landmarks(x, k, sigma, density, bandwidth, mask, landmarks, start, plan)
+        cut = _from_landmarks(x, k, sigma, density, bandwidth, mask, landmarks, start, plan)
+        return replace(cut, shift=shift)
     if landmarks is not None:
         raise ValueError('landmarks belong to method="nystroem".')
     if method == "auto":
@@ -228,7 +243,7 @@ def normalized_cut(
     elif is_features and (method == "dense" or (n <= _STORED and plan == AUTO)):
         sigma = solve_sigma(x, plan=plan, **options).sigma if sigma is None else sigma
         if mask is not None and jnp.ndim(sigma):
-            sigma = jnp.where(jnp.asarray(mask), sigma, 1)  # of masked rows it is nan
+            sigma = jnp.where(mask, sigma, 1)  # of masked rows it is nan
         source = rbf_affinity(x, None, sigma, bandwidth=bandwidth, mask=mask)
     elif is_features:
         if sigma is not None:  # neither has an effect then
@@ -238,8 +253,7 @@ def normalized_cut(
     cut = _cut(source, start, k, method, rtol)
     if isinstance(x, AffinityOperator) or sigma is None or jnp.ndim(sigma):
         return cut
-    real = None if mask is None else jnp.asarray(mask)
-    return _with_features(cut, x, real, jnp.asarray(sigma))
+    return replace(_with_features(cut, x, mask, jnp.asarray(sigma)), shift=shift)
 
 
 def kway(

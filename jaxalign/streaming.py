@@ -8,6 +8,7 @@ checkpoint after every pair of blocks, so that a job that was killed goes on whe
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,8 +114,10 @@ def _open_sides(
 ) -> tuple[Source, Source | None]:
     if y is None and mask_y is not None:
         raise ValueError("mask_y is given without y; mask serves both sides when y is None.")
-    others = None if y is None else open_source("y", y, mask_y, block_rows)
-    return open_source("x", x, mask, block_rows), others
+    rows = open_source("x", x, mask, block_rows)
+    # Both are shifted alike, as their distances count.
+    others = None if y is None else replace(open_source("y", y, mask_y, block_rows), shift=rows.shift)
+    return rows, others
 
 
 def _plan_for_files(plan: Plan | None) -> Plan:

@@ -259,7 +259,7 @@ def test_a_bad_number_of_neighbours_is_refused(csls, rows):
         (np.ones((2, 4, 3)), np.ones((4, 3)), ValueError, "a and b must have the same shape"),
         (np.ones((1, 3)), np.ones((1, 3)), ValueError, r"^a has n = 1 sample"),
         (np.ones(3), np.ones((4, 3)), ValueError, r"^a must have shape \(..., n, d\)"),
-        (np.ones((4, 3)), np.ones((4, 3), int), TypeError, "^b must be floating point"),
+        (np.ones((4, 3)), np.full((4, 3), "a"), TypeError, "^b must hold real numbers"),
         (np.full((4, 3), np.nan), np.ones((4, 3)), ValueError, r"^a has nan or inf in 4 row\(s\), the first is row 0"),
         (np.ones((4, 3)), np.full((4, 3), np.inf), ValueError, "^b has nan or inf"),
     ],

@@ -427,8 +427,8 @@ def test_what_is_no_set_of_samples_says_the_way_out(tmp_path):
     tokens = np.ones((6, 5, 3), np.float32)
     with pytest.raises(ValueError, match=r'got \(6, 5, 3\)\. Of tokens .* positions="samples" .* "channels" .* "mean"'):
         compare_grid({"a": tokens})
-    np.save(tmp_path / "a.npy", np.ones((6, 3)))
-    with pytest.raises(TypeError, match=r"np\.save\('.*a\.npy', np\.load\('.*a\.npy'\)\.astype\(np\.float32\)\)"):
+    np.save(tmp_path / "a.npy", np.full((6, 3), "a"))
+    with pytest.raises(ValueError, match=r"a\.npy holds no features"):
         compare_grid(tmp_path)
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match=r"from_torch\(features\['a'\]\)"):

@@ -462,7 +462,7 @@ def test_bad_input():
         (lambda: loss("infonce", plan=Plan(mesh=sharding.data_mesh(2)))(x, y), "takes no mesh"),
         (lambda: alignment_loss(y, y, queue=queue), "x has 6 features, the queue 4"),
         (lambda: alignment_loss(x[None], y[None], queue=queue), r"a single batch of shape \(n, d\)"),
-        (lambda: alignment_loss(x.astype(int), y), "x must be floating point"),
+        (lambda: alignment_loss(x.astype(str), y), "x must hold real numbers"),
         (lambda: FeatureQueue.empty(0, 4, 6), "capacity must be a whole number"),
         (lambda: queue.push(y, y), r"x must have shape \(n, 4\)"),
         (lambda: multi_layer_loss({"a": x}, {"b": y}), r"not in both: \['a', 'b'\]"),

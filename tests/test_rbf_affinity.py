@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxalign
-from jaxalign import bandwidth as bw
+from jaxalign import Status
 
 ROWS, OTHER_ROWS, WIDTH, MASK, MASK_Y = (
     helpers.ROWS,
@@ -215,19 +215,19 @@ def test_is_nan_under_jit_where_solve_sigma_has_no_sigma(rng):
     affinity = jax.jit(lambda x, c: jaxalign.rbf_affinity(x, density=c))
     solve = jax.jit(lambda x, c: jaxalign.solve_sigma(x, density=c))
     for features, density, status in [
-        (x, 0.2, bw.CONVERGED),
-        (np.repeat(x[:3], 8, 0), 0.2, bw.INFEASIBLE),
-        (x, 0.9 / ROWS, bw.INFEASIBLE),
-        (with_nan, 0.2, bw.NON_FINITE),
-        (with_inf, 0.2, bw.NON_FINITE),
-        (x, 1.5, bw.BAD_DENSITY),
-        (x, -0.5, bw.BAD_DENSITY),
-        (x, np.nan, bw.BAD_DENSITY),
+        (x, 0.2, Status.CONVERGED),
+        (np.repeat(x[:3], 8, 0), 0.2, Status.INFEASIBLE),
+        (x, 0.9 / ROWS, Status.INFEASIBLE),
+        (with_nan, 0.2, Status.NON_FINITE),
+        (with_inf, 0.2, Status.NON_FINITE),
+        (x, 1.5, Status.BAD_DENSITY),
+        (x, -0.5, Status.BAD_DENSITY),
+        (x, np.nan, Status.BAD_DENSITY),
     ]:
         assert int(solve(features, density).status) == status
         result = np.asarray(affinity(features, density))
         # Not a few nans that a mean over the rest would hide: every entry.
-        assert np.all(np.isnan(result) == (status != bw.CONVERGED))
+        assert np.all(np.isnan(result) == (status != Status.CONVERGED))
 
 
 def test_is_nan_under_jit_at_a_given_sigma_where_features_are_not_finite(rng):

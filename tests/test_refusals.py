@@ -56,7 +56,7 @@ REFUSED = {
     "no devices": (lambda: jaxalign.sharding.data_mesh([]), ValueError, "devices is empty"),
     "devices": (lambda: jaxalign.sharding.data_mesh("2"), ValueError, "devices must be"),
     "rows to be spread": (
-        lambda: jaxalign.sharding.shard_rows([X], jaxalign.sharding.data_mesh(2)), TypeError, "got list",
+        lambda: jaxalign.sharding.shard_rows({"a": X}, jaxalign.sharding.data_mesh(2)), TypeError, "got dict",
     ),
     "a vector to be spread": (
         lambda: jaxalign.sharding.shard_rows(X[0], jaxalign.sharding.data_mesh(2)), TypeError, "got shape (3,)",

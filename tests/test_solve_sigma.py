@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxalign
-from jaxalign import Plan
-from jaxalign import bandwidth as bw
+from jaxalign import Plan, Status
 from jaxalign.core.bandwidth import _series_root
 
 ROWS, OTHER_ROWS, WIDTH, MASK = helpers.ROWS, helpers.OTHER_ROWS, helpers.WIDTH, helpers.MASK
@@ -140,7 +139,7 @@ def test_converges_everywhere_next_to_the_floor(rng):
     x = np.concatenate([rng.standard_t(tail, (500, ROWS, WIDTH)) for tail in (1.0, 2.0, 30.0)])
     density = 1 / ROWS + 10 ** rng.uniform(-4, -1, len(x))
     found = jax.jit(jax.vmap(lambda x, c: jaxalign.solve_sigma(x, density=c)))(x, density)
-    assert np.all(np.asarray(found.status) == bw.CONVERGED)
+    assert np.all(np.asarray(found.status) == Status.CONVERGED)
     for i in range(0, len(x), 25):
         reached = helpers.density_reached(x[i], {}, found.sigma[i])
         assert helpers.relative_error(reached, density[i]) < helpers.tolerance(np.float64).density
@@ -410,24 +409,24 @@ def test_status_says_why_there_is_no_sigma_under_jit(dtype, rng):
     with_nan[5, 2], with_inf[7, 0] = np.nan, -np.inf
     solve = jax.jit(lambda x, c: jaxalign.solve_sigma(x, density=c))
     for features, density, status in [
-        (x, 0.2, bw.CONVERGED),
-        (same, 0.2, bw.INFEASIBLE),
-        (same, 0.4, bw.CONVERGED),
-        (np.ones_like(x), 0.5, bw.INFEASIBLE),
-        (with_nan, 0.2, bw.NON_FINITE),
-        (with_inf, 0.2, bw.NON_FINITE),
-        (x, 1.2, bw.BAD_DENSITY),
-        (x, 1.0, bw.BAD_DENSITY),
-        (x, 0.0, bw.BAD_DENSITY),
-        (x, -0.1, bw.BAD_DENSITY),
-        (x, np.nan, bw.BAD_DENSITY),
-        (x, 0.9 / ROWS, bw.INFEASIBLE),
-        (with_nan, np.nan, bw.NON_FINITE),
+        (x, 0.2, Status.CONVERGED),
+        (same, 0.2, Status.INFEASIBLE),
+        (same, 0.4, Status.CONVERGED),
+        (np.ones_like(x), 0.5, Status.INFEASIBLE),
+        (with_nan, 0.2, Status.NON_FINITE),
+        (with_inf, 0.2, Status.NON_FINITE),
+        (x, 1.2, Status.BAD_DENSITY),
+        (x, 1.0, Status.BAD_DENSITY),
+        (x, 0.0, Status.BAD_DENSITY),
+        (x, -0.1, Status.BAD_DENSITY),
+        (x, np.nan, Status.BAD_DENSITY),
+        (x, 0.9 / ROWS, Status.INFEASIBLE),
+        (with_nan, np.nan, Status.NON_FINITE),
     ]:
         found = solve(features, jnp.asarray(density, dtype))
         assert int(found.status) == status
-        assert bool(jnp.isnan(found.sigma)) == (status != bw.CONVERGED)
-        if status == bw.CONVERGED:
+        assert bool(jnp.isnan(found.sigma)) == (status != Status.CONVERGED)
+        if status == Status.CONVERGED:
             assert found.raise_if_failed() is found
         else:
             with pytest.raises(ValueError, match="no sigma found"):
@@ -439,12 +438,12 @@ def test_status_of_an_empty_mask_under_jit(rng):
     for diagonal in ("include", "exclude"):
         solve = jax.jit(lambda x, mask, d=diagonal: jaxalign.solve_sigma(x, density=0.2, mask=mask, diagonal=d))
         found = solve(x, np.zeros(ROWS, bool))
-        assert int(found.status) == bw.NO_SAMPLES
+        assert int(found.status) == Status.NO_SAMPLES
         assert np.isnan(found.sigma)
-        assert int(solve(x, MASK).status) == bw.CONVERGED
+        assert int(solve(x, MASK).status) == Status.CONVERGED
     # One real row has no pair with another: nothing to scale.
     found = solve(x, np.arange(ROWS) == 3)
-    assert int(found.status) == bw.NO_SAMPLES
+    assert int(found.status) == Status.NO_SAMPLES
 
 
 def test_one_set_without_a_sigma_leaves_the_others_alone(rng):
@@ -452,7 +451,7 @@ def test_one_set_without_a_sigma_leaves_the_others_alone(rng):
     x = rng.normal(size=(3, ROWS, WIDTH)).astype(dtype)
     x[1] = 1.0
     found = jax.jit(lambda x: jaxalign.solve_sigma(x, density=0.2))(x)
-    assert found.status.tolist() == [bw.CONVERGED, bw.INFEASIBLE, bw.CONVERGED]
+    assert found.status.tolist() == [Status.CONVERGED, Status.INFEASIBLE, Status.CONVERGED]
     assert np.isnan(found.sigma).tolist() == [False, True, False]
     expected = [reference.solve_sigma(x[i], density=0.2) for i in (0, 2)]
     assert helpers.relative_error(found.sigma[np.array([0, 2])], expected) < helpers.tolerance(dtype).sigma
@@ -463,7 +462,7 @@ def test_one_row_without_a_sigma_leaves_the_others_alone(rng):
     x = rng.normal(size=(ROWS, WIDTH)).astype(dtype)
     x[:6] = x[0]  # these rows have a quarter of their pairs at distance 0
     found = jax.jit(lambda x: jaxalign.solve_sigma(x, density=0.2, bandwidth="per_row"))(x)
-    assert np.array_equal(np.asarray(found.status), np.where(np.arange(ROWS) < 6, bw.INFEASIBLE, bw.CONVERGED))
+    assert np.array_equal(np.asarray(found.status), np.where(np.arange(ROWS) < 6, Status.INFEASIBLE, Status.CONVERGED))
     assert np.array_equal(np.isnan(np.asarray(found.sigma)), np.arange(ROWS) < 6)
 
 
@@ -500,3 +499,77 @@ def test_a_search_on_explicit_distances_has_as_many_passes_as_the_first(width):
     helpers.assert_close(
         stored.sigma, tiled.sigma, 1e-11
     )  # the solver's tolerance of 1e-13, by the slope of the density
+
+
+# --- status -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_status_has_a_message():
+    assert [status.name for status in Status] == [
+        "CONVERGED", "NOT_CONVERGED", "INFEASIBLE", "NON_FINITE", "BAD_DENSITY", "NO_SAMPLES"
+    ]  # fmt: skip
+    assert [int(status) for status in Status] == list(range(6))
+    for status in Status:
+        assert status.message[0].isupper()
+        assert status.message.endswith(".")
+        assert status is Status.CONVERGED or status.message.count(".") >= 2  # what is wrong, and a way out
+
+
+def test_a_status_is_compared_under_jit(rng):
+    x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+
+    @jax.jit
+    def is_infeasible(x):
+        solution = jaxalign.solve_sigma(x, density=0.2)
+        return solution.status == Status.INFEASIBLE, jnp.where(solution.status == Status.CONVERGED, solution.sigma, 0)
+
+    assert not is_infeasible(x)[0]
+    assert is_infeasible(np.ones_like(x))[0]
+    assert is_infeasible(np.ones_like(x))[1] == 0
+
+
+# --- without a look at the status -------------------------------------------------------------------------------------
+
+WITHOUT_THROW = {
+    "solve_sigma": lambda x, **options: jaxalign.solve_sigma(x, throw=False, **options).sigma,
+    "rbf_affinity": lambda x, **options: jaxalign.rbf_affinity(x, throw=False, **options),
+    "affinity_operator": lambda x, **options: jaxalign.affinity_operator(x, throw=False, **options).sum(),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_THROW)
+def test_without_throw_nothing_is_read(name, rng, monkeypatch):
+    def fail(*args):
+        raise AssertionError("read from a device")
+
+    x = jnp.asarray(rng.normal(size=(ROWS, WIDTH)), jnp.float32)
+    options = {"density": jnp.float32(0.2), "mask": jnp.asarray(MASK)}
+    expected = WITHOUT_THROW[name](x, **options)
+    monkeypatch.setattr(jaxalign._checks, "on_host", fail)
+    monkeypatch.setattr(jaxalign._checks, "looked_at", fail)
+    np.testing.assert_array_equal(WITHOUT_THROW[name](x, **options), expected)
+    if name != "solve_sigma":
+        assert np.isfinite(WITHOUT_THROW[name](x, sigma=jnp.float32(2.0))).all()
+        assert np.isfinite(WITHOUT_THROW[name](x, sigma=jnp.ones(ROWS), mask=options["mask"])).all()
+
+
+@pytest.mark.parametrize("name", WITHOUT_THROW)
+def test_without_throw_a_failure_is_nan(name, rng):
+    x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+    with_nan = np.where(np.arange(ROWS)[:, None] == 3, np.nan, x)
+    for features, options in (
+        (np.ones_like(x), {"density": 0.2}),
+        (with_nan, {"density": 0.2}),
+        (x, {"density": jnp.float32(1.5)}),
+        (x, {"density": jnp.float32(0.2), "mask": jnp.zeros(ROWS, bool)}),
+    ):
+        found = WITHOUT_THROW[name](jnp.asarray(features), **options)
+        masked = "mask" in options and name != "solve_sigma"  # pairs of masked samples are 0, whatever sigma is
+        assert masked or np.isnan(found).all()
+    if name != "solve_sigma":
+        assert np.isnan(WITHOUT_THROW[name](jnp.asarray(with_nan), sigma=2.0)).all()
+        assert np.isnan(WITHOUT_THROW[name](jnp.asarray(x), sigma=jnp.float32(-1.0))).all()
+    with pytest.raises(ValueError, match="cannot be reached"):  # shapes and a number tell
+        WITHOUT_THROW[name](x, density=0.01)
+    solution = jaxalign.solve_sigma(jnp.asarray(x), density=0.2, mask=jnp.zeros(ROWS, bool), throw=False)
+    assert int(solution.status) == Status.NO_SAMPLES

@@ -555,15 +555,15 @@ def test_a_truncated_file(left, tmp_path):
 
 
 def test_files_of_something_else(tmp_path):
-    text, objects, integers, missing = (tmp_path / name for name in ("a.npy", "b.npy", "c.npy", "d.npy"))
+    text, objects, strings, missing = (tmp_path / name for name in ("a.npy", "b.npy", "c.npy", "d.npy"))
     text.write_text("1, 2, 3\n")
     np.save(objects, X.astype(object), allow_pickle=True)
-    np.save(integers, X.astype(int))
+    np.save(strings, X.astype(str))
     for path in (text, objects):
         with refused(ValueError, str(path), "is not a complete .npy file of numbers"):
             JOBS["mean_density"](path)
-    with refused(TypeError, "c.npy') must be floating point"):
-        JOBS["mean_density"](integers)
+    with refused(TypeError, "c.npy') must hold real numbers"):
+        JOBS["mean_density"](strings)
     with pytest.raises(FileNotFoundError, match=r"d\.npy"):
         JOBS["mean_density"](missing)
 
@@ -574,12 +574,27 @@ def test_what_is_neither_a_path_nor_an_array_nor_a_sequence(rows):
         JOBS["mean_density"](rows)
 
 
-def test_float64_without_x64(tmp_path):
-    np.save(tmp_path / "x.npy", X)
-    path = tmp_path / "x.npy"
-    for rows, code in ((X, "x"), (path, f"np.load({str(path)!r})"), ([X], "x[0]")):  # what has a dtype to be converted
-        with refused(TypeError, f"{code} is float64", "jax_enable_x64", f"{code}.astype(np.float32)"):
-            JOBS["mean_density"](rows)
+@pytest.mark.parametrize("offset", [0.0, 1e9])
+def test_wide_numbers_are_shifted_block_by_block(offset, tmp_path):
+    # Without x64: float64 at an offset where float32 would leave nothing, and whole numbers.
+    np.save(tmp_path / "x.npy", X + offset)
+    whole = np.round(1000 * X + offset).astype(np.int64)
+    for x, rows in ((X, X + offset), (X, tmp_path / "x.npy"), (X, np.split(X + offset, 3)), (whole - offset, whole)):
+        more = {} if isinstance(rows, list) else {"block_rows": 7}
+        found = streaming.solve_sigma(rows, density=0.2, **more)
+        helpers.assert_close(found.sigma, jaxalign.solve_sigma(x.astype(np.float32), density=0.2).sigma, 1e-5)
+    with_holes = np.where(MASK[:, None], X + offset, 1e30)  # what masked rows hold does not count
+    masked = streaming.solve_sigma(with_holes, density=0.2, block_rows=7, mask=MASK)
+    expected = jaxalign.solve_sigma(X.astype(np.float32), density=0.2, mask=MASK)
+    helpers.assert_close(masked.sigma, expected.sigma, 1e-5)
+    both = streaming.mean_density(X + offset, Y + offset, sigma=2.0, block_rows=7)
+    expected = jaxalign.mean_density(X.astype(np.float32), Y.astype(np.float32), sigma=2.0)
+    helpers.assert_close(both, expected, 1e-5)
+
+
+def test_numbers_beyond_float32_in_a_block():
+    with refused(ValueError, "block 0 of x holds numbers up to", "beyond the range of float32"):
+        JOBS["mean_density"](1e300 * X)
 
 
 @pytest.mark.parametrize("mask", [MASK[:-1], MASK[:, None], MASK.astype(int), MASK.astype(np.float32)])

@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 
 # A module imports from lower layers only. What a layer is for stands in the docstring of its module.
 LAYERS = [
-    {"_linalg", "_typing", "_version"},
+    {"_linalg", "_numbers", "_repr", "_status", "_typing", "_version"},
     {"_checks"},
     {"_memory", "_positions"},
     {"plan"},
@@ -110,6 +111,43 @@ def test_importing_the_package_imports_nothing_heavy():
     code = f"import sys, jaxalign; print([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Distributions whose name is not that of their module.
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "umap": "umap-learn"}
+IMPORTED_LATER = {"_draw", "cli", "report"}  # by functions that draw, and by the command line
+NAMED_IN_A_MESSAGE = {"pandas"}  # of `to_pandas` alone, which says what to install
+
+
+def third_party(tree, *, nested):
+    """Distributions that a module imports when it is imported itself, and with `nested` those it imports later."""
+    nodes = list(ast.walk(tree))
+    if not nested:
+        later = {id(n) for f in nodes if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+        nodes = [node for node in nodes if id(node) not in later]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    roots = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"jaxalign", ""}
+    return {DISTRIBUTIONS.get(root, root) for root in roots}
+
+
+def test_what_is_imported_is_what_is_required():
+    file = PACKAGE.parent / "pyproject.toml"
+    if not file.exists():  # an installed package, not the repository
+        pytest.skip("no pyproject.toml beside the package")
+    project = tomllib.loads(file.read_text())["project"]
+
+    def names(requirements):
+        return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+
+    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    at_all = set().union(*(third_party(tree, nested=True) for tree in trees.values()))
+    first = (tree for path, tree in trees.items() if module_of(path) not in IMPORTED_LATER)
+    at_once = set().union(*(third_party(tree, nested=False) for tree in first))
+    required, extras = names(project["dependencies"]), project["optional-dependencies"]
+    assert at_once == required
+    for_users = set().union(*(names(extras[name]) for name in extras if name not in ("test", "docs", "dev")))
+    assert at_all - required <= for_users | NAMED_IN_A_MESSAGE
 
 
 def test_every_module_that_the_pages_document_is_exported():

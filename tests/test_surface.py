@@ -214,7 +214,9 @@ PAIRS = {
     "nearest_neighbors": (
         lambda **kw: measures.nearest_neighbors(X, **kw), {"k": 3, "metric": "euclidean", "mask": MASK},
     ),
-    "procrustes": (lambda **kw: measures.procrustes(X, Y, **kw), {"result": "angular", "normalize": False, "mask": MASK}),
+    "procrustes": (
+        lambda **kw: measures.procrustes(X, Y, **kw), {"result": "angular", "normalize": False, "mask": MASK},
+    ),
     "shape_distance": (
         lambda **kw: measures.shape_distance(X, Y, **kw), {"alpha": 0.5, "result": "distance", "mask": MASK},
     ),

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxalign._status import Status
 from jaxalign.core.devices import on_any_device, varying_like
 from jaxalign.core.features import (
     CenteredFeatures,
@@ -41,13 +42,8 @@ from jaxalign.core.reduce import reduce_pairs
 from jaxalign.core.tiles import Pairs, Reduction, Tile, kernel_terms, over_rows, stacked_over_all
 from jaxalign.plan import STORED, Plan
 
-# Status codes of a search.
-CONVERGED = 0
-NOT_CONVERGED = 1
-INFEASIBLE = 2
-NON_FINITE = 3
-BAD_DENSITY = 4
-NO_SAMPLES = 5
+# Status codes of a search, as plain integers: what jax makes of a member of an enumeration is no weak constant.
+CONVERGED, NOT_CONVERGED, INFEASIBLE, NON_FINITE, BAD_DENSITY, NO_SAMPLES = map(int, Status)
 
 MAX_PASSES = 64
 # Representations of up to so many pairs share one search, mapped over them, on a CPU too. (CKA at n = 1000, 2 cores:

@@ -24,7 +24,13 @@ from jaxalign.files.sigma import solve_rows
 from jaxalign.files.sources import Block, RowPairs, open_pairs, open_source, rows_are_finite
 from jaxalign.files.visit import BlockSums, Reporting, read_ahead, reporting, totals_of, visit, zero_sums
 from jaxalign.measures._centering import Centering
-from jaxalign.measures._evaluate import PairMeasure, SummaryMeasure, check_representations, compute_values
+from jaxalign.measures._evaluate import (
+    PairMeasure,
+    SummaryMeasure,
+    check_representations,
+    compute_values,
+    depends_on_differences,
+)
 from jaxalign.measures._pair_sums import (
     PairFunction,
     Properties,
@@ -89,7 +95,8 @@ def _compare_complete(
 
         def load(k: int) -> Array:
             features = [(task.names[k], np.asarray(task.features[k]))]
-            return check_representations(features, mask, "propagate", 1, measure.name)[0][0]
+            center = depends_on_differences(measure)
+            return check_representations(features, mask, "propagate", 1, measure.name, center=center)[0][0]
 
         values = compare_cells(Summaries(task, measure, load, mask), saved)
     saved.remove()

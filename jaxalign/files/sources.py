@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxalign import _checks, _directions
+from jaxalign import _checks, _directions, _numbers
 from jaxalign._linalg import power_of_two
 from jaxalign.core.bandwidth import SUBSAMPLE
 from jaxalign.core.features import CenteredFeatures
@@ -25,7 +25,7 @@ from jaxalign.plan import Plan, choose_tile_size, default_block_rows
 
 Rows = Any  # a path to a .npy file, an array or memory map (n, d), or a sequence of arrays (n_i, d)
 
-_HEAD = 64  # rows by which a message judges how to convert all
+_HEAD = 64  # rows that tell what is stored, and where its values lie
 
 
 class Block(NamedTuple):
@@ -48,6 +48,7 @@ class Source:
     dtype: Any  # and of the computation
     mask: np.ndarray | None  # (n,), True = a valid sample
     direction: _directions.Rows | None  # rows get unit length
+    shift: np.ndarray | None = None  # (1, d), subtracted from the rows of a wider dtype before they are narrowed
     way_out: str = "Remove these samples, or exclude them with mask=."  # for nan and inf
 
     @cached_property
@@ -71,7 +72,7 @@ class Source:
         return None if self.mask is None else self.mask[self.slices[i]]
 
     def load(self, i: int) -> np.ndarray:
-        """A block as it is stored, in the dtype of the computation; masked rows are 0. Uses no jax: for any thread."""
+        """A block in the dtype of the computation, shifted; masked rows are 0. Uses no jax: for any thread."""
         rows = np.asarray(self.read(i))
         if rows.dtype != self.stored:
             raise TypeError(f"block {i} of {self.name} has dtype {rows.dtype}, the first one {self.stored}.")
@@ -79,8 +80,13 @@ class Source:
             raise ValueError(
                 f"block {i} of {self.name} has shape {rows.shape}, it had {(self.sizes[i], self.width)} before."
             )
-        mask, rows = self.mask_of(i), rows.astype(self.dtype)
-        return rows if mask is None else np.where(mask[:, None], rows, 0)
+        mask, narrowed = self.mask_of(i), _numbers.narrow(rows, self.dtype, self.shift)
+        if not _numbers.holds_exactly(self.dtype, self.stored) and _numbers.overflows(rows, narrowed, mask):
+            raise ValueError(
+                f"block {i} of {self.name} holds numbers up to {_numbers.largest(rows):.3g}, which are beyond the "
+                f"range of {self.dtype}. Store it in another unit."
+            )
+        return narrowed if mask is None else np.where(mask[:, None], narrowed, 0)
 
     def prepare(self, i: int, rows: np.ndarray) -> np.ndarray:
         """A loaded block as distances use it."""
@@ -147,8 +153,15 @@ def open_source(
             raise ValueError(
                 f"the mask of {name} must be boolean of shape {(sum(sizes),)}; got {mask.dtype} {mask.shape}."
             )
-    dtype = _checks.features(code, head.astype(head.dtype.newbyteorder("="))).dtype
-    return Source(name, read, sizes, head.shape[1], head.dtype, dtype, mask, direction)
+    _checks.numbers(code, head)
+    dtype, shift = _numbers.computing_dtype(head.dtype), None
+    if not _numbers.holds_exactly(dtype, head.dtype):
+        if direction is None:
+            # Any row among the others will do as well as their mean, which would have to be read first.
+            shift = _numbers.mean_row(head, None if mask is None else mask[: len(head)])
+        else:
+            _checks.refuse_rounding(code, head)
+    return Source(name, read, sizes, head.shape[1], head.dtype, dtype, mask, direction, shift)
 
 
 _Blocks = tuple[Callable[[int], np.ndarray], tuple[int, ...]]  # that read a block, and their sizes

@@ -127,8 +127,12 @@ def capture_features(
             real = None if real is None or tokens == "all" else _real_tokens(_networks.on_host(real))
             for name, layer in wanted.items():
                 features = _checked(layer, outputs[layer], count)
-                if to == "jax" and not done:  # float64 is not narrowed without a word
-                    _checks.features(f"layer {layer!r}", features[:1].reshape(1, -1))
+                if to == "jax" and features.dtype != jax.dtypes.canonicalize_dtype(features.dtype):
+                    raise TypeError(
+                        f"layer {layer!r} is {features.dtype}, but jax is set to 32 bits and would narrow it without a "
+                        'word. Take to="numpy", whose arrays jaxalign takes as they are, or '
+                        'jax.config.update("jax_enable_x64", True) at the start of the program.'
+                    )
                 kept[name].append(_positions(layer, features, tokens, prefix_tokens, grid, channels, real))
             done += count
             report(done)

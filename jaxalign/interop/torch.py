@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _checks
+from jaxalign._numbers import ALLOWED, error_of_narrowing
 
 
 def from_torch(tree: Any, *, copy: bool = False) -> Any:
@@ -129,7 +130,7 @@ def _narrow(torch: Any, tensor: Any) -> str | None:
     if host.dtype.kind in "iu" and host.size:
         limits = np.iinfo(host.dtype.name.replace("64", "32"))
         return code if limits.min <= host.min() and host.max() <= limits.max else ""
-    if host.dtype.kind == "f" and (error := _checks.error_of_narrowing(host)) > _checks.ALLOWED:
+    if host.dtype.kind == "f" and (error := error_of_narrowing(host)) > ALLOWED:
         return "" if np.isinf(error) else "(tensor - tensor.mean(0)).float()"
     return code
 

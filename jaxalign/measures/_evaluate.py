@@ -93,6 +93,11 @@ class SummaryMeasure:
         return self.long_name or self.name
 
 
+def depends_on_differences(measure: PairMeasure | SummaryMeasure) -> bool:
+    """Whether a measure depends on the differences of rows alone: all but those of directions from the origin."""
+    return measure.function.normalization is None
+
+
 def check_representations(
     named: Sequence[tuple[str, Any]],
     mask: Any,
@@ -100,10 +105,15 @@ def check_representations(
     min_samples: int,
     measure: str,
     advice: str = 'missing="omit" leaves out samples that are missing in any set.',
+    *,
+    center: bool = False,
 ) -> tuple[tuple[Array, ...], Array | None]:
-    """Features of the same samples in one dtype and batch shape, and the mask of the samples valid in all of them."""
+    """Features of the same samples in one dtype and batch shape, and the mask of the samples valid in all of them.
+
+    `center`: each representation may be shifted, as the measure depends on differences of its rows alone.
+    """
     _checks.choice("missing", missing, ("raise", "omit", "propagate"))
-    features = [_checks.features(name, value) for name, value in named]
+    features = [_checks.features(name, value, center=center, mask=mask) for name, value in named]
     n = features[0].shape[-2]
     for (name, _), x in zip(named, features, strict=True):
         if x.shape[-2] != n:
@@ -148,7 +158,9 @@ def evaluate(
     """The value of a measure for a pair of representations, (...)."""
     plan = check_plan(plan)
     min_samples = 1 if plan.rows_are_local else measure.min_samples
-    (x, y), mask = check_representations((("x", x), ("y", y)), mask, missing, min_samples, measure.label)
+    (x, y), mask = check_representations(
+        (("x", x), ("y", y)), mask, missing, min_samples, measure.label, center=depends_on_differences(measure)
+    )
     check_pairs_fit(measure, plan)
     plan = resolve_plan(plan, x, None, representations=2)
     if isinstance(measure, PairMeasure):

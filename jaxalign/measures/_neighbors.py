@@ -75,7 +75,15 @@ def nearest_neighbors(
     """
     function = _function(metric)
     k = _check_k(k)
-    (x,), mask = check_representations((("x", x),), mask, "raise", k + 1, f"k = {k} neighbours", MASK_ADVICE)
+    (x,), mask = check_representations(
+        (("x", x),),
+        mask,
+        "raise",
+        k + 1,
+        f"k = {k} neighbours",
+        MASK_ADVICE,
+        center=function.normalization is None,
+    )
     check_directions("x", x, function.normalization, mask)
     found = _neighbors_jit(x, mask, k, function, resolve_plan(check_plan(plan, local_rows=False), x, None))
     return jnp.where(found == _NOBODY, -1, found)

@@ -1,0 +1,99 @@
+"""Numbers on the host, and what becomes of them: the dtype in which features are computed, and how they get there.
+
+jax holds float32 unless 64 bits are switched on, while numpy, lists and tables hold float64. Rounding to float32 costs
+7 digits of a number. Whatever depends on differences of rows alone, as distances do, keeps all its digits if the rows
+are centered first, in float64, even where they share a large offset, as time stamps do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Rows that are examined for what narrowing does to them, and how much it may do, relative to their spread.
+_EXAMINED, ALLOWED = 4096, 1e-4
+
+
+def computing_dtype(dtype: Any) -> np.dtype:
+    """The dtype in which features of a dtype are computed: float32, or float64 where they are wide and jax holds it."""
+    narrow_float = jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize <= 4
+    return np.dtype(np.float32) if narrow_float else np.dtype(jax.dtypes.canonicalize_dtype(np.float64))
+
+
+def holds_exactly(target: Any, dtype: Any) -> bool:
+    """Whether a floating-point dtype holds every value of another dtype."""
+    if np.dtype(dtype).kind == "b":
+        return True
+    if jnp.issubdtype(dtype, jnp.integer):
+        return 8 * np.dtype(dtype).itemsize <= jnp.finfo(target).nmant + 1
+    return np.dtype(dtype).itemsize <= np.dtype(target).itemsize
+
+
+def mean_row(rows: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """The mean of the finite valid rows of (..., n, d), (..., 1, d), in float64 or wider; 0 where there are none.
+
+    Whatever masked rows hold (1e20 stands for "missing" in some files) does not move it.
+    """
+    valid: Any = True if mask is None else mask[..., None]
+    mean = _mean(rows, valid)
+    return mean if np.isfinite(mean).all() else _mean(rows, np.isfinite(rows).all(-1, keepdims=True) & valid)
+
+
+def _mean(rows: np.ndarray, valid: Any) -> np.ndarray:
+    wide = np.result_type(rows.dtype, np.float64)
+    with np.errstate(all="ignore"):
+        total = np.sum(rows, -2, keepdims=True, dtype=wide, where=valid)
+        count = np.sum(np.broadcast_to(valid, (*rows.shape[:-1], 1)), -2, keepdims=True)
+        return total / np.maximum(count, 1)
+
+
+def narrow(rows: np.ndarray, dtype: Any, shift: np.ndarray | None = None) -> np.ndarray:
+    """Rows in another dtype, less a row that is subtracted in the wider of the two; out of range is inf."""
+    with np.errstate(all="ignore"):
+        if shift is None:
+            return rows.astype(dtype, copy=False)
+        # Computed in blocks that stay in cache: no copy in float64 is made.
+        out = np.empty(np.broadcast_shapes(rows.shape, shift.shape), dtype)
+        return np.subtract(rows, shift, out=out, casting="same_kind")
+
+
+def overflows(rows: np.ndarray, narrowed: np.ndarray, mask: np.ndarray | None = None) -> bool:
+    """Whether narrowing made an infinity of a finite number in a valid row."""
+    infinite = np.isinf(narrowed)
+    if not infinite.any():
+        return False
+    lost = (infinite & np.isfinite(rows)).any(-1)
+    return bool((lost if mask is None else lost & mask).any())
+
+
+def vanishes(rows: np.ndarray, narrowed: np.ndarray) -> bool:
+    """Whether narrowing left nothing but numbers near 0, where rows differ: they are in too small a unit."""
+    if rows.dtype.kind != "f" or (np.abs(narrowed) >= jnp.finfo(narrowed.dtype).tiny).any():
+        return False
+    finite = np.isfinite(rows).all(-1, keepdims=True)
+    least, most = np.min(rows, -2, where=finite, initial=np.inf), np.max(rows, -2, where=finite, initial=-np.inf)
+    return bool((most > least).any())
+
+
+def largest(rows: np.ndarray) -> float:
+    """The largest finite size of an entry."""
+    finite = rows[np.isfinite(rows)]
+    return float(np.abs(finite).max()) if finite.size else 0.0
+
+
+def error_of_narrowing(array: np.ndarray) -> float:
+    """The error of the first rows in float32, relative to their spread: inf beyond float32."""
+    rows = array.reshape(-1, array.shape[-1])[:_EXAMINED] if array.ndim > 1 else array.reshape(-1, 1)
+    rows = rows.astype(np.longdouble if array.dtype == np.longdouble else np.float64)
+    rows = rows[np.isfinite(rows).all(-1)]
+    if not rows.size:
+        return 0.0
+    with np.errstate(all="ignore"):
+        error, spread = np.abs(rows.astype(np.float32) - rows).max(), np.abs(rows - rows.mean(0)).max()
+        if not error or np.isinf(error):  # beyond float32
+            return float(error)
+        # Of rows that are all alike, or one alone, nothing is known but that whole numbers should stay whole.
+        return float(error / spread) if spread else float(array.dtype.kind in "iu")
