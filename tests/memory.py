@@ -59,13 +59,15 @@ class Watch:
         self.highest = max(self.highest, (now, module))
         self.before = self.drop_programs()
 
-    def drop_programs(self, *, always: bool = False) -> float:
+    def drop_programs(self, *, more: float | None = None) -> float:
         """Drop what is compiled if there is much of it; tests that compile hundreds of programs ask for it themselves.
 
-        Returns what the process holds then.
+        They say how many MB more than the last time left they stand, whatever the process holds in all. Returns what it
+        holds then.
         """
         now = resident()
-        if always or now > max(PLENTY, self.left + MORE) or count_maps() > MANY_MAPS:
+        limit = max(PLENTY, self.left + MORE) if more is None else self.left + more
+        if now > limit or count_maps() > MANY_MAPS:
             jax.clear_caches()
             now = self.left = resident_after_trimming()
         return now

@@ -473,11 +473,11 @@ every_function_with_sigma = pytest.mark.parametrize("name", WITH_SIGMA)
 
 @pytest.mark.slow
 @every_function_with_sigma
-@pytest.mark.parametrize("sigma", [-1.0, 0.0, np.nan, np.inf])
-def test_a_traced_sigma_that_is_none_gives_nan(name, sigma):
+def test_a_traced_sigma_that_is_none_gives_nan(name):
     call = jax.jit(lambda sigma: WITH_SIGMA[name](X, OTHER, sigma=sigma))
-    assert np.isnan(call(sigma))
     assert np.isfinite(call(2.0))
+    for sigma in (-1.0, 0.0, np.nan, np.inf):
+        assert np.isnan(call(sigma)), sigma
 
 
 @pytest.mark.slow

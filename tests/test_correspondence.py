@@ -181,19 +181,20 @@ def test_it_works_under_jit_and_vmap_and_its_result_is_a_pytree(rows):
 @pytest.mark.slow
 @every_metric
 @pytest.mark.parametrize("csls", [None, 5])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_under_a_trace_nan_and_inf_score_nothing_in_their_batch_element_alone(metric, csls, value, rng):
+def test_under_a_trace_nan_and_inf_score_nothing_in_their_batch_element_alone(metric, csls, rng):
     a, b = rng.normal(size=(2, 3, N, M)).astype(np.float32)
     score = jax.jit(lambda a, b: jaxalign.correspondence(a, b, metric=metric, csls=csls))
-    clean, dirty = score(a, b), a.copy()
-    dirty[1, 4, 2] = value
-    for found in (score(dirty, b), score(b, dirty)):
-        for share in (found.top1, found.top5, found.mrr):
-            np.testing.assert_array_equal(np.isnan(share), [False, True, False])
-        np.testing.assert_array_equal(found.rank[1], N)
-        np.testing.assert_array_equal(found.index[1], -1)
-    for name in ("rank", "index", "top1", "mrr"):
-        np.testing.assert_array_equal(getattr(score(dirty, b), name)[::2], getattr(clean, name)[::2])
+    clean = score(a, b)
+    for value in (np.nan, np.inf, -np.inf):
+        dirty = a.copy()
+        dirty[1, 4, 2] = value
+        for found in (score(dirty, b), score(b, dirty)):
+            for share in (found.top1, found.top5, found.mrr):
+                np.testing.assert_array_equal(np.isnan(share), [False, True, False])
+            np.testing.assert_array_equal(found.rank[1], N)
+            np.testing.assert_array_equal(found.index[1], -1)
+        for name in ("rank", "index", "top1", "mrr"):
+            np.testing.assert_array_equal(getattr(score(dirty, b), name)[::2], getattr(clean, name)[::2])
 
 
 @every_metric

@@ -17,8 +17,6 @@ from jaxalign.kernels import RBF
 
 torch = pytest.importorskip("torch")
 
-MEASURES = ("cka", "affinity", "kl", "infonce")
-
 
 def tensors(*shape, count=1, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -50,10 +48,11 @@ def test_gradients_of_first_and_second_order(x64):
     assert torch.autograd.gradgradcheck(lambda x: affinity(x, **options).sum(1), (x,))
 
 
+# The losses themselves are differentiated in test_losses; here one of each kind, of a number and of numbers by sample.
 @pytest.mark.slow
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", ["cka", "infonce"])
 def test_losses_of_first_and_second_order(x64, measure):
-    x, y = tensors(10, 3, count=2)
+    x, y = tensors(8, 2, count=2)
 
     def loss(x, y):
         return torch_losses.alignment_loss(x, y, measure=measure, kernel=RBF(density=0.4), stop_gradient_target=False)

@@ -248,39 +248,30 @@ def assert_same(actual, expected):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
 
 
-@pytest.fixture
-def strict_modes():
-    """What jax can check beside ranks and dtypes, which are strict in all tests."""
+EVERYTHING = {
+    **{name: (function, (X, Y)) for name, function in TWO_ARRAYS.items()},
+    **{f"{name}, one array": (function, (X,)) for name, function in ONE_ARRAY.items()},
+}
+
+# These take the steps of others of the tables: without jit, which takes long, those are enough.
+OF_OTHERS = {"Alignment.correspondence", "compare", "paired_difference", "multi_layer_loss", "angular cka"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_arrays_may_be_closed_over_and_nothing_needs_jit(name):
+    memory.WATCH.drop_programs(more=300)  # without jit every operation is a program, which the next case shares
+    function, arrays = EVERYTHING[name]
+    *first, last = (jnp.asarray(array) for array in arrays)
+    # What jax can check beside ranks and dtypes, which are strict in all tests.
     with jax.debug_nans(True), jax.enable_checks(True):
-        yield
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("strict_modes")
-@pytest.mark.parametrize("name", TWO_ARRAYS)
-def test_the_second_array_may_be_closed_over(name):
-    x, y = jnp.asarray(X), jnp.asarray(Y)
-    assert_same(jax.jit(lambda x: TWO_ARRAYS[name](x, y))(x), TWO_ARRAYS[name](x, y))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("strict_modes")
-@pytest.mark.parametrize("name", ONE_ARRAY)
-def test_the_only_array_may_be_closed_over(name):
-    x = jnp.asarray(X)
-    assert_same(jax.jit(lambda: ONE_ARRAY[name](x))(), ONE_ARRAY[name](x))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*TWO_ARRAYS, *ONE_ARRAY])
-def test_everything_runs_without_jit(name):
-    memory.WATCH.drop_programs(always=True)  # every operation is a program: up to half a GB
-    x, y = jnp.asarray(X), jnp.asarray(Y)
-    calls = [lambda f=f, a=a: f(*a) for table, a in ((TWO_ARRAYS, (x, y)), (ONE_ARRAY, (x,))) if (f := table.get(name))]
+        expected = function(*first, last)
+        assert_same(jax.jit(lambda *first: function(*first, last))(*first), expected)
+    if name in OF_OTHERS:
+        return
     with jax.disable_jit():
-        found = [call() for call in calls]
-    for call, value in zip(calls, found, strict=True):
-        assert_same(value, call())
+        found = function(*first, last)
+    assert_same(found, expected)
 
 
 # Of everything that shares its derivatives one: the others are tried without debug_nans in the tests of gradients.
