@@ -211,7 +211,9 @@ def _narrowed(
         return array.astype(dtype)
     narrowed = _numbers.narrow(array, dtype, shift)
     if _is_wide(array) or shift is not None:
-        if _numbers.overflows(array, narrowed, mask) or _numbers.vanishes(array, narrowed):
+        if not _numbers.is_in_range(narrowed) and (
+            _numbers.overflows(array, narrowed, mask) or _numbers.vanishes(array, narrowed)
+        ):
             code = f"np.asarray({name})"  # it may be a list, or a table
             raise ValueError(
                 f"{name} holds numbers up to {_numbers.largest(array):.3g}, which are beyond the range of {dtype}. Use "
@@ -248,13 +250,14 @@ def numbers(name: str, value: Any) -> jax.Array | np.ndarray:
         )
     else:
         array = value
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+    kind = getattr(array.dtype, "kind", "")  # keys of jax.random have none
+    if kind == "c":
         raise TypeError(
             f"{name} is complex ({array.dtype}). Stack its parts as features: np.concatenate([{name}.real, "
             f"{name}.imag], -1) has the same distances."
         )
-    is_number = array.dtype == bool or any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer))
-    if not is_number:
+    # The kind of bfloat16 and the like is V, as that of a record.
+    if kind not in tuple("fiub") and not any(jnp.issubdtype(array.dtype, t) for t in (jnp.floating, jnp.integer)):
         raise TypeError(f"{name} must hold real numbers; got {_dtypes(value, array)}.{_as_numbers(name, value, array)}")
     if isinstance(array, jax.Array) and is_concrete(array) and _is_wide(array):
         is_here = array.is_fully_addressable and len(array.sharding.device_set) == 1

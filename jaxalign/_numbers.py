@@ -19,17 +19,21 @@ _EXAMINED, ALLOWED = 4096, 1e-4
 
 def computing_dtype(dtype: Any) -> np.dtype:
     """The dtype in which features of a dtype are computed: float32, or float64 where they are wide and jax holds it."""
-    narrow_float = jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize <= 4
-    return np.dtype(np.float32) if narrow_float else np.dtype(jax.dtypes.canonicalize_dtype(np.float64))
+    dtype = np.dtype(dtype)
+    is_floating = dtype.kind == "f" or jnp.issubdtype(dtype, jnp.floating)  # the kind of bfloat16 is V
+    if is_floating and dtype.itemsize <= 4:
+        return np.dtype(np.float32)
+    return np.dtype(jax.dtypes.canonicalize_dtype(np.float64))
 
 
 def holds_exactly(target: Any, dtype: Any) -> bool:
     """Whether a floating-point dtype holds every value of another dtype."""
-    if np.dtype(dtype).kind == "b":
+    dtype = np.dtype(dtype)
+    if dtype.kind == "b":
         return True
-    if jnp.issubdtype(dtype, jnp.integer):
-        return 8 * np.dtype(dtype).itemsize <= jnp.finfo(target).nmant + 1
-    return np.dtype(dtype).itemsize <= np.dtype(target).itemsize
+    if dtype.kind in "iu":
+        return 8 * dtype.itemsize <= jnp.finfo(target).nmant + 1
+    return dtype.itemsize <= np.dtype(target).itemsize
 
 
 def mean_row(rows: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -58,6 +62,13 @@ def narrow(rows: np.ndarray, dtype: Any, shift: np.ndarray | None = None) -> np.
         # Computed in blocks that stay in cache: no copy in float64 is made.
         out = np.empty(np.broadcast_shapes(rows.shape, shift.shape), dtype)
         return np.subtract(rows, shift, out=out, casting="same_kind")
+
+
+def is_in_range(narrowed: np.ndarray) -> bool:
+    """Whether all is finite, and something above the smallest normal number: the usual case, found without a copy."""
+    with np.errstate(all="ignore"):
+        least, most = narrowed.min(), narrowed.max()
+    return bool(np.isfinite(least) and np.isfinite(most) and max(-least, most) >= jnp.finfo(narrowed.dtype).tiny)
 
 
 def overflows(rows: np.ndarray, narrowed: np.ndarray, mask: np.ndarray | None = None) -> bool:

@@ -61,6 +61,7 @@ BAD_FEATURES = {
     "none": (None, TypeError, ("x must be an array of numbers; got NoneType",)),
     "strings": (np.array([["a", "b"]]), TypeError, ("x must hold real numbers", "<U1", "Its entries are no numbers")),
     "objects": (X.astype(object), TypeError, ("x must hold real numbers", "object", "astype(np.float64)")),
+    "keys": (jax.random.split(jax.random.key(0), (4, 2)), TypeError, ("x must hold real numbers; got dtype key<fry>",)),
     "times": (X.astype("M8[s]"), TypeError, ("x must hold real numbers", "datetime64[s]", "astype(np.float64)")),
     "beyond float32": (
         1e300 * X.astype(np.float64),

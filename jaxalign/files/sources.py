@@ -81,7 +81,8 @@ class Source:
                 f"block {i} of {self.name} has shape {rows.shape}, it had {(self.sizes[i], self.width)} before."
             )
         mask, narrowed = self.mask_of(i), _numbers.narrow(rows, self.dtype, self.shift)
-        if not _numbers.holds_exactly(self.dtype, self.stored) and _numbers.overflows(rows, narrowed, mask):
+        is_wide = not _numbers.holds_exactly(self.dtype, self.stored)
+        if is_wide and not _numbers.is_in_range(narrowed) and _numbers.overflows(rows, narrowed, mask):
             raise ValueError(
                 f"block {i} of {self.name} holds numbers up to {_numbers.largest(rows):.3g}, which are beyond the "
                 f"range of {self.dtype}. Store it in another unit."
