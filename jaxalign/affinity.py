@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxalign._memory import check_stored
 from jaxalign._problem import (
@@ -21,7 +21,7 @@ from jaxalign._problem import (
     check_unused,
     explain_failure,
 )
-from jaxalign._typing import AnyArray
+from jaxalign._typing import AnyArray, Data, Mask, Numbers
 from jaxalign.core.bandwidth import CONVERGED, NON_FINITE, gamma_of, pairs_of, solve_pairs
 from jaxalign.core.devices import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, batched, in_auto_mode
 from jaxalign.core.features import accurate_distances, attach_derivative, center_features
@@ -30,16 +30,16 @@ from jaxalign.core.tiles import kernel
 
 
 def rbf_affinity(
-    x: Float[AnyArray, "*#batch n d"],
-    y: Float[AnyArray, "*#batch m d"] | None = None,
+    x: Numbers[Data, "*#batch n d"],
+    y: Numbers[Data, "*#batch m d"] | None = None,
     sigma: ArrayLike | None = None,
     *,
     density: ArrayLike = 0.05,
     diagonal: Diagonal = "include",
     bandwidth: Bandwidth = "global",
     zero_diagonal: bool = False,
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
-    mask_y: Bool[AnyArray, "*#batch m"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
+    mask_y: Mask[Data, "*#batch m"] | None = None,
     precision: lax.PrecisionLike = None,
     throw: bool = True,
 ) -> Float[Array, "*batch n m"]:

@@ -27,7 +27,7 @@ from jaxalign import _checks
 from jaxalign._directions import less_row_mean
 from jaxalign._linalg import matmul, power_of_two, products, root, scaled, unit
 from jaxalign._repr import short_repr
-from jaxalign._typing import AnyArray
+from jaxalign._typing import AnyArray, Data, Numbers
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
 from jaxalign.core.features import center_features, centered_columns
@@ -135,7 +135,7 @@ class Alignment:
         """Indices of the samples that are not landmarks, in order: the ones to score with."""
         return _others(self.landmarks, next(iter(self.features.values())).shape[0])
 
-    def transform(self, name: str, x_new: Float[AnyArray, "k d"]) -> Float[Array, "k m"]:
+    def transform(self, name: str, x_new: Numbers[Data, "k d"]) -> Float[Array, "k m"]:
         """Relative features of new samples of one network, with everything as it was fitted.
 
         Args:
@@ -192,7 +192,7 @@ class Alignment:
 
 
 def align(
-    features: Mapping[str, Float[AnyArray, "n _"]],
+    features: Mapping[str, Numbers[Data, "n _"]],
     *,
     landmarks: int | Sequence[int] | Int[AnyArray, " m"] | None = None,
     key: Array | None = None,
@@ -367,7 +367,7 @@ def _choose_landmarks(landmarks: Any, key: Array | None, n: int) -> Array:
     return jnp.asarray(_checks.row_numbers("landmarks", landmarks, n))
 
 
-def farthest_points(features: Mapping[str, Float[AnyArray, "n _"]], number: int) -> Int[Array, " m"]:
+def farthest_points(features: Mapping[str, Numbers[Data, "n _"]], number: int) -> Int[Array, " m"]:
     """Landmarks that cover the samples: each next one is farthest from those before it, over all networks together.
 
     Distances are D = sum over networks of D_k / mean(D_k), and the first landmark is the sample of the smallest mean D
@@ -418,7 +418,7 @@ def _farthest_points(arrays: tuple[Array, ...], number: int) -> Array:
 
 
 def joint_affinity(
-    alignment: Alignment | Sequence[Float[AnyArray, "_ m"]],
+    alignment: Alignment | Sequence[Numbers[Data, "_ m"]],
     *,
     density: ArrayLike = 0.05,
     diagonal: Diagonal = "include",
@@ -480,8 +480,8 @@ class Correspondence:
 
 
 def correspondence(
-    a: Float[AnyArray, "*batch n m"],
-    b: Float[AnyArray, "*batch n m"],
+    a: Numbers[Data, "*batch n m"],
+    b: Numbers[Data, "*batch n m"],
     *,
     metric: Metric = "correlation",
     csls: int | None = None,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxalign import _checks
 from jaxalign._problem import (
@@ -25,7 +25,7 @@ from jaxalign._problem import (
 )
 from jaxalign._repr import describe_codes, short_repr
 from jaxalign._status import Status
-from jaxalign._typing import AnyArray
+from jaxalign._typing import AnyArray, Data, Mask, Numbers
 from jaxalign.core.bandwidth import gamma_of, pairs_of, solve_pairs
 from jaxalign.core.devices import NO_ROWS, ROWS_LAST, on_mesh
 from jaxalign.core.features import center_features
@@ -63,14 +63,14 @@ class SigmaSolution:
 
 
 def mean_density(
-    x: Float[AnyArray, "*#batch n d"],
-    y: Float[AnyArray, "*#batch m d"] | None = None,
+    x: Numbers[Data, "*#batch n d"],
+    y: Numbers[Data, "*#batch m d"] | None = None,
     *,
     sigma: ArrayLike,
     diagonal: Diagonal = "include",
     bandwidth: Bandwidth = "global",
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
-    mask_y: Bool[AnyArray, "*#batch m"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
+    mask_y: Mask[Data, "*#batch m"] | None = None,
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
     """Mean of the affinity exp(-||x_i - y_j||^2 / (2 sigma^2)) over pairs, at a given sigma.
@@ -131,14 +131,14 @@ def _mean_density(
 
 
 def solve_sigma(
-    x: Float[AnyArray, "*#batch n d"],
-    y: Float[AnyArray, "*#batch m d"] | None = None,
+    x: Numbers[Data, "*#batch n d"],
+    y: Numbers[Data, "*#batch m d"] | None = None,
     *,
     density: ArrayLike = 0.05,
     diagonal: Diagonal = "include",
     bandwidth: Bandwidth = "global",
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
-    mask_y: Bool[AnyArray, "*#batch m"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
+    mask_y: Mask[Data, "*#batch m"] | None = None,
     rtol: float | None = None,
     plan: Plan | None = None,
     throw: bool = True,

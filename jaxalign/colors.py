@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul, unit
-from jaxalign._typing import AnyArray
+from jaxalign._typing import Data, Numbers
 from jaxalign.spectral import NormalizedCut, signs
 
 ColorMethod = Literal["rotate", "umap", "tsne"]
@@ -28,11 +28,11 @@ _CUBE = np.array(
 
 
 def rgb(
-    embedding: NormalizedCut | Float[AnyArray, "n k"],
+    embedding: NormalizedCut | Numbers[Data, "n k"],
     method: ColorMethod = "rotate",
     *,
     num_components: int = 8,
-    like: NormalizedCut | Float[AnyArray, "m k"] | None = None,
+    like: NormalizedCut | Numbers[Data, "m k"] | None = None,
     quantile: float = 0.02,
     seed: int = 0,
 ) -> Float[Array, "n 3"]:

@@ -10,15 +10,15 @@ from jaxtyping import Array, Float
 
 from jaxalign import _checks
 from jaxalign._memory import check_stored
-from jaxalign._typing import AnyArray
+from jaxalign._typing import Data, Numbers
 from jaxalign.core.devices import ROWS_SECOND_LAST, batched, in_auto_mode
 from jaxalign.core.features import attach_derivative, center_features, fast_distances
 from jaxalign.core.resolved import resolved_distances
 
 
 def squared_distances(
-    x: Float[AnyArray, "*#batch n d"],
-    y: Float[AnyArray, "*#batch m d"] | None = None,
+    x: Numbers[Data, "*#batch n d"],
+    y: Numbers[Data, "*#batch m d"] | None = None,
     *,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "*batch n m"]:

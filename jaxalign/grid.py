@@ -19,13 +19,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxalign import _checks
 from jaxalign._positions import Positions, check_positions
 from jaxalign._problem import check_rtol
 from jaxalign._repr import describe, short_repr
-from jaxalign._typing import AnyArray
+from jaxalign._typing import Data, Mask, Numbers
 from jaxalign._version import __version__
 from jaxalign.files.cells import GridResult, GridTask, Summaries, compare_cells, option_value
 from jaxalign.files.checkpoint import Checkpoint, locked_checkpoint
@@ -58,12 +58,12 @@ Features = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | os.PathLike[str
 
 
 def compare(
-    x: Float[AnyArray, "..."],
-    y: Float[AnyArray, "..."],
+    x: Numbers[Data, "..."],
+    y: Numbers[Data, "..."],
     measure: str = "cka",
     *,
     positions: Positions | None = None,
-    mask: Bool[AnyArray, " samples"] | None = None,
+    mask: Mask[Data, " samples"] | None = None,
     missing: Missing = "raise",
     **options: Any,
 ) -> Float[Array, ""]:

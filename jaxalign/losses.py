@@ -24,13 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import unit
 from jaxalign._problem import check_rtol
 from jaxalign._repr import short_repr
-from jaxalign._typing import AnyArray
+from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.affinity import rbf_affinity
 from jaxalign.core.bandwidth import CONVERGED, is_bandwidth
 from jaxalign.core.devices import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, on_mesh, over_devices
@@ -110,9 +110,9 @@ class FeatureQueue:
 
     def push(
         self,
-        x: Float[AnyArray, "n d1"],
-        y: Float[AnyArray, "n d2"],
-        mask: Bool[AnyArray, " n"] | None = None,
+        x: Numbers[Data, "n d1"],
+        y: Numbers[Data, "n d2"],
+        mask: Mask[Data, " n"] | None = None,
     ) -> FeatureQueue:
         """The queue with a batch added, without gradients; this one does not change.
 
@@ -154,12 +154,12 @@ class FeatureQueue:
 
 
 def alignment_loss(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Numbers[Data, "*#batch n d1"],
+    y: Numbers[Data, "*#batch n d2"],
     measure: Measure = "cka",
     *,
     kernel: Kernel = "rbf",
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     queue: FeatureQueue | None = None,
     landmarks: int | None = None,
     temperature: float = _TEMPERATURE,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul
@@ -26,7 +26,7 @@ from jaxalign._problem import (
     explain_failure,
 )
 from jaxalign._repr import describe, short_repr
-from jaxalign._typing import AnyArray
+from jaxalign._typing import AnyArray, Data, Mask, Numbers
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import solve_checked
 from jaxalign.core.bandwidth import gamma_of, pairs_of
@@ -38,16 +38,16 @@ from jaxalign.plan import Plan, check_plan, resolve_plan
 
 
 def affinity_operator(
-    x: Float[AnyArray, "*#batch n d"],
-    y: Float[AnyArray, "*#batch m d"] | None = None,
+    x: Numbers[Data, "*#batch n d"],
+    y: Numbers[Data, "*#batch m d"] | None = None,
     sigma: ArrayLike | None = None,
     *,
     density: ArrayLike = 0.05,
     diagonal: Diagonal = "include",
     bandwidth: Bandwidth = "global",
     zero_diagonal: bool = False,
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
-    mask_y: Bool[AnyArray, "*#batch m"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
+    mask_y: Mask[Data, "*#batch m"] | None = None,
     precision: lax.PrecisionLike = None,
     plan: Plan | None = None,
     throw: bool = True,

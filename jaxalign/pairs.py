@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul
 from jaxalign._problem import check_problem
-from jaxalign._typing import AnyArray
+from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.core import reduce
 from jaxalign.core.bandwidth import pairs_of
 from jaxalign.core.devices import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, on_mesh
@@ -29,14 +29,14 @@ PairFunction = Callable[[Array], Any]
 
 def reduce_pairs(
     fn: PairFunction,
-    x: Float[AnyArray, "*#batch n d"],
-    y: Float[AnyArray, "*#batch m d"] | None = None,
+    x: Numbers[Data, "*#batch n d"],
+    y: Numbers[Data, "*#batch m d"] | None = None,
     *,
-    values: Float[AnyArray, "*#batch m"] | Float[AnyArray, "*#batch m k"] | None = None,
+    values: Numbers[Data, "*#batch m"] | Numbers[Data, "*#batch m k"] | None = None,
     per_row: bool = False,
     self_pairs: bool = True,
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
-    mask_y: Bool[AnyArray, "*#batch m"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
+    mask_y: Mask[Data, "*#batch m"] | None = None,
     plan: Plan | None = None,
 ) -> Any:
     """The sum of fn(||x_i - y_j||^2) over all pairs, over each row's, or times a value of each column.

@@ -12,10 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from jaxalign import _checks, _draw
-from jaxalign._typing import AnyArray
+from jaxalign._typing import AnyArray, Data, Numbers
 from jaxalign.bandwidth import Diagonal, mean_density, solve_sigma
 from jaxalign.grid import ComparisonGrid
 from jaxalign.inference import PermutationTest
@@ -23,7 +23,7 @@ from jaxalign.measures import rdm
 
 
 def affinity(
-    a: Float[AnyArray, "n m"], *, groups: Int[AnyArray, " n"] | Sequence[Any] | None = None, ax: Any = None
+    a: Numbers[Data, "n m"], *, groups: Int[AnyArray, " n"] | Sequence[Any] | None = None, ax: Any = None
 ) -> Any:
     """An affinity matrix, its colours by the square root, as most entries are small.
 
@@ -71,7 +71,7 @@ def affinity(
 
 
 def color_panels(
-    groups: Mapping[str, Mapping[str, Float[AnyArray, "pictures h w 3"]]],
+    groups: Mapping[str, Mapping[str, Numbers[Data, "pictures h w 3"]]],
     pictures: AnyArray | None = None,
     *,
     scores: Mapping[str, str] | None = None,
@@ -153,7 +153,7 @@ def color_panels(
 def matches(
     left: AnyArray,
     right: AnyArray,
-    positions: Float[AnyArray, "q 2"] | Int[AnyArray, "q 2"],
+    positions: Numbers[Data, "q 2"] | Int[AnyArray, "q 2"],
     index: Int[AnyArray, " q"],
     grid: tuple[int, int],
     *,
@@ -275,7 +275,7 @@ def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level
 
 
 def layers(
-    curves: ComparisonGrid | Mapping[str, Float[AnyArray, " l"]],
+    curves: ComparisonGrid | Mapping[str, Numbers[Data, " l"]],
     *,
     names: Sequence[str] | None = None,
     intervals: Mapping[str, tuple[AnyArray, AnyArray]] | None = None,
@@ -344,7 +344,7 @@ def layers(
 
 
 def density(
-    x: Float[AnyArray, "n d"],
+    x: Numbers[Data, "n d"],
     *,
     density: ArrayLike = 0.05,
     diagonal: Diagonal = "include",
@@ -393,7 +393,7 @@ def density(
 
 
 def dissimilarities(
-    x: Float[AnyArray, "n d1"], y: Float[AnyArray, "n d2"], *, names: tuple[str, str] = ("x", "y"), ax: Any = None
+    x: Numbers[Data, "n d1"], y: Numbers[Data, "n d2"], *, names: tuple[str, str] = ("x", "y"), ax: Any = None
 ) -> Any:
     """Dissimilarities of all pairs of samples in one network against those in another, which RSA correlates.
 
@@ -431,7 +431,7 @@ def dissimilarities(
 
 
 def models(
-    compared: ComparisonGrid | Float[AnyArray, "m m"],
+    compared: ComparisonGrid | Numbers[Data, "m m"],
     names: Sequence[str] | None = None,
     *,
     groups: Sequence[str] | None = None,

@@ -22,7 +22,7 @@ from jaxalign import _checks
 from jaxalign._linalg import matmul, unit
 from jaxalign._problem import check_unused
 from jaxalign._repr import short_repr
-from jaxalign._typing import AnyArray
+from jaxalign._typing import AnyArray, Data, Mask, Numbers
 from jaxalign.affinity import rbf_affinity
 from jaxalign.alignment import Alignment
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
@@ -94,7 +94,7 @@ class NormalizedCut:
         length = jnp.sqrt(jnp.sum(self.degrees))
         return self.eigenvectors * (root * length)[:, None]
 
-    def transform(self, x_new: Float[AnyArray, "q d"]) -> Float[Array, "q k"]:
+    def transform(self, x_new: Numbers[Data, "q d"]) -> Float[Array, "q k"]:
         """Rows of the eigenvectors for new samples (Nystroem): of the samples that were cut, their own rows again.
 
         Args:
@@ -123,7 +123,7 @@ class NormalizedCut:
 
 
 def normalized_cut(
-    x: Float[AnyArray, "n d"] | AffinityOperator | Alignment,
+    x: Numbers[Data, "n d"] | AffinityOperator | Alignment,
     num_components: int = 20,
     *,
     kind: Kind = "auto",
@@ -132,7 +132,7 @@ def normalized_cut(
     density: ArrayLike = 0.05,
     diagonal: Diagonal = "include",
     bandwidth: Bandwidth = "global",
-    mask: Bool[AnyArray, " n"] | None = None,
+    mask: Mask[Data, " n"] | None = None,
     landmarks: int | Int[AnyArray, " m"] | None = None,
     key: Array | None = None,
     rtol: float | None = None,
@@ -257,7 +257,7 @@ def normalized_cut(
 
 
 def kway(
-    cut: NormalizedCut | Float[AnyArray, "n k"], segments: int | None = None, *, steps: int = 50
+    cut: NormalizedCut | Numbers[Data, "n k"], segments: int | None = None, *, steps: int = 50
 ) -> Int[Array, " n"]:
     """Segments from eigenvectors: the discrete labels closest to a rotation of them (Yu & Shi 2003).
 

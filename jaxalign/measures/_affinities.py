@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import root
-from jaxalign._typing import AnyArray
+from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.kernels import Kernel, kernel_of
 from jaxalign.measures._evaluate import Missing, PairMeasure, evaluate
 from jaxalign.measures._pair_sums import InnerProducts, PairFunction, kernel_function
@@ -18,12 +18,12 @@ from jaxalign.plan import Plan
 
 
 def affinity_distance(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Numbers[Data, "*#batch n d1"],
+    y: Numbers[Data, "*#batch n d2"],
     kernel: Kernel = "rbf",
     *,
     result: Literal["frobenius", "rows"] = "frobenius",
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:

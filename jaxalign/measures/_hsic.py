@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import arccos, bounded
-from jaxalign._typing import AnyArray
+from jaxalign._typing import AnyArray, Data, Mask, Numbers
 from jaxalign.kernels import Kernel, kernel_of
 from jaxalign.measures._centering import CENTERINGS
 from jaxalign.measures._evaluate import Missing, PairMeasure, check_representations, compute_products, evaluate
@@ -34,12 +34,12 @@ _LEAST = {"debiased": 4, "biased": 2, "lange": 4}
 
 
 def hsic(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Numbers[Data, "*#batch n d1"],
+    y: Numbers[Data, "*#batch n d2"],
     kernel: Kernel = "rbf",
     *,
     estimator: Estimator = "debiased",
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
@@ -77,13 +77,13 @@ def hsic(
 
 
 def cka(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Numbers[Data, "*#batch n d1"],
+    y: Numbers[Data, "*#batch n d2"],
     kernel: Kernel = "rbf",
     *,
     estimator: Estimator = "debiased",
     result: Literal["similarity", "angular"] = "similarity",
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
@@ -174,7 +174,7 @@ def _checked_batch(k: int, batch: Any, least: int, widths: tuple[int, ...]) -> t
     """The pair of features of a batch; it is named where something is wrong with it."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"minibatch_cka: batch {k} must be a pair (x, y) of features; got {type(batch).__name__}.")
-    features = [_checks.features(f"batch {k}: {name}", a) for name, a in zip("xy", batch, strict=True)]
+    features = [_checks.features(f"batch {k}: {name}", a, center=True) for name, a in zip("xy", batch, strict=True)]
     for name, a, width in zip("xy", features, widths or (None, None), strict=True):
         if a.ndim != 2:
             raise ValueError(
@@ -203,12 +203,12 @@ def _checked_batch(k: int, batch: Any, least: int, widths: tuple[int, ...]) -> t
 
 
 def distance_correlation(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Numbers[Data, "*#batch n d1"],
+    y: Numbers[Data, "*#batch n d2"],
     *,
     estimator: Literal["debiased", "biased"] = "debiased",
     squared: bool = False,
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxalign import _checks
 from jaxalign._directions import unit_features
 from jaxalign._linalg import bounded, matmul
-from jaxalign._typing import AnyArray
+from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.core.devices import ROWS_SECOND_LAST, on_mesh
 from jaxalign.core.reduce import reduce_pairs
 from jaxalign.core.resolved import has_ties
@@ -45,11 +45,11 @@ _GATHERED = 2**22
 
 
 def nearest_neighbors(
-    x: Float[AnyArray, "*batch n d"],
+    x: Numbers[Data, "*batch n d"],
     k: int = 10,
     metric: Metric = "cosine",
     *,
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     plan: Plan | None = None,
 ) -> Int[Array, "*batch n k"]:
     """The numbers of the k samples that are nearest to each sample, itself left out, nearest first.
@@ -90,12 +90,12 @@ def nearest_neighbors(
 
 
 def mutual_knn(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Numbers[Data, "*#batch n d1"],
+    y: Numbers[Data, "*#batch n d2"],
     k: int = 10,
     *,
     metric: Metric = "cosine",
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
@@ -127,12 +127,12 @@ def mutual_knn(
 
 
 def jaccard(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Numbers[Data, "*#batch n d1"],
+    y: Numbers[Data, "*#batch n d2"],
     k: int = 10,
     *,
     metric: Metric = "cosine",
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
@@ -164,11 +164,11 @@ def jaccard(
 
 
 def cknna(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Numbers[Data, "*#batch n d1"],
+    y: Numbers[Data, "*#batch n d2"],
     k: int = 10,
     *,
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:

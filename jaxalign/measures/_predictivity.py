@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul, transposed
-from jaxalign._typing import AnyArray
+from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.core.features import centered_columns
 from jaxalign.measures._evaluate import Context, Missing, SummaryMeasure, evaluate
 from jaxalign.measures._spectra import ALL, kept, narrowed
@@ -21,12 +21,12 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 
 
 def linear_predictivity(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Numbers[Data, "*#batch n d1"],
+    y: Numbers[Data, "*#batch n d2"],
     *,
     folds: int = 5,
     strengths: tuple[float, ...] = STRENGTHS,
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
 ) -> Float[Array, "*batch"]:
     """The share of the variance of y that ridge regression on x explains in samples held out: R^2, cross-validated.

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxalign import _checks
 from jaxalign._directions import unit_features
 from jaxalign._linalg import bounded
 from jaxalign._memory import check_stored
 from jaxalign._problem import check_problem, check_rtol, explain_failure
-from jaxalign._typing import AnyArray
+from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.core.devices import batched
 from jaxalign.core.features import CenteredFeatures, fast_distances, when_any
 from jaxalign.core.resolved import are_unresolved, exact_distances, has_ties, resolved_distances
@@ -61,10 +61,10 @@ _COMPARISONS = {
 
 
 def rdm(
-    x: Float[AnyArray, "*batch n d"],
+    x: Numbers[Data, "*batch n d"],
     metric: Dissimilarity = "sqeuclidean",
     *,
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
 ) -> Float[Array, "*batch n n"]:
     """The representational dissimilarity matrix of a set, stored.
 
@@ -90,9 +90,10 @@ def rdm(
                [1., 0., 1.],
                [2., 1., 0.]], dtype=float32)
     """
-    (x,), mask = check_representations((("x", x),), mask, "raise", 2, "rdm", MASK_ADVICE)
     kernel = metric_kernel(metric)
     function = metric_function(metric, kernel)
+    center = function.normalization is None
+    (x,), mask = check_representations((("x", x),), mask, "raise", 2, "rdm", MASK_ADVICE, center=center)
     problem = check_problem(x, None, mask, None, function.diagonal)
     sigmas, target = check_function(("x",), (x,), mask, kernel, function, STORED)
     check_stored("the dissimilarities", x, None)
@@ -102,12 +103,12 @@ def rdm(
 
 
 def rsa(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Numbers[Data, "*#batch n d1"],
+    y: Numbers[Data, "*#batch n d2"],
     metric: Dissimilarity = "sqeuclidean",
     *,
     comparison: Comparison = "pearson",
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:

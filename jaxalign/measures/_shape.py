@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import bounded, matmul, root, transposed, unit
-from jaxalign._typing import AnyArray
+from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.core.features import scaled_columns
 from jaxalign.measures._evaluate import Context, Missing, SummaryMeasure, evaluate
 from jaxalign.measures._spectra import leading, narrowed, nuclear_norm
@@ -26,12 +26,12 @@ Result = Literal["distance", "angular", "similarity"]
 
 
 def procrustes(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Numbers[Data, "*#batch n d1"],
+    y: Numbers[Data, "*#batch n d2"],
     *,
     normalize: bool = True,
     result: Result = "distance",
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
 ) -> Float[Array, "*batch"]:
     """Procrustes distance: what the best rotation or reflection leaves between two centered representations.
@@ -70,13 +70,13 @@ def procrustes(
 
 
 def shape_distance(
-    x: Float[AnyArray, "*#batch n d1"],
-    y: Float[AnyArray, "*#batch n d2"],
+    x: Numbers[Data, "*#batch n d1"],
+    y: Numbers[Data, "*#batch n d2"],
     *,
     alpha: float | int = 1.0,
     normalize: bool = True,
     result: Result = "angular",
-    mask: Bool[AnyArray, "*#batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
 ) -> Float[Array, "*batch"]:
     """Generalised shape metrics (Williams et al. 2021): from Procrustes (alpha = 1) to CCA (alpha = 0).
