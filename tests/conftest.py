@@ -30,10 +30,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 jax.config.update("jax_enable_compilation_cache", False)
 
-# Compiling takes half the time with the older emitters of fused kernels, which jaxlib 0.11 no longer has. Users run the
-# newer ones, and so does .ci/run with the newest jax.
+# Compiling takes half the time with the older emitters of fused kernels, which jaxlib 0.11 no longer has, and a tenth
+# less where programs are not cut into parts for several threads. Users run the newer ones, and so does .ci/run with the
+# newest jax.
 if jaxlib.__version__.startswith("0.10."):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 # Before anything starts the backend: the number of devices cannot change afterwards.
 jax.config.update("jax_num_cpu_devices", 8)

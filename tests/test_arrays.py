@@ -173,14 +173,17 @@ def test_directions_are_not_shifted():
     x, y = X + 3, Y + 3
     for metric in ("cosine", "correlation"):
         found, expected = (
-            measures.mutual_knn(a, b, 5, metric) for a, b in ((x, y), (x.astype(np.float32), y.astype(np.float32)))
+            measures.mutual_knn(a, b, 5, metric=metric)
+            for a, b in ((x, y), (x.astype(np.float32), y.astype(np.float32)))
         )
         assert found == expected
     expected = measures.rsa(x.astype(np.float32), y.astype(np.float32), rdm="cosine")
     helpers.assert_close(measures.rsa(x, y, rdm="cosine"), expected, 1e-6)
     with pytest.raises(ValueError, match=re.escape("x is float64 and far from 0: float32 would round away")):
         measures.mutual_knn(X + FAR, Y, 5)
-    assert measures.mutual_knn(X + FAR, Y - FAR, 5, "euclidean") == measures.mutual_knn(X, Y, 5, "euclidean")
+    assert measures.mutual_knn(X + FAR, Y - FAR, 5, metric="euclidean") == measures.mutual_knn(
+        X, Y, 5, metric="euclidean"
+    )
 
 
 MEASURES = {
@@ -199,15 +202,15 @@ def test_measures_of_differences_are_shifted(name):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_losses_are_shifted_unless_a_memory_holds_other_samples():
+def test_losses_are_shifted_unless_a_queue_holds_other_samples():
     loss = jaxalign.losses.alignment_loss
     x, y = X.astype(np.float32), Y.astype(np.float32)
-    helpers.assert_close(loss(X + FAR, Y, density=0.2), loss(x, y, density=0.2), 1e-5)
-    memory = jaxalign.losses.remember(jaxalign.losses.empty_memory(8, WIDTH, WIDTH), X[:8].tolist(), Y[:8])
-    found, expected = (loss(a, b, memory=memory, density=0.2) for a, b in ((X, Y), (x, y)))
+    helpers.assert_close(loss(X + FAR, Y), loss(x, y), 1e-5)
+    queue = jaxalign.losses.FeatureQueue.empty(8, WIDTH, WIDTH).push(X[:8].tolist(), Y[:8])
+    found, expected = (loss(a, b, queue=queue) for a, b in ((X, Y), (x, y)))
     helpers.assert_close(found, expected, 1e-6)
     with pytest.raises(ValueError, match="x is float64 and far from 0"):
-        loss(X + FAR, Y, memory=memory, density=0.2)
+        loss(X + FAR, Y, queue=queue)
 
 
 # --- what is fitted ---------------------------------------------------------------------------------------------------
@@ -295,7 +298,7 @@ def test_masks():
     expected = jaxalign.solve_sigma(X, density=0.2, mask=MASK).sigma
     for mask in (MASK.tolist(), tuple(MASK), pd.Series(MASK), pd.Series(MASK).astype("boolean"), jnp.asarray(MASK)):
         assert jaxalign.solve_sigma(X, density=0.2, mask=mask).sigma == expected
-        assert np.isfinite(measures.cka(X, Y, mask=mask, density=0.2))
+        assert np.isfinite(measures.cka(X, Y, mask=mask))
     missing = pd.Series(MASK).astype("boolean").where(MASK)
     for mask in (MASK.astype(int), MASK.astype(int).tolist(), missing):
         with pytest.raises(TypeError, match="mask must be boolean"):

@@ -550,7 +550,9 @@ def test_without_throw_nothing_is_read(name, rng, monkeypatch):
     np.testing.assert_array_equal(WITHOUT_THROW[name](x, **options), expected)
     if name != "solve_sigma":
         assert np.isfinite(WITHOUT_THROW[name](x, sigma=jnp.float32(2.0))).all()
-        assert np.isfinite(WITHOUT_THROW[name](x, sigma=jnp.ones(ROWS), mask=options["mask"])).all()
+        assert np.isfinite(
+            WITHOUT_THROW[name](x, sigma=jnp.ones(ROWS), bandwidth="per_row", mask=options["mask"])
+        ).all()
 
 
 @pytest.mark.parametrize("name", WITHOUT_THROW)
