@@ -177,8 +177,8 @@ def test_directions_are_not_shifted():
             for a, b in ((x, y), (x.astype(np.float32), y.astype(np.float32)))
         )
         assert found == expected
-    expected = measures.rsa(x.astype(np.float32), y.astype(np.float32), rdm="cosine")
-    helpers.assert_close(measures.rsa(x, y, rdm="cosine"), expected, 1e-6)
+    expected = measures.rsa(x.astype(np.float32), y.astype(np.float32), metric="cosine")
+    helpers.assert_close(measures.rsa(x, y, metric="cosine"), expected, 1e-6)
     with pytest.raises(ValueError, match=re.escape("x is float64 and far from 0: float32 would round away")):
         measures.mutual_knn(X + FAR, Y, 5)
     assert measures.mutual_knn(X + FAR, Y - FAR, 5, metric="euclidean") == measures.mutual_knn(
@@ -259,7 +259,7 @@ def test_grids_of_tables_and_of_files(tmp_path):
             found = jaxalign.compare_grid(features, measure=measure, **options)
             np.testing.assert_allclose(found.values, expected, rtol=1e-4, atol=2e-3 if measure != "cka" else 1e-5)
     with pytest.raises(ValueError, match="float64 and far from 0"):
-        jaxalign.compare_grid({"b": tmp_path / "b.npy"}, measure="rsa", rdm="cosine")
+        jaxalign.compare_grid({"b": tmp_path / "b.npy"}, measure="rsa", metric="cosine")
 
 
 def test_resampling_takes_tables_and_lists():
