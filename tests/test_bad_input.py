@@ -390,7 +390,7 @@ WHOLE = {
     "k of cknna": lambda k: jaxalign.measures.cknna(X, X[::-1], k),
     "k of nearest_neighbors": lambda k: jaxalign.measures.nearest_neighbors(X, k),
     "folds": lambda k: jaxalign.measures.linear_predictivity(X, X[::-1], folds=k),
-    "components": lambda k: jaxalign.measures.svcca(X, X[::-1], num_components=k),
+    "num_components": lambda k: jaxalign.measures.svcca(X, X[::-1], num_components=k),
     "tile_size": lambda k: jaxalign.solve_sigma(X, density=0.2, plan=Plan(k)).sigma,
     "num_components": lambda k: jaxalign.normalized_cut(X, k, density=0.2).eigenvalues,
     "landmarks of align": lambda k: helpers.align({"a": X}, landmarks=k, density=0.5).landmarks,
@@ -492,7 +492,8 @@ def test_where_a_trace_finds_no_sigma_the_value_is_nan(name):
         assert np.isfinite(jax.jit(call)(COINCIDENT, 0.2))
     else:
         assert np.isnan(jax.jit(call)(COINCIDENT, 0.2))
-        assert np.isnan(jax.jit(call)(X, 0.001))  # below the 1 / n of the diagonal
+        include = jax.jit(lambda density: WITH_SIGMA[name](X, OTHER, density=density, diagonal="include"))
+        assert np.isnan(include(0.001))  # below the 1 / n of the diagonal
         with refused(ValueError, "x", "coincide"):
             call(jnp.asarray(COINCIDENT), 0.2)
     assert np.isnan(jax.jit(call)(X, 1.5))

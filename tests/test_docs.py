@@ -28,9 +28,7 @@ API = sorted((ROOT / "docs" / "pages" / "api").glob("*.md"))
 # What a page shows, and what is run in its place, as it takes long: still more samples than are stored (2048), and as
 # many for each of eight devices.
 SMALLER = {
-    "README.md": {"(5000, 64)": "(2400, 64)", "permutations=999": "permutations=99"},
     "compare.md": {"permutations=999": "permutations=99", "permutations=199": "permutations=39"},
-    "index.md": {"permutations=999": "permutations=99"},
     "measures.md": {"permutations=999": "permutations=99"},
     "pairs.md": {"5000": "2400"},
     "scaling.md": {"(10_000, 64)": "(2400, 64)"},

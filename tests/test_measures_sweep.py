@@ -163,7 +163,7 @@ def test_ties_are_seen_behind_a_masked_row():
         found = measures.rsa(x + np.float32(100.1), y, comparison=compare, mask=valid)
         assert abs(float(found) - float(expected)) < 1e-6
     expected = reference.mutual_knn(x[valid].astype(float), y[valid].astype(float), 3, "euclidean")
-    found = measures.mutual_knn(x + np.float32(100.25), y, 3, "euclidean", mask=valid)
+    found = measures.mutual_knn(x + np.float32(100.25), y, 3, metric="euclidean", mask=valid)
     assert abs(float(found) - expected) < 1e-6
 
 

@@ -281,6 +281,7 @@ def test_first_and_second_derivatives_are_those_of_the_matrix(name, rng):
     args = {"x": x[:ODD], "w": rng.normal(size=ODD)}
     if transposed:
         args |= {"y": options.pop("y"), "sigma": np.linspace(0.8, 3, ODD), "v": rng.normal(size=OTHER_ROWS)}
+        options["bandwidth"] = "per_row"
     else:
         options = {"mask": MASK[:ODD]}
         args |= {"sigma": np.asarray(1.5), "v": rng.normal(size=ODD)}

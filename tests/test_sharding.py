@@ -460,9 +460,10 @@ def test_one_row_a_device_with_a_sigma_of_its_own(x64, rng):
     options = {"density": 0.6, "bandwidth": "per_row"}
     expected = jaxalign.solve_sigma(x, **options).sigma
     helpers.assert_close(jaxalign.solve_sigma(x, **options, plan=Plan(mesh=mesh)).sigma, expected, 1e-12)
-    a = jaxalign.rbf_affinity(x, sigma=sigma)
-    operator = jaxalign.affinity_operator(x, None, sigma, plan=Plan(mesh=mesh))
-    helpers.assert_close(jaxalign.mean_density(x, sigma=sigma, plan=Plan(mesh=mesh)), a.mean(), 1e-12)
+    at = {"sigma": sigma, "bandwidth": "per_row"}
+    a = jaxalign.rbf_affinity(x, **at)
+    operator = jaxalign.affinity_operator(x, **at, plan=Plan(mesh=mesh))
+    helpers.assert_close(jaxalign.mean_density(x, **at, plan=Plan(mesh=mesh)), a.mean(), 1e-12)
     helpers.assert_close(operator @ v, a @ v, 1e-12)
     helpers.assert_close(operator.T @ v, a.T @ v, 1e-12)
     alone = jax.vmap(lambda row: jaxalign.solve_sigma(row, plan=Plan(axis_name="i"), **options).sigma, axis_name="i")

@@ -122,7 +122,7 @@ def test_density_of_tiles_is_that_of_all_pairs_at_once(case, rng):
         if case.bandwidth == "per_row" and "mask" in options:
             sigma[..., ~options["mask"]] = np.nan  # of rows that are not there
         dense, tiled = (
-            jaxalign.mean_density(x, **options, sigma=sigma, plan=Plan(tile_size))
+            jaxalign.mean_density(x, **options, sigma=sigma, bandwidth=case.bandwidth, plan=Plan(tile_size))
             for tile_size in (None, case.tile_size)
         )
         assert tiled.dtype == case.dtype

@@ -185,8 +185,9 @@ class Debiased(Biased):
 
     def inner(self, sums: PairSums) -> Array:
         """See `Centering`."""
-        n = sums.num_samples
-        return sums.products + sums.product_of_totals() / ((n - 1) * (n - 2)) - 2 / (n - 2) * sums.dot(*sums.rows)
+        # At least 1: fewer samples have no value, but 0 / 0 would reach their gradient.
+        less_1, less_2 = (jnp.maximum(sums.num_samples - k, 1) for k in (1, 2))
+        return sums.products + sums.product_of_totals() / (less_1 * less_2) - 2 / less_2 * sums.dot(*sums.rows)
 
     def matrix(self, f: Array) -> Array:
         """See `Centering`; Székely & Rizzo 2014, eq. 2.2."""
