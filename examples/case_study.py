@@ -124,7 +124,7 @@ def layer_agreement(
 
 
 def segmented(data: Any, features: dict[str, np.ndarray], landmarks: np.ndarray) -> Any:
-    """The joint cut as segments, numbered the same in all networks and pictures."""
+    """The joint cut as segments, numbered the same in all networks and images."""
     labels = np.asarray(jaxalign.kway(joint_cut(features, landmarks)))
     labels = labels.reshape(len(features), len(data.picture_names), *data.grid)
     figure, axes = plt.subplots(*labels.shape[:2], figsize=(5.4, 5.4), layout="constrained")

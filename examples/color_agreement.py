@@ -1,7 +1,7 @@
 """The agreement of the colors of the same patches in two networks; used by case_study.py and sam_vs_dino.py.
 
 It is 1 if the same patch has the same color in both, and 0 if its color is no closer than that of any other patch of
-the picture.
+the image.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def variance_scaled_colors(features: Features, landmarks: Int[np.ndarray, " m"])
 
 @dataclass(frozen=True)
 class Agreement:
-    """The agreement of the colors of the same patch: 1 if equal, 0 if like those of any two patches of a picture.
+    """The agreement of the colors of the same patch: 1 if equal, 0 if like those of any two patches of an image.
 
     Attributes:
-        value: 1 - (mean color distance of the same patch) / (mean over all pairs of patches of the same picture).
-        p_value: by permutations of the patches of each picture.
+        value: 1 - (mean color distance of the same patch) / (mean over all pairs of patches of the same image).
+        p_value: by permutations of the patches of each image.
     """
 
     value: float
@@ -41,7 +41,7 @@ class Agreement:
 def agreement(
     colors: Colors,
     pairs: list[tuple[str, str]],
-    pictures: Int[np.ndarray, " n"],
+    images: Int[np.ndarray, " n"],
     *,
     permutations: int = 999,
     seed: int = 0,
@@ -51,11 +51,11 @@ def agreement(
     Args:
         colors: of each network, shape (n, 3), for the same patches, which are not landmarks.
         pairs: the networks to compare.
-        pictures: the picture of each patch.
-        permutations: number of permutations of the patches within each picture, the same for all pairs.
+        images: the image of each patch.
+        permutations: number of permutations of the patches within each image, the same for all pairs.
         seed: seed of the permutations.
     """
-    distances = {pair: _distances(colors[pair[0]], colors[pair[1]], pictures) for pair in pairs}
+    distances = {pair: _distances(colors[pair[0]], colors[pair[1]], images) for pair in pairs}
     chance = np.mean([np.mean([block.mean() for block in blocks]) for blocks in distances.values()])
     rng = np.random.default_rng(seed)
     blocks = [np.mean([distances[pair][k] for pair in pairs], 0) for k in range(len(next(iter(distances.values()))))]
@@ -69,12 +69,12 @@ def agreement(
     return Agreement(float(1 - same / chance), float((1 + np.sum(shuffled <= same)) / (1 + permutations)))
 
 
-def _distances(a: np.ndarray, b: np.ndarray, pictures: np.ndarray) -> list[np.ndarray]:
-    """Distances between all colors of a picture in one network and all in the other, picture by picture."""
+def _distances(a: np.ndarray, b: np.ndarray, images: np.ndarray) -> list[np.ndarray]:
+    """Distances between all colors of an image in one network and all in the other, image by image."""
     blocks = []
-    for picture in np.unique(pictures):
-        in_picture = pictures == picture
-        blocks.append(np.linalg.norm(a[in_picture][:, None] - b[in_picture][None], axis=-1))
+    for image in np.unique(images):
+        in_image = images == image
+        blocks.append(np.linalg.norm(a[in_image][:, None] - b[in_image][None], axis=-1))
     return blocks
 
 

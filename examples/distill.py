@@ -94,7 +94,7 @@ def aligned(measure: str, parameters: Any, pixels: jax.Array, teacher: jax.Array
 def score(layers: Layers, pixels: np.ndarray, teacher: np.ndarray) -> Score:
     """Similarity of student and teacher."""
     features = student(layers, jnp.asarray(pixels))
-    shared = jaxalign.measures.mutual_knn(features, teacher, NEIGHBORS, "euclidean")
+    shared = jaxalign.measures.mutual_knn(features, teacher, NEIGHBORS, metric="euclidean")
     return Score(float(shared), float(jaxalign.measures.cka(features, teacher)))
 
 

@@ -35,9 +35,9 @@ The table shows means over several random draws, because 15 points are few; the 
 Results. Rotation, scale and shift do not change affinities. Two outliers inflate the standard deviation, so all other
 points become similar under it; the mean affinity hardly changes. A stretch changes which points are near, and no single
 sigma can undo that: auto-scaling then matches a few more points than the variance, but no more clusters. Standardizing
-undoes any stretch along the axes, so moved, stretched and flattened have equal scores. But it is itself a stretch, along
-different axes in two sets that are rotated against each other: it raises the score of stretched and lowers that of
-moved to the same value. (For its effect on features of real networks see docs/pages/alignment.md.)
+undoes any stretch along the axes, so moved, stretched and flattened have equal scores. But it is itself a stretch,
+along different axes in two sets that are rotated against each other: it raises the score of stretched and lowers that
+of moved to the same value. (For its effect on features of real networks see docs/pages/alignment.md.)
 """
 
 from __future__ import annotations

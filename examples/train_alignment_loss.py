@@ -1,8 +1,8 @@
 """Two classifiers with similar features: one on blobs, one on a stretched copy of them, trained with an alignment loss.
 
 This is the published toy example of alignment as a regularizer. Two small MLPs learn the same three classes. The first
-sees points on a plane; the second sees the same points rotated, shifted, and scaled by 1/4 along one axis and by 4 along
-the other. Trained on labels alone, their features have different geometries. With
+sees points on a plane; the second sees the same points rotated, shifted, and scaled by 1/4 along one axis and by 4
+along the other. Trained on labels alone, their features have different geometries. With
 
     loss = cross-entropy of both + WEIGHT * alignment_loss(features of the second, features of the first)
 
@@ -13,8 +13,8 @@ the second network learns the geometry of the first, at the same accuracy.
     python examples/train_alignment_loss.py --measure kl --seeds 3
     python examples/train_alignment_loss.py --devices 8     # batches sharded over 8 devices: the same parameters
 
-On held-out points the table shows the accuracy of both networks, debiased CKA of their features, and the share of the 10
-nearest neighbors of a point that they have in common: mean and standard deviation over several seeds.
+On held-out points the table shows the accuracy of both networks, debiased CKA of their features, and the share of the
+10 nearest neighbors of a point that they have in common: mean and standard deviation over several seeds.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from jaxalign._version import __version__
 
 _FORMATS = """files: .npy .npz .safetensors .h5 .parquet .pt (tensors only), or a folder of them; arrays (n, d),
 (n, tokens, d) or maps (n, h, w, d), channels last"""
+# The advice of the library's messages, which is an option here.
+_ENABLE_X64 = re.compile(r'jax\.config\.update\("jax_enable_x64", True\)( at the start of the program)?')
 _IMAGES = "the images of the maps: a folder, or a .npy file (n, h, w, 3)"
 
 
@@ -115,7 +118,9 @@ def _flush(stream: Any, code: Any) -> Any:
 def _fail(error: Any, code: int) -> int:
     from jaxalign.io import printable
 
-    print(f"jaxalign: {' '.join(map(printable, str(error).splitlines()))}", file=sys.stderr)
+    message = " ".join(map(printable, str(error).splitlines()))
+    message = _ENABLE_X64.sub("--x64", message)
+    print(f"jaxalign: {message}", file=sys.stderr)
     return code
 
 

@@ -504,6 +504,14 @@ def test_offsets_in_float64_files_cost_no_digits(command, models, capsys):
     np.testing.assert_allclose(numbers[1], numbers[0], rtol=1e-4)
 
 
+def test_offsets_that_float32_cannot_hold_need_x64(models, capsys):
+    x = np.load(models / "a" / "layer2.npy").astype(np.float64) + 1e8
+    np.save(models / "x.npy", x)  # mutual_knn uses angles, so its features cannot be centered
+    assert run("compare", models / "x.npy", models / "x.npy", "--measure", "mutual_knn") == 2
+    assert re.search(r"is float64 and far from 0.*: --x64\.$", capsys.readouterr().err)
+    assert run("compare", models / "x.npy", models / "x.npy", "--measure", "mutual_knn", "--x64") == 0
+
+
 def test_pictures_that_do_not_belong_are_refused_before_the_work(models, monkeypatch, capsys):
     np.save(models / "photos.npy", np.zeros((3, 8, 8, 3), np.uint8))
     monkeypatch.setattr(commands, "compare_grid", lambda *args, **kwargs: 1 / 0)
