@@ -1,4 +1,4 @@
-"""Pages for the examples: in the repository links lead to the scripts, on the site to pages that show them."""
+"""Pages of the site for the examples. In the repository, links lead to the scripts; on the site, to these pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add a page for every example and notebook, and one for the changelog and the data's licences."""
+    """Add a page for each example and notebook, for the changelog, and for the licenses of the data."""
     for path in sorted((ROOT / "examples").glob("*.py")):
         source = path.read_text()
         title = (ast.get_docstring(ast.parse(source)) or path.stem).splitlines()[0].rstrip(".")
@@ -30,7 +30,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links to scripts of the repository as links to their pages."""
+    """Replace links to files of the repository by links to their pages."""
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(r"\]\((?:\.\./)+examples/(\w+)\.py\)", rf"]({up}examples/\1.md)", markdown)
     markdown = re.sub(

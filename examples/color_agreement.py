@@ -1,6 +1,7 @@
-"""How alike the colours of the same patch are in two networks, as a number: shared by case_study.py and sam_vs_dino.py.
+"""The agreement of the colors of the same patches in two networks; used by case_study.py and sam_vs_dino.py.
 
-1 where the same patch has the same colour in both, 0 where it is no closer than any other patch of the picture.
+It is 1 if the same patch has the same color in both, and 0 if its color is no closer than that of any other patch of
+the image.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from jaxalign.report.coloring import COMPONENTS, Colors, Features, by_network
 
 
 def variance_scaled_colors(features: Features, landmarks: Int[np.ndarray, " m"]) -> Colors:
-    """One cut of affinities to the landmarks with the usual bandwidth: what scaling by the variance gives."""
-    everyone = np.arange(len(next(iter(features.values()))))
-    rows = np.concatenate([variance_scaled_rows(x, landmarks, everyone) for x in features.values()])
+    """Colors of one cut of affinities to the landmarks, with a bandwidth scaled by the variance."""
+    all_rows = np.arange(len(next(iter(features.values()))))
+    rows = np.concatenate([variance_scaled_rows(x, landmarks, all_rows) for x in features.values()])
     cut = jaxalign.normalized_cut(rows.astype(np.float32), COMPONENTS, kind="features", bandwidth="per_row")
     return by_network(np.asarray(jaxalign.rgb(cut)), features)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike the colours of the same patch are in two networks: 1 equal, 0 as those of any two patches of a picture.
+    """The agreement of the colors of the same patch: 1 if equal, 0 if like those of any two patches of an image.
 
     Attributes:
-        value: 1 - (mean distance of the colours of the same patch) / (of all pairs of patches of the same picture).
-        p_value: of the value among those with the patches of each picture shuffled.
+        value: 1 - (mean color distance of the same patch) / (mean over all pairs of patches of the same image).
+        p_value: by permutations of the patches of each image.
     """
 
     value: float
@@ -40,7 +41,7 @@ class Agreement:
 def agreement(
     colors: Colors,
     pairs: list[tuple[str, str]],
-    pictures: Int[np.ndarray, " n"],
+    images: Int[np.ndarray, " n"],
     *,
     permutations: int = 999,
     seed: int = 0,
@@ -48,16 +49,16 @@ def agreement(
     """Mean agreement over pairs of networks, and its permutation p-value.
 
     Args:
-        colors: of each network, shape (n, 3), of the same patches: those that were not landmarks.
-        pairs: which networks are compared.
-        pictures: which picture each patch is of.
-        permutations: of the patches within each picture, the same for all pairs.
-        seed: of the permutations.
+        colors: of each network, shape (n, 3), for the same patches, which are not landmarks.
+        pairs: the networks to compare.
+        images: the image of each patch.
+        permutations: number of permutations of the patches within each image, the same for all pairs.
+        seed: seed of the permutations.
     """
-    apart = {pair: _distances(colors[pair[0]], colors[pair[1]], pictures) for pair in pairs}
-    chance = np.mean([np.mean([block.mean() for block in blocks]) for blocks in apart.values()])
+    distances = {pair: _distances(colors[pair[0]], colors[pair[1]], images) for pair in pairs}
+    chance = np.mean([np.mean([block.mean() for block in blocks]) for blocks in distances.values()])
     rng = np.random.default_rng(seed)
-    blocks = [np.mean([apart[pair][k] for pair in pairs], 0) for k in range(len(next(iter(apart.values()))))]
+    blocks = [np.mean([distances[pair][k] for pair in pairs], 0) for k in range(len(next(iter(distances.values()))))]
     same = np.mean([np.diagonal(block).mean() for block in blocks])
     shuffled = np.array(
         [
@@ -68,15 +69,15 @@ def agreement(
     return Agreement(float(1 - same / chance), float((1 + np.sum(shuffled <= same)) / (1 + permutations)))
 
 
-def _distances(a: np.ndarray, b: np.ndarray, pictures: np.ndarray) -> list[np.ndarray]:
-    """Distances of all colours of a picture in one network from all in the other, picture by picture."""
+def _distances(a: np.ndarray, b: np.ndarray, images: np.ndarray) -> list[np.ndarray]:
+    """Distances between all colors of an image in one network and all in the other, image by image."""
     blocks = []
-    for picture in np.unique(pictures):
-        here = pictures == picture
-        blocks.append(np.linalg.norm(a[here][:, None] - b[here][None], axis=-1))
+    for image in np.unique(images):
+        in_image = images == image
+        blocks.append(np.linalg.norm(a[in_image][:, None] - b[in_image][None], axis=-1))
     return blocks
 
 
 def pairs_of_networks(names: list[str]) -> list[tuple[str, str]]:
-    """All pairs of sets that are of different networks (the first word of a name)."""
+    """All pairs of layers of different networks (the first word of a name)."""
     return [(a, b) for a, b in itertools.combinations(names, 2) if a.split()[0] != b.split()[0]]

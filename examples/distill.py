@@ -3,12 +3,12 @@
 Teacher: the features of 1000 handwritten digits in a real network, shipped with the library (jaxalign.datasets).
 Student: an MLP, 64-64-16, on the 8 x 8 pixels of the digits. It is trained on 700 digits in two ways:
 
-    MSE head     the student's 16 features pass through a linear map to the teacher's, trained with it; the mean squared
-                 difference is minimised (features standardised by channel), as is usual. The head is thrown away.
-    alignment    alignment_loss(student, teacher): nothing to throw away.
+    MSE head     the common way: a linear head, trained with the student, maps its 16 features to the teacher's
+                 (standardized by channel), and the mean squared error is minimized. The head is then discarded.
+    alignment    alignment_loss(student, teacher): nothing to discard.
 
-On the 300 other digits the table shows how many of the 10 nearest neighbours a digit has both in the student and in the
-teacher, and debiased CKA; mean and standard deviation over seeds, each with other weights and another split.
+On the 300 held-out digits the table shows the share of the 10 nearest neighbors of a digit that student and teacher
+have in common, and debiased CKA: mean and standard deviation over seeds, each with its own weights and split.
 
     python -m pip install "jaxalign[viz]" optax
     python examples/distill.py                          # prints a table, writes distill/distill.png
@@ -33,17 +33,17 @@ import jaxalign
 from jaxalign.losses import alignment_loss
 
 TRAINED_ON, BATCH, STEPS, WIDTHS = 700, 128, 600, (64, 64, 16)
-NEIGHBOURS = 10
-COLOURS = ("#0072b2", "#e69f00", "#009e73")
+NEIGHBORS = 10
+COLORS = ("#0072b2", "#e69f00", "#009e73")
 
 Layers = list[tuple[jax.Array, jax.Array]]
-LossOf = Callable[[Any, jax.Array, jax.Array], jax.Array]  # of parameters, pixels, teacher
+LossFunction = Callable[[Any, jax.Array, jax.Array], jax.Array]  # of parameters, pixels, teacher
 
 
 class Score(NamedTuple):
-    """On digits that were not trained on."""
+    """Similarity of student and teacher on held-out digits."""
 
-    neighbours: float  # share of the nearest that are the same
+    neighbors: float  # share of nearest neighbors in common
     cka: float
 
 
@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
 
 def load(teacher: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (1000, 64) from 0 to 1, and the teacher's features, channels standardised."""
+    """Pixels (1000, 64) from 0 to 1, and the teacher's features, with standardized channels."""
     digits = jaxalign.datasets.load_digit_features()
     if teacher not in digits.features:
         raise ValueError(f"teacher must be one of {', '.join(digits.features)}; got {teacher!r}.")
@@ -81,7 +81,7 @@ def student(layers: Layers, pixels: jax.Array) -> jax.Array:
 
 
 def through_head(parameters: Any, pixels: jax.Array, teacher: jax.Array) -> jax.Array:
-    """The baseline."""
+    """The loss of the baseline."""
     (weights, bias) = parameters["head"]
     return jnp.mean((student(parameters["student"], pixels) @ weights + bias - teacher) ** 2)
 
@@ -92,27 +92,27 @@ def aligned(measure: str, parameters: Any, pixels: jax.Array, teacher: jax.Array
 
 
 def score(layers: Layers, pixels: np.ndarray, teacher: np.ndarray) -> Score:
-    """How alike student and teacher are."""
+    """Similarity of student and teacher."""
     features = student(layers, jnp.asarray(pixels))
-    shared = jaxalign.measures.mutual_knn(features, teacher, NEIGHBOURS, metric="euclidean")
+    shared = jaxalign.measures.mutual_knn(features, teacher, NEIGHBORS, metric="euclidean")
     return Score(float(shared), float(jaxalign.measures.cka(features, teacher)))
 
 
-def train(seed: int, loss_of: LossOf, pixels: np.ndarray, teacher: np.ndarray, steps: int = STEPS) -> Run:
-    """A student from scratch."""
+def train(seed: int, loss_of: LossFunction, pixels: np.ndarray, teacher: np.ndarray, steps: int = STEPS) -> Run:
+    """Train a student from scratch."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(pixels))
-    rows, others = order[:TRAINED_ON], order[TRAINED_ON:]
+    rows, held_out = order[:TRAINED_ON], order[TRAINED_ON:]
     keys = jax.random.split(jax.random.key(seed), 2)
     head = dense(keys[1], (WIDTHS[-1], teacher.shape[1]))[0]
     parameters = {"student": dense(keys[0], WIDTHS), "head": head}
-    optimiser = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    state = optimiser.init(parameters)
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    state = optimizer.init(parameters)
 
     @jax.jit
     def step(parameters: Any, state: Any, pixels: jax.Array, teacher: jax.Array) -> tuple[Any, Any, jax.Array]:
         value, gradient = jax.value_and_grad(loss_of)(parameters, pixels, teacher)
-        updates, state = optimiser.update(gradient, state)
+        updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(parameters, updates), state, value
 
     losses, scores = [], []
@@ -121,30 +121,30 @@ def train(seed: int, loss_of: LossOf, pixels: np.ndarray, teacher: np.ndarray, s
         parameters, state, value = step(parameters, state, pixels[batch], teacher[batch])
         losses.append(value)
         if k in (0, steps - 1) or (k + 1) % 50 == 0:
-            scores.append((k + 1, score(parameters["student"], pixels[others], teacher[others])))
+            scores.append((k + 1, score(parameters["student"], pixels[held_out], teacher[held_out])))
     return Run(np.asarray(losses), scores)
 
 
 def table(runs: dict[str, list[Run]]) -> str:
     """Means and standard deviations over the seeds, at the last step."""
-    lines = [f"{'':24}{'shared neighbours':>22}{'CKA':>18}"]
-    for name, some in runs.items():
-        values = np.array([run.scores[-1][1] for run in some])
+    lines = [f"{'':24}{'shared neighbors':>22}{'CKA':>18}"]
+    for name, of_method in runs.items():
+        values = np.array([run.scores[-1][1] for run in of_method])
         cells = [f"{m:.3f} +- {s:.3f}" for m, s in zip(values.mean(0), values.std(0), strict=True)]
         lines.append(f"{name:24}{cells[0]:>22}{cells[1]:>18}")
     return "\n".join(lines)
 
 
 def draw(runs: dict[str, list[Run]]) -> Figure:
-    """Shared neighbours on held-out digits while the student learns."""
+    """Shared neighbors on held-out digits during training."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
-    for (name, some), colour in zip(runs.items(), COLOURS, strict=False):
-        steps = [k for k, _ in some[0].scores]
-        values = np.array([[s.neighbours for _, s in run.scores] for run in some])
-        ax.plot(steps, values.mean(0), color=colour, label=name)
-        ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-    ax.set(xlabel="step", ylabel=f"shared of {NEIGHBOURS} nearest neighbours, held out", ylim=(0, None))
+    for (name, of_method), color in zip(runs.items(), COLORS, strict=False):
+        steps = [k for k, _ in of_method[0].scores]
+        values = np.array([[s.neighbors for _, s in run.scores] for run in of_method])
+        ax.plot(steps, values.mean(0), color=color, label=name)
+        ax.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+    ax.set(xlabel="step", ylabel=f"share of {NEIGHBORS} nearest neighbors in common, held out", ylim=(0, None))
     ax.legend(frameon=False)
     return figure
 
@@ -152,25 +152,25 @@ def draw(runs: dict[str, list[Run]]) -> Figure:
 def main(
     out: Path = Path("distill"), teacher: str = "", measure: str = "cka", seeds: int = 5, steps: int = STEPS
 ) -> dict[str, list[Run]]:
-    """Train both ways, print the table, write the figure into the folder `out`."""
+    """Train in both ways, print the table, and write the figure to the folder `out`."""
     teacher = teacher or next(iter(jaxalign.datasets.load_digit_features().features))
     pixels, features = load(teacher)
-    plans: dict[str, LossOf] = {"MSE head": through_head, f"alignment ({measure})": partial(aligned, measure)}
+    methods: dict[str, LossFunction] = {"MSE head": through_head, f"alignment ({measure})": partial(aligned, measure)}
     runs = {
         name: [train(seed, loss_of, pixels, features, steps) for seed in range(seeds)]
-        for name, loss_of in plans.items()
+        for name, loss_of in methods.items()
     }
     print(f"teacher {teacher}, {features.shape[1]} features; held-out digits, {seeds} seeds\n\n{table(runs)}")
     out.mkdir(parents=True, exist_ok=True)
     draw(runs).savefig(out / "distill.png", dpi=120)
-    print(f"\ncurves with their range over the seeds are in {out / 'distill.png'}")
+    print(f"\ncurves, with their range over the seeds: {out / 'distill.png'}")
     return runs
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A small student learns the geometry of a larger network.")
     parser.add_argument("--out", type=Path, default=Path("distill"), help="folder for the figure")
-    parser.add_argument("--teacher", default="", help="a set of jaxalign.datasets.load_digit_features()")
+    parser.add_argument("--teacher", default="", help="a name in jaxalign.datasets.load_digit_features().features")
     parser.add_argument("--measure", default="cka", choices=("cka", "affinity", "kl", "infonce"))
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()

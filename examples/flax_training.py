@@ -1,8 +1,8 @@
-"""A Flax NNX network trained with an alignment loss, then its layers compared with those of its teacher's network.
+"""A Flax NNX network trained with an alignment loss; its layers are then compared with four networks.
 
 A convolutional student on 8 x 8 digits learns the geometry of a real network's features of the same digits
-(jaxalign.datasets). The step is compiled once; the last batch is padded to the size of the others. Afterwards
-`interop.capture_features` takes the student's layers apart, and `compare_grid` shows which became like which network.
+(jaxalign.datasets). The training step is compiled once; the last batch is padded to the common size. Afterwards
+`interop.capture_features` captures the student's layers, and `compare_grid` compares each with each network.
 
     python examples/flax_training.py             # needs Flax: pip install "jaxalign[flax]"
 """
@@ -38,26 +38,26 @@ class Student(nnx.Module):
 
 @nnx.jit
 def step(
-    student: Student, optimiser: nnx.Optimizer, pixels: jax.Array, teacher: jax.Array, mask: jax.Array
+    student: Student, optimizer: nnx.Optimizer, pixels: jax.Array, teacher: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """One update of the student; returns the loss before it."""
+    """Update the student once; returns the loss before the update."""
 
     def loss(student: Student) -> jax.Array:
         return jaxalign.losses.alignment_loss(student(pixels), teacher, mask=mask)
 
     value, gradient = nnx.value_and_grad(loss)(student)
-    optimiser.update(student, gradient)
+    optimizer.update(student, gradient)
     return value
 
 
 def padded_batches(rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Batches of one size, and which of their rows are real."""
+    """Batches of one size, with masks: True marks valid rows."""
     starts = range(0, len(rows), BATCH)
     return [(np.resize(rows[k : k + BATCH], BATCH), np.arange(BATCH) < len(rows) - k) for k in starts]
 
 
 def score(student: Student, pixels: jax.Array, teacher: np.ndarray) -> tuple[float, float]:
-    """Debiased CKA with the teacher, and the share of the 10 nearest neighbours that a digit has in both."""
+    """Debiased CKA with the teacher, and the share of the 10 nearest neighbors of a digit in common."""
     x = student(pixels)
     return float(jaxalign.compare(x, teacher)), float(jaxalign.measures.mutual_knn(x, teacher, 10, metric="euclidean"))
 
@@ -70,25 +70,25 @@ def main(epochs: int = EPOCHS, seed: int = 0) -> tuple[tuple[float, float], tupl
     teacher = (teacher - teacher.mean(0)) / np.maximum(teacher.std(0), 1e-6)
     pixels = jnp.asarray(np.array(digits.images, np.float32) / 16)[..., None]
     rng = np.random.default_rng(seed)
-    rows, others = np.split(rng.permutation(len(pixels)), [TRAINED_ON])
+    rows, held_out = np.split(rng.permutation(len(pixels)), [TRAINED_ON])
 
     student = Student(nnx.Rngs(seed))
-    optimiser = nnx.Optimizer(student, optax.adam(2e-3), wrt=nnx.Param)
-    before = score(student, pixels[others], teacher[others])
+    optimizer = nnx.Optimizer(student, optax.adam(2e-3), wrt=nnx.Param)
+    before = score(student, pixels[held_out], teacher[held_out])
     for epoch in range(epochs):
-        for batch, real in padded_batches(rng.permutation(rows)):
-            loss = step(student, optimiser, pixels[batch], jnp.asarray(teacher[batch]), jnp.asarray(real))
+        for batch, mask in padded_batches(rng.permutation(rows)):
+            loss = step(student, optimizer, pixels[batch], jnp.asarray(teacher[batch]), jnp.asarray(mask))
         if epoch % 5 == 0 or epoch == epochs - 1:
             print(f"epoch {epoch:3}   loss of the last batch {float(loss):.3f}")
-    after = score(student, pixels[others], teacher[others])
+    after = score(student, pixels[held_out], teacher[held_out])
     print(f"\nheld-out digits, teacher {names[0]}")
-    for when, (cka, neighbours) in (("before", before), ("after", after)):
-        print(f"{when:7} CKA {cka:.3f}   shared neighbours {neighbours:.3f}")
+    for when, (cka, neighbors) in (("before", before), ("after", after)):
+        print(f"{when:7} CKA {cka:.3f}   shared neighbors {neighbors:.3f}")
 
     layers = {"first": "first", "second": "second", "head": "head"}
-    captured = jaxalign.interop.capture_features(student, pixels[others], layers=layers)
+    captured = jaxalign.interop.capture_features(student, pixels[held_out], layers=layers)
     student_layers = {name: x.reshape(len(x), -1) for name, x in captured.items()}
-    networks = {name: digits.features[name][others] for name in names}
+    networks = {name: digits.features[name][held_out] for name in names}
     grid = jaxalign.compare_grid(student_layers, networks)
     print("\ndebiased CKA of the student's layers with four networks\n" + " " * 10 + "   ".join(names))
     for layer, row in zip(student_layers, np.asarray(grid.values), strict=True):

@@ -1,25 +1,25 @@
-"""One sigma from rows that several processes hold: each has its own, none has all.
+"""One sigma from rows that are distributed over several processes.
 
-On a cluster every machine reads its share of the samples and runs the same program. Here the machines are processes on
-this one, which talk to each other over loopback and have CPU devices only:
+On a cluster every machine reads its share of the samples and runs the same program. Here processes on one machine stand
+in for the machines. They communicate over loopback and have only CPU devices:
 
     python examples/multi_process.py                            # 2 processes with 2 devices each
     python examples/multi_process.py --processes 4 --devices 1 --rows 4000 --width 32
     python examples/multi_process.py --kill 1                   # process 1 dies before it solves
     python examples/multi_process.py --nan 1                    # process 1 holds a nan
 
-What a program of your own needs of this file is the function `solve`: `jax.distributed.initialize`, a mesh over the
-devices of all processes, `shard_rows` with the rows this process holds; from there on the functions of jaxalign are
-called as ever. Every process calls the same functions in the same order, and every one gets the same sigma. What is
-refused, is refused by all: a nan in the rows of one process is an error in each, which names the row among all rows.
+The function `solve` is all that your own program needs: `jax.distributed.initialize`, a mesh over the devices of all
+processes, and `shard_rows` with the rows of this process. After that, functions of jaxalign are called as usual. Every
+process calls the same functions in the same order and gets the same sigma. Errors are raised in every process: a nan in
+the rows of one process is an error in all, which names the row among all rows.
 
-The rest starts the processes, compares what they say with one process that has all rows, and prints a table:
+The rest of the file starts the processes, compares their results with a process that has all rows, and prints a table:
 
     process      rows        sigma      density      d density / d sigma    |d log sigma / d x|    CKA(x, tanh x)
 
-A process that waits for a dead one waits long. So the parent looks after its children: when one fails, or when time is
-up, it ends the others and exits with an error. Where processes run on different machines there is no such parent; then
-`heartbeat_timeout_seconds` bounds how long they outlive one that died.
+A process waits long for one that died. The parent therefore watches its children: if one fails or the timeout passes,
+it ends the others and exits with an error. Processes on different machines have no such parent; for them
+`heartbeat_timeout_seconds` bounds how long they outlive a dead one.
 """
 
 from __future__ import annotations
@@ -47,51 +47,51 @@ import jaxalign
 from jaxalign.kernels import RBF
 
 DENSITY = 0.2
-GRACE = 3.0  # seconds that the others have to say what went wrong, after one has failed
-HEARTBEAT = 10  # seconds without a sign of life, after which a process counts as dead for the others
+GRACE = 3.0  # seconds that the other processes have to report errors, after one has failed
+HEARTBEAT = 10  # seconds without a heartbeat, after which the others consider a process dead
 
 
 class Problem(NamedTuple):
-    """What is to be solved, and by whom."""
+    """The size of the problem, and the processes that solve it."""
 
     processes: int = 2
-    devices: int = 2  # of each process
-    rows: int = 400  # of all processes together
+    devices: int = 2  # per process
+    rows: int = 400  # in total
     width: int = 16
     timeout: float = 120.0
     float64: bool = False
-    kill: int | None = None  # this process ends itself before it solves
+    kill: int | None = None  # this process kills itself before it solves
     nan: int | None = None  # the last row of this process has a nan
 
     @property
-    def own_rows(self) -> int:
+    def rows_per_process(self) -> int:
         """Rows of one process."""
         return self.rows // self.processes
 
 
 class Numbers(NamedTuple):
-    """What every process finds."""
+    """The results, the same in every process."""
 
     sigma: float
     density: float
     slope: float  # of the density, with respect to sigma
-    gradient: float  # the norm of that of log sigma, with respect to all features
-    similarity: float  # debiased CKA of the features with their tanh, from a comparison grid
+    gradient: float  # norm of the gradient of log sigma with respect to all features
+    similarity: float  # debiased CKA of the features and their tanh, from a comparison grid
 
 
-# --- what each process does -----------------------------------------------------------------------------------------
+# --- in each process ------------------------------------------------------------------------------------------------
 
 
 def rows_of(process: int, problem: Problem) -> np.ndarray:
-    """The rows that a process holds; a program of your own reads them from where they are."""
-    x = np.random.default_rng([0, process]).normal(size=(problem.own_rows, problem.width))
+    """The rows of a process; your own program reads them from its data."""
+    x = np.random.default_rng([0, process]).normal(size=(problem.rows_per_process, problem.width))
     if problem.nan == process:
         x[-1, 0] = np.nan
     return x.astype(np.float64 if problem.float64 else np.float32)
 
 
 def solve(process: int, address: str, problem: Problem) -> Numbers:
-    """One process of several: its own rows, the numbers of all."""
+    """The results in one of several processes, from its rows."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", problem.devices)
     jax.config.update("jax_enable_x64", problem.float64)
@@ -99,8 +99,8 @@ def solve(process: int, address: str, problem: Problem) -> Numbers:
         coordinator_address=address,
         num_processes=problem.processes,
         process_id=process,
-        cluster_detection_method="deactivate",  # the addresses are given, do not ask Slurm and the like
-        coordinator_bind_address=address,  # loopback only: nobody else is to reach it
+        cluster_detection_method="deactivate",  # the addresses are known, do not ask Slurm and the like
+        coordinator_bind_address=address,  # loopback only: not reachable from other machines
         initialization_timeout=max(1, int(problem.timeout)),
         heartbeat_timeout_seconds=HEARTBEAT,
         shutdown_timeout_seconds=HEARTBEAT,
@@ -113,7 +113,7 @@ def solve(process: int, address: str, problem: Problem) -> Numbers:
 
 
 def numbers(x: jax.Array | np.ndarray) -> Numbers:
-    """Sigma, density, two derivatives and a similarity; nothing here knows where the rows are."""
+    """Sigma, density, two derivatives and a similarity; the code does not depend on where the rows are."""
     solution = jaxalign.solve_sigma(x, density=DENSITY)
 
     def density(sigma: jax.Array) -> jax.Array:
@@ -123,13 +123,13 @@ def numbers(x: jax.Array | np.ndarray) -> Numbers:
         return jnp.log(jaxalign.solve_sigma(x, density=DENSITY).sigma)
 
     reached, slope = jax.value_and_grad(density)(solution.sigma)
-    gradient = jnp.linalg.norm(jax.grad(log_sigma)(x))  # the gradient is spread as x is
+    gradient = jnp.linalg.norm(jax.grad(log_sigma)(x))  # the gradient is sharded like x
     grid = jaxalign.compare_grid({"x": x, "tanh": jnp.tanh(x)}, kernel=RBF(density=DENSITY))
     return Numbers(*(float(value) for value in (solution.sigma, reached, slope, gradient, grid.values[0, 1])))
 
 
 def work(process: int, address: str, problem: Problem) -> int:
-    """`solve`, with the result, or the error, as the last line that is printed; the exit status."""
+    """Run `solve`, print the result or the error as the last line, and return the exit status."""
     try:
         answer, status = solve(process, address, problem)._asdict(), 0
     except Exception as error:
@@ -139,7 +139,7 @@ def work(process: int, address: str, problem: Problem) -> int:
     return status
 
 
-# --- what the parent does -------------------------------------------------------------------------------------------
+# --- in the parent --------------------------------------------------------------------------------------------------
 
 
 class ProcessError(RuntimeError):
@@ -147,30 +147,29 @@ class ProcessError(RuntimeError):
 
 
 def solve_in_processes(problem: Problem) -> list[Numbers]:
-    """Start all processes and return what each of them found.
+    """Start all processes and return their results.
 
     Raises:
-        ProcessError: one of them failed, or time was up. None of them is left running.
+        ProcessError: a process failed, or the timeout passed. No process is left running.
     """
     address = f"127.0.0.1:{free_port()}"
     command = [sys.executable, str(Path(__file__).resolve()), "--problem", json.dumps(problem), "--address", address]
     commands = [[*command, "--process", str(process)] for process in range(problem.processes)]
-    return [Numbers(**json.loads(last_line(said))) for said in run_together(commands, problem.timeout)]
+    return [Numbers(**json.loads(last_line(output))) for output in run_together(commands, problem.timeout)]
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody uses just now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    """A free port of the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run_together(commands: Sequence[Sequence[str]], timeout: float) -> list[str]:
-    """What commands that wait for each other print.
+    """Run commands that wait for each other, and return their outputs.
 
     Raises:
-        ProcessError: one of them failed, or has not ended in time. The message says which, and what each of those that
-            failed printed last.
+        ProcessError: a command failed, or did not end in time. The message contains the last line of each that failed.
     """
     with tempfile.TemporaryDirectory() as folder, started(commands, Path(folder)) as children:
         end = time.monotonic() + timeout
@@ -182,14 +181,14 @@ def run_together(commands: Sequence[Sequence[str]], timeout: float) -> list[str]
         codes = [child.poll() for child in children]
         if all(code == 0 for code in codes):
             return [printed(folder, process) for process in range(len(commands))]
-        what = [describe(process, code, printed(folder, process)) for process, code in enumerate(codes)]
-        first = "a process failed" if any(codes) else f"not done after {timeout:g} s"
-        raise ProcessError(f"{first}; those that still ran were ended.\n  " + "\n  ".join(what))
+        lines = [describe(process, code, printed(folder, process)) for process, code in enumerate(codes)]
+        first = "a process failed" if any(codes) else f"not finished after {timeout:g} s"
+        raise ProcessError(f"{first}; the processes that were still running were ended.\n  " + "\n  ".join(lines))
 
 
 @contextlib.contextmanager
 def started(commands: Sequence[Sequence[str]], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The commands as processes that write to files; none of them outlives this."""
+    """Run commands as processes that write to files; all are ended on exit."""
     children: list[subprocess.Popen[bytes]] = []
     try:
         for process, command in enumerate(commands):
@@ -198,96 +197,99 @@ def started(commands: Sequence[Sequence[str]], folder: Path) -> Iterator[list[su
         yield children
     finally:
         for child in children:
-            child.kill()  # not terminate(): jax takes SIGTERM for the announcement of an end that comes later
+            child.kill()  # not terminate(): jax treats SIGTERM as a notice of a later end
         for child in children:
             child.wait()
 
 
 def wait_for(children: Sequence[subprocess.Popen[bytes]], end: float) -> None:
-    """Wait until all have ended, or the time has come."""
+    """Wait until all processes have ended, or until the time `end`."""
     for child in children:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(max(0.0, end - time.monotonic()))
 
 
 def printed(folder: str, process: int) -> str:
-    """What a process printed: to stdout or, if that is nothing, to stderr."""
+    """The output of a process: stdout or, if that is empty, stderr."""
     out, err = (Path(folder, f"{process}.{kind}").read_text(errors="replace") for kind in ("out", "err"))
     return out if out.strip() else err
 
 
-def last_line(said: str) -> str:
+def last_line(output: str) -> str:
     """The last line that is not empty."""
-    return said.strip().rpartition("\n")[2]
+    return output.strip().rpartition("\n")[2]
 
 
-def describe(process: int, code: int | None, said: str) -> str:
+def describe(process: int, code: int | None, output: str) -> str:
     """How a process ended, in words."""
     if code is None:
-        return f"process {process} still ran"
+        return f"process {process} was still running"
     if code == 0:
-        return f"process {process} was done"
+        return f"process {process} had finished"
     if code < 0:
         return f"process {process} was killed by {signal.Signals(-code).name}"
-    words = last_line(said)
+    message = last_line(output)
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        words = json.loads(words)["error"]
-    return f"process {process} failed: {words}"
+        message = json.loads(message)["error"]
+    return f"process {process} failed: {message}"
 
 
 def in_one_process(problem: Problem) -> Numbers:
-    """The same numbers from all rows in this process."""
+    """The same results from all rows in this process."""
     return numbers(np.concatenate([rows_of(process, problem) for process in range(problem.processes)]))
 
 
-def table(found: Sequence[Numbers], expected: Numbers, problem: Problem) -> str:
-    """The numbers of each process, and of one that has all rows."""
+def table(results: Sequence[Numbers], expected: Numbers, problem: Problem) -> str:
+    """The results of each process, and of one process that has all rows."""
 
     def line(name: str, first: int, last: int, row: Numbers) -> str:
         return f"{name:12}{f'{first} to {last}':>14}" + "".join(f"{value:>22.8g}" for value in row)
 
     head = ("sigma", "density", "d density / d sigma", "|d log sigma / d x|", "CKA(x, tanh x)")
     lines = [f"{'process':12}{'rows':>14}" + "".join(f"{name:>22}" for name in head)]
-    own = problem.own_rows
-    lines += [line(f"{k} of {len(found)}", k * own, (k + 1) * own - 1, row) for k, row in enumerate(found)]
-    return "\n".join([*lines, line("one alone", 0, problem.rows - 1, expected)])
+    n = problem.rows_per_process
+    lines += [line(f"{k} of {len(results)}", k * n, (k + 1) * n - 1, row) for k, row in enumerate(results)]
+    return "\n".join([*lines, line("single", 0, problem.rows - 1, expected)])
 
 
 def main(problem: Problem = Problem()) -> list[Numbers]:  # noqa: B008 (immutable)
-    """Solve in processes, compare with one process that has all rows, print the table.
+    """Solve in processes, compare with one process that has all rows, and print the table.
 
     Raises:
-        ValueError: rows that do not divide among the devices.
+        ValueError: the rows do not divide evenly among the devices.
         ProcessError: a process failed.
-        AssertionError: the numbers differ.
+        AssertionError: the results differ.
     """
     devices = problem.processes * problem.devices
     if problem.processes < 1 or problem.devices < 1 or problem.rows < devices or problem.rows % devices:
         raise ValueError(
-            f"{problem.rows} rows do not divide among {problem.processes} processes with {problem.devices} devices."
+            f"{problem.rows} rows do not divide evenly among {problem.processes} processes with {problem.devices} "
+            "devices each."
         )
-    found = solve_in_processes(problem)
+    results = solve_in_processes(problem)
     with jax.enable_x64(problem.float64):
         expected = in_one_process(problem)
-    print(table(found, expected, problem))
-    for row in found:
+    print(table(results, expected, problem))
+    for row in results:
         np.testing.assert_allclose(row, expected, rtol=1e-11 if problem.float64 else 1e-5)
-    return found
+    return results
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     default = Problem()
-    parser = argparse.ArgumentParser(description="One sigma from rows that several processes hold.")
+    parser = argparse.ArgumentParser(description="One sigma from rows that are distributed over several processes.")
     parser.add_argument("--processes", type=int, default=default.processes)
-    parser.add_argument("--devices", type=int, default=default.devices, help="CPU devices of each process")
-    parser.add_argument("--rows", type=int, default=default.rows, help="of all processes together")
+    parser.add_argument("--devices", type=int, default=default.devices, help="CPU devices per process")
+    parser.add_argument("--rows", type=int, default=default.rows, help="rows in total")
     parser.add_argument("--width", type=int, default=default.width, help="features of a row")
-    parser.add_argument("--timeout", type=float, default=default.timeout, help="seconds until all processes are ended")
+    parser.add_argument(
+        "--timeout", type=float, default=default.timeout, help="seconds after which all processes are ended"
+    )
     parser.add_argument("--float64", action="store_true", help="64-bit floats")
-    parser.add_argument("--kill", type=int, metavar="PROCESS", help="this process ends itself before it solves")
+    parser.add_argument("--kill", type=int, metavar="PROCESS", help="this process kills itself before it solves")
     parser.add_argument("--nan", type=int, metavar="PROCESS", help="this process holds a nan")
-    for name in ("--process", "--address", "--problem"):  # how the parent starts the others
+    for name in ("--process", "--address", "--problem"):  # for the processes that the parent starts
         parser.add_argument(name, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

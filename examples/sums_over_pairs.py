@@ -1,7 +1,7 @@
 """Three sums over all pairs with `jaxalign.reduce_pairs`: a custom kernel, an energy distance, a soft nearest neighbor.
 
 python examples/sums_over_pairs.py
-python examples/sums_over_pairs.py --keops          # beside pykeops, if that is installed
+python examples/sums_over_pairs.py --keops          # compare with pykeops, if installed
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def custom_kernel(x: Any, y: Any, values: Any) -> jax.Array:
 
 
 def energy_distance(x: Any, y: Any) -> jax.Array:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Székely & Rizzo 2013): 0 for samples of one distribution, in the limit."""
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Székely & Rizzo 2013): 0 in the limit for samples of one distribution."""
     n, m = len(x), len(y)
     between = jaxalign.reduce_pairs(jnp.sqrt, x, y) / n / m
     return 2 * between - jaxalign.reduce_pairs(jnp.sqrt, x) / n**2 - jaxalign.reduce_pairs(jnp.sqrt, y) / m**2
@@ -41,7 +41,7 @@ def gaussian(distances: jax.Array) -> jax.Array:
 
 
 def soft_nearest_neighbor(x: Any, labels: Any) -> jax.Array:
-    """-mean log of the share of each sample's neighbors that have its label (Frosst et al. 2019), temperature 1."""
+    """-mean log share of each sample's neighbors with its label (Frosst et al. 2019), temperature 1."""
     by_label = jaxalign.reduce_pairs(gaussian, x, values=jax.nn.one_hot(labels, 10), self_pairs=False)
     same = jnp.take_along_axis(by_label, labels[:, None], 1)[:, 0]
     return -jnp.mean(jnp.log(same / by_label.sum(1)))
@@ -70,7 +70,7 @@ def with_keops(x: np.ndarray, y: np.ndarray, values: np.ndarray, labels: np.ndar
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Of the best of three calls after the first, and the result."""
+    """The time of the best of three calls after the first, and the result."""
     times = []
     for _ in range(4):
         start = time.perf_counter()
@@ -88,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     for width in args.channels:
         rng = np.random.default_rng(0)
-        # About as far from each other for every width, so that the Gaussian kernel does not vanish.
+        # Distances do not grow with the width, so that the Gaussian kernel does not vanish.
         x, y = (rng.normal(size=(2, args.samples, width)) / np.sqrt(width)).astype(np.float32)
         y, values, labels = y + np.float32(1 / width), rng.normal(size=len(x)).astype(np.float32), (x[:, 0] > 0) * 1
         on_device = [jax.device_put(a) for a in (x, y, values, labels)]
@@ -97,15 +97,15 @@ def main() -> None:
             "energy distance": lambda a=on_device: energy_distance(*a[:2]),
             "soft nearest neighbor": lambda a=on_device: soft_nearest_neighbor(a[0], a[3]),
         }
-        others = with_keops(x, y, values, labels) if args.keops else {}
+        keops_calls = with_keops(x, y, values, labels) if args.keops else {}
         for name, call in calls.items():
-            took, value = seconds(call)
-            line = f"n = {len(x)}, d = {width}, {name}: {np.ravel(value)[0]:.6f} in {took:.2f} s"
-            if name in others:
-                took_keops, expected = seconds(others[name])
+            time_jaxalign, value = seconds(call)
+            line = f"n = {len(x)}, d = {width}, {name}: {np.ravel(value)[0]:.6f} in {time_jaxalign:.2f} s"
+            if name in keops_calls:
+                time_keops, expected = seconds(keops_calls[name])
                 difference = np.max(np.abs(value - expected)) / np.max(np.abs(expected))
                 line += (
-                    f"; KeOps {np.ravel(expected)[0]:.6f} in {took_keops:.2f} s, relative difference {difference:.0e}"
+                    f"; KeOps {np.ravel(expected)[0]:.6f} in {time_keops:.2f} s, relative difference {difference:.0e}"
                 )
             print(line)
 

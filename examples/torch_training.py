@@ -1,4 +1,4 @@
-"""A torch network trained with an alignment loss: its optimiser and autograd are torch's, the loss is compiled by JAX.
+"""A torch network trained with an alignment loss: optimizer and autograd are torch's, the loss is compiled by JAX.
 
 A convolutional student on 8 x 8 digits learns the geometry of a real network's features of the same digits
 (jaxalign.datasets), with a queue of past batches as extra samples.
@@ -21,10 +21,10 @@ TRAINED_ON, BATCH, CAPACITY, WIDTH = 700, 64, 192, 16
 
 
 class Scores(NamedTuple):
-    """On held-out digits: debiased CKA with the teacher, and shared nearest neighbours."""
+    """On held-out digits: debiased CKA with the teacher, and shared nearest neighbors."""
 
     cka: float
-    neighbours: float
+    neighbors: float
 
 
 def make_student() -> torch.nn.Module:
@@ -40,11 +40,11 @@ def make_student() -> torch.nn.Module:
 
 
 def score(student: torch.nn.Module, pixels: torch.Tensor, teacher: np.ndarray) -> Scores:
-    """Compare what the student makes of digits with the teacher."""
+    """Compare the student's features of digits with the teacher's."""
     with torch.no_grad():
         features = student(pixels).numpy()
-    neighbours = jaxalign.measures.mutual_knn(features, teacher, 10, metric="euclidean")
-    return Scores(float(jaxalign.measures.cka(features, teacher)), float(neighbours))
+    neighbors = jaxalign.measures.mutual_knn(features, teacher, 10, metric="euclidean")
+    return Scores(float(jaxalign.measures.cka(features, teacher)), float(neighbors))
 
 
 def main(steps: int = 300, seed: int = 0) -> tuple[Scores, Scores]:
@@ -55,26 +55,26 @@ def main(steps: int = 300, seed: int = 0) -> tuple[Scores, Scores]:
     features = (features - features.mean(0)) / np.maximum(features.std(0), 1e-6)
     pixels = torch.from_numpy(np.array(digits.images, np.float32) / np.max(digits.images))[:, None]
     order = torch.randperm(len(pixels))
-    rows, others = order[:TRAINED_ON], order[TRAINED_ON:]
+    rows, held_out = order[:TRAINED_ON], order[TRAINED_ON:]
     teacher = torch.from_numpy(features)
 
     student = make_student()
-    optimiser = torch.optim.Adam(student.parameters(), 2e-3)
+    optimizer = torch.optim.Adam(student.parameters(), 2e-3)
     queue = to_torch(jaxalign.losses.FeatureQueue.empty(CAPACITY, WIDTH, features.shape[1]))
-    before = score(student, pixels[others], features[others.numpy()])
+    before = score(student, pixels[held_out], features[held_out.numpy()])
     for k in range(steps):
         batch = rows[torch.randperm(TRAINED_ON)[:BATCH]]
         x = student(pixels[batch])
         loss = torch_losses.alignment_loss(x, teacher[batch], queue=queue)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         queue = torch_losses.push(queue, x.detach(), teacher[batch])
         if k % 50 == 0 or k == steps - 1:
             print(f"step {k:4}   loss {loss.item():.3f}")
-    after = score(student, pixels[others], features[others.numpy()])
-    for name, found in (("before", before), ("after", after)):
-        print(f"{name:7} CKA {found.cka:.3f}   shared neighbours {found.neighbours:.3f}   (held-out digits)")
+    after = score(student, pixels[held_out], features[held_out.numpy()])
+    for name, scores in (("before", before), ("after", after)):
+        print(f"{name:7} CKA {scores.cka:.3f}   shared neighbors {scores.neighbors:.3f}   (held-out digits)")
     return before, after
 
 

@@ -1,44 +1,43 @@
-"""What relative features survive: 30 points on a plane, moved, stretched, spoilt by outliers, bent by a network.
+"""Robustness of relative features: 30 points on a plane, moved, stretched, with outliers, or mapped by a network.
 
-Two networks see the same things, but nothing says where each puts them: one point set may be a rotated, shrunken,
-shifted copy of the other. Coordinates then cannot be compared. A point's affinities to the other points can, if their
-bandwidth follows the set. This script makes a first set of three clusters and five second sets from it, and looks up
-every point of the first in the second:
+Two networks may place the same samples anywhere: one point set may be a rotated, scaled, shifted copy of the other.
+Coordinates then cannot be compared. The affinities of a point to other points can, if their bandwidth adapts to the
+point set. This script draws a first set of three clusters and makes five second sets from it:
 
     moved       rotated by 45 degrees, scaled by 1/4, shifted by 10
     stretched   moved, then scaled by 1/4 along one axis and by 4 along the other
     flattened   moved, then scaled by 1/1000 along one axis
-    outliers    moved, then two of the 30 points thrown out to 50
-    network     through a random network, 2-32-32-2 with tanh
+    outliers    moved, then two of the 30 points moved to 50
+    network     mapped by a random network, 2-32-32-2 with tanh
 
-in five ways:
+It then matches every point of the first set with a point of the second set, in five ways:
 
-    before            the coordinates themselves, the nearest is the one at the smallest distance
+    before            by the distance of coordinates
     variance-scaled   affinities exp(-D / (2 sigma^2)), sigma = the standard deviation of the features (the root of
-                      the variance, averaged over the two coordinates): a usual heuristic
+                      the variance, averaged over the two coordinates): a common heuristic
     auto-scaled       affinities with the sigma at which their mean is 0.2
-    per row           the same, but each point has its own sigma
-    standardized      auto-scaled after each coordinate was divided by its standard deviation, channels="standardize"
+    per row           the same with one sigma per point
+    standardized      auto-scaled after dividing each coordinate by its standard deviation, channels="standardize"
 
-A point's affinity with itself is 1 in both sets, which would give every match away. So half of the points, five a
-cluster, are landmarks; the relative feature of each of the other 15 is its row of affinities to the landmarks, and only
-these 15 are looked up, by the correlation of the rows. Two scores are counted: the share whose best row in the second
-set is the same point (chance: 1/15), and the share whose best row is a point of the same cluster (chance: 1/3).
+The affinity of a point with itself is 1 in both sets and would reveal every match. So half of the points, five per
+cluster, are landmarks. The relative feature of each of the other 15 points is its row of affinities to the landmarks;
+only these 15 points are matched, by the correlation of rows. There are two scores: the share of points whose best match
+is the same point (chance: 1/15), and the share whose best match is in the same cluster (chance: 1/3).
 
-The mean is 0.2 and not the default 0.05, because with 15 landmarks the ones on the diagonal alone give 1/15. With three
-equal clusters 0.2 is reached when the points of a cluster have an affinity of about 0.6 and clusters do not touch.
+The mean is 0.2 instead of the default 0.05, because with 15 landmarks the ones on the diagonal alone contribute 1/15.
+With three equal clusters that do not touch, it is 0.2 if affinities within a cluster are about 0.6.
 
     python examples/toy_alignment.py                    # prints the table, writes toy_alignment/toy_alignment.png
     python examples/toy_alignment.py --out elsewhere --draws 100
 
-The table shows the means over several random draws, because 15 points are few; the figure shows the first draw.
+The table shows means over several random draws, because 15 points are few; the figure shows the first draw.
 
-What to look for. Rotation, scale and shift leave every affinity as it was. Two outliers blow up the standard deviation,
-so that all other points look alike under it; the mean affinity hardly notices them. A stretch changes which points are
-near, and no single sigma can undo that: auto-scaling then finds a few points more than the variance, and no more
-clusters. Standardizing undoes any stretch along the axes: moved, stretched and flattened score the same. But it is a
-stretch itself, along other axes in each of two sets that are rotated against each other: where stretched rises to,
-moved falls to. (For what it does to the features of real networks see docs/pages/alignment.md.)
+Results. Rotation, scale and shift do not change affinities. Two outliers inflate the standard deviation, so all other
+points become similar under it; the mean affinity hardly changes. A stretch changes which points are near, and no single
+sigma can undo that: auto-scaling then matches a few more points than the variance, but no more clusters. Standardizing
+undoes any stretch along the axes, so moved, stretched and flattened have equal scores. But it is itself a stretch,
+along different axes in two sets that are rotated against each other: it raises the score of stretched and lowers that
+of moved to the same value. (For its effect on features of real networks see docs/pages/alignment.md.)
 """
 
 from __future__ import annotations
@@ -58,10 +57,10 @@ import jaxalign
 CLUSTERS, PER_CLUSTER = 3, 10
 CLUSTER = np.repeat(np.arange(CLUSTERS), PER_CLUSTER)
 LANDMARKS = np.arange(0, CLUSTERS * PER_CLUSTER, 2)  # every second point: five a cluster
-QUERIES = LANDMARKS + 1  # the others: the ones that are looked up
-OUTLIERS = LANDMARKS[[0, 5]]  # two landmarks, of different clusters, so that every query still has its partner
+QUERIES = LANDMARKS + 1  # the other points, which are matched
+OUTLIERS = LANDMARKS[[0, 5]]  # two landmarks of different clusters, so that no query is an outlier
 DENSITY = 0.2
-PLAIN = {"channels": None, "decorrelate": None, "standardize": False}  # rows of the affinity as they are
+PLAIN = {"channels": None, "decorrelate": None, "standardize": False}  # plain rows of the affinity
 
 BEFORE, VARIANCE, AUTO, PER_ROW, STANDARDIZED = (
     "before",
@@ -71,7 +70,7 @@ BEFORE, VARIANCE, AUTO, PER_ROW, STANDARDIZED = (
     "standardized",
 )
 METHODS = (BEFORE, VARIANCE, AUTO, PER_ROW, STANDARDIZED)
-COLOURS = ("#0072b2", "#e69f00", "#009e73")  # told apart with colour-blind eyes too
+COLORS = ("#0072b2", "#e69f00", "#009e73")  # color-blind safe
 
 
 class Score(NamedTuple):
@@ -83,7 +82,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One method on one pair of sets: the relative features that were compared, shape (15, 15), and their score."""
+    """One method on one pair of point sets: the relative features, shape (15, 15), and their score."""
 
     first: np.ndarray
     second: np.ndarray
@@ -91,10 +90,10 @@ class Outcome:
 
 
 def draw_points(seed: int) -> np.ndarray:
-    """The first set: three blobs of ten points with standard deviation 1, centres uniform in a square of side 20."""
+    """The first set: three blobs of ten points with standard deviation 1, centers uniform in a square of side 20."""
     rng = np.random.default_rng(seed)
-    centres = rng.uniform(-10, 10, (CLUSTERS, 2))
-    return centres[CLUSTER] + rng.normal(size=(len(CLUSTER), 2))
+    centers = rng.uniform(-10, 10, (CLUSTERS, 2))
+    return centers[CLUSTER] + rng.normal(size=(len(CLUSTER), 2))
 
 
 def second_sets(first: np.ndarray, seed: int) -> dict[str, np.ndarray]:
@@ -114,7 +113,7 @@ def second_sets(first: np.ndarray, seed: int) -> dict[str, np.ndarray]:
 
 
 def random_network(x: np.ndarray) -> np.ndarray:
-    """A network 2-32-32-2 with tanh and random weights, always the same, on features of mean 0 and variance 1."""
+    """A network 2-32-32-2 with tanh and fixed random weights, on features of mean 0 and variance 1."""
     rng = np.random.default_rng(1)
     x = (x - x.mean(0)) / x.std()
     for width in (32, 32):
@@ -123,31 +122,31 @@ def random_network(x: np.ndarray) -> np.ndarray:
 
 
 def compare(first: np.ndarray, second: np.ndarray) -> dict[str, Outcome]:
-    """All five methods on one pair of sets."""
-    sets = {"first": first.astype(np.float32), "second": second.astype(np.float32)}
-    outcomes = {BEFORE: look_up(*(x[QUERIES] for x in sets.values()), metric="euclidean")}
+    """All five methods on one pair of point sets."""
+    features = {"first": first.astype(np.float32), "second": second.astype(np.float32)}
+    outcomes = {BEFORE: match_queries(*(x[QUERIES] for x in features.values()), metric="euclidean")}
 
     def variance_scaled(x: np.ndarray) -> np.ndarray:
         sigma = np.sqrt(np.mean(np.var(x[LANDMARKS], axis=0)))
         return np.asarray(jaxalign.rbf_affinity(x[QUERIES], x[LANDMARKS], sigma))
 
-    outcomes[VARIANCE] = look_up(*(variance_scaled(x) for x in sets.values()))
+    outcomes[VARIANCE] = match_queries(*(variance_scaled(x) for x in features.values()))
     for method, settings in {
         AUTO: {},
         PER_ROW: {"bandwidth": "per_row"},
         STANDARDIZED: {"channels": "standardize"},
     }.items():
-        alignment = jaxalign.align(sets, landmarks=LANDMARKS, density=DENSITY, **{**PLAIN, **settings})
-        outcomes[method] = look_up(*(np.asarray(rows)[QUERIES] for rows in alignment.features.values()))
+        alignment = jaxalign.align(features, landmarks=LANDMARKS, density=DENSITY, **{**PLAIN, **settings})
+        outcomes[method] = match_queries(*(np.asarray(rows)[QUERIES] for rows in alignment.features.values()))
     return outcomes
 
 
-def look_up(first: np.ndarray, second: np.ndarray, metric: jaxalign.alignment.Metric = "correlation") -> Outcome:
-    """Look up every query of the first set among those of the second."""
-    found = jaxalign.correspondence(first, second, metric=metric)
+def match_queries(first: np.ndarray, second: np.ndarray, metric: jaxalign.alignment.Metric = "correlation") -> Outcome:
+    """Match every query of the first set with one of the second set."""
+    matches = jaxalign.correspondence(first, second, metric=metric)
     cluster = CLUSTER[QUERIES]
-    same = cluster[np.asarray(found.index)] == cluster
-    return Outcome(first, second, Score(float(found.top1), float(np.mean(same))))
+    same = cluster[np.asarray(matches.index)] == cluster
+    return Outcome(first, second, Score(float(matches.top1), float(np.mean(same))))
 
 
 def mean_scores(draws: Sequence[dict[str, dict[str, Outcome]]]) -> dict[str, dict[str, Score]]:
@@ -161,8 +160,8 @@ def mean_scores(draws: Sequence[dict[str, dict[str, Outcome]]]) -> dict[str, dic
 
 
 def table(scores: dict[str, dict[str, Score]]) -> str:
-    """The scores in per cent, one line a second set."""
-    lines = ["per cent found: same point / same cluster", ""]
+    """The scores in percent, one line per second set."""
+    lines = ["percent matched with: the same point / the same cluster", ""]
     lines.append(f"{'':12}" + "".join(f"{method:>17}" for method in METHODS))
     for name, by_method in scores.items():
         cells = [f"{100 * score.point:.0f} / {100 * score.cluster:3.0f}" for score in by_method.values()]
@@ -172,17 +171,17 @@ def table(scores: dict[str, dict[str, Score]]) -> str:
 
 
 def draw_figure(first: np.ndarray, seconds: dict[str, np.ndarray], outcomes: dict[str, dict[str, Outcome]]) -> Figure:
-    """Left the first set, right of it the second sets; below each the relative features that were compared."""
-    affine = METHODS[1:]
-    figure = Figure(figsize=(2.05 * (1 + len(seconds)) + 0.8, 2.2 * (1 + len(affine))), layout="constrained")
-    axes = figure.subplots(1 + len(affine), 1 + len(seconds))
+    """The first set on the left, then the second sets; below each the relative features."""
+    affinity_methods = METHODS[1:]
+    figure = Figure(figsize=(2.05 * (1 + len(seconds)) + 0.8, 2.2 * (1 + len(affinity_methods))), layout="constrained")
+    axes = figure.subplots(1 + len(affinity_methods), 1 + len(seconds))
     any_outcome = next(iter(outcomes.values()))
     draw_set(axes[0, 0], first, "first set")
     axes[0, 0].set_ylabel("coordinates\n(dot: query, ring: landmark)", fontsize=8.5)
     for column, (name, second) in enumerate(seconds.items(), 1):
         draw_set(axes[0, column], second, name)
         axes[0, column].set_xlabel(caption(outcomes[name][BEFORE].score), fontsize=8.5)
-    for row, method in enumerate(affine, 1):
+    for row, method in enumerate(affinity_methods, 1):
         draw_affinity(axes[row, 0], any_outcome[method].first)
         axes[row, 0].set_ylabel(method)
         for column, name in enumerate(seconds, 1):
@@ -192,22 +191,22 @@ def draw_figure(first: np.ndarray, seconds: dict[str, np.ndarray], outcomes: dic
     bar.set_label("affinity of a query (row) to a landmark (column)")
     figure.suptitle(
         "Relative features of the first set (left) and of five second sets made from it: "
-        "a method survives a change if the picture stays the same along its row",
+        "a method is robust to a change if the matrix stays the same along its row",
         fontsize=11,
     )
     return figure
 
 
 def caption(score: Score) -> str:
-    """A score in words."""
+    """A score as text."""
     return f"point {100 * score.point:.0f} %, cluster {100 * score.cluster:.0f} %"
 
 
 def draw_set(axes: Axes, points: np.ndarray, title: str) -> None:
-    """Points coloured by cluster, landmarks as rings."""
-    colours = np.array(COLOURS)[CLUSTER]
-    axes.scatter(*points[QUERIES].T, s=14, c=colours[QUERIES])
-    axes.scatter(*points[LANDMARKS].T, s=22, facecolors="none", edgecolors=colours[LANDMARKS])
+    """Points colored by cluster, landmarks as rings."""
+    colors = np.array(COLORS)[CLUSTER]
+    axes.scatter(*points[QUERIES].T, s=14, c=colors[QUERIES])
+    axes.scatter(*points[LANDMARKS].T, s=22, facecolors="none", edgecolors=colors[LANDMARKS])
     axes.set_title(title)
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.15)
@@ -227,11 +226,11 @@ def draw_affinity(axes: Axes, affinity: np.ndarray) -> object:
 
 
 def main(out: Path = Path("toy_alignment"), draws: int = 20) -> dict[str, dict[str, Score]]:
-    """Print the table and write the figure into the folder `out`.
+    """Print the table and write the figure to the folder `out`.
 
     Args:
-        out: folder, made if it is not there.
-        draws: how many random draws of the points the table averages over, at least 1.
+        out: folder, created if needed.
+        draws: number of random draws that the table averages over, at least 1.
 
     Returns:
         The mean scores, by second set and method.
@@ -248,13 +247,13 @@ def main(out: Path = Path("toy_alignment"), draws: int = 20) -> dict[str, dict[s
     figure = draw_figure(first, second_sets(first, 0), results[0])
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "toy_alignment.png", dpi=150)
-    print(f"\nmeans over {draws} draws; the first draw is in {out / 'toy_alignment.png'}")
+    print(f"\nmeans over {draws} draws; figure of the first draw: {out / 'toy_alignment.png'}")
     return scores
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Relative features of 30 points under five changes of the plane.")
     parser.add_argument("--out", type=Path, default=Path("toy_alignment"), help="folder for the figure")
-    parser.add_argument("--draws", type=int, default=20, help="random draws that the table averages over")
+    parser.add_argument("--draws", type=int, default=20, help="number of random draws that the table averages over")
     arguments = parser.parse_args()
     main(arguments.out, arguments.draws)

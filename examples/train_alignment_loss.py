@@ -1,20 +1,20 @@
-"""Two networks that learn to agree: a classifier on blobs, a second one on their stretched copy, and an alignment loss.
+"""Two classifiers with similar features: one on blobs, one on a stretched copy of them, trained with an alignment loss.
 
-The published toy example of alignment as a regulariser. Two small MLPs learn the same three classes. The one sees
-points on a plane, the other the same points rotated, shifted, and stretched by 1/4 along one axis and by 4 along the
-other. Trained on labels alone each arranges its features in its own way. With
+This is the published toy example of alignment as a regularizer. Two small MLPs learn the same three classes. The first
+sees points on a plane; the second sees the same points rotated, shifted, and scaled by 1/4 along one axis and by 4
+along the other. Trained on labels alone, their features have different geometries. With
 
     loss = cross-entropy of both + WEIGHT * alignment_loss(features of the second, features of the first)
 
-the second network arranges its features as the first does, and classifies as well.
+the second network learns the geometry of the first, at the same accuracy.
 
     python -m pip install "jaxalign[viz]" optax
     python examples/train_alignment_loss.py                 # prints a table, writes train_alignment_loss/training.png
     python examples/train_alignment_loss.py --measure kl --seeds 3
-    python examples/train_alignment_loss.py --devices 8     # the batch spread over 8 devices: the same parameters
+    python examples/train_alignment_loss.py --devices 8     # batches sharded over 8 devices: the same parameters
 
-The table shows, on points that were not trained on, mean and standard deviation over several seeds: the accuracy of
-both networks, debiased CKA of their features, and the share of the 10 nearest neighbours that a point has in both.
+On held-out points the table shows the accuracy of both networks, debiased CKA of their features, and the share of the
+10 nearest neighbors of a point that they have in common: mean and standard deviation over several seeds.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from jaxalign.losses import alignment_loss
 CLASSES, PER_CLASS, BATCH, STEPS = 3, 100, 96, 400
 WIDTHS = (2, 32, 16)
 WEIGHT, DENSITY = 2.0, 0.2
-COLOURS = ("#0072b2", "#e69f00", "#009e73")  # told apart with colour-blind eyes too
+COLORS = ("#0072b2", "#e69f00", "#009e73")  # color-blind safe
 
 Layers = list[tuple[jax.Array, jax.Array]]
 Parameters = dict[str, Layers]  # by network
 
 
 class Points(NamedTuple):
-    """The same points as both networks see them."""
+    """The same points, as inputs of both networks."""
 
     first: np.ndarray  # (n, 2)
     second: np.ndarray  # (n, 2)
@@ -54,11 +54,11 @@ class Points(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What was reached on points that were not trained on."""
+    """Scores on held-out points."""
 
     accuracy: float  # mean of both networks
     cka: float
-    neighbours: float
+    neighbors: float
 
 
 class Run(NamedTuple):
@@ -71,15 +71,15 @@ class Run(NamedTuple):
 
 
 def draw_points(seed: int, number: int = CLASSES * PER_CLASS) -> tuple[Points, Points]:
-    """Points to train on and as many to test on."""
+    """Training points and as many test points."""
     rng = np.random.default_rng(seed)
-    centres = rng.uniform(-6, 6, (CLASSES, 2))
+    centers = rng.uniform(-6, 6, (CLASSES, 2))
     label = np.arange(2 * number) % CLASSES
-    first = centres[label] + rng.normal(size=(2 * number, 2))
-    turn = np.array([[1.0, -1.0], [1.0, 1.0]]) / np.sqrt(2)
-    second = (first @ turn.T + 3) * [0.25, 4.0]
-    every = (Points(*(a[k::2] for a in (first.astype(np.float32), second.astype(np.float32), label))) for k in (0, 1))
-    train, test = every
+    first = centers[label] + rng.normal(size=(2 * number, 2))
+    rotation = np.array([[1.0, -1.0], [1.0, 1.0]]) / np.sqrt(2)
+    second = (first @ rotation.T + 3) * [0.25, 4.0]
+    arrays = first.astype(np.float32), second.astype(np.float32), label
+    train, test = (Points(*(a[k::2] for a in arrays)) for k in (0, 1))
     return train, test
 
 
@@ -104,7 +104,7 @@ def forward(layers: Layers, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def losses_of(
     parameters: Parameters, batch: Points, measure: str, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of both networks, and the alignment loss; of the whole batch, also where devices share it."""
+    """Cross-entropy of both networks, and the alignment loss, of the whole batch, also if it is sharded."""
     outputs = {name: forward(layers, getattr(batch, name)) for name, layers in parameters.items()}
     entropy = sum(
         optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean() for _, logits in outputs.values()
@@ -115,8 +115,8 @@ def losses_of(
     return entropy, alignment_loss(x, y, measure=measure, kernel=RBF(density=DENSITY), plan=Plan(axis_name=axis_name))
 
 
-def make_step(optimiser: optax.GradientTransformation, weight: float, measure: str, devices: int) -> Any:
-    """A step of training, compiled once; with several devices each has its share of the batch."""
+def make_step(optimizer: optax.GradientTransformation, weight: float, measure: str, devices: int) -> Any:
+    """A compiled training step; with several devices the batch is sharded."""
 
     def total(parameters: Parameters, batch: Points, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
         both = losses_of(parameters, batch, measure, axis_name)
@@ -129,8 +129,8 @@ def make_step(optimiser: optax.GradientTransformation, weight: float, measure: s
 
     @jax.jit
     def step(parameters: Parameters, state: Any, batch: Points) -> tuple[Parameters, Any, jax.Array]:
-        found, both = gradient(parameters, batch)
-        updates, state = optimiser.update(found, state)
+        gradients, both = gradient(parameters, batch)
+        updates, state = optimizer.update(gradients, state)
         return optax.apply_updates(parameters, updates), state, both
 
     return step
@@ -139,21 +139,23 @@ def make_step(optimiser: optax.GradientTransformation, weight: float, measure: s
 def evaluate(parameters: Parameters, points: Points) -> Result:
     """Scores on points."""
     outputs = {name: forward(layers, getattr(points, name)) for name, layers in parameters.items()}
-    right = [np.mean(np.argmax(logits, -1) == points.label) for _, logits in outputs.values()]
+    accuracies = [np.mean(np.argmax(logits, -1) == points.label) for _, logits in outputs.values()]
     a, b = (features for features, _ in outputs.values())
     cka = jaxalign.measures.cka(a, b, kernel=RBF(density=DENSITY))
-    return Result(float(np.mean(right)), float(cka), float(jaxalign.measures.mutual_knn(a, b, 10, metric="euclidean")))
+    return Result(
+        float(np.mean(accuracies)), float(cka), float(jaxalign.measures.mutual_knn(a, b, 10, metric="euclidean"))
+    )
 
 
 def train(seed: int, weight: float = WEIGHT, measure: str = "cka", steps: int = STEPS, devices: int = 1) -> Run:
-    """Both networks from scratch; weight 0 trains on labels alone."""
+    """Train both networks from scratch; weight 0 trains on labels alone."""
     points, held_out = draw_points(seed)
     names = ("first", "second")
     keys = jax.random.split(jax.random.key(seed), len(names))
     parameters = {name: initial_layers(key) for name, key in zip(names, keys, strict=True)}
     before = evaluate(parameters, held_out)
-    optimiser = optax.adam(1e-2)
-    state, step = optimiser.init(parameters), make_step(optimiser, weight, measure, devices)
+    optimizer = optax.adam(1e-2)
+    state, step = optimizer.init(parameters), make_step(optimizer, weight, measure, devices)
     rng, losses = np.random.default_rng(seed), []
     for _ in range(steps):
         rows = rng.permutation(len(points.label))[:BATCH]
@@ -164,56 +166,57 @@ def train(seed: int, weight: float = WEIGHT, measure: str = "cka", steps: int = 
 
 def table(runs: dict[str, list[Run]]) -> str:
     """Means and standard deviations over the seeds."""
-    lines = [f"{'':24}{'accuracy':>16}{'CKA':>16}{'neighbours':>16}"]
-    for name, some in runs.items():
-        values = np.array([run.after for run in some])
+    lines = [f"{'':24}{'accuracy':>16}{'CKA':>16}{'neighbors':>16}"]
+    for name, of_method in runs.items():
+        values = np.array([run.after for run in of_method])
         cells = [f"{m:.3f} +- {s:.3f}" for m, s in zip(values.mean(0), values.std(0), strict=True)]
         lines.append(f"{name:24}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 
 
 def draw(runs: dict[str, list[Run]], seed: int) -> Figure:
-    """Curves of both losses, and the features of held-out points in each network, on two principal axes."""
+    """Curves of both losses, and the first two principal components of held-out features in each network."""
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     axes = figure.subplots(2, 3)
     _, held_out = draw_points(seed)
-    for row, (name, some) in zip(axes, runs.items(), strict=True):
-        run = some[0]
-        for k, what in enumerate(("cross-entropy", "alignment loss")):
-            row[0].plot(run.losses[:, k], label=what, color=COLOURS[k], linewidth=1)
+    for row, (name, of_method) in zip(axes, runs.items(), strict=True):
+        run = of_method[0]
+        for k, loss in enumerate(("cross-entropy", "alignment loss")):
+            row[0].plot(run.losses[:, k], label=loss, color=COLORS[k], linewidth=1)
         row[0].set(title=f"{name}", xlabel="step", ylabel="loss", ylim=(0, None))
         row[0].legend(frameon=False)
         for ax, (network, layers) in zip(row[1:], run.parameters.items(), strict=True):
             features = np.asarray(forward(layers, getattr(held_out, network))[0])
             features = features - features.mean(0)
             plane = features @ np.linalg.svd(features, full_matrices=False)[2][:2].T
-            ax.scatter(*plane.T, c=[COLOURS[k] for k in held_out.label], s=8)
+            ax.scatter(*plane.T, c=[COLORS[k] for k in held_out.label], s=8)
             ax.set(title=f"features of the {network} network", xticks=[], yticks=[], aspect="equal")
-        row[2].set_xlabel(f"CKA {run.after.cka:.2f}, shared neighbours {run.after.neighbours:.2f}")
+        row[2].set_xlabel(f"CKA {run.after.cka:.2f}, shared neighbors {run.after.neighbors:.2f}")
     return figure
 
 
 def main(
     out: Path = Path("train_alignment_loss"), seeds: int = 5, measure: str = "cka", devices: int = 1, steps: int = STEPS
 ) -> dict[str, list[Run]]:
-    """Train with and without the alignment loss, print the table, write the figure into the folder `out`."""
-    plans = {"labels alone": 0.0, f"with alignment ({measure})": WEIGHT}
+    """Train with and without the alignment loss, print the table, and write the figure to the folder `out`."""
+    weights = {"labels alone": 0.0, f"with alignment ({measure})": WEIGHT}
     runs = {
-        name: [train(seed, weight, measure, steps, devices) for seed in range(seeds)] for name, weight in plans.items()
+        name: [train(seed, weight, measure, steps, devices) for seed in range(seeds)]
+        for name, weight in weights.items()
     }
     print(table(runs))
     out.mkdir(parents=True, exist_ok=True)
     draw(runs, 0).savefig(out / "training.png", dpi=120)
-    print(f"\non held-out points, {seeds} seeds; curves and features of the first seed are in {out / 'training.png'}")
+    print(f"\nheld-out points, {seeds} seeds; curves and features of the first seed: {out / 'training.png'}")
     return runs
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Two classifiers that learn to arrange their features alike.")
+    parser = argparse.ArgumentParser(description="Two classifiers that learn similar features.")
     parser.add_argument("--out", type=Path, default=Path("train_alignment_loss"), help="folder for the figure")
-    parser.add_argument("--seeds", type=int, default=5, help="trainings that the table averages over")
+    parser.add_argument("--seeds", type=int, default=5, help="number of trainings that the table averages over")
     parser.add_argument("--measure", default="cka", choices=("cka", "affinity", "kl", "infonce"))
-    parser.add_argument("--devices", type=int, default=1, help="spread each batch over so many devices (CPU devices)")
+    parser.add_argument("--devices", type=int, default=1, help="shard each batch over this many CPU devices")
     arguments = parser.parse_args()
     if arguments.devices > 1:
         jax.config.update("jax_num_cpu_devices", arguments.devices)

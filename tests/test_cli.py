@@ -26,7 +26,7 @@ from jaxalign.files import storage
 from jaxalign.kernels import RBF
 from jaxalign.report import cache, commands
 
-pytest.importorskip("matplotlib", reason='pictures: python -m pip install "jaxalign[viz]"')
+pytest.importorskip("matplotlib", reason='figures: python -m pip install "jaxalign[viz]"')
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
 
@@ -59,7 +59,7 @@ def test_compare(models, capsys):
     assert run("compare", x, y, "--measure", "procrustes", "--permutations", 0) == 0
     assert re.search(r"procrustes of layer2 with layer2, 60 samples: 0\.\d+", capsys.readouterr().out)
     assert run("compare", models / "a", y) == 2
-    assert "holds 3 sets, 'layer2', 'layer9', 'layer10'" in capsys.readouterr().err
+    assert "holds 3 representations, 'layer2', 'layer9', 'layer10'" in capsys.readouterr().err
 
 
 def test_info(models, capsys):
@@ -67,10 +67,10 @@ def test_info(models, capsys):
     x[[4, 7], [3, 1]] = np.nan
     np.save(models / "a" / "layer9.npy", x)
     assert run("info", models / "a", "--json") == 0
-    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)["sets"]}
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)["representations"]}
     assert list(found) == ["layer2", "layer9", "layer10"]
     assert found["layer9"]["rows with nan or inf"] == 2
-    assert found["layer9"]["first"] == [4, 3]
+    assert found["layer9"]["first nan or inf"] == [4, 3]
     expected = jaxalign.solve_sigma(np.load(models / "a" / "layer2.npy")).sigma
     assert found["layer2"]["sigma"] == pytest.approx(float(expected), rel=1e-5)
     assert run("info", models / "a") == 0
@@ -133,7 +133,7 @@ def test_maps_with_their_channels_first_are_pointed_out(tmp_path, capsys):
     assert run("compare", tmp_path / "a.npy", tmp_path / "b.npy", "--permutations", 0) == 0
     printed = capsys.readouterr().out
     assert "np.moveaxis(x, 1, -1)" in printed
-    assert "independent, which neighbours are not" in printed
+    assert "neighboring positions are not independent" in printed
 
 
 @pytest.mark.slow
@@ -151,10 +151,10 @@ def test_grid(models, capsys):
     assert len(told["provenance"]["sha256"]) == 6
     assert jaxalign.ComparisonGrid.from_json(out / "grid.json").columns == tuple(told["columns"])
     printed = capsys.readouterr().out
-    assert "best match of a" in printed
-    assert "in b" in printed
+    assert "layer of a" in printed
+    assert "best match in b" in printed
     assert run("grid", models / "a", models / "b", "--out", out) == 2
-    assert "--force overwrites what an earlier run wrote there" in capsys.readouterr().err
+    assert "--force overwrites the files of an earlier run" in capsys.readouterr().err
     assert run("grid", models / "a", "--measure", "rsa", "--permutations", 0, "--out", out, "--force") == 0
     assert json.loads((out / "grid.json").read_text())["itself"]
 
@@ -183,7 +183,7 @@ def test_options_of_the_measure(models, capsys):
 
 
 @pytest.mark.slow
-def test_maps_are_coloured_over_their_pictures(tmp_path, capsys):
+def test_maps_are_colored_over_their_images(tmp_path, capsys):
     data = jaxalign.datasets.load_patch_features()
     for name in ("vit-s14 layer 8", "efficientnet-lite0 block 10"):
         np.save(tmp_path / f"{name}.npy", data.features[name].reshape(3, 16, 16, -1)[:2])
@@ -192,18 +192,18 @@ def test_maps_are_coloured_over_their_pictures(tmp_path, capsys):
     assert len(files) == 2
     photos = ("--images", tmp_path / "photos.npy")
     assert run("ncut", *files, *photos, "--landmarks", 128, "--out", tmp_path / "cut") == 0
-    colours = np.load(tmp_path / "cut" / "vit-s14 layer 8.colors.npy")
-    assert colours.shape == (2, 16, 16, 3)
+    colors = np.load(tmp_path / "cut" / "vit-s14 layer 8.colors.npy")
+    assert colors.shape == (2, 16, 16, 3)
     assert np.load(tmp_path / "cut" / "vit-s14 layer 8.segments.npy").shape == (2, 16, 16)
     assert (tmp_path / "cut" / "colors.png").stat().st_size > 10_000
-    assert "2 set(s) of 512 samples" in capsys.readouterr().out
+    assert "2 representation(s) of 512 samples" in capsys.readouterr().out
     out = tmp_path / "report"
     assert run("grid", files[0], files[1], *photos, "--permutations", 0, "--out", out) == 0
     assert (out / "colors.png").exists()
     assert (out / "report.html").read_text().count("data:image/png;base64,") == 2
     np.save(tmp_path / "photos.npy", data.pictures)
     assert run("grid", files[0], files[1], *photos, "--out", out, "--force") == 2
-    assert "3 pictures go with maps" in capsys.readouterr().err
+    assert "3 images need maps" in capsys.readouterr().err
 
 
 class Page(html.parser.HTMLParser):
@@ -265,7 +265,7 @@ def test_nan_is_counted_and_placed(models, capsys):
     x[[5, 8], 2] = np.inf
     np.save(models / "a" / "layer9.npy", x)
     assert run("grid", models / "a", "--out", models / "out") == 2
-    assert "nan or inf in 2 of its 60 rows, the first is row 5, feature 2" in capsys.readouterr().err
+    assert "nan or inf in 2 of its 60 rows, first in row 5, feature 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_ctrl_c_is_one_line_and_130(models, capsys, monkeypatch):
     monkeypatch.setattr(commands, "compare_grid", interrupted)
     assert run("grid", models / "a", "--out", models / "out") == 130
     said = capsys.readouterr().err
-    assert "--resume goes on" in said
+    assert "--resume continues" in said
     assert said.count("\n") == 1
 
 
@@ -396,7 +396,7 @@ def test_names_that_become_one_file_stay_two(tmp_path):
 def test_the_input_is_never_written_over(models, capsys):
     before = {path: path.read_bytes() for path in (models / "a").iterdir()}
     assert run("align", models / "a", "--landmarks", 30, "--out", models / "a", "--force") == 2
-    assert "is where the input" in capsys.readouterr().err
+    assert "holds the input" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (models / "a").iterdir()} == before
 
 
@@ -419,7 +419,7 @@ def test_resume_goes_on_with_nothing_but_the_same_job(models, capsys, monkeypatc
         with pytest.raises(ZeroDivisionError):
             run(*grid, "--resume")
     assert run(*grid, "--measure", "rsa", "--resume") == 2
-    assert "of other options or inputs" in capsys.readouterr().err
+    assert "from other options or inputs" in capsys.readouterr().err
     (models / "thesis").mkdir()
     (models / "thesis" / "report.html").write_text("mine")
     assert run("grid", models / "a", "--permutations", 0, "--out", models / "thesis", "--resume") == 2
@@ -478,12 +478,46 @@ def test_byte_order_and_width(models, capsys):
     assert "beyond float32: --x64 computes in float64" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["compare", "grid", "align", "ncut", "info"])
+def test_offsets_in_float64_files_cost_no_digits(command, models, capsys):
+    x, y = (np.load(models / "a" / name).astype(np.float64) for name in ("layer2.npy", "layer9.npy"))
+    numbers = []
+    for folder, offset in (("plain", 0), ("shifted", 1e8)):
+        (models / folder).mkdir()
+        paths = [models / folder / "x.npy", models / folder / "y.npy"]
+        for path, values in zip(paths, (x, y), strict=True):
+            np.save(path, values + offset)
+        out = models / f"{command} {folder}"
+        more = {"align": ("--landmarks", 30, "--out", out), "grid": ("--out", out), "ncut": ("--out", out)}
+        inputs = [models / folder] if command == "grid" else paths
+        assert run(command, *inputs, "--density", 0.2, "--json", *more.get(command, ())) == 0
+        data = json.loads(capsys.readouterr().out)
+        found = {
+            "compare": lambda data: [data["value"], data["p_value"], *data["density reached"]],
+            "grid": lambda data: [*np.ravel(data["values"]), *np.ravel(data["statistics"]["p_value"])],
+            "align": lambda data: [*data["sigma"].values(), *data["density reached"].values()],
+            "ncut": lambda data: data["eigenvalues"],
+            "info": lambda data: [part["sigma"] for part in data["representations"]],
+        }
+        numbers.append(found[command](data))
+    np.testing.assert_allclose(numbers[1], numbers[0], rtol=1e-4)
+
+
+def test_offsets_that_float32_cannot_hold_need_x64(models, capsys):
+    x = np.load(models / "a" / "layer2.npy").astype(np.float64) + 1e8
+    np.save(models / "x.npy", x)  # mutual_knn uses angles, so its features cannot be centered
+    assert run("compare", models / "x.npy", models / "x.npy", "--measure", "mutual_knn") == 2
+    assert re.search(r"is float64 and far from 0.*: --x64\.$", capsys.readouterr().err)
+    assert run("compare", models / "x.npy", models / "x.npy", "--measure", "mutual_knn", "--x64") == 0
+
+
 def test_pictures_that_do_not_belong_are_refused_before_the_work(models, monkeypatch, capsys):
     np.save(models / "photos.npy", np.zeros((3, 8, 8, 3), np.uint8))
     monkeypatch.setattr(commands, "compare_grid", lambda *args, **kwargs: 1 / 0)
     images = ("--images", models / "photos.npy")
     assert run("grid", models / "a", *images, "--out", models / "out") == 2
-    assert "3 pictures go with maps" in capsys.readouterr().err
+    assert "3 images need maps" in capsys.readouterr().err
     assert run("ncut", models / "a" / "layer2.npy", *images, "--out", models / "out") == 2
     assert not (models / "out").exists()
 
@@ -501,7 +535,7 @@ def test_damaged_results_are_one_line(name, content, models, monkeypatch, capsys
     (models / "out" / name).write_bytes(content)
     assert run("grid", models / "a", "--permutations", 0, "--out", models / "out", "--resume") == 2
     said = capsys.readouterr().err
-    assert re.search(rf"--resume: .*{name} is damaged, or not of `jaxalign grid`. Delete it", said)
+    assert re.search(rf"--resume: .*{name} is damaged, or not from `jaxalign grid`. Delete it", said)
     assert said.count("\n") == 1
     assert (models / "out" / name).read_bytes() == content
 
@@ -567,7 +601,7 @@ def test_pictures_are_inputs_too(models, capsys):
     np.save(models / "maps.npy", np.ones((60, 2, 2, 3), np.float32))
     images = ("--images", models / "a" / "photos.npy")
     assert run("ncut", models / "maps.npy", *images, "--out", models / "a", "--force") == 2
-    assert "is where the input" in capsys.readouterr().err
+    assert "holds the input" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [np.zeros(()), np.zeros((0, 2, 2, 3)), np.full((2, 2, 2, 3), "a"), None])
@@ -590,7 +624,7 @@ def test_the_demo_keeps_what_is_there(tmp_path, capsys):
 def test_closed_output_ends_in_silence(arguments, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setattr(commands, "info", lambda options: commands.Found({}, "text"))
+    monkeypatch.setattr(commands, "info", lambda options: commands.Result({}, "text"))
     monkeypatch.setattr(sys, "argv", ["jaxalign", *arguments])
     with os.fdopen(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
@@ -601,7 +635,7 @@ def test_closed_output_ends_in_silence(arguments, monkeypatch):
 
 
 def test_output_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(commands, "info", lambda options: commands.Found({}, "text"))
+    monkeypatch.setattr(commands, "info", lambda options: commands.Result({}, "text"))
     monkeypatch.setattr(sys, "stdout", None)  # jaxalign ... >&-
     monkeypatch.setattr(sys, "argv", ["jaxalign", "info", "x.npy"])
     with pytest.raises(SystemExit) as ended:
@@ -612,7 +646,7 @@ def test_output_that_is_not_there(monkeypatch):
 def test_names_that_the_terminal_cannot_show(monkeypatch):
     raw = stdio.BytesIO()
     monkeypatch.setattr(sys, "stdout", stdio.TextIOWrapper(raw, "ascii"))
-    monkeypatch.setattr(commands, "info", lambda options: commands.Found({}, "couche é"))
+    monkeypatch.setattr(commands, "info", lambda options: commands.Result({}, "couche é"))
     monkeypatch.setattr(sys, "argv", ["jaxalign", "info", "x.npy"])
     with pytest.raises(SystemExit):
         cli.entry()
@@ -735,19 +769,19 @@ def test_a_cache_folder_is_private(config, tmp_path):
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o777)
     config.jax_compilation_cache_dir = None
-    assert "can be written by others" in cache.keep_compiled()
+    assert "is writable by other users" in cache.keep_compiled()
     assert config.jax_compilation_cache_dir is None
 
 
 def test_a_cache_folder_that_cannot_be_made_breaks_nothing(config, tmp_path, monkeypatch, capsys):
     (tmp_path / "jaxalign").write_text("in the way")
-    monkeypatch.setattr(commands, "info", lambda options: commands.Found({}, "text"))
+    monkeypatch.setattr(commands, "info", lambda options: commands.Result({}, "text"))
     for quiet, lines in ((["--quiet"], 0), ([], 1)):
         assert cli.main(["info", "x.npy", *quiet], keep_compiled=True) == 0
         printed = capsys.readouterr()
         assert printed.out == "text\n"
         assert printed.err.count("\n") == lines
-    assert printed.err.startswith("jaxalign: compiled programs are not kept for the next run: ")
+    assert printed.err.startswith("jaxalign: compiled programs are not cached for the next run: ")
     assert config.jax_compilation_cache_dir is None
 
     def no_home():
@@ -781,9 +815,9 @@ def test_the_oldest_programs_are_removed_where_there_are_too_many(tmp_path):
     for k in range(6):
         (tmp_path / str(k)).write_bytes(bytes(100))
         os.utime(tmp_path / str(k), (k, k))
-    cache.trim(tmp_path, most=600, least=250)
+    cache.trim(tmp_path, above=600, to=250)
     assert len(list(tmp_path.iterdir())) == 6
-    cache.trim(tmp_path, most=599, least=250)
+    cache.trim(tmp_path, above=599, to=250)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
 
 

@@ -17,7 +17,7 @@ def test_a_student_learns_neighbourhoods_and_the_same_again_from_a_seed(tmp_path
         pixels, teacher = example.load("mobilenet-v2 block 13")
         run = example.train(0, partial(example.aligned, "cka"), pixels, teacher, steps=100)
         (_, first), *_, (_, last) = run.scores
-        assert last.neighbours > first.neighbours + 0.05
+        assert last.neighbors > first.neighbors + 0.05
         assert last.cka > first.cka + 0.1
         again = example.train(0, partial(example.aligned, "cka"), pixels, teacher, steps=1)
         assert again.losses[0] == run.losses[0]
@@ -32,7 +32,7 @@ def test_a_torch_student_learns(capsys):
     with helpers.example("torch_training") as example:
         before, after = example.main(steps=60)
     assert after.cka > before.cka + 0.05
-    assert "shared neighbours" in capsys.readouterr().out
+    assert "shared neighbors" in capsys.readouterr().out
 
 
 @pytest.mark.slow

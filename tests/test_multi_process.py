@@ -52,7 +52,7 @@ def test_every_process_finds_what_one_process_finds(example, processes, devices,
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(example):
     begin = time.monotonic()
-    with pytest.raises(example.ProcessError, match=r"(?s)process 0 still ran.*process 1 was killed by SIGKILL"):
+    with pytest.raises(example.ProcessError, match=r"(?s)process 0 was still running.*process 1 was killed by SIGKILL"):
         example.solve_in_processes(example.Problem(2, 1, rows=40, width=5, timeout=TIMEOUT, kill=1))
     assert time.monotonic() - begin < 60
 
@@ -93,7 +93,7 @@ def test_another_number_of_rows_in_another_process_is_an_error_in_each(example):
 def test_a_process_that_takes_too_long_ends_all(example):
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     begin = time.monotonic()
-    with pytest.raises(example.ProcessError, match=r"(?s)not done after 3 s.*process 0 was done.*process 1 still ran"):
+    with pytest.raises(example.ProcessError, match=r"(?s)not finished after 3 s.*0 had finished.*1 was still running"):
         example.run_together([[sys.executable, "-c", "print(1)"], sleep], timeout=3)
     assert time.monotonic() - begin < 30
 
@@ -106,20 +106,20 @@ def test_what_a_process_says_is_handed_on(example):
         "-c",
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)",
     ]
-    with pytest.raises(example.ProcessError, match=r"(?s)process 0 failed: out of luck.*process 1 still ran"):
+    with pytest.raises(example.ProcessError, match=r"(?s)process 0 failed: out of luck.*process 1 was still running"):
         example.run_together([fails, ignores], timeout=60)
     assert example.run_together([[sys.executable, "-c", "print('done')"]], timeout=60) == ["done\n"]
 
 
 def test_rows_that_do_not_divide(example):
-    with pytest.raises(ValueError, match="41 rows do not divide among 2 processes with 2 devices"):
+    with pytest.raises(ValueError, match="41 rows do not divide evenly among 2 processes with 2 devices"):
         example.main(example.Problem(rows=41))
 
 
 def test_the_table_has_a_line_for_each_process_and_one_for_all_rows(example):
     found = example.Numbers(1.5, 0.2, 0.25, 0.125, 0.75)
     lines = example.table([found] * 2, found, example.Problem(2, 1, rows=40)).splitlines()
-    assert [line.partition("  ")[0] for line in lines] == ["process", "0 of 2", "1 of 2", "one alone"]
+    assert [line.partition("  ")[0] for line in lines] == ["process", "0 of 2", "1 of 2", "single"]
     assert "20 to 39" in lines[2]
     assert all(number in lines[-1] for number in ("0 to 39", "1.5", "0.2", "0.25", "0.125", "0.75"))
 

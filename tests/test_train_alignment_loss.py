@@ -24,7 +24,7 @@ def test_networks_agree_after_training_with_the_loss_and_not_without(example, tm
     assert alone.after.accuracy > 0.95
     assert aligned.after.accuracy > 0.95
     assert aligned.after.cka > 0.97 > alone.after.cka
-    assert aligned.after.neighbours > alone.after.neighbours + 0.2
+    assert aligned.after.neighbors > alone.after.neighbors + 0.2
     assert aligned.losses[-1, 1] < 0.1 * alone.losses[-1, 1]
     assert (tmp_path / "training.png").stat().st_size > 10_000
     assert "labels alone" in capsys.readouterr().out

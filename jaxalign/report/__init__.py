@@ -1,1 +1,1 @@
-"""Reports: tables and pictures made from the library's results. Nothing of the library depends on this."""
+"""Reports: tables and figures of results. No other module of the library depends on this package."""

@@ -1,4 +1,4 @@
-"""What relative features are compared with: usual alternatives, on the same landmarks and queries."""
+"""Baselines for relative features: common alternatives, on the same landmarks and queries."""
 
 from __future__ import annotations
 
@@ -24,43 +24,43 @@ Indices = Int[np.ndarray, " k"]
 def compiled_correspondence(
     a: Float[AnyArray, "q m"], b: Float[AnyArray, "q m"], csls: int | None = None
 ) -> Correspondence:
-    """`jaxalign.correspondence` as one program, for rows that are known to be finite."""
+    """`jaxalign.correspondence` as one compiled program; rows must be finite."""
     return correspondence(a, b, csls=csls)
 
 
 compiled_affinity = jax.jit(rbf_affinity)
-"""`jaxalign.rbf_affinity` as one program, for features that are known to be finite and to vary."""
+"""`jaxalign.rbf_affinity` as one compiled program; features must be finite and vary."""
 
 
-def standardized(x: Float[np.ndarray, "n d"], over: Indices | slice = slice(None)) -> Float[np.ndarray, "n d"]:
-    """Columns minus their mean, over their standard deviation, both taken over some of the rows."""
-    part = x[over]
-    spread = part.std(0)
-    return (x - part.mean(0)) / np.where(spread > 0, spread, 1)
+def standardized(x: Float[np.ndarray, "n d"], rows: Indices | slice = slice(None)) -> Float[np.ndarray, "n d"]:
+    """Columns minus their mean, divided by their standard deviation; both are computed over `rows`."""
+    subset = x[rows]
+    spread = subset.std(0)
+    return (x - subset.mean(0)) / np.where(spread > 0, spread, 1)
 
 
 def padded(x: Float[np.ndarray, "n d"], width: int) -> Float[np.ndarray, "n width"]:
-    """Columns of zeros added on the right, up to a width."""
+    """Features with columns of zeros appended, up to a width."""
     return np.pad(x, ((0, 0), (0, width - x.shape[1])))
 
 
 def variance_scaled_rows(x: Float[np.ndarray, "n d"], landmarks: Indices, queries: Indices) -> Float[np.ndarray, "q m"]:
-    """Affinities to the landmarks with sigma^2 = total variance of the features, standardised over the queries."""
+    """Affinities to the landmarks with sigma^2 = total variance of the features, standardized over the queries."""
     return standardized(np.asarray(compiled_affinity(x, x[landmarks], variance_sigma(x)))[queries])
 
 
 def variance_sigma(x: Float[np.ndarray, "n d"]) -> float:
-    """The root of the total variance: a usual bandwidth, which fixes mean(D) / sigma^2 and not the density."""
+    """The root of the total variance: a common bandwidth, which fixes mean(D) / sigma^2 but not the density."""
     return float(np.sqrt(x.var(0).sum()))
 
 
 class Ridge(NamedTuple):
-    """What ridge regressions from and to one representation share, whatever their strength."""
+    """The parts of ridge regressions from and to a representation that do not depend on the strength."""
 
-    fitted: jax.Array  # (m, d) the landmarks, channels standardized over them
-    queries: jax.Array  # (q, d) likewise
-    channels: jax.Array  # d without the columns of zeros
-    projected: jax.Array  # (q, m) queries times landmarks, in the eigenvectors of the landmarks' products
+    fitted: jax.Array  # (m, d): landmarks, standardized over the landmarks
+    queries: jax.Array  # (q, d): queries, standardized over the landmarks
+    channels: jax.Array  # d, without the columns of zeros
+    projected: jax.Array  # (q, m): queries times landmarks, in the eigenbasis of landmarks times landmarks
     vectors: jax.Array  # (m, m)
     values: jax.Array  # (m,)
 
@@ -80,10 +80,10 @@ def _decompose(fitted: Float[AnyArray, "m d"], queries: Float[AnyArray, "q d"], 
 
 
 def best_ridge(x: Ridge, y: Ridge, csls: int | None = None) -> tuple[float, float, float]:
-    """The supervised yardstick: x mapped onto y by a ridge regression fitted on the landmark pairs.
+    """A supervised reference: x mapped onto y by a ridge regression fitted on the landmark pairs.
 
-    Returns top-1, top-5 and mean reciprocal rank at the strength that does best on the queries themselves. Choosing the
-    strength on the answers flatters the ridge: no other method here chooses anything by them.
+    Returns top-1, top-5 and mean reciprocal rank at the strength that is best on the queries. This favors the ridge
+    regression: no other method here tunes anything on the queries.
     """
     scores = np.asarray(_ridge_scores(x, y, csls))
     top1, top5, mrr = scores[:, np.argmax(scores[0])].tolist()
@@ -101,11 +101,11 @@ def _ridge_scores(x: Ridge, y: Ridge, csls: int | None) -> Float[jax.Array, "3 s
         return jnp.where(is_channel, rows - jnp.sum(rows, 1, keepdims=True) / y.channels, 0)
 
     def scores_at(strength: jax.Array) -> jax.Array:
-        # The dual form: m x m whatever the number of channels.
+        # The dual form: m x m for any number of channels.
         mapped = (x.projected / (x.values + strength * unit)[None]) @ (x.vectors.T @ y.fitted)
         score = correspondence(centered(mapped), centered(y.queries), csls=csls)
         return jnp.stack([score.top1, score.top5, score.mrr])
 
     with jax.default_matmul_precision("highest"):
-        # One after the other: products in a batch are slow on a CPU.
+        # Sequential, because batched products are slow on a CPU.
         return jax.lax.map(scores_at, jnp.asarray(RIDGE_STRENGTHS, x.fitted.dtype)).T

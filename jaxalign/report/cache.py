@@ -1,4 +1,4 @@
-"""The compilation cache of the command line: programs that one run compiles are read from the disk by the next."""
+"""The compilation cache of the command line: later runs load compiled programs from disk."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 
 import jax
 
-# Bytes: beyond the first, the oldest programs are removed until the second is reached. A run of the demo writes 20 MB.
-MOST, LEAST = 2**29, 2**28
+# Bytes. Above the first number the oldest programs are removed, down to the second. A run of the demo writes 20 MB.
+MAX_BYTES, BYTES_AFTER_TRIM = 2**29, 2**28
 _CPU = Path("/proc/cpuinfo")
 
 
 def keep_compiled(*, enabled: bool = True) -> str | None:
-    """Let jax keep compiled programs in the user's cache folder; what the user has set of jax's cache is respected.
+    """Let JAX cache compiled programs in the user's cache folder, unless the user has configured JAX's cache.
 
     Args:
-        enabled: false: nothing is read from a cache, nor written to one.
+        enabled: False: neither read nor write a cache.
 
     Returns:
-        Why programs are not kept, where the folder cannot be used; None otherwise.
+        A message if the folder cannot be used, otherwise None.
     """
     if not enabled:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -36,17 +36,17 @@ def keep_compiled(*, enabled: bool = True) -> str | None:
         folder = user_folder() / _machine()
         _make_private(folder)
         trim(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        return f"compiled programs are not kept for the next run: {error}"
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        return f"compiled programs are not cached for the next run: {error}"
     config.update("jax_compilation_cache_dir", str(folder))
-    # Also what compiles fast: there are hundreds of small programs.
+    # Cache fast compilations too: there are hundreds of small programs.
     config.update("jax_persistent_cache_min_compile_time_secs", 0)
     config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return None
 
 
 def user_folder() -> Path:
-    """Where programs keep what they can make again, by the rules of the system."""
+    """The cache folder of this user, by the conventions of the system."""
     if sys.platform == "win32":
         local = os.environ.get("LOCALAPPDATA")
         return (Path(local) if local else Path.home() / "AppData" / "Local") / "jaxalign"
@@ -57,7 +57,7 @@ def user_folder() -> Path:
 
 
 def _machine() -> str:
-    """A name for this kind of processor: a home may be shared by machines that cannot run each other's programs."""
+    """A hash of the kind of processor: machines that share a home directory may need different programs."""
     parts = [platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):
         lines = _CPU.read_text(errors="replace").splitlines()
@@ -66,27 +66,27 @@ def _machine() -> str:
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder that this user alone can write to, or raise: programs are run from it."""
+    """Make a folder that only this user can write to, or raise: programs are loaded from it and run."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-        raise PermissionError(f"{folder} can be written by others")
+        raise PermissionError(f"{folder} is writable by other users")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} cannot be written")
+        raise PermissionError(f"{folder} is not writable")
 
 
-def trim(folder: Path, most: int = MOST, least: int = LEAST) -> None:
-    """Remove the oldest files of a folder where all of them together take more than `most` bytes."""
+def trim(folder: Path, above: int = MAX_BYTES, to: int = BYTES_AFTER_TRIM) -> None:
+    """If the files of a folder take more than `above` bytes, remove the oldest until they take at most `to`."""
     files = []
     for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # removed by another run meanwhile
+        with contextlib.suppress(OSError):  # another run may have removed it
             status = path.stat()
             files += [(status.st_mtime, status.st_size, path)] if path.is_file() else []
     total = sum(size for _, size, _ in files)
-    if total <= most:
+    if total <= above:
         return
     for _, size, path in sorted(files, key=lambda file: file[0]):
-        if total <= least:
+        if total <= to:
             return
         with contextlib.suppress(OSError):
             path.unlink()

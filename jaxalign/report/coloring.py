@@ -1,4 +1,4 @@
-"""Colours of the same patches in several networks, before and after alignment."""
+"""Colors of the same patches in several networks, before and after alignment."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Features = Mapping[str, Float[np.ndarray, "n _"]]
 COMPONENTS = 8
 
 
-def own_colors(features: Features, method: ColorMethod = "rotate") -> Colors:
-    """Before alignment: every network's own cut, of its standardised features, in colours of its own."""
-    found = {}
+def separate_colors(features: Features, method: ColorMethod = "rotate") -> Colors:
+    """Before alignment: the standardized features of each network are cut and colored separately."""
+    colors = {}
     for name, x in features.items():
         cut = normalized_cut(standardized(x).astype(np.float32), COMPONENTS, kind="features", bandwidth="per_row")
-        found[name] = np.asarray(rgb(cut, method))
-    return found
+        colors[name] = np.asarray(rgb(cut, method))
+    return colors
 
 
 def joint_cut(
@@ -33,9 +33,9 @@ def joint_cut(
     """One cut of the relative features of all networks.
 
     Args:
-        features: of each network, for the same samples.
-        landmarks: which samples all are described by.
-        options: of `jaxalign.align`.
+        features: the features of each network, for the same samples.
+        landmarks: indices of the landmarks.
+        options: options of `jaxalign.align`.
     """
     return normalized_cut(align(features, landmarks=landmarks, **(options or {})), COMPONENTS, bandwidth="per_row")
 
@@ -47,10 +47,10 @@ def joint_colors(
     *,
     method: ColorMethod = "rotate",
 ) -> Colors:
-    """After alignment: the colours of the joint cut, one map for all networks; options are those of `joint_cut`."""
+    """After alignment: the colors of the joint cut, by one map for all networks. Options as in `joint_cut`."""
     return by_network(np.asarray(rgb(joint_cut(features, landmarks, options), method)), features)
 
 
 def by_network(stacked: Float[np.ndarray, "stacked 3"], features: Features) -> Colors:
-    """The colours of each network, which stand one network after the other."""
+    """Split colors that are stacked network after network."""
     return dict(zip(features, np.split(stacked, len(features)), strict=True))

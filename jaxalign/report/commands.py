@@ -1,6 +1,6 @@
-"""What the command line does: files in, tables, pictures and a report out, each with its provenance.
+"""The commands of the command line: from files to tables, figures and a report, with their provenance.
 
-Every command returns what it found as plain data, which `jaxalign.cli` prints as a table or as JSON.
+Every command returns its results as text and as plain data; `jaxalign.cli` prints one of the two.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import io, sharding, streaming
+from jaxalign._checks import x64_enabled
 from jaxalign._memory import check_bytes
 from jaxalign._version import __version__
 from jaxalign.alignment import PUBLISHED, Alignment, align
@@ -38,19 +39,19 @@ from jaxalign.inference import permutation_test
 from jaxalign.kernels import RBF, Laplacian
 from jaxalign.plan import Plan
 from jaxalign.report.baselines import standardized
-from jaxalign.report.coloring import joint_colors, own_colors
+from jaxalign.report.coloring import joint_colors, separate_colors
 from jaxalign.report.tables import format_table
 from jaxalign.spectral import kway, normalized_cut
 
-# Samples that a permutation test looks at: its table of permutations needs n x n of every set.
-TESTED = 1000
-# Pictures shown in a report, and landmarks for their colours.
-SHOWN, LANDMARKS = 6, 1024
+# Samples in a permutation test, which stores n x n values per representation.
+TEST_SAMPLES = 1000
+# Images shown in a report, and landmarks for their colors.
+SHOWN_IMAGES, COLOR_LANDMARKS = 6, 1024
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a command found: as data, and as text."""
+class Result:
+    """The result of a command, as data and as text."""
 
     data: dict[str, Any]
     text: str
@@ -58,57 +59,63 @@ class Found:
 
 @dataclass(frozen=True)
 class Input:
-    """Sets of features that a command was given, as samples and features, checked."""
+    """Representations from files, checked."""
 
     rows: dict[str, Any]  # name: (samples, d)
-    sets: dict[str, io.FeatureSet]
+    arrays: dict[str, io.FeatureSet]  # name: as stored
     notes: tuple[str, ...]
-    hashes: dict[str, str]  # SHA-256 by file, taken when they were read
+    hashes: dict[str, str]  # file: SHA-256 when it was read
 
 
 def read(paths: list[Path], positions: io.Positions) -> Input:
-    """Sets of features from files and folders, with one name each; nan is refused, with its first place."""
-    found = [(path, name, one) for path in paths for name, one in io.read_features(path).items()]
-    clash = len({name for _, name, _ in found}) < len(found)
-    sets: dict[str, io.FeatureSet] = {}
-    for path, name, one in found:
-        label = f"{path.name if path.is_dir() else path.parent.name}/{name}" if clash else name
-        if label in sets:
-            raise ValueError(f"{sets[label].path} and {one.path} both hold a set named {label!r}.")
-        sets[label] = one
-    rows, notes = {}, []
-    wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
-    for name, one in sets.items():
-        values = one.rows(positions)
-        _refuse_missing(name, one, values)
-        if values.dtype == np.float64 and not wide:
-            top = max(float(np.abs(part).max()) for part in np.split(values, range(65536, len(values), 65536)))
-            if top > float(np.finfo(np.float32).max):
-                raise ValueError(
-                    f"{io.printable(name)} in {one.path} reaches {top:.3g}, beyond float32: --x64 computes in float64."
-                )
-            notes.append(f"{io.printable(name)} is float64 and was taken as float32; --x64 computes in float64")
-        if values.dtype not in ((np.float32, np.float64) if wide else (np.float32,)):
-            _check_fits(name, 4 * values.size, "Save it as float32: .npy files of that are read block by block")
-            values = np.asarray(values, np.float32)
-        rows[name] = values
-        if one.values.ndim > 2 and positions == "samples":
-            shape = " x ".join(map(str, one.values.shape[:-1]))
-            notes.append(
-                f"each of {shape} positions is a sample (see --positions); p-values take them for "
-                "independent, which neighbours are not"
+    """Representations from files and folders, with unique names; nan and inf are rejected."""
+    entries = [(path, name, stored) for path in paths for name, stored in io.read_features(path).items()]
+    names_clash = len({name for _, name, _ in entries}) < len(entries)
+    arrays: dict[str, io.FeatureSet] = {}
+    for path, name, stored in entries:
+        label = f"{path.name if path.is_dir() else path.parent.name}/{name}" if names_clash else name
+        if label in arrays:
+            raise ValueError(
+                f"{arrays[label].path} and {stored.path} both hold a representation named {label!r}: rename one."
             )
-        notes += channels_first(name, one.values)
-    hashes = {str(path): hash_of(path) for path in sorted({one.path for one in sets.values()})}
-    return Input(rows, sets, tuple(dict.fromkeys(notes)), hashes)
+        arrays[label] = stored
+    rows, notes = {}, []
+    for name, stored in arrays.items():
+        values = stored.rows(positions)
+        _reject_missing(name, stored, values)
+        rows[name] = _as_floats(name, stored, values)
+        if stored.values.ndim > 2 and positions == "samples":
+            shape = " x ".join(map(str, stored.values.shape[:-1]))
+            notes.append(
+                f"each of {shape} positions is a sample (see --positions); p-values assume independent samples, "
+                "but neighboring positions are not independent"
+            )
+        notes += channels_first(name, stored.values)
+    hashes = {str(path): hash_of(path) for path in sorted({stored.path for stored in arrays.values()})}
+    return Input(rows, arrays, tuple(dict.fromkeys(notes)), hashes)
+
+
+def _as_floats(name: str, stored: io.FeatureSet, values: Any) -> Any:
+    """Features as float32 or float64. Without --x64 the library centers float64 features before it narrows them."""
+    if values.dtype == np.float64 and not x64_enabled():
+        largest = max(float(np.abs(part).max()) for part in np.split(values, range(65536, len(values), 65536)))
+        if largest > float(np.finfo(np.float32).max):
+            raise ValueError(
+                f"{io.printable(name)} in {stored.path} reaches {largest:.3g}, beyond float32: --x64 computes in "
+                "float64."
+            )
+    if values.dtype in (np.float32, np.float64):
+        return values
+    _check_fits(name, 4 * values.size, "Save it as float32: such .npy files are read block by block")
+    return np.asarray(values, np.float32)
 
 
 def channels_first(name: str, values: Any) -> list[str]:
-    """A note on maps that look as if their channels came first: maps are square more often than not."""
+    """A note if the channels of maps seem to come first: the last two axes are equal, as in square maps."""
     if values.ndim != 4 or not values.shape[1] != values.shape[2] == values.shape[3]:
         return []
     return [
-        f"{io.printable(name)} of shape {values.shape} was read with its channels last; if they are "
+        f"{io.printable(name)} of shape {values.shape} was read with channels last; if they are "
         "first, as in torch, write np.moveaxis(x, 1, -1)"
     ]
 
@@ -117,24 +124,24 @@ def _check_fits(name: str, nbytes: int, way_out: str) -> None:
     check_bytes(f"{io.printable(name)} takes {nbytes / 1e9:.3g} GB of memory", nbytes, f"{way_out}.")
 
 
-def _in_memory(rows: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Sets that are looked at as a whole."""
+def _in_memory(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Representations as arrays, not memory maps; raises if one does not fit into memory."""
     for name, values in rows.items():
-        _check_fits(name, values.nbytes, "Take fewer samples; `jaxalign grid` reads .npy files block by block")
-    return {name: jnp.asarray(np.asarray(values)) for name, values in rows.items()}
+        _check_fits(name, values.nbytes, "Use fewer samples; `jaxalign grid` reads .npy files block by block")
+    return {name: np.asarray(values) for name, values in rows.items()}
 
 
-def _refuse_missing(name: str, one: io.FeatureSet, values: Any) -> None:
+def _reject_missing(name: str, stored: io.FeatureSet, values: Any) -> None:
     count, first = missing(values)
     if count:
         raise ValueError(
-            f"{io.printable(name)} in {one.path} has nan or inf in {count} of its {len(values)} rows, the first is row "
-            f"{first[0]}, feature {first[1]}. Remove these samples from all sets."
+            f"{io.printable(name)} in {stored.path} has nan or inf in {count} of its {len(values)} rows, first in row "
+            f"{first[0]}, feature {first[1]}. Remove these samples from all representations."
         )
 
 
 def missing(values: Any) -> tuple[int, tuple[int, int]]:
-    """How many rows hold nan or inf, and the first place."""
+    """The number of rows with nan or inf, and the first (row, feature)."""
     finite = rows_are_finite(values, 65536)
     row = int(np.argmin(finite))
     bad = ~np.isfinite(np.asarray(values[row]))
@@ -142,63 +149,64 @@ def missing(values: Any) -> tuple[int, tuple[int, int]]:
 
 
 def same_samples(rows: Mapping[str, Any]) -> int:
-    """The number of samples; raises, naming the sets that differ, where it is not one."""
-    names = list(rows)
-    numbers = {name: len(values) for name, values in rows.items()}
-    usual = max(set(numbers.values()), key=list(numbers.values()).count)
-    odd = [f"{io.printable(name)} has {number}" for name, number in numbers.items() if number != usual]
-    if odd:
-        most = next(io.printable(name) for name in names if numbers[name] == usual)
+    """The number of samples; raises if representations differ in it."""
+    counts = {name: len(values) for name, values in rows.items()}
+    common = max(set(counts.values()), key=list(counts.values()).count)
+    differing = [f"{io.printable(name)} has {count}" for name, count in counts.items() if count != common]
+    if differing:
+        example = next(io.printable(name) for name, count in counts.items() if count == common)
         raise ValueError(
-            f"all sets must hold the same samples, row by row: {most} has {usual}, but {', '.join(odd[:5])}"
-            + (f" and {len(odd) - 5} more differ" if len(odd) > 5 else "")
-            + ". Maps of different size: --positions mean takes one row a sample."
+            f"all representations must hold the same samples, row by row: {example} has {common} rows, but "
+            + ", ".join(differing[:5])
+            + (f" and {len(differing) - 5} more differ" if len(differing) > 5 else "")
+            + ". For maps of different sizes, --positions mean makes one row per sample."
         )
-    return usual
+    return common
 
 
-def provenance(options: Mapping[str, Any], *given: Input) -> dict[str, Any]:
-    """What it takes to get the same numbers again."""
+def provenance(options: Mapping[str, Any], *inputs: Input) -> dict[str, Any]:
+    """Everything needed to reproduce the numbers."""
     return {
         "versions": {"jaxalign": __version__, "jax": jax.__version__, "numpy": np.__version__},
         "python": platform.python_version(),
         "devices": [str(device.device_kind) for device in jax.devices()],
         "options": json_value(options),
         "command": shlex.join(sys.argv[1:]),
-        "sha256": {path: found for one in given for path, found in one.hashes.items()},
-        "notes": list(dict.fromkeys(note for one in given for note in one.notes)),
+        "sha256": {path: digest for part in inputs for path, digest in part.hashes.items()},
+        "notes": list(dict.fromkeys(note for part in inputs for note in part.notes)),
     }
 
 
 def _landmark_densities(alignment: Alignment, rows: Mapping[str, Any], channels: str | None) -> dict[str, Any]:
-    """Mean affinity of the landmarks of every set, of which sigma was found; None with a sigma per row."""
-    chosen, found = np.asarray(alignment.landmarks), {}
+    """Mean affinity of the landmarks of each representation, from which sigma is solved; None with one per row."""
+    landmarks = np.asarray(alignment.landmarks)
+    densities: dict[str, Any] = {}
     for name, sigma in alignment.sigma.items():
-        found[name] = None
+        densities[name] = None
         if np.ndim(sigma) == 0:
             x = np.asarray(rows[name])
-            block = jnp.asarray((x if channels is None else standardized(x))[chosen])
-            found[name] = float(mean_density(block, sigma=float(sigma)))
-    return found
-
-
-def _densities(sets: list[Any], compared: ComparisonGrid, options: Mapping[str, Any]) -> list[float | None]:
-    """Mean affinity of every set at its sigma; None where the measure has none, or another kernel."""
-    sigmas, kernel = np.asarray(compared.sigma, np.float64), _measure_options(options).get("kernel")
-    if not np.isfinite(sigmas).all() or not isinstance(kernel, RBF):
-        return [None for _ in sets]
-    how: dict[str, Any] = {"diagonal": kernel.diagonal, "plan": Plan(options["tile_size"])}
-    densities = []
-    for x, sigma in zip(sets, sigmas, strict=True):
-        of = streaming.mean_density if isinstance(x, np.memmap) else mean_density  # which may be larger than the memory
-        densities.append(float(of(x, sigma=float(sigma), **how)))
+            x = (x if channels is None else standardized(x))[landmarks]
+            densities[name] = float(mean_density(x, sigma=float(sigma)))
     return densities
 
 
-# --- folders that are written to -------------------------------------------------------------------------------------
+def _densities(representations: list[Any], compared: ComparisonGrid, options: Mapping[str, Any]) -> list[float | None]:
+    """Mean affinity of each representation at its sigma; None if the kernel of the measure is not RBF."""
+    sigmas, kernel = np.asarray(compared.sigma, np.float64), _measure_options(options).get("kernel")
+    if not np.isfinite(sigmas).all() or not isinstance(kernel, RBF):
+        return [None for _ in representations]
+    how: dict[str, Any] = {"diagonal": kernel.diagonal, "plan": Plan(options["tile_size"])}
+    densities = []
+    for x, sigma in zip(representations, sigmas, strict=True):
+        density_of = streaming.mean_density if isinstance(x, np.memmap) else mean_density
+        densities.append(float(density_of(x, sigma=float(sigma), **how)))
+    return densities
 
 
-# What the commands write, by the manifest that lists it: --force takes no other name away, whatever a manifest says.
+# --- output folders --------------------------------------------------------------------------------------------------
+
+
+# The files of each command, by its manifest. --force removes no other names, whatever a manifest lists.
 _WRITTEN = {
     "alignment.json": ("*.npy",),
     "cut.json": ("*.colors.npy", "*.segments.npy", "eigenvectors.npy", "colors.png"),
@@ -210,18 +218,18 @@ _WRITTEN = {
 def output_folder(
     out: Path, inputs: Iterable[str | Path], *, force: bool, resumable: bool = False
 ) -> Generator[Path, None, None]:
-    """A folder to write to, of one run at a time; it holds no input, and its files are kept unless said otherwise."""
+    """A folder to write to, locked for this run. It must not hold inputs, nor files unless `force` or `resumable`."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out} is a file: name a folder.")
     for path in map(Path, inputs):
         if out.resolve() in (path.resolve(), path.resolve().parent):
-            raise FileExistsError(f"--out {out} is where the input {path} lies: name another folder.")
+            raise FileExistsError(f"--out {out} holds the input {path}: name another folder.")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         if _contents(out) and not force and not resumable:
             raise FileExistsError(
-                f"--out {out} exists and is not empty: --force overwrites what an earlier run wrote there, and of a "
-                "grid --resume goes on with it."
+                f"--out {out} exists and is not empty: --force overwrites the files of an earlier run, and `jaxalign "
+                "grid --resume` continues it."
             )
         if force:
             for manifest in _WRITTEN:
@@ -230,40 +238,40 @@ def output_folder(
 
 
 def _contents(out: Path) -> list[str]:
-    """Names of what a folder holds, but for the lock of this run."""
+    """Names of the files in a folder, without the lock of this run."""
     return sorted(path.name for path in out.iterdir() if not path.name.startswith(PREFIX))
 
 
 def _remove_written(manifest: Path) -> None:
-    """Remove what an earlier run wrote, where it is as it was written, and the manifest that lists it."""
+    """Remove the unchanged files of an earlier run, and the manifest that lists them."""
     try:
         written = dict(read_json(manifest)["written"])
     except (OSError, ValueError, KeyError, TypeError):
         return
     for path in (manifest.parent / Path(name).name for name in written):
-        if any(fnmatchcase(path.name, pattern) for pattern in _WRITTEN[manifest.name]) and _as_written(path, written):
+        if any(fnmatchcase(path.name, pattern) for pattern in _WRITTEN[manifest.name]) and _is_unchanged(path, written):
             path.unlink()
     manifest.unlink()
 
 
-def _as_written(path: Path, written: Mapping[str, Any]) -> bool:
-    """Whether a file is what a manifest says of it."""
+def _is_unchanged(path: Path, written: Mapping[str, Any]) -> bool:
+    """Whether a file has the hash that the manifest lists."""
     return path.is_file() and not path.is_symlink() and hash_of(path) == written.get(path.name)
 
 
 def write_manifest(path: Path, data: Mapping[str, Any], files: Iterable[Path]) -> Path:
-    """What a command found, and which files of which SHA-256 it wrote."""
+    """Write the data of a command, with the files that it wrote and their SHA-256."""
     return write_json(path, {**data, "written": {file.name: hash_of(file) for file in files}})
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Plain data as a file, in one step; nan as null."""
+    """Write plain data as JSON, atomically; nan becomes null."""
     replace_file(path, json.dumps(json_value(content), indent=1, allow_nan=False).encode())
     return path
 
 
 def write_array(path: Path, array: Any) -> Path:
-    """An array as .npy, in one step."""
+    """Write an array as .npy, atomically."""
     content = BytesIO()
     np.save(content, np.asarray(array), allow_pickle=False)
     replace_file(path, content.getvalue())
@@ -271,17 +279,17 @@ def write_array(path: Path, array: Any) -> Path:
 
 
 def write_figure(path: Path, figure: Any, dpi: int = 150) -> Path:
-    """A picture as .png, in one step."""
+    """Write a figure as .png, atomically."""
     replace_file(path, png_of(figure, dpi))
     return path
 
 
 def png_of(figure: Any, dpi: int) -> bytes:
-    """A figure's picture."""
+    """A figure as PNG."""
     import matplotlib.pyplot as plt
 
     content = BytesIO()
-    figure.savefig(content, dpi=dpi, format="png", bbox_inches="tight")  # names may be wider than their place
+    figure.savefig(content, dpi=dpi, format="png", bbox_inches="tight")  # names may be wider than the axes
     plt.close(figure)
     return content.getvalue()
 
@@ -289,8 +297,8 @@ def png_of(figure: Any, dpi: int) -> bytes:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def show_demo(options: dict[str, Any]) -> Found:
-    """Real networks on the features that ship with the library: how well held-out samples correspond, and pictures."""
+def show_demo(options: dict[str, Any]) -> Result:
+    """How well held-out samples of real networks correspond, on the shipped features, as tables and figures."""
     try:
         import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
         from tqdm import tqdm
@@ -308,67 +316,71 @@ def show_demo(options: dict[str, Any]) -> Found:
             bar.set_description(text)
             bar.update()
 
-        # Side by side: most of the time is compilation, which keeps one core busy.
+        # In two threads: most of the time is compilation, which uses one core.
         with ThreadPoolExecutor(2) as pool:
-            running = pool.submit(demo.report_digits, tick), pool.submit(demo.report_patches, tick)
-            digits, patches = running[0].result(), running[1].result()
-        tick("pictures")
+            futures = pool.submit(demo.report_digits, tick), pool.submit(demo.report_patches, tick)
+            digits, patches = futures[0].result(), futures[1].result()
+        tick("figures")
         paths = figures.save_all(digits, patches, out)
         bar.set_description("done")
     scores = {"digits": digits.scores, "patches": patches.scores, "controls": patches.controls}
-    text = f"\n{tables.demo_text(digits, patches)}\n\n{time.perf_counter() - start:.0f} s. Pictures:"
-    return Found({"scores": scores, "files": [path.name for path in paths]}, "\n  ".join([text, *map(str, paths)]))
+    text = f"\n{tables.demo_text(digits, patches)}\n\n{time.perf_counter() - start:.0f} s. Figures:"
+    return Result({"scores": scores, "files": [path.name for path in paths]}, "\n  ".join([text, *map(str, paths)]))
 
 
-def info(options: dict[str, Any]) -> Found:
-    """What files hold: shapes, what is missing, and the sigma of each set."""
+def info(options: dict[str, Any]) -> Result:
+    """Shapes, dtypes, missing values and sigma of the representations in files."""
     rows, data = [], []
     notes: list[str] = []
     hashes: dict[str, str] = {}
     for path in options["inputs"]:
-        for name, one in io.read_features(path).items():
-            if str(one.path) not in hashes:
-                hashes[str(one.path)] = hash_of(one.path)
-            values = one.rows(options["positions"])
+        for name, stored in io.read_features(path).items():
+            if str(stored.path) not in hashes:
+                hashes[str(stored.path)] = hash_of(stored.path)
+            values = stored.rows(options["positions"])
             count, first = missing(values)
-            sigma = status = None
+            sigma = problem = None
             if not count:
-                some = values[: options["rows"]]
-                x = jnp.asarray(np.asarray(some, None if options["x64"] and some.dtype.itemsize > 2 else np.float32))
+                x = np.asarray(values[: options["rows"]])
                 try:
                     sigma = float(solve_sigma(x, density=options["density"], plan=Plan(options["tile_size"])).sigma)
                 except ValueError as error:
-                    status = str(error)
+                    problem = str(error)
+            dtype = str(stored.values.dtype)
             data.append({
-                "name": name, "file": str(one.path), "shape": list(one.values.shape), "dtype": str(one.values.dtype),
-                "rows with nan or inf": count, "first": list(first) if count else None,
-                "sigma": sigma, "of rows": min(len(values), options["rows"]), "why no sigma": status,
-                "sha256": hashes[str(one.path)],
+                "name": name, "file": str(stored.path), "shape": list(stored.values.shape), "dtype": dtype,
+                "rows with nan or inf": count, "first nan or inf": list(first) if count else None,
+                "sigma": sigma, "rows used for sigma": min(len(values), options["rows"]), "sigma error": problem,
+                "sha256": hashes[str(stored.path)],
             })  # fmt: skip
-            notes += channels_first(name, one.values)
-            shape = " x ".join(map(str, one.values.shape))
-            told = f"{sigma:.5g}" if sigma is not None else "nan in it" if count else "none"
-            bad = f"{count} (row {first[0]}, feature {first[1]})" if count else "0"
-            rows.append((io.printable(name), shape, str(one.values.dtype), bad, told))
-    few = max(one["of rows"] for one in data)
-    header = ("set", "shape", "dtype", "rows with nan or inf", f"sigma at {options['density']:g}")
-    text = format_table(header, rows) + f"\n\nsigma of the first {few} rows at most"
+            notes += channels_first(name, stored.values)
+            shape = " x ".join(map(str, stored.values.shape))
+            sigma_cell = f"{sigma:.5g}" if sigma is not None else "nan or inf" if count else "none"
+            missing_cell = f"{count} (row {first[0]}, feature {first[1]})" if count else "0"
+            rows.append((io.printable(name), shape, dtype, missing_cell, sigma_cell))
+    header = ("name", "shape", "dtype", "rows with nan or inf", f"sigma at density {options['density']:g}")
+    text = format_table(header, rows)
+    text += f"\n\nsigma from the first {max(part['rows used for sigma'] for part in data)} rows at most"
     text += "".join(f"\n{note}." for note in notes)
-    for one in data:
-        if one["why no sigma"]:
-            text += f"\n{io.printable(one['name'])}: {one['why no sigma']}"
-    return Found({"sets": data, "provenance": provenance(options, Input({}, {}, tuple(notes), hashes))}, text)
+    for part in data:
+        if part["sigma error"]:
+            text += f"\n{io.printable(part['name'])}: {part['sigma error']}"
+    record = provenance(options, Input({}, {}, tuple(notes), hashes))
+    return Result({"representations": data, "provenance": record}, text)
 
 
-def compare_files(options: dict[str, Any]) -> Found:
-    """One number for two sets, and whether it is more than chance."""
-    given = [read([path], options["positions"]) for path in (options["x"], options["y"])]
-    for one, path in zip(given, (options["x"], options["y"]), strict=True):
-        if len(one.rows) != 1:
-            names = ", ".join(map(repr, one.rows))
-            raise ValueError(f"{path} holds {len(one.rows)} sets, {names}: compare takes one; grid compares them all.")
-    (x,), (y,) = (one.rows.values() for one in given)
-    names = [io.printable(name) for one in given for name in one.rows]
+def compare_files(options: dict[str, Any]) -> Result:
+    """The value of a measure for two representations, and its p-value."""
+    inputs = [read([path], options["positions"]) for path in (options["x"], options["y"])]
+    for part, path in zip(inputs, (options["x"], options["y"]), strict=True):
+        if len(part.rows) != 1:
+            names = ", ".join(map(repr, part.rows))
+            raise ValueError(
+                f"{path} holds {len(part.rows)} representations, {names}: `jaxalign compare` accepts one per file, "
+                "`jaxalign grid` compares all."
+            )
+    (x,), (y,) = (part.rows.values() for part in inputs)
+    names = [io.printable(name) for part in inputs for name in part.rows]
     same_samples({"x": x, "y": y})
     measure_options = _measure_options(options)
     first, second = (_in_memory({name: rows}) for name, rows in zip(names, (x, y), strict=True))
@@ -378,176 +390,182 @@ def compare_files(options: dict[str, Any]) -> Found:
     data |= {"sigma": compared.sigma, "density reached": _densities([x, y], compared, options)}
     text = f"{options['measure']} of {names[0]} with {names[1]}, {len(x)} samples: {value:.6g}"
     if options["permutations"]:
-        few = _some_rows(len(x))
+        subset = _subset(len(x))
         test = permutation_test(
-            jnp.asarray(np.asarray(x)[few]), jnp.asarray(np.asarray(y)[few]), options["measure"],
+            np.asarray(x)[subset], np.asarray(y)[subset], options["measure"],
             key=jax.random.key(options["seed"]), permutations=options["permutations"], **measure_options,
         )  # fmt: skip
-        data |= {"p_value": _exact(test.p_value, options), "null_mean": float(test.null_mean), "tested_on": len(few)}
-        text += f"\np = {float(test.p_value):.4g} by {options['permutations']} permutations"
-        text += f" of {len(few)} samples" if len(few) < len(x) else ""
-    data["provenance"] = provenance(options, *given)
-    return Found(data, _with_notes(text, tuple(data["provenance"]["notes"])))
+        data |= {"p_value": _exact(test.p_value, options), "null_mean": float(test.null_mean)}
+        data["test_samples"] = len(subset)
+        text += f"\np = {float(test.p_value):.4g} from {options['permutations']} permutations"
+        text += f" of {len(subset)} samples" if len(subset) < len(x) else ""
+    data["provenance"] = provenance(options, *inputs)
+    return Result(data, _with_notes(text, tuple(data["provenance"]["notes"])))
 
 
-def align_files(options: dict[str, Any]) -> Found:
-    """Relative features of several sets over shared landmarks, and how well they correspond."""
-    given = read(options["inputs"], options["positions"])
-    n = same_samples(given.rows)
-    with output_folder(options["out"], given.hashes, force=options["force"]) as out:
-        return _align(given, n, out, options)
+def align_files(options: dict[str, Any]) -> Result:
+    """Relative features of several representations over shared landmarks, and how well they correspond."""
+    inputs = read(options["inputs"], options["positions"])
+    n = same_samples(inputs.rows)
+    with output_folder(options["out"], inputs.hashes, force=options["force"]) as out:
+        return _align(inputs, n, out, options)
 
 
-def _align(given: Input, n: int, out: Path, options: Mapping[str, Any]) -> Found:
+def _align(inputs: Input, n: int, out: Path, options: Mapping[str, Any]) -> Result:
     how: dict[str, Any] = {**(PUBLISHED if options["published"] else {"channels": "standardize"})}
     if options["density"] is not None:
         how["density"] = options["density"]
     if options["bandwidth"] == "per_row":
-        how["decorrelate"] = None  # which needs one sigma
+        how["decorrelate"] = None  # decorrelation needs one sigma
     alignment = align(
-        _in_memory(given.rows),
+        _in_memory(inputs.rows),
         landmarks=max(1, min(300, n // 2)) if options["landmarks"] is None else options["landmarks"],
         key=jax.random.key(options["seed"]), bandwidth=options["bandwidth"],
         **how,
     )  # fmt: skip
-    names = list(given.rows)
-    places = io.file_names(names)
-    files = [write_array(out / f"{places[name]}.npy", alignment.features[name]) for name in names]
+    names = list(inputs.rows)
+    file_names = io.file_names(names)
+    files = [write_array(out / f"{file_names[name]}.npy", alignment.features[name]) for name in names]
     landmarks = np.asarray(alignment.landmarks)
     held_out = n - len(landmarks)
     pairs = {}
     if held_out >= 2:
         for i, a in enumerate(names):
             for b in names[i + 1 :]:
-                one = alignment.correspondence(a, b)
-                pairs[f"{a} | {b}"] = {"top1": float(one.top1), "top5": float(one.top5), "mrr": float(one.mrr)}
+                score = alignment.correspondence(a, b)
+                pairs[f"{a} | {b}"] = {"top1": float(score.top1), "top5": float(score.top5), "mrr": float(score.mrr)}
     sigma = {
-        name: float(found) if np.ndim(found) == 0 else {"median": np.nanmedian(found), "one a row": np.shape(found)}
-        for name, found in alignment.sigma.items()
+        name: float(value) if np.ndim(value) == 0 else {"median": np.nanmedian(value), "shape": np.shape(value)}
+        for name, value in alignment.sigma.items()
     }
     data = {
         "samples": n, "landmarks": landmarks, "sigma": sigma,
-        "density reached": _landmark_densities(alignment, given.rows, how["channels"]),
+        "density reached": _landmark_densities(alignment, inputs.rows, how["channels"]),
         "files": {name: path.name for name, path in zip(names, files, strict=True)},
-        "correspondence of samples that are not landmarks": pairs, "provenance": provenance({**options, **how}, given),
+        "correspondence of held-out samples": pairs, "provenance": provenance({**options, **how}, inputs),
     }  # fmt: skip
     write_manifest(out / "alignment.json", data, files)
-    text = f"{len(names)} sets, {n} samples, {len(landmarks)} landmarks: relative features (n, m) in {_place(out)}\n"
+    text = (
+        f"{len(names)} representations, {n} samples, {len(landmarks)} landmarks: relative features in {_shown(out)}\n"
+    )
     if pairs:
-        rows = [(io.printable(name), *(f"{v:.3f}" for v in one.values())) for name, one in pairs.items()]
+        rows = [(io.printable(name), *(f"{v:.3f}" for v in scores.values())) for name, scores in pairs.items()]
         text += "\n" + format_table((f"{held_out} held-out samples", "top-1", "top-5", "MRR"), rows)
-    return Found(data, _with_notes(text, given.notes))
+    return Result(data, _with_notes(text, inputs.notes))
 
 
-def cut_files(options: dict[str, Any]) -> Found:
-    """Colours and segments of one set, or of several sets of the same samples cut together."""
-    given = read(options["inputs"], options["positions"])
-    pictures = _pictures(options["images"])
-    if pictures is not None:
-        _check_pictures(pictures, given.sets if options["positions"] == "samples" else {})
-    with output_folder(options["out"], _inputs(options, given), force=options["force"]) as out:
-        return _cut(given, pictures, out, options)
+def cut_files(options: dict[str, Any]) -> Result:
+    """Colors and segments of one representation, or of several for the same samples, cut together."""
+    inputs = read(options["inputs"], options["positions"])
+    images = _read_images(options["images"])
+    if images is not None:
+        _check_images(images, inputs.arrays if options["positions"] == "samples" else {})
+    with output_folder(options["out"], _input_paths(options, inputs), force=options["force"]) as out:
+        return _cut(inputs, images, out, options)
 
 
-def _cut(given: Input, pictures: Pictures | None, out: Path, options: Mapping[str, Any]) -> Found:
-    names = list(given.rows)
-    apart = options["positions"] == "samples"
-    shapes = {name: given.sets[name].values.shape[:-1] if apart else (len(given.rows[name]),) for name in names}
-    k = options["components"]
+def _cut(inputs: Input, images: Images | None, out: Path, options: Mapping[str, Any]) -> Result:
+    names = list(inputs.rows)
+    each_position = options["positions"] == "samples"
+    shapes = {
+        name: inputs.arrays[name].values.shape[:-1] if each_position else (len(rows),)
+        for name, rows in inputs.rows.items()
+    }
+    k = options["num_components"]
     if len(names) == 1:
-        (x,) = _in_memory(given.rows).values()
+        (x,) = _in_memory(inputs.rows).values()
         n = len(x)
-        many: dict[str, Any] = {"method": "nystroem"} if n > 200_000 else {"bandwidth": options["bandwidth"]}
-        cut = normalized_cut(x, k, kind="features", density=options["density"], plan=Plan(options["tile_size"]), **many)
+        method: dict[str, Any] = {"method": "nystroem"} if n > 200_000 else {"bandwidth": options["bandwidth"]}
+        cut = normalized_cut(
+            x, k, kind="features", density=options["density"], plan=Plan(options["tile_size"]), **method
+        )
     else:
-        n = same_samples(given.rows)
-        chosen = min(options["landmarks"], n // 2)
-        alignment = align(
-            _in_memory(given.rows), landmarks=chosen, key=jax.random.key(options["seed"]),
-        )  # fmt: skip
+        n = same_samples(inputs.rows)
+        num_landmarks = min(options["landmarks"], n // 2)
+        alignment = align(_in_memory(inputs.rows), landmarks=num_landmarks, key=jax.random.key(options["seed"]))
         cut = normalized_cut(
             alignment, k, density=options["density"], bandwidth=options["bandwidth"], plan=Plan(options["tile_size"])
         )
-    colours = np.asarray(rgb(cut, options["colors"], num_components=min(k, 8), seed=options["seed"]))
+    colors = np.asarray(rgb(cut, options["colors"], num_components=min(k, 8), seed=options["seed"]))
     labels = np.asarray(kway(cut, min(options["segments"], k)))
     files = []
-    places = io.file_names(names)
-    parts = zip(names, np.split(colours, len(names)), np.split(labels, len(names)), strict=True)
+    file_names = io.file_names(names)
+    parts = zip(names, np.split(colors, len(names)), np.split(labels, len(names)), strict=True)
     maps = {}
-    for name, colour, label in parts:
-        files.append(write_array(out / f"{places[name]}.colors.npy", colour.reshape(*shapes[name], 3)))
-        files.append(write_array(out / f"{places[name]}.segments.npy", label.reshape(shapes[name])))
+    for name, color, label in parts:
+        files.append(write_array(out / f"{file_names[name]}.colors.npy", color.reshape(*shapes[name], 3)))
+        files.append(write_array(out / f"{file_names[name]}.segments.npy", label.reshape(shapes[name])))
         if len(shapes[name]) == 3:
-            maps[name] = colour.reshape(*shapes[name], 3)
-    if len(maps) == len(names) and len({one.shape for one in maps.values()}) == 1:
+            maps[name] = color.reshape(*shapes[name], 3)
+    if len(maps) == len(names) and len({x.shape for x in maps.values()}) == 1:
         from jaxalign import plots
 
-        shown = {io.printable(name): one[:SHOWN] for name, one in maps.items()}
-        figure = plots.color_panels({"colours": shown}, None if pictures is None else pictures.shown)
+        shown = {io.printable(name): x[:SHOWN_IMAGES] for name, x in maps.items()}
+        figure = plots.color_panels({"colors": shown}, None if images is None else images.shown)
         files.append(write_figure(out / "colors.png", figure))
     files.append(write_array(out / "eigenvectors.npy", cut.eigenvectors))
     data = {
         "samples": n, "eigenvalues": cut.eigenvalues, "residual": cut.residual,
         "sigma": None if cut.sigma is None else float(cut.sigma),
         "density reached": float(jnp.sum(cut.degrees)) / len(labels) ** 2,
-        "files": [path.name for path in files], "provenance": provenance(options, given),
+        "files": [path.name for path in files], "provenance": provenance(options, inputs),
     }  # fmt: skip
     files.append(write_manifest(out / "cut.json", data, files))
     values = " ".join(f"{v:.3f}" for v in np.asarray(cut.eigenvalues)[:10])
-    text = f"{len(names)} set(s) of {n} samples, {k} eigenvectors; eigenvalues {values}\n"
-    text += f"{len(files)} files in {_place(out)}"
-    return Found(data, _with_notes(text, given.notes))
+    text = f"{len(names)} representation(s) of {n} samples, {k} eigenvectors; eigenvalues {values}\n"
+    text += f"{len(files)} files in {_shown(out)}"
+    return Result(data, _with_notes(text, inputs.notes))
 
 
-def grid_files(options: dict[str, Any]) -> Found:
-    """All layers of a model, or of two, compared: numbers, p-values, pictures and a report in one page."""
-    ours = read([options["x"]], options["positions"])
-    theirs = None if options["y"] is None else read([options["y"]], options["positions"])
-    given = (ours,) if theirs is None else (ours, theirs)
-    sides = list(zip("xy", (options["x"], options["y"]), given, strict=False))
-    n = same_samples({f"{side} {path}: {name}": x for side, path, one in sides for name, x in one.rows.items()})
-    pictures = _pictures(options["images"])
-    if pictures is not None:
-        _check_pictures(pictures, {f"{side} {name}": s for side, _, one in sides for name, s in one.sets.items()})
+def grid_files(options: dict[str, Any]) -> Result:
+    """Compare all layers of one or two models: values, p-values, figures and a report page."""
+    x = read([options["x"]], options["positions"])
+    y = None if options["y"] is None else read([options["y"]], options["positions"])
+    inputs = (x,) if y is None else (x, y)
+    sides = list(zip("xy", (options["x"], options["y"]), inputs, strict=False))
+    n = same_samples({f"{side} {path}: {name}": v for side, path, part in sides for name, v in part.rows.items()})
+    images = _read_images(options["images"])
+    if images is not None:
+        _check_images(images, {f"{side} {name}": v for side, _, part in sides for name, v in part.arrays.items()})
     measure_options = _measure_options(options)
-    job = provenance(options, *given)
-    if pictures is not None:
-        job["images sha256"] = pictures.sha256
-    inputs = _inputs(options, *given)
-    with output_folder(options["out"], inputs, force=options["force"], resumable=options["resume"]) as out:
+    job = provenance(options, *inputs)
+    if images is not None:
+        job["images sha256"] = images.sha256
+    paths = _input_paths(options, *inputs)
+    with output_folder(options["out"], paths, force=options["force"], resumable=options["resume"]) as out:
         data = _finished(out, job) if options["resume"] else None
         if data is None:
-            data = _grid(ours, theirs, pictures, n, job, out, options, measure_options)
-    return Found(data, _with_notes(_grid_text(data, out), tuple(job["notes"])))
+            data = _grid(x, y, images, n, job, out, options, measure_options)
+    return Result(data, _with_notes(_grid_text(data, out), tuple(job["notes"])))
 
 
 def _grid(
-    ours: Input,
-    theirs: Input | None,
-    pictures: Pictures | None,
+    x: Input,
+    y: Input | None,
+    images: Images | None,
     n: int,
     job: Mapping[str, Any],
     out: Path,
     options: Mapping[str, Any],
     measure_options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Compare, draw and write; returns what stands in grid.json."""
-    compared = _compared(ours, theirs, job, out, options, measure_options)
-    test, few = None, _some_rows(n)
+    """Compare, draw and write; returns the content of grid.json."""
+    compared = _compare(x, y, job, out, options, measure_options)
+    test, subset = None, _subset(n)
     if options["permutations"]:
-        x, y = ({name: np.asarray(rows[few]) for name, rows in one.rows.items()} for one in (ours, theirs or ours))
+        few_x, few_y = ({name: np.asarray(v[subset]) for name, v in part.rows.items()} for part in (x, y or x))
         test = permutation_test(
-            x, y, options["measure"], key=jax.random.key(options["seed"]), permutations=options["permutations"],
-            **measure_options,
+            few_x, few_y, options["measure"], key=jax.random.key(options["seed"]),
+            permutations=options["permutations"], **measure_options,
         )  # fmt: skip
-    rows = [x for one in (ours, theirs) if one is not None for x in one.rows.values()]
+    rows = [values for part in (x, y) if part is not None for values in part.rows.values()]
     data = {
         **json.loads(compared.to_json()),
         "samples": n,
         "density reached": _densities(rows, compared, options),
         "best match": {row: {"column": c, "value": v} for row, (c, v) in compared.best_match().items()},
         "statistics": None if test is None else {
-            "permutations": options["permutations"], "samples": len(few), "p_value": _exact(test.p_value, options),
+            "permutations": options["permutations"], "samples": len(subset), "p_value": _exact(test.p_value, options),
             "corrected": _exact(test.corrected, options), "null_mean": test.null_mean, "score": test.score,
         },
         "names": [str(options["x"]), str(options["y"] or options["x"])],
@@ -557,16 +575,16 @@ def _grid(
     from jaxalign.report.html import page
 
     ax = plots.grid(_printable(compared), test=_printable(test))
-    ours_name, theirs_name = (_short(path.name) for path in (options["x"], options["y"] or options["x"]))
-    ax.set(ylabel=ours_name, xlabel=theirs_name)
+    name_x, name_y = (_short(path.name) for path in (options["x"], options["y"] or options["x"]))
+    ax.set(ylabel=name_x, xlabel=name_y)
     figures = {"grid": png_of(ax.figure, 130)}
     curves = plots.layers(_printable(compared))
-    if theirs is not None:
-        curves.set_xlabel(f"layer of {ours_name}")
-        curves.get_legend().set_title(theirs_name, {"size": 7})
+    if y is not None:
+        curves.set_xlabel(f"layer of {name_x}")
+        curves.get_legend().set_title(name_y, {"size": 7})
     figures["layers"] = png_of(curves.figure, 130)
-    if pictures is not None:
-        figures |= _colors_of_best(compared, ours, theirs, pictures, options)
+    if images is not None:
+        figures |= _colors_of_best(compared, x, y, images, options)
     shown = {name: content for name, content in figures.items() if name != "grid"}
     contents = {f"{name}.png": content for name, content in figures.items()}
     contents["report.html"] = page(json_value(data), shown, tuple(job["notes"])).encode(errors="backslashreplace")
@@ -579,11 +597,11 @@ def _grid(
 
 
 def _grid_text(data: Mapping[str, Any], out: Path) -> str:
-    """The best matches as a table, and where the report is; of what was found, or of what grid.json holds."""
-    ours, theirs = (_short(Path(name).name) for name in data["names"])
+    """The best matches as a table, and the path of the report, from the content of grid.json."""
+    name_x, name_y = (_short(Path(name).name) for name in data["names"])
     statistics, samples = data["statistics"], data["samples"]
-    of, found_in = ("", "is") if data["itself"] else (f" {ours}", f"in {theirs}")
-    header = [f"best match of{of}", found_in, data["measure"]]
+    header = ["layer", "best match"] if data["itself"] else [f"layer of {name_x}", f"best match in {name_y}"]
+    header.append(data["measure"])
     rows = [
         [io.printable(row), io.printable(match["column"]), f"{match['value']:.4f}"]
         for row, match in data["best match"].items()
@@ -595,30 +613,30 @@ def _grid_text(data: Mapping[str, Any], out: Path) -> str:
             cells.append(f"{statistics['corrected'][i][j]:.4g}")
     text = format_table(header, rows)
     text += f"\n\n{samples} samples, {len(data['rows']) * len(data['columns'])} comparisons. "
-    text += f"Report: {_place(out)}report.html"
+    text += f"Report: {_shown(out)}report.html"
     if statistics is not None and statistics["samples"] < samples:
-        text += f"\np-values by {statistics['permutations']} permutations of {statistics['samples']} of the samples"
+        text += f"\np-values from {statistics['permutations']} permutations of {statistics['samples']} of the samples"
     return text
 
 
-# Where a grid stands: while it compares, between its comparisons and its report, and at the end.
+# The state of a grid: while it compares, between its comparisons and its report, and at the end.
 _CHECKPOINT, _VALUES, _GRID = "checkpoint.npz", "values.json", "grid.json"
 
 
 def _finished(out: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a run of the same job found that came to its end, with all that it wrote still there."""
+    """The results of a complete run of the same job whose files are unchanged; None if there are none."""
     data = _earlier(out / _GRID, job)
     if data is None or (out / _VALUES).exists():
         return None
     options, written = data["provenance"]["options"], data["written"]
     same_report = all(options.get(name) == job["options"].get(name) for name in _REPORT)
     same_images = data["provenance"].get("images sha256") == job.get("images sha256")
-    complete = all(_as_written(out / name, written) for name in written)
+    complete = all(_is_unchanged(out / name, written) for name in written)
     return data if same_report and same_images and written and complete else None
 
 
 def _earlier(path: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a file of an earlier run of the same job holds; None where there is no such file."""
+    """The content of a file of an earlier run of the same job; None if the file does not exist."""
     if not path.exists():
         return None
     try:
@@ -630,43 +648,44 @@ def _earlier(path: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:
             _grid_text(data, path.parent)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise ValueError(
-            f"--resume: {path} is damaged, or not of `jaxalign grid`. Delete it to go on without it, or give --force "
-            "to start again."
+            f"--resume: {path} is damaged, or not from `jaxalign grid`. Delete it to continue without it, or use "
+            "--force to start over."
         ) from None
     if not same:
-        raise ValueError(f"--resume: {path} is of other options or inputs. Name another folder, or give --force.")
+        raise ValueError(f"--resume: {path} is from other options or inputs. Name another folder, or use --force.")
     return data
 
 
-def _compared(
-    ours: Input,
-    theirs: Input | None,
+def _compare(
+    x: Input,
+    y: Input | None,
     job: Mapping[str, Any],
     out: Path,
     options: Mapping[str, Any],
     measure_options: Mapping[str, Any],
 ) -> ComparisonGrid:
-    """The grid itself, which is not computed again where a run of the same job got so far."""
+    """The grid; from its file if a run of the same job computed it already."""
     values, checkpoint = out / _VALUES, out / _CHECKPOINT
     if options["resume"]:
         for path in (values, out / _GRID):
             if _earlier(path, job) is not None:
                 return ComparisonGrid.from_json(path)
-        others = [name for name in _contents(out) if not name.startswith(_CHECKPOINT)]
-        if others and not checkpoint.exists():
+        unknown = [name for name in _contents(out) if not name.startswith(_CHECKPOINT)]
+        if unknown and not checkpoint.exists():
             raise FileExistsError(
-                f"--resume: --out {out} holds {others[0]!r} and nothing to go on with: name another folder, or --force."
+                f"--resume: --out {out} holds {unknown[0]!r} but no run to continue: name another folder, or use "
+                "--force."
             )
-    else:  # also the bandwidth that a kill left half solved
+    else:  # also the checkpoint of an interrupted search for sigma
         for path in (values, checkpoint, checkpoint.with_name(f"{_CHECKPOINT}.sigma")):
             path.unlink(missing_ok=True)
-    sets = [dict(one.rows) for one in ((ours,) if theirs is None else (ours, theirs))]
+    layers = [dict(part.rows) for part in ((x,) if y is None else (x, y))]
     how: dict[str, Any] = {"checkpoint": checkpoint, "plan": Plan(options["tile_size"])}
     if options["devices"] > 1:
         how = {"plan": Plan(options["tile_size"], sharding.data_mesh(options["devices"]))}
-        sets = [{name: jnp.asarray(np.array(rows)) for name, rows in one.items()} for one in sets]
+        layers = [{name: np.asarray(rows) for name, rows in part.items()} for part in layers]
     compared = compare_grid(
-        sets[0], sets[1] if theirs is not None else None, options["measure"],
+        layers[0], layers[1] if y is not None else None, options["measure"],
         progress=_progress(options["quiet"]), **how, **measure_options,
     )  # fmt: skip
     write_json(values, {**json.loads(compared.to_json()), "provenance": job})
@@ -674,29 +693,29 @@ def _compared(
 
 
 def _progress(quiet: bool) -> bool:
-    """Whether a bar is shown, on the terminal's error stream."""
+    """Whether to show a progress bar, on stderr."""
     return not quiet and find_spec("tqdm") is not None
 
 
-# Options of the report alone, and those that do not change the values of a grid either.
+# Options of the report alone, and all options that do not change the values of a grid.
 _REPORT = ("permutations", "seed", "images")
 _HOW = ("quiet", "json", "resume", "force", "out", "devices", "tile_size", *_REPORT)
 
 
 def _identity(job: Mapping[str, Any]) -> Any:
-    """What makes two runs the same job."""
+    """The options, inputs and version that the values of a grid depend on."""
     kept = {name: value for name, value in job["options"].items() if name not in _HOW}
     return [kept, sorted(job["sha256"].values()), job["versions"]["jaxalign"]]
 
 
 def _exact(p: Any, options: Mapping[str, Any]) -> Any:
-    """A p-value is a whole number of (permutations + 1)-ths, which float32 rounds."""
+    """P-values in float64: multiples of 1 / (permutations + 1), which float32 rounds."""
     whole = options["permutations"] + 1
     return (np.round(np.asarray(p, np.float64) * whole) / whole).tolist()
 
 
 def _printable(named: Any) -> Any:
-    """The same with names that can be drawn."""
+    """The same with printable, short names."""
     if named is None:
         return None
     names = {"rows": tuple(map(_short, named.rows)), "columns": tuple(map(_short, named.columns))}
@@ -709,44 +728,47 @@ def _short(name: str, most: int = 40) -> str:
 
 
 def _measure_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the measure, from --option; --density, sigma and diagonal are those of its kernel."""
+    """Options of the measure, from --option. --density, sigma and diagonal become options of its kernel."""
     from jaxalign.measures._registry import find
 
-    known, given = find(options["measure"]).options, dict(options["option"])
+    known, passed = find(options["measure"]).options, dict(options["option"])
     name = "kernel" if "kernel" in known else "metric"
-    kernel = {"rbf": RBF, "laplacian": Laplacian}.get(str(given.get(name, known.get(name))))
+    kernel = {"rbf": RBF, "laplacian": Laplacian}.get(str(passed.get(name, known.get(name))))
     if kernel is None:
-        return given
-    of_kernel = {option: given.pop(option) for option in ("sigma", "diagonal") if option in given}
-    if "sigma" not in of_kernel:
-        of_kernel["density"] = options["density"]
-    return {**given, name: kernel(**of_kernel)}
+        return passed
+    kernel_options = {option: passed.pop(option) for option in ("sigma", "diagonal") if option in passed}
+    if "sigma" not in kernel_options:
+        kernel_options["density"] = options["density"]
+    return {**passed, name: kernel(**kernel_options)}
 
 
-def _some_rows(n: int) -> np.ndarray:
-    return np.arange(n) if n <= TESTED else np.sort(np.random.default_rng(0).choice(n, TESTED, replace=False))
+def _subset(n: int) -> np.ndarray:
+    """Numbers of the samples of a permutation test: all, or a random subset."""
+    if n <= TEST_SAMPLES:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(0).choice(n, TEST_SAMPLES, replace=False))
 
 
-def _place(out: Path) -> str:
+def _shown(out: Path) -> str:
     return f"{io.printable(str(out))}/"
 
 
 def _with_notes(text: str, notes: tuple[str, ...]) -> str:
-    few = [*notes[:3], *([f"{len(notes) - 3} more like these"] if len(notes) > 3 else [])]
-    return text + "".join(f"\nnote: {note}" for note in few)
+    lines = [*notes[:3], *([f"{len(notes) - 3} more like these"] if len(notes) > 3 else [])]
+    return text + "".join(f"\nnote: {note}" for note in lines)
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Images that maps are of: how many, the first of them (shown, h, w, 3), and what tells them from others."""
+class Images:
+    """The images that maps belong to."""
 
     number: int
-    shown: np.ndarray
+    shown: np.ndarray  # the first of them, (k, h, w, 3)
     sha256: list[str]
 
 
-def _pictures(path: Path | None) -> Pictures | None:
-    """Images from a .npy file (pictures, h, w, 3), or a folder of image files in the order of their names."""
+def _read_images(path: Path | None) -> Images | None:
+    """Images from a .npy file (n, h, w, 3), or from a folder of image files, sorted by name."""
     if path is None:
         return None
     if path.suffix.lower() == ".npy":
@@ -755,54 +777,55 @@ def _pictures(path: Path | None) -> Pictures | None:
         except (ValueError, EOFError) as error:
             raise ValueError(f"--images {path}: {error}") from None
         shape, hashes = images.shape, [hash_of(path)]
-        shown = np.asarray(images[:SHOWN] if shape else images)
+        shown = np.asarray(images[:SHOWN_IMAGES] if shape else images)
     else:
         try:
             from PIL import Image
         except ImportError as error:
             raise ImportError('--images needs pillow: python -m pip install "jaxalign[viz]"') from error
-        kinds = (".png", ".jpg", ".jpeg", ".webp")
-        every = (file for file in path.iterdir() if file.suffix.lower() in kinds and file.is_file())
-        files = sorted(every, key=io.natural)
+        suffixes = (".png", ".jpg", ".jpeg", ".webp")
+        files = [file for file in path.iterdir() if file.suffix.lower() in suffixes and file.is_file()]
+        files.sort(key=io.natural)
         if not files:
             raise ValueError(f"--images {path}: the folder holds no .png, .jpg or .webp.")
         try:
-            opened = [Image.open(file).convert("RGB") for file in files[:SHOWN]]
+            opened = [Image.open(file).convert("RGB") for file in files[:SHOWN_IMAGES]]
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"--images {path}: a picture cannot be read ({error}).") from None
+            raise ValueError(f"--images {path}: an image cannot be read ({error}).") from None
         shown = np.stack([np.asarray(image.resize(opened[0].size)) for image in opened])
         shape, hashes = (len(files), *shown.shape[1:]), [hash_of(file) for file in files]
     if len(shape) != 4 or shape[-1] != 3 or 0 in shape or shown.dtype.kind not in "uif":
         raise ValueError(
-            f"--images {path}: expected numbers of shape (pictures, h, w, 3); got {shown.dtype} of shape {shape}."
+            f"--images {path}: expected numbers of shape (n, h, w, 3); got {shown.dtype} of shape {shape}."
         )
-    if shown.dtype.kind == "f" and shown.max() > 1:  # 0 to 255, as floating point
+    if shown.dtype.kind == "f" and shown.max() > 1:  # floating point from 0 to 255
         shown = np.clip(shown, 0, 255).astype(np.uint8)
-    return Pictures(shape[0], shown, hashes)
+    return Images(shape[0], shown, hashes)
 
 
-def _inputs(options: Mapping[str, Any], *given: Input) -> list[str]:
-    """Paths of all that a command reads."""
+def _input_paths(options: Mapping[str, Any], *inputs: Input) -> list[str]:
+    """Paths of all inputs of a command."""
     images = [] if options["images"] is None else [str(options["images"])]
-    return [*images, *(path for one in given for path in one.hashes)]
+    return [*images, *(path for part in inputs for path in part.hashes)]
 
 
-def _check_pictures(pictures: Pictures, sets: Mapping[str, io.FeatureSet]) -> None:
-    """Raise unless every set is a map of these pictures, all on one grid."""
-    odd = [
-        f"{io.printable(one.name)} is {one.values.shape}"
-        for one in sets.values()
-        if one.grid is None or len(one.values) != pictures.number
+def _check_images(images: Images, arrays: Mapping[str, io.FeatureSet]) -> None:
+    """Raise unless all representations are maps of these images, with one h x w."""
+    wrong = [
+        f"{io.printable(stored.name)} has shape {stored.values.shape}"
+        for stored in arrays.values()
+        if stored.grid is None or len(stored.values) != images.number
     ]
-    if odd or not sets or len({one.grid for one in sets.values()}) != 1:
-        told = ", ".join(odd[:3]) or "these are of several grids, or --positions is not samples"
-        raise ValueError(f"--images: {pictures.number} pictures go with maps (pictures, h, w, d) of one h x w; {told}.")
+    if wrong or not arrays or len({stored.grid for stored in arrays.values()}) != 1:
+        problem = ", ".join(wrong[:3]) or "h x w differ, or --positions is not samples"
+        n = images.number
+        raise ValueError(f"--images: {n} images need maps of shape ({n}, h, w, d) with one h x w; {problem}.")
 
 
 def _colors_of_best(
-    compared: ComparisonGrid, ours: Input, theirs: Input | None, pictures: Pictures, options: Mapping[str, Any]
+    compared: ComparisonGrid, x: Input, y: Input | None, images: Images, options: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """The best match of the grid in colours, before and after alignment, where both are maps of the pictures."""
+    """The colors of the best match of the grid, before and after alignment."""
     from jaxalign import plots
 
     values = np.array(compared.values, np.float64)
@@ -812,19 +835,19 @@ def _colors_of_best(
         return {}
     signed = values if compared.direction == "similarity" else -values
     i, j = np.unravel_index(np.nanargmax(signed), signed.shape)
-    pair = [(compared.rows[i], ours), (compared.columns[j], ours if theirs is None else theirs)]
-    sets = [given.sets[name] for name, given in pair]
-    number = len(pictures.shown)
-    features = {
-        f"{k} {io.printable(one.name)}": np.asarray(one.values[:number], np.float32).reshape(-1, one.values.shape[-1])
-        for k, one in zip("AB", sets, strict=True)
-    }
-    where = np.argwhere(np.ones(sets[0].grid or ()))
-    board = np.flatnonzero(np.tile(where.sum(1) % 2 == 0, number))
-    landmarks = np.sort(np.random.default_rng(options["seed"]).permutation(board)[:LANDMARKS])
-    shape = (number, *(sets[0].grid or ()), 3)
+    pair = (x.arrays[compared.rows[i]], (y or x).arrays[compared.columns[j]])
+    number = len(images.shown)
+    features = {}
+    for letter, stored in zip("AB", pair, strict=True):
+        rows = stored.values[:number].reshape(-1, stored.values.shape[-1])
+        features[f"{letter} {io.printable(stored.name)}"] = _as_floats(stored.name, stored, rows)
+    grid = pair[0].grid or ()
+    checkerboard = np.argwhere(np.ones(grid)).sum(1) % 2 == 0
+    candidates = np.flatnonzero(np.tile(checkerboard, number))
+    landmarks = np.sort(np.random.default_rng(options["seed"]).permutation(candidates)[:COLOR_LANDMARKS])
+    colors = {"before": separate_colors(features), "after": joint_colors(features, landmarks)}
     groups = {
-        when: {name: one.reshape(shape) for name, one in found.items()}
-        for when, found in (("before", own_colors(features)), ("after", joint_colors(features, landmarks)))
+        when: {name: values.reshape(number, *grid, 3) for name, values in by_name.items()}
+        for when, by_name in colors.items()
     }
-    return {"colors": png_of(plots.color_panels(groups, pictures.shown), 130)}
+    return {"colors": png_of(plots.color_panels(groups, images.shown), 130)}

@@ -1,6 +1,6 @@
-"""The demo: relative features of real networks, scored on held-out samples, as tables and pictures.
+"""The demo: relative features of real networks, scored on held-out samples.
 
-Everything is computed here from the features that ship with the library; `jaxalign demo` prints and draws it.
+This module computes the results from the shipped features; `jaxalign demo` prints and draws them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxalign.report.baselines import (
 Score = tuple[float, float, float]  # top-1, top-5, mean reciprocal rank
 AUTO_SCALED, PER_ROW, DECORRELATED = (
     "auto-scaled RBF (as published)",
-    "auto-scaled, a sigma per row",
+    "auto-scaled, one sigma per row",
     "decorrelated (the default)",
 )
 METHODS: dict[str, Mapping[str, Any]] = {
@@ -39,7 +39,7 @@ VARIANCE = "variance-scaled RBF"
 CSLS = "decorrelated + CSLS"
 RIDGE = "ridge map fitted on the landmarks"
 DIGIT_LANDMARKS = 300
-# The networks scored with each other on patches: one layer each. The first is the one drawn.
+# The networks that are compared on patches, with one layer each. The first two are drawn.
 PATCH_NETWORKS: tuple[str, ...] = (
     "vit-s14 layer 8",
     "efficientnet-lite0 block 10",
@@ -51,16 +51,16 @@ POSITION = "position only"
 
 @dataclass(frozen=True)
 class Rows:
-    """Relative features of the queries: by method, then by name; and which samples the queries are."""
+    """Relative features of the queries, by method and by name."""
 
     by_method: dict[str, dict[str, np.ndarray]]
-    sigma: dict[str, float]  # auto-scaled, of each set
-    landmarks: np.ndarray
-    queries: np.ndarray
+    sigma: dict[str, float]  # of the auto-scaled affinity, by name
+    landmarks: np.ndarray  # indices
+    queries: np.ndarray  # indices
 
 
 def relative_rows(features: Mapping[str, np.ndarray], landmarks: np.ndarray, tick: Callable[[str], None]) -> Rows:
-    """Relative features under every method, of the samples that are not landmarks."""
+    """Relative features by every method, for the samples that are not landmarks."""
     n = len(next(iter(features.values())))
     features = same_width(features)
     queries = np.setdiff1d(np.arange(n), landmarks)
@@ -81,39 +81,39 @@ def relative_rows(features: Mapping[str, np.ndarray], landmarks: np.ndarray, tic
 def _align_one(x: jax.Array, landmarks: tuple[int, ...], method: str) -> tuple[jax.Array, jax.Array]:
     """Relative features and sigma of one network.
 
-    `align` with given landmarks treats networks independently: one by one, all of them share one compiled program.
+    With fixed landmarks `align` treats networks independently. One by one, they all share one compiled program.
     """
     alignment = align({"x": x}, landmarks=np.array(landmarks), **METHODS[method])
     return alignment.features["x"], alignment.sigma["x"]
 
 
 def same_width(features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Features with channels of zeros added, so that all have one shape and programs are compiled once.
+    """Features padded with channels of zeros to one shape, so that programs are compiled once.
 
-    A channel of zeros changes no distance, and no mean or variance of another channel.
+    A channel of zeros changes no distance, and no statistics of other channels.
     """
     width = max(x.shape[1] for x in features.values())
     return {name: padded(x, width) for name, x in features.items()}
 
 
 def score(rows: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], csls: int | None = None) -> Score:
-    """Mean scores over pairs of sets, looked up in both directions."""
-    found = [compiled_correspondence(rows[a], rows[b], csls) for a, b in _both_ways(pairs)]
-    top1, top5, mrr = ([float(getattr(one, part)) for one in found] for part in ("top1", "top5", "mrr"))
+    """Mean scores over pairs of representations, in both directions."""
+    results = [compiled_correspondence(rows[a], rows[b], csls) for a, b in _both_ways(pairs)]
+    top1, top5, mrr = ([float(getattr(result, part)) for result in results] for part in ("top1", "top5", "mrr"))
     return float(np.mean(top1)), float(np.mean(top5)), float(np.mean(mrr))
 
 
 def ridge_score(
     features: Mapping[str, np.ndarray], rows: Rows, pairs: Sequence[tuple[str, str]], csls: int | None = None
 ) -> Score:
-    """Mean scores of the fitted map over pairs of sets, in both directions."""
+    """Mean scores of the fitted map over pairs of representations, in both directions."""
     width = max(x.shape[1] for x in features.values())
     sides = {
         name: prepare_ridge(features[name], rows.landmarks, rows.queries, width)
         for name in dict.fromkeys(itertools.chain(*pairs))
     }
-    found = [best_ridge(sides[a], sides[b], csls) for a, b in _both_ways(pairs)]
-    top1, top5, mrr = np.mean(found, 0)
+    scores = [best_ridge(sides[a], sides[b], csls) for a, b in _both_ways(pairs)]
+    top1, top5, mrr = np.mean(scores, 0)
     return float(top1), float(top5), float(mrr)
 
 
@@ -123,7 +123,7 @@ def _both_ways(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class DigitReport:
-    """Scores of each method over all pairs of networks, and the rows they were taken from."""
+    """Scores of each method over all pairs of networks, and the relative features."""
 
     data: DigitFeatures
     rows: Rows
@@ -132,17 +132,17 @@ class DigitReport:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """Scores of each method, mean over the pictures: networks with each other, and each control with the networks."""
+    """Mean scores of each method over the images, of the pairs of networks and of each control with the networks."""
 
     data: PatchFeatures
-    rows: list[Rows]  # one a picture
+    rows: list[Rows]  # one per image
     scores: dict[str, Score]
     controls: dict[str, dict[str, Score]]  # by control, then by method
-    layers: dict[str, Score]  # every set looked up against the sets of other networks, recommended form
+    layers: dict[str, Score]  # of each layer with all layers of other networks, decorrelated
 
 
 def report_digits(tick: Callable[[str], None]) -> DigitReport:
-    """1000 digits: 300 random landmarks, the other 700 looked up between every two networks."""
+    """1000 digits: 300 random landmarks; the other 700 are matched between all pairs of networks."""
     data = load_digit_features()
     n = len(data.labels)
     landmarks = np.sort(np.asarray(jax.random.choice(jax.random.key(0), n, (DIGIT_LANDMARKS,), replace=False)))
@@ -150,10 +150,10 @@ def report_digits(tick: Callable[[str], None]) -> DigitReport:
     pairs = list(itertools.combinations(data.features, 2))
     scores = {}
     tick("digits: raw features")
-    alike = [(a, b) for a, b in pairs if data.features[a].shape == data.features[b].shape]
-    if alike:
+    same_shape = [(a, b) for a, b in pairs if data.features[a].shape == data.features[b].shape]
+    if same_shape:
         queries = {name: x[rows.queries] for name, x in data.features.items()}
-        scores[f"raw features ({len(alike)} of {len(pairs)} pairs have one width)"] = score(queries, alike)
+        scores[f"raw features ({len(same_shape)} of {len(pairs)} pairs: equal width)"] = score(queries, same_shape)
     scores |= _scores_by_method(rows, pairs)
     tick("digits: ridge map")
     scores[RIDGE] = ridge_score(data.features, rows, pairs)
@@ -162,35 +162,35 @@ def report_digits(tick: Callable[[str], None]) -> DigitReport:
 
 
 def report_patches(tick: Callable[[str], None]) -> PatchReport:
-    """Each photograph by itself: 128 of its 256 patches are landmarks, a checkerboard, the others are looked up."""
+    """Each photograph separately: 128 of its 256 patches are landmarks (a checkerboard); the others are matched."""
     data = load_patch_features()
-    sets = {**data.features, POSITION: data.positions.astype(np.float32)}
+    all_features = {**data.features, POSITION: data.positions.astype(np.float32)}
     controls = (POSITION, *data.controls)
     pairs = {"": list(itertools.combinations(PATCH_NETWORKS, 2))}
     pairs |= {control: [(control, name) for name in PATCH_NETWORKS] for control in controls}
     trained = [name for name in data.features if name not in data.controls]
-    foreign = {a: [(a, b) for b in trained if network_of(a) != network_of(b)] for a in (*trained, *controls)}
+    across = {a: [(a, b) for b in trained if network_of(a) != network_of(b)] for a in (*trained, *controls)}
     all_rows, scores, layers = [], [], []
-    for picture, picture_name in enumerate(data.picture_names):
-        here = data.picture_index == picture
-        features = {name: x[here] for name, x in sets.items()}
-        landmarks = np.flatnonzero(data.positions[here].sum(-1) % 2 == 0)
-        rows = relative_rows(features, landmarks, lambda method, of=picture_name: tick(f"{of}: {method}"))
-        tick(f"{picture_name}: ridge map")
+    for number, image_name in enumerate(data.picture_names):
+        in_image = data.picture_index == number
+        features = {name: x[in_image] for name, x in all_features.items()}
+        landmarks = np.flatnonzero(data.positions[in_image].sum(-1) % 2 == 0)
+        rows = relative_rows(features, landmarks, lambda method, name=image_name: tick(f"{name}: {method}"))
+        tick(f"{image_name}: ridge map")
         scores.append(
             {
-                who: _scores_by_method(rows, some) | {RIDGE: ridge_score(features, rows, some)}
-                for who, some in pairs.items()
+                control: _scores_by_method(rows, subset) | {RIDGE: ridge_score(features, rows, subset)}
+                for control, subset in pairs.items()
             }
         )
-        layers.append({name: score(rows.by_method[DECORRELATED], some) for name, some in foreign.items()})
+        layers.append({name: score(rows.by_method[DECORRELATED], subset) for name, subset in across.items()})
         all_rows.append(rows)
-    means = {who: _mean([one[who] for one in scores]) for who in pairs}
+    means = {control: _mean([by_control[control] for by_control in scores]) for control in pairs}
     return PatchReport(data, all_rows, means.pop(""), means, _mean(layers))
 
 
 def network_of(name: str) -> str:
-    """The network that a set is a layer of: the first word of its name."""
+    """The network of a layer: the first word of its name."""
     return name.split()[0]
 
 
@@ -205,6 +205,6 @@ def _mean(parts: list[dict[str, Score]]) -> dict[str, Score]:
 
 
 def steps() -> int:
-    """How often the reports tick, for a progress bar."""
-    digits, patches, pictures = len(METHODS) + 3, len(METHODS) + 2, 3
-    return digits + patches * pictures
+    """The number of ticks of both reports, for a progress bar."""
+    digits, patches, images = len(METHODS) + 3, len(METHODS) + 2, 3
+    return digits + patches * images

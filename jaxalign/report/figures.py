@@ -1,4 +1,4 @@
-"""The demo's pictures. Needs matplotlib, the extra [viz]."""
+"""The demo's figures. Needs matplotlib, in the extra [viz]."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from jaxalign.report.demo import (
 _DPI = 150
 
 
-def correspondences(report: PatchReport, picture: int, a: str, b: str, number: int = 28) -> Figure:
-    """Held-out patches of one network and the patches that they match in another, before and after alignment."""
-    rows, image = report.rows[picture], report.data.pictures[picture]
-    here = report.data.positions[report.data.picture_index == picture][rows.queries]
+def correspondences(report: PatchReport, k: int, a: str, b: str, number: int = 28) -> Figure:
+    """Held-out patches of one network and their matches in another, before and after alignment, on the k-th image."""
+    rows, image = report.rows[k], report.data.pictures[k]
+    positions = report.data.positions[report.data.picture_index == k][rows.queries]
     figure = Figure(figsize=(10.4, 9.6), layout="constrained")
     methods = {"Before: variance-scaled RBF": VARIANCE, "After: decorrelated auto-scaled RBF": DECORRELATED}
     upper, lower = figure.add_gridspec(2, 1)
     parts = [figure.add_subfigure(upper), figure.add_subfigure(lower)]
     for (title, method), part in zip(methods.items(), parts, strict=True):
         axes = part.subplots(1, 2, gridspec_kw={"wspace": 0.25})
-        found = compiled_correspondence(rows.by_method[method][a], rows.by_method[method][b])
-        plots.matches(image, image, here, found.index, report.data.grid, shown=number, axes=axes)
+        score = compiled_correspondence(rows.by_method[method][a], rows.by_method[method][b])
+        plots.matches(image, image, positions, score.index, report.data.grid, shown=number, axes=axes)
         for ax, name in zip(axes, (a, b), strict=True):
             ax.set_title(name, fontsize=11)
         part.suptitle(
-            f"{title}: {float(found.top1):.0%} of {len(rows.queries)} held-out patches find themselves",
+            f"{title}: {float(score.top1):.0%} of {len(rows.queries)} held-out patches match themselves",
             fontsize=13,
             fontweight="bold",
         )
@@ -55,15 +55,15 @@ def correspondences(report: PatchReport, picture: int, a: str, b: str, number: i
 
 
 def matched_digits(report: DigitReport, a: str, b: str, number: int = 14) -> Figure:
-    """Held-out digits as one network sees them, and the digit that each method finds for them in another network."""
+    """Held-out digits in one network, and their match in another network by each method."""
     rows, data = report.rows, report.data
     labels = data.labels[rows.queries]
-    # Round the classes, so that every digit is shown.
+    # Cycle through the classes, so that every digit is shown.
     order = np.argsort(np.concatenate([np.arange(np.sum(labels == k)) for k in range(10)]), kind="stable")
     shown = np.argsort(labels, kind="stable")[order][:number]
     methods = {VARIANCE: (VARIANCE, None), AUTO_SCALED: (AUTO_SCALED, None), CSLS: (DECORRELATED, 10)}
     figure = Figure(figsize=(0.78 * number + 2.05, 4.7))
-    # Placed by hand: a layout engine is slow with this many axes.
+    # Fixed margins, because layout engines are slow with this many axes.
     grid = {
         "left": 1.95 / (0.78 * number + 2.05),
         "right": 0.995,
@@ -75,12 +75,12 @@ def matched_digits(report: DigitReport, a: str, b: str, number: int = 14) -> Fig
     axes = figure.subplots(len(methods) + 1, number, gridspec_kw=grid)
     images = data.images[rows.queries]
 
-    def draw(ax: Axes, image: np.ndarray, colour: str) -> None:
+    def draw(ax: Axes, image: np.ndarray, color: str) -> None:
         ax.imshow(image, cmap="gray_r", vmin=0, vmax=16)
         ax.set_xticks([])
         ax.set_yticks([])
         for spine in ax.spines.values():
-            spine.set(color=colour, linewidth=3)
+            spine.set(color=color, linewidth=3)
 
     def label(ax: Axes, text: str) -> None:
         ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=10, labelpad=8)
@@ -89,19 +89,19 @@ def matched_digits(report: DigitReport, a: str, b: str, number: int = 14) -> Fig
         draw(axes[0, k], images[query], "0.5")
     label(axes[0, 0], f"query in\n{a}")
     for line, (name, (method, csls)) in enumerate(methods.items(), 1):
-        found = compiled_correspondence(rows.by_method[method][a], rows.by_method[method][b], csls)
-        index = np.asarray(found.index)
+        score = compiled_correspondence(rows.by_method[method][a], rows.by_method[method][b], csls)
+        index = np.asarray(score.index)
         for k, query in enumerate(shown):
             match = index[query]
-            colour = RIGHT if match == query else NEAR if labels[match] == labels[query] else WRONG
-            draw(axes[line, k], images[match], colour)
-        label(axes[line, 0], f"{name.removesuffix(' (as published)')}\ntop-1 {float(found.top1):.2f}")
+            color = RIGHT if match == query else NEAR if labels[match] == labels[query] else WRONG
+            draw(axes[line, k], images[match], color)
+        label(axes[line, 0], f"{name.removesuffix(' (as published)')}\ntop-1 {float(score.top1):.2f}")
     handles = [
-        Line2D([], [], color=colour, lw=3, label=text)
-        for colour, text in ((RIGHT, "the very same digit"), (NEAR, "another of its class"), (WRONG, "another class"))
+        Line2D([], [], color=color, lw=3, label=text)
+        for color, text in ((RIGHT, "the same sample"), (NEAR, "another of the same class"), (WRONG, "another class"))
     ]
     figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False)
-    figure.suptitle(f"Matches in {b}, out of {len(labels)} held-out digits", fontsize=13)
+    figure.suptitle(f"Matches in {b}, among {len(labels)} held-out digits", fontsize=13)
     return figure
 
 
@@ -111,27 +111,27 @@ def affinities(report: DigitReport, a: str, b: str) -> Figure:
     chosen = np.concatenate([np.flatnonzero(labels == k)[:30] for k in range(10)])
     figure = Figure(figsize=(9.2, 8.6), layout="constrained")
     axes = figure.subplots(2, 2)
-    picture = None
+    mappable = None
     features = same_width({name: report.data.features[name][chosen] for name in (a, b)})
     for column, (name, x) in enumerate(features.items()):
         variance = compiled_affinity(x, sigma=variance_sigma(x))
         for line, (title, affinity) in enumerate(((VARIANCE, variance), ("auto-scaled RBF", compiled_affinity(x)))):
             ax = axes[line, column]
-            picture = ax.imshow(
+            mappable = ax.imshow(
                 np.asarray(affinity), norm=PowerNorm(0.5, 0, 1), cmap="viridis", interpolation="nearest"
             )
             ax.set_title(f"{name}\n{title}: mean {float(affinity.mean()):.3f}", fontsize=11)
             ax.set_xticks(np.arange(10) * 30 + 15, [str(k) for k in range(10)])
             ax.set_yticks(np.arange(10) * 30 + 15, [str(k) for k in range(10)])
             ax.tick_params(length=0)
-    assert picture is not None
-    figure.colorbar(picture, ax=axes, shrink=0.6, label="affinity (colours by its square root)")
+    assert mappable is not None
+    figure.colorbar(mappable, ax=axes, shrink=0.6, label="affinity (square-root color scale)")
     figure.suptitle("300 digits, sorted by class", fontsize=13)
     return figure
 
 
 def save_all(digits: DigitReport, patches: PatchReport, out: Path) -> list[Path]:
-    """Draw the demo's pictures into a folder; returns their paths."""
+    """Draw the demo's figures into a folder and return their paths."""
     first, second = list(digits.data.features)[:2]
     vit, cnn = PATCH_NETWORKS[:2]
     figures = {

@@ -1,4 +1,4 @@
-"""Plain-text tables of the demo's reports."""
+"""Plain-text tables."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from jaxalign.report.demo import POSITION, DigitReport, PatchReport, Score, netw
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be, the first to the left and the others to the right."""
+    """A table whose first column is aligned left and whose other columns are aligned right."""
     widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        first, *others = (
+        padded = (
             cell.ljust(width) if k == 0 else cell.rjust(width)
             for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
         )
-        return "  ".join([first, *others]).rstrip()
+        return "  ".join(padded).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
 def demo_text(digits: DigitReport, patches: PatchReport) -> str:
-    """All tables of the demo, and what they are of."""
-    held_out, others = digits.rows, patches.rows[0]
+    """All tables of the demo, each with an explanation."""
+    of_digits, of_patches = digits.rows, patches.rows[0]
     parts = (
-        f"Four networks, 1000 handwritten digits: {len(held_out.landmarks)} random landmarks, {len(held_out.queries)} "
-        "others looked up, mean over the\nsix pairs of networks in both directions. Only the ridge map is fitted "
-        "between two networks.",
+        f"Four networks, 1000 handwritten digits: {len(of_digits.landmarks)} are random landmarks, the other "
+        f"{len(of_digits.queries)} are matched between networks.\nMean over the six pairs of networks, in both "
+        "directions. Only the ridge map is fitted to a pair of networks.",
         digit_table(digits),
-        f"Four networks, three photographs, each by itself: {len(others.landmarks)} of its patches are landmarks (a "
-        f"checkerboard), {len(others.queries)}\nlooked up. Position alone matches patches well, so the scores stand "
-        "beside two controls, each looked up against the\nfour networks: row and column instead of a network, and a "
-        "network that was never trained.",
+        f"Four networks, three photographs, each separately: {len(of_patches.landmarks)} patches are landmarks (a "
+        f"checkerboard), {len(of_patches.queries)} are matched.\nPosition alone already matches patches well. Two "
+        "controls are therefore matched with the four networks too:\nrow and column as features, and an untrained "
+        "network.",
         patch_table(patches),
-        "Every set, with the sigma of its landmarks at a mean affinity of 0.05; for patches also the top-1 against all "
-        "layers\nof other networks, decorrelated.",
-        digit_sets(digits),
-        patch_sets(patches),
+        "Sigma of the landmarks at a mean affinity of 0.05; for patches also the top-1 with all layers of other "
+        "networks,\ndecorrelated.",
+        digit_sigmas(digits),
+        patch_sigmas(patches),
     )
     return "\n\n".join(parts)
 
@@ -52,7 +52,7 @@ def digit_table(report: DigitReport) -> str:
 
 
 def patch_table(report: PatchReport) -> str:
-    """Every method's scores on the patches, beside the controls' top-1, and chance."""
+    """Every method's scores on the patches, the controls' top-1, and chance."""
     controls = list(report.controls)
     header = ("patches of one photograph", "top-1", "top-5", "MRR", *(f"{_short(name)}: top-1" for name in controls))
     rows = [
@@ -63,7 +63,7 @@ def patch_table(report: PatchReport) -> str:
     return format_table(header, [*rows, ("chance", *_cells(chance), *(f"{chance[0]:.3f}" for _ in controls))])
 
 
-def digit_sets(report: DigitReport) -> str:
+def digit_sigmas(report: DigitReport) -> str:
     """Width and sigma of every network's features of the digits."""
     rows = [
         (name, str(report.data.features[name].shape[1]), f"{sigma:.4g}") for name, sigma in report.rows.sigma.items()
@@ -71,14 +71,14 @@ def digit_sets(report: DigitReport) -> str:
     return format_table(("digits", "width", "sigma"), rows)
 
 
-def patch_sets(report: PatchReport) -> str:
-    """Width of every layer, its sigma on each picture, and how well it finds the layers of other networks."""
-    pictures = report.data.picture_names
+def patch_sigmas(report: PatchReport) -> str:
+    """Width of every layer, its sigma on each image, and its mean top-1 with the layers of other networks."""
+    images = report.data.picture_names
     rows = []
-    for name, found in report.layers.items():
+    for name, score in report.layers.items():
         width = report.data.features[name].shape[1] if name in report.data.features else 2
-        rows.append((name, str(width), *(f"{rows.sigma[name]:.4g}" for rows in report.rows), f"{found[0]:.3f}"))
-    return format_table(("patches", "width", *(f"sigma, {name}" for name in pictures), "top-1"), rows)
+        rows.append((name, str(width), *(f"{rows.sigma[name]:.4g}" for rows in report.rows), f"{score[0]:.3f}"))
+    return format_table(("patches", "width", *(f"sigma, {name}" for name in images), "top-1"), rows)
 
 
 def _cells(score: Score) -> tuple[str, str, str]:
