@@ -140,7 +140,7 @@ def check_representations(
     if (counts < min_samples).any():
         reason = " were passed"
         if mask is not None:
-            reason = " are left, not missing" if missing == "omit" else " are left by the mask"
+            reason = " are left once missing samples are omitted" if missing == "omit" else " are left by the mask"
         raise ValueError(f"{measure} needs at least {min_samples} samples; {int(np.min(counts))}{reason}.")
     return tuple(features), mask
 
