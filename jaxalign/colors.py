@@ -1,4 +1,4 @@
-"""Colours of an embedding: what lies together gets one colour, in every network and picture embedded together."""
+"""Colors of an embedding: nearby samples have similar colors, in all networks and images embedded together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxalign.spectral import NormalizedCut, signs
 
 ColorMethod = Literal["rotate", "umap", "tsne"]
 
-# Rows: the axes of the colour cube in terms of its grey diagonal (last) and the plane of hues.
+# Rows: an orthonormal basis of the color cube, two axes of hue and the gray diagonal (last).
 _CUBE = np.array(
     [
         [2 / np.sqrt(6), -1 / np.sqrt(6), -1 / np.sqrt(6)],
@@ -36,35 +36,39 @@ def rgb(
     quantile: float = 0.02,
     seed: int = 0,
 ) -> Float[Array, "n 3"]:
-    """Colours of samples from their embedding: near samples get near colours.
+    """Colors of samples from their embedding: nearby samples have similar colors.
 
-    Colours mean the same in all networks and pictures whose rows are given together, so cut them together: see
+    Colors are comparable among all networks and images whose rows are passed together, so cut them together: see
     `normalized_cut` of an `Alignment`.
 
     Args:
         embedding: a `NormalizedCut`, or any embedding, shape (n, k), k >= 3.
-        method: "rotate" takes rows to unit length, as spectral clustering does (Ng, Jordan & Weiss 2001), and turns
-            their first three principal axes into the colour cube: two are hues, the third is brightness. Linear, the
-            same every time, differentiable. "umap" and "tsne" lay them out in three dimensions first, which
-            separates more groups and keeps less of what is far from what; they need the extras [umap] and [tsne].
-        num_components: how many leading columns count, from 3 to k at most: few for the large parts, more for details.
-        like: colours as they would be in this embedding, whose map from rows to colours is taken: a new picture in the
-            colours of an old one (its rows by `NormalizedCut.transform`). Not for "tsne", which has no map.
-        quantile: of each axis so many rows at either end are clipped, so that outliers do not use up the colours.
-        seed: of "umap" and "tsne".
+        method: "rotate" scales rows to unit norm, as spectral clustering does (Ng, Jordan & Weiss 2001), and rotates
+            their first three principal axes into the color cube: two axes are hues, the third is brightness. It is
+            linear in the unit rows, deterministic and differentiable. "umap" and "tsne" first embed the rows in three
+            dimensions, which separates more groups but preserves large distances less well; they need the extras
+            [umap] and [tsne].
+        num_components: the number of leading columns that are used, at least 3, at most k: few show large parts, more
+            show details.
+        like: an embedding whose map from rows to colors is used: a new image in the colors of an old one (its rows by
+            `NormalizedCut.transform`). Not for "tsne", which has no map.
+        quantile: share of rows that are clipped at both ends of each axis, so that outliers do not determine the
+            colors.
+        seed: random seed of "umap" and "tsne".
 
     Returns:
         Red, green and blue from 0 to 1, shape (n, 3). Rows of zeros (masked samples) are black.
 
     Raises:
-        ValueError: fewer than three columns or samples; nan; an unknown method; `like` of another width or with "tsne".
-        ImportError: "umap" or "tsne" without their packages.
+        ValueError: fewer than three columns or samples; nan; an unknown method; `like` of another width or with
+            "tsne".
+        ImportError: "umap" or "tsne" without the extra.
 
     Example:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (90, 5))
-        >>> colours = jaxalign.rgb(jaxalign.normalized_cut(x, 4, density=0.3))
-        >>> colours.shape, bool((colours >= 0).all() and (colours <= 1).all())
+        >>> colors = jaxalign.rgb(jaxalign.normalized_cut(x, 4, density=0.3))
+        >>> colors.shape, bool((colors >= 0).all() and (colors <= 1).all())
         ((90, 3), True)
     """
     _checks.choice("method", method, ("rotate", "umap", "tsne"))
@@ -75,73 +79,72 @@ def rgb(
     if reference.shape[1] != rows.shape[1]:
         raise ValueError(f"like has {reference.shape[1]} columns, embedding has {rows.shape[1]}.")
     if method == "tsne" and like is not None:
-        raise ValueError('like= needs a map for new rows, which "tsne" does not have: take "rotate" or "umap".')
-    present, counted = jnp.any(rows != 0, 1), jnp.any(reference != 0, 1)
+        raise ValueError('like= needs a map for new rows, which "tsne" does not have: use "rotate" or "umap".')
+    present, valid = jnp.any(rows != 0, 1), jnp.any(reference != 0, 1)
     rows, reference = unit(rows), unit(reference)
     if method != "rotate":
-        rows, reference = _laid_out(method, rows, reference, present, counted, like is not None, seed)
-    return _painted(rows, reference, present, counted, float(quantile))
+        rows, reference = _embed_rows(method, rows, reference, present, valid, like is not None, seed)
+    return _to_rgb(rows, reference, present, valid, float(quantile))
 
 
 def _rows(name: str, value: Any, num_components: int) -> Array:
     rows = value.eigenvectors if isinstance(value, NormalizedCut) else _checks.features(name, value)
     if rows.ndim != 2 or rows.shape[1] < 3 or rows.shape[0] < 3:
         raise ValueError(
-            f"{name} must have at least three samples and three columns, of a cut num_components=3 or more; "
+            f"{name} must have at least three samples and three columns (pass num_components=3 or more to the cut); "
             f"got shape {rows.shape}."
         )
-    _checks.finite_rows(name, rows, way_out="Colours need finite rows.")
+    _checks.finite_rows(name, rows, way_out="Colors need finite rows: leave such rows out.")
     return rows[:, :num_components]
 
 
 @partial(jax.jit, static_argnums=4)
-def _painted(rows: Array, reference: Array, present: Array, counted: Array, quantile: float) -> Array:
-    real = counted[:, None]
-    centre = jnp.sum(jnp.where(real, reference, 0), 0, keepdims=True) / jnp.maximum(
-        jnp.sum(counted.astype(rows.dtype)), 1
+def _to_rgb(rows: Array, reference: Array, present: Array, valid: Array, quantile: float) -> Array:
+    counts = valid[:, None]
+    center = jnp.sum(jnp.where(counts, reference, 0), 0, keepdims=True) / jnp.maximum(
+        jnp.sum(valid.astype(rows.dtype)), 1
     )
-    centred = jnp.where(real, reference - centre, 0)
-    _, spread, axes = jnp.linalg.svd(centred, full_matrices=False)
+    centered = jnp.where(counts, reference - center, 0)
+    _, spread, axes = jnp.linalg.svd(centered, full_matrices=False)
     axes, spread = axes[:3], spread[:3]
     axes = axes.T * signs(axes.T)
     scale = jnp.where(spread > 1e-6 * spread[0], 1 / jnp.where(spread > 0, spread, 1), 0)
     turn = matmul(axes * scale[None], jnp.asarray(_CUBE, rows.dtype))
 
-    def place(some: Array) -> Array:
-        return matmul(some - centre, turn)
+    def project(rows: Array) -> Array:
+        return matmul(rows - center, turn)
 
     ends = jnp.asarray([quantile, 1 - quantile], rows.dtype)
-    low, high = jnp.nanquantile(jnp.where(real, place(reference), jnp.nan), ends, axis=0)[:, None]
+    low, high = jnp.nanquantile(jnp.where(counts, project(reference), jnp.nan), ends, axis=0)[:, None]
     width = jnp.where(high > low, high - low, 1)
-    return jnp.where(present[:, None], jnp.clip((place(rows) - low) / width, 0, 1), 0)
+    return jnp.where(present[:, None], jnp.clip((project(rows) - low) / width, 0, 1), 0)
 
 
-def _laid_out(
-    method: str, rows: Array, reference: Array, present: Array, counted: Array, apart: bool, seed: int
+def _embed_rows(
+    method: str, rows: Array, reference: Array, present: Array, valid: Array, has_reference: bool, seed: int
 ) -> tuple[Array, Array]:
-    """Rows in three dimensions by the usual libraries, those of zeros left out."""
-    which = np.asarray(counted)
-    known = np.asarray(reference)[which]
+    """Embed rows in three dimensions with umap-learn or scikit-learn, without rows of zeros."""
+    known = np.asarray(reference)[np.asarray(valid)]
     if len(known) < 4:
-        raise ValueError(f'method="{method}" needs at least 4 rows that are not all zeros; there are {len(known)}.')
+        raise ValueError(f'method="{method}" needs at least 4 rows that are not all zeros; got {len(known)}.')
     try:
         if method == "umap":
             import umap
 
-            neighbours = min(15, len(known) - 1)
-            layout = umap.UMAP(n_components=3, n_neighbors=neighbours, random_state=seed, n_jobs=1).fit(known)
-            found = np.asarray(layout.embedding_)
-            others = layout.transform(np.asarray(rows)[np.asarray(present)]) if apart else found
+            neighbors = min(15, len(known) - 1)
+            layout = umap.UMAP(n_components=3, n_neighbors=neighbors, random_state=seed, n_jobs=1).fit(known)
+            embedded = np.asarray(layout.embedding_)
+            new = layout.transform(np.asarray(rows)[np.asarray(present)]) if has_reference else embedded
         else:
             from sklearn.manifold import TSNE
 
             perplexity = min(30.0, (len(known) - 1) / 3)
-            found = TSNE(3, perplexity=perplexity, init="pca", random_state=seed).fit_transform(known)
-            others = found
+            embedded = TSNE(3, perplexity=perplexity, init="pca", random_state=seed).fit_transform(known)
+            new = embedded
     except ImportError as error:
         raise ImportError(f'method="{method}" needs an extra: python -m pip install "jaxalign[{method}]"') from error
 
-    def everywhere(some: np.ndarray, where: Array) -> Array:
-        return jnp.zeros((len(where), 3), rows.dtype).at[np.flatnonzero(np.asarray(where))].set(some)
+    def with_zero_rows(values: np.ndarray, mask: Array) -> Array:
+        return jnp.zeros((len(mask), 3), rows.dtype).at[np.flatnonzero(np.asarray(mask))].set(values)
 
-    return everywhere(others, present), everywhere(found, counted)
+    return with_zero_rows(new, present), with_zero_rows(embedded, valid)

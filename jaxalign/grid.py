@@ -1,8 +1,8 @@
-"""Comparisons by name: of two sets, or of every layer of one model with every layer of another.
+"""Comparisons by name: of two representations, or of all layers of one model with all layers of another.
 
-What a measure by pairs needs of all sets is gathered in one visit of the pairs of samples, so a grid of L x M layers
-costs L + M distances a pair and not 2 L M. Rows that lie in files are read block by block; what is finished is
-written down, so that a job that was killed goes on where it was.
+Measures that are inner products of pair functions are computed for all representations in one pass over the pairs of
+samples, so a grid of L x M layers costs L + M distances per pair instead of 2 L M. Files are read block by block, and
+finished parts are written to a checkpoint, from which an interrupted job resumes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from jaxalign.measures._pair_sums import solve_bandwidth_jit
 from jaxalign.measures._registry import check_how, specified
 from jaxalign.plan import Plan, check_plan, check_single_device, resolve_plan
 
-# Two cores compute so many products in less time than it takes to compile for one more width.
+# Two cores compute this many products in less time than compilation for one more width takes.
 _PRODUCTS_PER_WIDTH = 5e10
 
 Features = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | os.PathLike[str]
@@ -67,25 +67,26 @@ def compare(
     missing: Missing = "raise",
     **options: Any,
 ) -> Float[Array, ""]:
-    """The value of a measure, by its name, for two representations of the same samples.
+    """Compare two representations of the same samples with a measure, by its name.
 
     Args:
         x: features, shape (n, d1); or, with `positions`, of tokens (n, tokens, d1) or maps (n, h, w, d1).
-        y: features of the same samples, shape (n, d2), or likewise.
-        measure: a name in `jaxalign.measures.REGISTRY`, which also has its direction and range.
-        positions: of tokens and maps: "samples" makes every position a sample (both need the same ones), "channels"
-            puts the positions of a sample side by side, (n, h w d), as Kornblith et al. (2019) do; "mean" averages.
-        mask: True for valid samples, shape (n,); for every position where those are samples.
+        y: features of the same samples, shape (n, d2), or tokens or maps.
+        measure: a name in `jaxalign.measures.REGISTRY`, which also holds its direction and range.
+        positions: for tokens and maps: "samples" makes every position a sample (x and y need the same positions),
+            "channels" concatenates the positions of a sample, (n, h w d), as Kornblith et al. (2019) do, and "mean"
+            averages over them.
+        mask: shape (n,), True marks valid samples; with positions="samples" one entry per position.
         missing: what to do about nan and inf: "raise", "omit" such samples, or "propagate" nan.
-        options: of the measure, see the function of its name in `jaxalign.measures`; also `plan` where it takes
-            one.
+        options: options of the measure, see the function of that name in `jaxalign.measures`; also its `plan`, if it
+            has one.
 
     Returns:
-        A scalar. Batches are for the functions in `jaxalign.measures`, or `jax.vmap`.
+        A scalar. For batches use the functions in `jaxalign.measures`, or `jax.vmap`.
 
     Raises:
-        TypeError, ValueError: an unknown measure or option, more than two dimensions without `positions`, and what the
-            measure refuses.
+        TypeError, ValueError: an unknown measure or option; more than two dimensions without `positions`; and the
+            errors of the measure.
 
     Example:
         >>> import jax, jaxalign
@@ -107,20 +108,20 @@ def compare(
 )
 @dataclass(frozen=True, repr=False)
 class ComparisonGrid:
-    """Every set of one model compared with every set of another; made by `compare_grid`.
+    """All representations of one model compared with all of another; made by `compare_grid`.
 
     Attributes:
-        values: shape (rows, columns); nan where a set holds nan and missing is "propagate".
-        sigma: the bandwidth of each set, rows and then columns (of one model: rows), in units of its features; nan
-            where the measure has none.
-        measure: its name.
-        direction: "similarity": more alike is larger; "distance": smaller.
-        rows: names of the sets.
-        columns: names of those they were compared with.
-        itself: whether these are the same sets: a model was compared with itself.
-        settings: pairs of option and value.
-        samples: how many samples counted.
-        versions: pairs of package and version.
+        values: shape (rows, columns); nan for representations with nan if missing is "propagate".
+        sigma: one bandwidth per representation, of the rows and then of the columns (only of the rows if `itself`), in
+            units of its features; nan if the measure has none.
+        measure: the name of the measure.
+        direction: "similarity" if larger values mean more similar, "distance" if smaller values do.
+        rows: names of the representations in the rows.
+        columns: names of the representations in the columns.
+        itself: whether a model was compared with itself, so that rows and columns are the same representations.
+        settings: options of the measure, as pairs (name, value).
+        samples: the number of valid samples.
+        versions: versions of packages, as pairs (package, version).
     """
 
     values: Any
@@ -143,23 +144,24 @@ class ComparisonGrid:
         return dict(self.settings)
 
     def best_match(self) -> dict[str, tuple[str, float]]:
-        """For each row the column that is most like it, and the value; a set is not its own match.
+        """The most similar column of each row, and its value; a representation is not its own match.
 
-        Rows without any value, all nan, are left out.
+        Rows that are all nan are left out.
         """
         values = np.array(self.values, np.float64)
         if self.itself:
             np.fill_diagonal(values, np.nan)
         signed = values if self.direction == "similarity" else -values
-        found = {}
+        matches = {}
         for row, name in zip(signed, self.rows, strict=True):
             if not np.isnan(row).all():
                 best = int(np.nanargmax(row))
-                found[name] = (self.columns[best], float(abs(row[best]) if self.direction == "distance" else row[best]))
-        return found
+                value = abs(row[best]) if self.direction == "distance" else row[best]
+                matches[name] = (self.columns[best], float(value))
+        return matches
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The grid as JSON text, also written to a file if a path is given; nan and inf are null."""
+        """Return the grid as JSON text, and write it to a file if `path` is set; nan and inf become null."""
         content = {
             "jaxalign": "comparison grid",
             "measure": self.measure,
@@ -180,7 +182,7 @@ class ComparisonGrid:
 
     @staticmethod
     def from_json(source: str | os.PathLike[str]) -> ComparisonGrid:
-        """A grid from a file, or from the text, that `to_json` wrote."""
+        """Read a grid from a file, or from text, that `to_json` wrote."""
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
         if not is_text:
             check_regular(Path(source))
@@ -210,11 +212,11 @@ class ComparisonGrid:
                 versions=tuple(content["versions"].items()),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            where = "" if is_text else f"{source} is "
-            raise ValueError(f"{where}not a comparison grid as to_json writes it: {error!r}.") from None
+            prefix = "" if is_text else f"{source} is "
+            raise ValueError(f"{prefix}not a comparison grid as to_json writes it: {error!r}.") from None
 
     def to_pandas(self) -> Any:
-        """A pandas DataFrame of the values (needs pandas)."""
+        """Return the values as a pandas DataFrame (needs pandas)."""
         try:
             import pandas as pd
         except ImportError:
@@ -236,34 +238,35 @@ def compare_grid(
     progress: Progress = False,
     **options: Any,
 ) -> ComparisonGrid:
-    """Compare every set of features with every other: all layers of one model, or those of two models.
+    """Compare all layers of one model with each other, or with all layers of another model.
 
     Args:
-        features: named sets of the same n samples: a mapping of name to an array (n, d), a memory map, or a path to a
-            file; pairs of name and array; or a folder or file of sets, as `jaxalign.io.read_features` reads them:
-            numbers in names in the order of numbers, .npy files as memory maps and others as arrays.
-        other: the sets to compare them with; None compares all with each other.
+        features: named features of the same n samples: a mapping of names to arrays (n, d), memory maps or paths of
+            files; pairs (name, array); or a folder or file that `jaxalign.io.read_features` reads: numbers in names
+            sort as numbers, .npy files become memory maps and other files arrays.
+        other: the features to compare with, in the same forms. None compares `features` with each other.
         measure: a name in `jaxalign.measures.REGISTRY`.
         positions: see `jaxalign.compare`.
-        mask: shape (n,), True = a real sample.
-        missing: what to do about nan and inf: "raise", "omit" samples that are missing in any set, or "propagate": nan
-            for the sets that hold some.
+        mask: shape (n,), True marks valid samples.
+        missing: what to do about nan and inf: "raise"; "omit" samples that are missing in any representation; or
+            "propagate", which returns nan for representations with nan or inf.
         plan: how pairs are visited, see `jaxalign.Plan`.
-        block_rows: rows in a block of what is read from files; None: so many that a block of all sets takes 256 MB.
-            Measures by pairs hold two blocks in memory and read a third; others hold what 1 GB holds of whole sets, two
-            at least.
-        checkpoint: a file for what is finished, to go on from if it is there; removed at the end. One that belongs to
-            other features or options is refused. (A kernel of your own is told by its name and a few of its values.)
-        progress: True shows a bar (needs tqdm); or a function of (stage, done, total).
-        options: of the measure. The sigma of a kernel is a number, or one per representation.
+        block_rows: the number of rows that are read from files at a time. None: as many as take 256 MB for all
+            representations. Measures by pairs hold two blocks in memory and read a third; others hold as many whole
+            representations as fit in 1 GB, at least two.
+        checkpoint: a file for finished parts. If it exists, the job resumes from it; it is removed at the end. A
+            checkpoint of other features or options raises. (A kernel that is a function is identified by its name and a
+            few of its values.)
+        progress: True shows a progress bar (needs tqdm); or a function of (stage, done, total).
+        options: options of the measure. The sigma of a kernel is one number, or one per representation.
 
     Returns:
-        `ComparisonGrid`. Every bandwidth that is left open is solved for once a set.
+        A `ComparisonGrid`. Each bandwidth without a sigma is solved for once per representation.
 
     Raises:
-        TypeError, ValueError: an unknown measure or option, no sets, sets of different samples, names that repeat; a
-            checkpoint that is damaged or belongs to something else; and what the measure refuses, with the name of the
-            set.
+        TypeError, ValueError: an unknown measure or option; no features, features of different samples or repeated
+            names; a checkpoint that is damaged or belongs to another job; and the errors of the measure, which name the
+            representation.
 
     Example:
         >>> import jax, jaxalign
@@ -276,15 +279,15 @@ def compare_grid(
     plan = check_plan(plan)
     check_how(entry, ["plan"] if plan.mesh is not None or plan.axis_name is not None else [])
     check_pairs_fit(specification, plan)
-    ours = named_sets("features", features)
-    theirs = {} if other is None else named_sets("other", other)
-    sides = (("features", ours), ("other", theirs))
+    row_features = named_sets("features", features)
+    column_features = {} if other is None else named_sets("other", other)
+    sides = (("features", row_features), ("other", column_features))
     rows = check_positions({f"{side}[{name!r}]": a for side, named in sides for name, a in named.items()}, positions)
-    names = list(ours) if other is None else list(rows)
+    names = list(row_features) if other is None else list(rows)
     _check_same_samples(names, list(rows.values()))
     check_block_rows(block_rows)
     filled = {name: _kernel_of_grid(value, len(rows)) for name, value in filled.items()}
-    task = GridTask(list(rows.values()), names, len(ours), filled, mask, missing, plan, progress)
+    task = GridTask(list(rows.values()), names, len(row_features), filled, mask, missing, plan, progress)
     in_memory = not any(isinstance(value, np.memmap) for value in task.features)
     if in_memory and checkpoint is None and block_rows is None:
         result = _compare_in_memory(task, specification)
@@ -298,8 +301,8 @@ def compare_grid(
         sigma=sigma,
         measure=entry.name,
         direction=entry.direction_with(filled),
-        rows=tuple(ours),
-        columns=tuple(theirs or ours),
+        rows=tuple(row_features),
+        columns=tuple(column_features or row_features),
         itself=other is None,
         settings=tuple((name, _hashable(value)) for name, value in filled.items()),
         samples=samples,
@@ -308,7 +311,7 @@ def compare_grid(
 
 
 def _compare_in_memory(task: GridTask, measure: PairMeasure | SummaryMeasure) -> GridResult:
-    """Arrays in memory, spread over devices or not: in one visit of the pairs, or cell by cell."""
+    """Compare arrays in memory: in one pass over the pairs, or cell by cell."""
     center = depends_on_differences(measure)
     named = [
         (name, _checks.features(name, value, center=center, mask=task.mask))
@@ -325,16 +328,18 @@ def _compare_in_memory(task: GridTask, measure: PairMeasure | SummaryMeasure) ->
     plan = resolve_plan(task.plan, features[0], None, representations=len(features))
     function, kernel = measure.function, task.kernel
     if function.solves:
-        alone = resolve_plan(task.plan, features[0], None)
-        target = check_function(task.names, features, mask, kernel, function, alone)[1]
+        single_plan = resolve_plan(task.plan, features[0], None)
+        target = check_function(task.names, features, mask, kernel, function, single_plan)[1]
         assert kernel is not None
         assert target is not None
         sigma = []
         with reporting(task.progress, "sigma", len(features), unit="set") as show:
             for name, x in zip(task.names, features, strict=True):
-                solution, status = solve_bandwidth_jit(x, mask, target, function, check_rtol(None, x.dtype), alone)
+                rtol = check_rtol(None, x.dtype)
+                solution, status = solve_bandwidth_jit(x, mask, target, function, rtol, single_plan)
                 explain_status(name, status)
-                sigma.append(jnp.where(jnp.isnan(solution), 1, solution))  # nan features: their values become nan
+                # sigma is nan for features with nan, whose values become nan.
+                sigma.append(jnp.where(jnp.isnan(solution), 1, solution))
                 show(len(sigma))
         measure, kernel = (
             replace(measure, function=replace(function, solves=False)),
@@ -347,9 +352,9 @@ def _compare_in_memory(task: GridTask, measure: PairMeasure | SummaryMeasure) ->
 
 
 def _pad_widths(named: list[tuple[str, Array]]) -> list[tuple[str, Array]]:
-    """Representations of one width, padded with channels of zeros, if that saves time.
+    """Pad representations with channels of zeros to one width, if that saves time.
 
-    Zeros change no distance. Programs are compiled for every width, so small problems are faster with a single one.
+    Zeros change no distance. A program is compiled for every width, so small problems are faster with one width.
     """
     widths = [features.shape[-1] for _, features in named]
     n, most, added = named[0][1].shape[0], max(widths), max(widths) * len(widths) - sum(widths)
@@ -358,20 +363,22 @@ def _pad_widths(named: list[tuple[str, Array]]) -> list[tuple[str, Array]]:
     return [(name, jnp.pad(features, [(0, 0), (0, most - features.shape[-1])])) for name, features in named]
 
 
-# --- what was handed in -----------------------------------------------------------------------------------------------
+# --- checks of arguments ----------------------------------------------------------------------------------------------
 
 
 def _kernel_of_grid(option: Any, number: int) -> Any:
-    """The kernel with one number as its sigma, or a tuple of one per representation; other options as they are."""
+    """A kernel with sigma as one number, or as a tuple of one per representation; other options do not change."""
     if not isinstance(option, (RBF, Laplacian)) or option.sigma is None:
         return option
     sigma: Any = option.sigma
     is_single = np.ndim(sigma) == 0
     values = (sigma,) if is_single else tuple(sigma)
     if not is_single and len(values) != number:
-        raise ValueError(f"sigma must be one number, or one for each of the {number} sets; got {len(values)}.")
+        raise ValueError(
+            f"sigma must be one number, or one for each of the {number} representations; got {len(values)}."
+        )
     for value in values:
-        _checks.parameter("sigma", value, np.float32, (), "one number a set")
+        _checks.parameter("sigma", value, np.float32, (), "one number per representation")
         _checks.positive("sigma", value)
     return replace(option, sigma=float(sigma) if is_single else tuple(map(float, values)))
 
@@ -381,7 +388,8 @@ def _check_same_samples(names: list[str], features: list[Any]) -> None:
     for name, value in zip(names, features, strict=True):
         if value.shape[0] != n:
             raise ValueError(
-                f"all sets must hold the same samples, row by row: {names[0]} has {n} rows, {name} {value.shape[0]}."
+                f"all features must be of the same samples, row by row: {names[0]} has {n} rows, "
+                f"{name} {value.shape[0]}."
             )
 
 

@@ -1,7 +1,7 @@
-"""Is it more than chance, how sure is it, and how much more than something else: statistics of comparisons.
+"""Statistics of comparisons: permutation tests, bootstrap intervals, paired differences and noise ceilings.
 
-All of it stands on centred pair matrices F, G of the two sets, stored (n x n), of which a measure by pairs is the
-normalised inner product. Permuting the samples of one set permutes rows and columns of its matrix; resampling them
+A measure by pairs is the normalized inner product of the centered pair matrices F, G of two representations, which are
+stored (n x n). Permuting the samples of one representation permutes the rows and columns of its matrix; resampling
 weights its pairs.
 """
 
@@ -51,9 +51,9 @@ from jaxalign.measures._pair_sums import (
 from jaxalign.measures._registry import specified
 from jaxalign.plan import STORED
 
-# Fewer samples are resampled to mostly copies of each other.
-_LEAST_RESAMPLED = 10
-# Gathered entries of all permutations that are multiplied at a time.
+# Resamples of fewer samples are mostly copies of each other.
+_MIN_RESAMPLED = 10
+# Gathered entries, of all permutations, that are multiplied at a time.
 _GATHERED = 2**24
 
 
@@ -64,22 +64,23 @@ _GATHERED = 2**24
 )
 @dataclass(frozen=True, repr=False)
 class PermutationTest:
-    """What `permutation_test` found; arrays of shape () or, for named sets, (rows, columns).
+    """The result of `permutation_test`; arrays of shape () or, for named representations, (rows, columns).
 
     Attributes:
-        value: of the measure.
-        p_value: (b + 1) / (m + 1), b of m permutations giving a value at least as extreme.
-        corrected: the same, adjusted for the number of comparisons of a grid by the largest score of each permutation
-            (Westfall & Young 1993): the chance that any of them would look like this if none were real.
-        null: values of the permutations, (m,) or (m, rows, columns).
-        null_mean: their mean.
-        null_std: their standard deviation.
-        score: (value - null_mean) / null_std, its sign such that more alike is larger.
-        calibrated: 0 at the mean of the null and 1 at the value of equal sets; nan for measures without such a value.
-        measure: its name.
+        value: the value of the measure.
+        p_value: (b + 1) / (m + 1), where b of m permutations have a value at least as extreme.
+        corrected: the p-value adjusted for the number of comparisons in a grid, by the largest score of each
+            permutation (Westfall & Young 1993): the probability, under the null, that any comparison is as extreme.
+        null: values of the permutations, shape (m,) or (m, rows, columns).
+        null_mean: mean of `null`.
+        null_std: standard deviation of `null`.
+        score: (value - null_mean) / null_std, with the sign such that larger means more similar.
+        calibrated: value rescaled so that the mean of the null is 0 and the value of equal representations is 1; nan
+            for measures without such a value.
+        measure: the name of the measure.
         direction: "similarity" or "distance".
-        rows: names of the sets, empty for two sets.
-        columns: names of those they are compared with.
+        rows: names of the representations in x; empty for a single pair.
+        columns: names of the representations in y; empty for a single pair.
     """
 
     value: Array
@@ -109,11 +110,11 @@ class Interval:
     """A value and its bootstrap interval.
 
     Attributes:
-        value: for all samples.
-        low: lower end.
-        high: upper end.
-        resampled: values of the resamples, (resamples,).
-        level: share of such intervals that hold the value of the population.
+        value: the value for all samples.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        resampled: values of the resamples, shape (resamples,).
+        level: nominal coverage, the share of such intervals that contain the value of the population.
         method: "bca" or "percentile".
     """
 
@@ -131,12 +132,12 @@ class Interval:
 @partial(jax.tree_util.register_dataclass, data_fields=("lower", "upper", "each"), meta_fields=())
 @dataclass(frozen=True, repr=False)
 class NoiseCeiling:
-    """How well the best possible model could do, given how much subjects differ; made by `noise_ceiling`.
+    """Bounds on the value of the best possible model, given how much subjects differ; made by `noise_ceiling`.
 
     Attributes:
-        lower: mean of each subject compared with the mean of the others.
-        upper: mean of each subject compared with the mean of all.
-        each: (subjects,), each compared with the mean of the others.
+        lower: mean value of each subject compared with the mean of the other subjects.
+        upper: mean value of each subject compared with the mean of all subjects.
+        each: shape (subjects,), each subject compared with the mean of the other subjects.
     """
 
     lower: Array
@@ -159,29 +160,29 @@ def permutation_test(
     missing: Missing = "raise",
     **options: Any,
 ) -> PermutationTest:
-    """Is the similarity of two sets more than chance? Values of a measure with the samples of one set shuffled.
+    """Test whether two representations are more similar than chance, by permuting the samples of one.
 
-    For measures by pairs the shuffled values come from a table of a permutations of either set, the first of each the
-    identity, a^2 > m, which is one matrix product: thousands cost little more than a few dozen. m of its other entries
-    are taken at random. Any two of them belong to independent, uniform permutations, so the Monte Carlo error is that
-    of m independent ones; and under the null the observed value is as likely any other entry of the table, so the
-    p-value is exact. Other measures are computed anew for each of m permutations. Bandwidths do not change when samples
-    are shuffled.
+    For measures by pairs, one matrix product computes a table of k permutations of x by k permutations of y, both with
+    the identity, k^2 > m: thousands of permutations cost little more than a few dozen. The null is m random entries of
+    the table, without the observed one. Any two entries belong to independent, uniform permutations, so the Monte Carlo
+    error is that of m independent permutations. Under the null the observed value is as likely as any other entry, so
+    the p-value is exact. Other measures are recomputed for each of m permutations. Bandwidths do not depend on the
+    order of samples.
 
     Args:
-        x: features (n, d1), or a mapping of names to them.
-        y: features (n, d2) of the same samples, or a mapping.
+        x: features, shape (n, d1), or a mapping of names to features.
+        y: features of the same samples, shape (n, d2), or a mapping.
         measure: a name in `jaxalign.measures.REGISTRY`.
-        key: of `jax.random.key`: the same key gives the same permutations.
-        permutations: m, how many.
-        positions: see `jaxalign.compare`. Positions of one image depend on each other, so that with "samples" p-values
-            are too small: prefer "channels" or "mean".
-        mask: shape (n,), True = a real sample; the others are left out.
+        key: a key of `jax.random.key`; the same key gives the same permutations.
+        permutations: m, the number of permutations.
+        positions: see `jaxalign.compare`. Positions of one image are dependent, so p-values with "samples" are too
+            small: prefer "channels" or "mean".
+        mask: shape (n,), True marks valid samples; other samples are left out.
         missing: see `jaxalign.compare`.
-        options: of the measure.
+        options: options of the measure.
 
     Returns:
-        `PermutationTest`. One-sided: small where the sets are more alike than chance.
+        A `PermutationTest`. p-values are one-sided: small if the representations are more similar than chance.
 
     Raises:
         TypeError, ValueError: see `jaxalign.compare_grid`; fewer than 1 permutation.
@@ -196,30 +197,30 @@ def permutation_test(
     entry, filled, specification = specified(measure, options)
     _checks.random_key(key)
     permutations = _checks.whole("permutations", permutations)
-    ours, theirs = _named("x", x), _named("y", y)
-    arrays, split = [*ours.values(), *theirs.values()], len(ours)
-    names = [f"x[{n!r}]" if n else "x" for n in ours] + [f"y[{n!r}]" if n else "y" for n in theirs]
-    sets = _real_samples(names, arrays, positions, mask, missing, specification)
+    rows, columns = _name("x", x), _name("y", y)
+    arrays, split = [*rows.values(), *columns.values()], len(rows)
+    names = [f"x[{n!r}]" if n else "x" for n in rows] + [f"y[{n!r}]" if n else "y" for n in columns]
+    sets = _valid_samples(names, arrays, positions, mask, missing, specification)
     direction, best = entry.direction_with(filled), entry.best_with(filled)
     if _is_product(specification):
         assert isinstance(specification, PairMeasure)
         matrices, units = pair_matrices(sets, filled, specification, names)
         side = math.isqrt(permutations) + 1  # side^2 > permutations
-        of_table, of_choice = jax.random.split(key)
-        table = _permuted_products(matrices[:split], matrices[split:], of_table, side)
-        value, null = _observed_and_null(table, matrices, units, of_choice, specification, split, permutations)
+        table_key, choice_key = jax.random.split(key)
+        table = _permuted_products(matrices[:split], matrices[split:], table_key, side)
+        value, null = _observed_and_null(table, matrices, units, choice_key, specification, split, permutations)
     else:
         value, null = _recomputed(sets, split, names, specification, filled, key, permutations)
-    single = "" in ours and "" in theirs
-    found = _tested(value, null, _finite_pairs(sets, split), direction == "similarity", best)
+    single = "" in rows and "" in columns
+    statistics = _statistics(value, null, _finite_pairs(sets, split), direction == "similarity", best)
     if single:
-        found = {name: a[..., 0, 0] for name, a in found.items()}
+        statistics = {name: a[..., 0, 0] for name, a in statistics.items()}
     return PermutationTest(
-        **found,
+        **statistics,
         measure=entry.name,
         direction=direction,
-        rows=() if single else tuple(ours),
-        columns=() if single else tuple(theirs),
+        rows=() if single else tuple(rows),
+        columns=() if single else tuple(columns),
     )
 
 
@@ -237,39 +238,40 @@ def bootstrap(
     missing: Missing = "raise",
     **options: Any,
 ) -> Interval:
-    """How sure is a similarity? An interval from resampling the samples with replacement.
+    """A confidence interval of a measure, from resampling the samples with replacement.
 
-    Two copies of one sample in a resample are not a pair: their distance of 0 is no evidence, and counting it would
-    raise the similarity. So pairs, and for the debiased estimators triples and quadruples, of different samples are
-    weighted by how often each was drawn. That is possible for cka and hsic (debiased), distance_correlation (debiased)
-    and rsa (pearson, cosine). Bandwidths are those of all samples. For unrelated sets debiased estimates vary much less
-    than their resamples, and the interval is wider than it need be: `permutation_test` tells whether there is anything.
+    Two copies of one sample in a resample are not a pair: their distance of 0 is no evidence, and would raise the
+    similarity. So pairs (for debiased estimators also triples and quadruples) of different samples are weighted by the
+    number of times each was drawn. That is possible for cka, hsic and distance_correlation (debiased), and for rsa
+    (pearson, cosine). Bandwidths are those of all samples. For unrelated representations debiased estimates vary much
+    less than their resamples, so the interval is wider than necessary: use `permutation_test` to test for any
+    similarity.
 
     Args:
-        x: features (n, d1).
-        y: features (n, d2) of the same samples.
+        x: features, shape (n, d1).
+        y: features of the same samples, shape (n, d2).
         measure: a name in `jaxalign.measures.REGISTRY`.
-        key: of `jax.random.key`.
-        resamples: how many.
-        level: of the interval, 0 < level < 1: about this share of such intervals holds the value of the population.
+        key: a key of `jax.random.key`.
+        resamples: the number of resamples.
+        level: nominal coverage of the interval, 0 < level < 1.
         method: "bca", bias-corrected and accelerated (Efron 1987), or "percentile".
         positions: see `permutation_test`.
         mask: see `permutation_test`.
         missing: see `jaxalign.compare`.
-        options: of the measure.
+        options: options of the measure.
 
     Returns:
-        `Interval`.
+        An `Interval`.
 
     Raises:
-        TypeError, ValueError: see `jaxalign.compare`; a measure or estimator that duplicates would mislead; fewer than
-            10 samples.
+        TypeError, ValueError: see `jaxalign.compare`; a measure or estimator that duplicates would bias; fewer than 10
+            samples.
 
     Example:
         >>> import jax, jaxalign
         >>> x, noise = jax.random.normal(jax.random.key(0), (2, 100, 8))
-        >>> found = jaxalign.bootstrap(x, x + noise, kernel="linear", key=jax.random.key(1))
-        >>> bool(found.low < found.value < found.high)
+        >>> interval = jaxalign.bootstrap(x, x + noise, kernel="linear", key=jax.random.key(1))
+        >>> bool(interval.low < interval.value < interval.high)
         True
     """
     resampled, value, left_out = _resampled(
@@ -292,13 +294,13 @@ def paired_difference(
     missing: Missing = "raise",
     **options: Any,
 ) -> Interval:
-    """Is one similarity larger than another, on the same samples? An interval of first - second.
+    """A confidence interval of the difference of two values of a measure, first - second, on the same samples.
 
-    Both are computed on the same resamples, so what they share cancels.
+    Both values are computed on the same resamples, so shared variation cancels.
 
     Args:
-        first: two sets (x, y) of features, (n, d).
-        second: two others, or one of them again, of the same samples.
+        first: a pair (x, y) of features, each of shape (n, d).
+        second: another pair of features of the same samples; one of them may be in both pairs.
         measure: see `bootstrap`.
         key: see `bootstrap`.
         resamples: see `bootstrap`.
@@ -307,10 +309,10 @@ def paired_difference(
         positions: see `permutation_test`.
         mask: see `permutation_test`.
         missing: see `jaxalign.compare`.
-        options: of the measure.
+        options: options of the measure.
 
     Returns:
-        `Interval` of the difference; without 0 in it they differ at that level.
+        An `Interval` of the difference. If it does not contain 0, the values differ at that level.
 
     Raises:
         TypeError, ValueError: see `bootstrap`.
@@ -318,13 +320,13 @@ def paired_difference(
     Example:
         >>> import jax, jaxalign
         >>> x, a, b = jax.random.normal(jax.random.key(0), (3, 200, 8))
-        >>> found = jaxalign.paired_difference((x, x + 0.3 * a), (x, x + b), kernel="linear", key=jax.random.key(1))
-        >>> bool(found.low > 0)
+        >>> interval = jaxalign.paired_difference((x, x + 0.3 * a), (x, x + b), kernel="linear", key=jax.random.key(1))
+        >>> bool(interval.low > 0)
         True
     """
     for name, pair in (("first", first), ("second", second)):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise TypeError(f"{name} must be two sets of features (x, y); got {type(pair).__name__}.")
+            raise TypeError(f"{name} must be a pair (x, y) of features; got {type(pair).__name__}.")
     sets = (*first, *second)
     resampled, value, left_out = _resampled(
         sets, measure, key, resamples, level, method, positions, mask, missing, options
@@ -343,21 +345,21 @@ def noise_ceiling(
 ) -> NoiseCeiling:
     """The best value that a model could reach, given how much subjects (or seeds) differ (Nili et al. 2014).
 
-    Each subject's centred pair matrix is scaled to unit norm; the one that is most like all of them is their mean.
+    Each subject's centered pair matrix is scaled to unit norm. Their mean is the matrix most similar to all of them.
 
     Args:
-        subjects: at least two sets of features (n, d) of the same samples.
+        subjects: the features of at least two subjects, shape (n, d), of the same samples.
         measure: a measure by pairs: cka, rsa (not spearman and kendall), distance_correlation.
         positions: see `permutation_test`.
         mask: see `permutation_test`.
         missing: see `jaxalign.compare`.
-        options: of the measure.
+        options: options of the measure.
 
     Returns:
-        `NoiseCeiling`: between its lower and upper end lies the ceiling.
+        A `NoiseCeiling`, the lower and upper bound of the ceiling.
 
     Raises:
-        TypeError, ValueError: fewer than two subjects, a measure that is no inner product, and see `jaxalign.compare`.
+        TypeError, ValueError: fewer than two subjects; a measure that is not an inner product; see `jaxalign.compare`.
 
     Example:
         >>> import jax, jaxalign
@@ -368,43 +370,43 @@ def noise_ceiling(
     """
     entry, filled, specification = specified(measure, options)
     if isinstance(subjects, Mapping):
-        raise TypeError("subjects must be a list of feature arrays, without names; got a mapping: give its values().")
+        raise TypeError("subjects must be a list of feature arrays, without names; got a mapping: pass its values().")
     if len(subjects) < 2:
-        raise ValueError(f"subjects must be at least two sets of features; got {len(subjects)}.")
+        raise ValueError(f"subjects must be the features of at least two subjects; got {len(subjects)}.")
     if not _is_product(specification) or entry.name == "hsic" or entry.direction_with(filled) == "distance":
         raise ValueError(
-            f"measure {entry.name!r} with these options is no normalised inner product of pair matrices: use cka, "
-            "rsa with pearson, cosine or a whitened comparison, or distance_correlation."
+            f"measure {entry.name!r} with these options is not a normalized inner product of pair matrices: use "
+            "cka, rsa with pearson, cosine or a whitened comparison, or distance_correlation."
         )
     assert isinstance(specification, PairMeasure)
     names = [f"subjects[{k}]" for k in range(len(subjects))]
-    sets = _real_samples(names, list(subjects), positions, mask, missing, specification)
+    sets = _valid_samples(names, list(subjects), positions, mask, missing, specification)
     matrices, _ = pair_matrices(sets, filled, specification, names)
     gram = jnp.einsum("aij,bij->ab", matrices, matrices, precision=lax.Precision.HIGHEST)
     sizes = jnp.sqrt(jnp.diagonal(gram))
     if _checks.is_concrete(sizes):  # under a trace the result is nan, 0 / 0
-        still = np.flatnonzero(_checks.on_host(sizes) == 0)
-        if still.size:
-            raise ValueError(f"{names[still[0]]} does not vary.")
+        constant = np.flatnonzero(_checks.on_host(sizes) == 0)
+        if constant.size:
+            raise ValueError(f"{names[constant[0]]} does not vary: leave it out.")
     cosines = gram / sizes[:, None] / sizes[None, :]
     total = jnp.sum(cosines)
     row = jnp.sum(cosines, 1)
     upper = row / jnp.sqrt(total)
-    others = total - 2 * row + 1  # squared norm of the sum of the others
-    each = (row - 1) / jnp.sqrt(jnp.maximum(others, float(jnp.finfo(others.dtype).tiny)))
+    norms = total - 2 * row + 1  # squared norm of the sum of the other matrices
+    each = (row - 1) / jnp.sqrt(jnp.maximum(norms, float(jnp.finfo(norms.dtype).tiny)))
     finish = _root_of_squares(specification)
     return NoiseCeiling(jnp.mean(finish(each)), jnp.mean(finish(upper)), finish(each))
 
 
-# --- what was handed in ---------------------------------------------------------------------------------------------
+# --- checks of arguments --------------------------------------------------------------------------------------------
 
 
-def _named(argument: str, features: Any) -> dict[str, Any]:
+def _name(argument: str, features: Any) -> dict[str, Any]:
     named = isinstance(features, (Mapping, str, os.PathLike))
     return named_sets(argument, features) if named else {"": features}
 
 
-def _real_samples(
+def _valid_samples(
     names: list[str],
     arrays: list[Any],
     positions: Positions | None,
@@ -412,10 +414,12 @@ def _real_samples(
     missing: Missing,
     measure: PairMeasure | SummaryMeasure,
 ) -> tuple[Array, ...]:
-    """Checked sets (n, d), without the samples that do not count."""
+    """Checked features (n, d), without masked and omitted samples."""
     for name, value in zip(names, arrays, strict=True):
         if isinstance(value, Mapping):
-            raise TypeError(f"{name} must be one array (n, d); got a mapping. Only permutation_test takes named sets.")
+            raise TypeError(
+                f"{name} must be one array (n, d); got a mapping. Only permutation_test accepts named features."
+            )
     rows = check_positions(dict(zip(names, arrays, strict=True)), positions)
     center = depends_on_differences(measure)
     sets, mask = check_representations(
@@ -429,7 +433,7 @@ def _real_samples(
 
 @partial(jax.jit, static_argnames="split")
 def _finite_pairs(sets: tuple[Array, ...], split: int) -> Array:
-    """Whether neither of two sets holds nan or inf, (L, M)."""
+    """Whether both representations of a pair are finite, (L, M)."""
     finite = jnp.stack([jnp.isfinite(x).all() for x in sets])
     return finite[:split, None] & finite[None, split:]
 
@@ -444,9 +448,9 @@ def _is_product(measure: PairMeasure | SummaryMeasure) -> bool:
 def pair_matrices(
     sets: tuple[Array, ...], options: dict[str, Any], measure: PairMeasure, names: Sequence[str]
 ) -> tuple[Array, Array]:
-    """Centred pair matrices (sets, n, n), whose inner products are those of the measure, and their units (sets,)."""
+    """Centered pair matrices (representations, n, n) and their units: the measure is their inner product."""
     sigmas, target = check_function(names, sets, None, with_bandwidth(options), measure.function, STORED)
-    found = []
+    pairs = []
     shape = (len(sets), sets[0].shape[0], sets[0].shape[0])
     check_room("the pair matrices", shape, sets[0], "Test fewer samples, drawn at random: x[rows], y[rows].")
     for k, (name, x) in enumerate(zip(names, sets, strict=True)):
@@ -455,8 +459,8 @@ def pair_matrices(
         rtol = check_rtol(None, x.dtype)
         matrix, unit, status = _pair_matrix(x, sigma_k, target, measure.function, measure.centering, rtol)
         explain_status(name, status)
-        found.append((matrix, unit))
-    matrices, units = (jnp.stack(parts) for parts in zip(*found, strict=True))
+        pairs.append((matrix, unit))
+    matrices, units = (jnp.stack(parts) for parts in zip(*pairs, strict=True))
     return matrices, units
 
 
@@ -467,7 +471,7 @@ def _pair_matrix(
     (prepared,) = prepare_representations((x,), None, sigmas, density, function, rtol, STORED)
     scale = prepared.features.scale
     f = function.values(prepared.distances, prepared.gamma, scale)
-    # In its own unit, so that neither squares nor products overflow.
+    # f is in its unit, so that neither squares nor products overflow.
     matrix = centering.matrix(f)
     count, size = jnp.asarray(x.shape[0], x.dtype), jnp.max(jnp.abs(f), -1, keepdims=True)
     constant = _norms(matrix) <= rounding_level(collect_properties([prepared], function), size, function, count)[0]
@@ -479,8 +483,8 @@ def _norms(matrices: Array) -> Array:
     return jnp.sum(jnp.sum(matrices * matrices, -1), -1)
 
 
-def _finished(table: Array, self_products: Array, units: Array, measure: PairMeasure, split: int, n: int) -> Array:
-    """Values (m, L, M) from inner products (m, L, M) and those of each representation with itself (L + M,)."""
+def _values(table: Array, self_products: Array, units: Array, measure: PairMeasure, split: int, n: int) -> Array:
+    """Values (m, L, M) from inner products (m, L, M) and self products (L + M,)."""
     shape, number = table.shape[:-2], self_products.shape[0]
     units = jnp.broadcast_to(units, (*shape, number))
     self_products = jnp.broadcast_to(self_products, (*shape, number))
@@ -493,13 +497,13 @@ def _finished(table: Array, self_products: Array, units: Array, measure: PairMea
 def _observed_and_null(
     table: Array, matrices: Array, units: Array, key: Array, measure: PairMeasure, split: int, permutations: int
 ) -> tuple[Array, Array]:
-    """The value, (L, M), and those of as many permutations, from inner products (side^2, L, M); see `permutation_test`.
+    """The observed value (L, M) and the null (permutations, L, M), from inner products (side^2, L, M).
 
-    Rows and columns of the table are exchangeable, any m entries are not: only a random choice of them is.
+    Rows and columns of the table are exchangeable, so a random choice of entries is, but not a fixed one.
     """
-    others = 1 + jax.random.permutation(key, table.shape[0] - 1)[:permutations]
-    chosen = jnp.concatenate((table[:1], jnp.take(table, others, 0)))
-    values = _finished(chosen, _norms(matrices), units, measure, split, matrices.shape[-1])
+    entries = 1 + jax.random.permutation(key, table.shape[0] - 1)[:permutations]
+    chosen = jnp.concatenate((table[:1], jnp.take(table, entries, 0)))
+    values = _values(chosen, _norms(matrices), units, measure, split, matrices.shape[-1])
     return values[0], values[1:]
 
 
@@ -515,30 +519,30 @@ def _permutations(key: Array, number: int, n: int) -> Array:
 
 @partial(jax.jit, static_argnames="side")
 def _permuted_products(x: Array, y: Array, key: Array, side: int) -> Array:
-    """<F of x permuted by s_l, G of y permuted by p_k> for all l, k < side, (side^2, L, M); the first is as it is.
+    """<F of x permuted by s_l, G of y permuted by p_k> for all l, k < side, (side^2, L, M); the first is observed.
 
-    Summed up over the pairs i < j in pieces of about _GATHERED gathered entries. The table is a group of permutations
-    p_k s_l^-1 of y against x.
+    Each entry belongs to the permutation p_k s_l^-1 of y relative to x. Rows are summed in pieces of about _GATHERED
+    gathered entries.
     """
     n = x.shape[-1]
     first, second = jax.random.split(key)
-    of_x, of_y = _permutations(first, side, n), _permutations(second, side, n)
+    permutations_x, permutations_y = _permutations(first, side, n), _permutations(second, side, n)
     sets = x.shape[0] + y.shape[0]
     rows = max(1, min(n, _GATHERED // (side * sets * n)))
     pieces = -(-n // rows)
 
-    def gathered(matrices: Array, permuted: Array, index: Array, real: Array) -> Array:
+    def gather(matrices: Array, permuted: Array, index: Array, valid: Array) -> Array:
         """(L side, rows n): pieces of rows of every permuted matrix."""
-        here = jnp.take(permuted, index, 1, mode="clip")  # (side, rows)
-        place = here[:, :, None] * n + permuted[:, None, :]
+        row = jnp.take(permuted, index, 1, mode="clip")  # (side, rows)
+        place = row[:, :, None] * n + permuted[:, None, :]
         flat = matrices.reshape(matrices.shape[0], n * n)
-        taken = jnp.take(flat, place, 1, mode="clip") * real.reshape(1, 1, rows, 1)
-        return taken.reshape(matrices.shape[0] * side, -1)
+        entries = jnp.take(flat, place, 1, mode="clip") * valid.reshape(1, 1, rows, 1)
+        return entries.reshape(matrices.shape[0] * side, -1)
 
     def add(total: Array, piece: Array) -> tuple[Array, None]:
         index = piece * rows + jnp.arange(rows, dtype=jnp.int32)
-        real = (index < n).astype(x.dtype)
-        a, b = gathered(x, of_x, index, real), gathered(y, of_y, index, jnp.ones_like(real))
+        valid = (index < n).astype(x.dtype)
+        a, b = gather(x, permutations_x, index, valid), gather(y, permutations_y, index, jnp.ones_like(valid))
         return total + matmul(a, b.T), None
 
     start = jnp.zeros((x.shape[0] * side, y.shape[0] * side), x.dtype)
@@ -556,9 +560,9 @@ def _recomputed(
     key: Array,
     number: int,
 ) -> tuple[Array, Array]:
-    """The value, (L, M), and those of permutations, (m, L, M), each computed anew from what was found of each set."""
+    """The observed value (L, M) and the null (m, L, M), with the measure recomputed for each permutation."""
     order = _permutations(key, number + 1, sets[0].shape[0])
-    if isinstance(measure, PairMeasure):  # distances of affinities
+    if isinstance(measure, PairMeasure):  # affinity_distance
         plain = replace(measure, centering=CENTERINGS["none"])
         values = _recomputed_differences(pair_matrices(sets, options, plain, names)[0], order, split, measure)
     else:
@@ -582,11 +586,13 @@ def _recomputed_summaries(
     def summary(k: int, x: Array) -> Any:
         return summarize(x, None, None if sigma is None else sigma[k], density, measure, STORED)
 
-    of_rows = [summary(k, sets[k]) for k in range(split)]
+    row_summaries = [summary(k, sets[k]) for k in range(split)]
 
     def value_of(p: Array) -> Array:
-        of_columns = [summary(k, jnp.take(sets[k], p, 0)) for k in range(split, len(sets))]
-        return jnp.stack([jnp.stack([compare_summaries(a, b, None, measure) for b in of_columns]) for a in of_rows])
+        column_summaries = [summary(k, jnp.take(sets[k], p, 0)) for k in range(split, len(sets))]
+        return jnp.stack(
+            [jnp.stack([compare_summaries(a, b, None, measure) for b in column_summaries]) for a in row_summaries]
+        )
 
     return lax.map(value_of, order)
 
@@ -603,18 +609,16 @@ def _summarize(x: Array, sigma: Array | None, density: Array | None, measure: Su
 
 def _differences(matrices: Array, split: int, p: Array, measure: PairMeasure) -> Array:
     n = matrices.shape[-1]
-    moved = [g[p][:, p] for g in matrices[split:]]
-    rows = jnp.stack([jnp.stack([jnp.sum((f - g) ** 2, -1) for g in moved], 0) for f in matrices[:split]], 0)
-    nothing = (jnp.zeros(split, rows.dtype), jnp.zeros(len(moved), rows.dtype))
-    inner = InnerProducts.of(
-        jnp.sum(rows, -1), nothing, nothing, jnp.asarray(n, rows.dtype), jnp.sum(jnp.sqrt(rows), -1)
-    )
+    permuted = [g[p][:, p] for g in matrices[split:]]
+    rows = jnp.stack([jnp.stack([jnp.sum((f - g) ** 2, -1) for g in permuted], 0) for f in matrices[:split]], 0)
+    zeros = (jnp.zeros(split, rows.dtype), jnp.zeros(len(permuted), rows.dtype))
+    inner = InnerProducts.of(jnp.sum(rows, -1), zeros, zeros, jnp.asarray(n, rows.dtype), jnp.sum(jnp.sqrt(rows), -1))
     return measure.finish(inner)
 
 
 @partial(jax.jit, static_argnames=("larger", "best"))
-def _tested(value: Array, null: Array, usable: Array, larger: bool, best: float) -> dict[str, Array]:
-    """p-values and scores, (L, M); nan where a pair is not `usable`."""
+def _statistics(value: Array, null: Array, usable: Array, larger: bool, best: float) -> dict[str, Array]:
+    """The fields of `PermutationTest` but the names; nan where a pair is not `usable`."""
     value, null = (jnp.where(usable, a, jnp.nan) for a in (value, null))
     m = null.shape[0]
     sign = 1 if larger else -1
@@ -623,14 +627,14 @@ def _tested(value: Array, null: Array, usable: Array, larger: bool, best: float)
     mean, std = jnp.mean(null, 0, keepdims=True), jnp.std(null, 0, keepdims=True)
     positive = jnp.where(std > 0, std, 1)
     score = jnp.where(std > 0, sign * (value - mean) / positive, 0)
-    # For the largest over a grid observed and permuted values are measured alike, by the spread of all of them: else
-    # the observed one, which would not count in its own spread, would reach further than any permuted one can.
+    # The largest scores of a grid use the spread of observed and permuted values together. If the observed value did
+    # not count in the spread, its score could exceed that of any permuted value.
     every = jnp.concatenate((value, null))
     spread = jnp.std(every, 0, keepdims=True)
     wide = jnp.where(spread > 0, spread, 1)
     scores = jnp.where(spread > 0, sign * (every - jnp.mean(every, 0, keepdims=True)) / wide, 0)
     scores = jnp.where(unusable, -jnp.inf, scores)
-    # Permutations that change nothing give the value itself, but for rounding: they count as at least as extreme.
+    # Permutations with the observed value up to rounding count as at least as extreme.
     close = (
         100 * float(jnp.finfo(null.dtype).eps) * jnp.maximum(jnp.abs(value), jnp.max(jnp.abs(null), 0, keepdims=True))
     )
@@ -668,7 +672,7 @@ def _resampled(
     missing: Missing,
     options: dict[str, Any],
 ) -> tuple[Array, Array, Array]:
-    """Values of the resamples, (b,), of all samples, and without each sample, (n,); of the difference of two pairs."""
+    """Values of the resamples (b,), of all samples (), and without each sample (n,), of a pair or a difference."""
     entry, filled, specification = specified(measure, options)
     _checks.random_key(key)
     resamples = _checks.whole("resamples", resamples, 2)
@@ -676,12 +680,12 @@ def _resampled(
     if not isinstance(level, (float, np.floating)) or not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1; got {_checks.shown(level)}.")
     names = ["x", "y"] if len(sets) == 2 else ["first[0]", "first[1]", "second[0]", "second[1]"]
-    ready = _real_samples(names, list(sets), positions, mask, missing, specification)
+    ready = _valid_samples(names, list(sets), positions, mask, missing, specification)
     n = ready[0].shape[0]
-    if n < _LEAST_RESAMPLED:
+    if n < _MIN_RESAMPLED:
         raise ValueError(
-            f"the bootstrap needs at least {_LEAST_RESAMPLED} samples; {n} are there. Of fewer, many resamples are "
-            "mostly copies, in which there is nothing to compare."
+            f"the bootstrap needs at least {_MIN_RESAMPLED} samples; got {n}. Resamples of fewer samples are mostly "
+            "copies of each other."
         )
     drawn = jax.random.randint(key, (resamples, n), 0, n)
     counts = jax.vmap(lambda row: jnp.bincount(row, length=n))(drawn)
@@ -701,7 +705,7 @@ def _resampled(
     else:
         raise ValueError(
             f"measure {entry.name!r} with these options has no bootstrap: copies of a sample would count as evidence, "
-            'or let it overfit. Take cka, hsic or distance_correlation with estimator="debiased", or rsa with '
+            'or cause overfitting. Use cka, hsic or distance_correlation with estimator="debiased", or rsa with '
             'comparison="pearson" or "cosine"; or use permutation_test.'
         )
     values = parts[0] if len(parts) == 1 else parts[0] - parts[1]
@@ -710,13 +714,13 @@ def _resampled(
 
 @partial(jax.jit, static_argnames="measure")
 def _weighted_values(f: Array, g: Array, units: Array, weights: Array, measure: PairMeasure) -> Array:
-    """The measure with samples weighted by w, (b, n): sums over different samples only."""
+    """The measure with samples weighted by w, (b, n): sums are over different samples only."""
     assert measure.centering is not None
     bootstrap = partial(measure.centering.bootstrap, weights=weights)
     cross, self_f, self_g = bootstrap(f, g), bootstrap(f, f), bootstrap(g, g)
     self_products = (self_f[:, None], self_g[:, None])
     units_fg = (jnp.full_like(self_products[0], units[0]), jnp.full_like(self_products[1], units[1]))
-    # `finish` of hsic divides by n (n - 3): the weighted product is already that many times the mean.
+    # `finish` of hsic divides by n (n - 3), which is a factor of the weighted product.
     inner = InnerProducts.of(
         cross[:, None, None], self_products, units_fg, jnp.full(cross.shape, f.shape[0], cross.dtype)
     )
@@ -739,7 +743,7 @@ def _interval(resampled: Array, value: Array, left_out: Array, level: float, met
 
 
 def _root_of_squares(measure: PairMeasure) -> Any:
-    """From a normalised inner product to the value: its root for distance correlation."""
+    """The function from a normalized inner product to the value: the root for distance correlation."""
 
     def finish(ratio: Array) -> Array:
         one = jnp.ones((*ratio.shape, 1), ratio.dtype)

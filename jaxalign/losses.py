@@ -1,15 +1,15 @@
-"""Alignment as a loss: differentiable distances between the geometries of two sets of features of the same samples.
+"""Alignment losses: differentiable distances between the geometries of two representations of the same samples.
 
-`alignment_loss` compares a batch of one network with the same batch of another, whatever the width, unit and offset of
-their features: bandwidths are scaled automatically, and gradients pass through them. Values and gradients are finite
-for any finite features:
+`alignment_loss` compares a batch of one network with the same batch of another. It does not depend on the width, unit
+and offset of features, as bandwidths are scaled automatically, and gradients pass through the bandwidths. Values and
+gradients are finite for all finite features:
 
-- where coincident samples alone exceed the density there is no sigma: all samples of that set then count as alike,
-  A = 1 everywhere, which says nothing. "cka" is 1 then; the gradient is 0;
-- with fewer real samples than a measure needs the loss is 0: there is nothing to compare.
+- If duplicates alone exceed the density, there is no sigma. All samples of that representation then count as similar (A
+  = 1 everywhere), "cka" is 1, and the gradient is 0.
+- With fewer valid samples than a measure needs, the loss is 0.
 
-The density is the mean over pairs of different samples, so it means the same in small batches. `FeatureQueue` adds past
-samples to a batch.
+The density is the mean over pairs of different samples, so it does not depend on the size of the batch. `FeatureQueue`
+adds past samples to a batch.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ Measure = Literal["cka", "affinity", "kl", "infonce"]
 ReductionOf = Literal["mean", "sum", "none"]
 
 _TEMPERATURE = 0.1
-_LEAST = {"cka": 4, "affinity": 2, "kl": 3, "infonce": 4}
-# Stands for log 0: exp of it is 0, and differences of two of them are finite.
-_LOG_NOTHING = -1e30
+_MIN_SAMPLES = {"cka": 4, "affinity": 2, "kl": 3, "infonce": 4}
+# Used as log 0: its exp is 0, and differences of two of them are finite.
+_LOG_ZERO = -1e30
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("x", "y", "valid", "cursor"), meta_fields=())
 @dataclass(frozen=True, repr=False)
 class FeatureQueue:
-    """Features of past batches in both networks, as in MoCo (He et al. 2020): a pytree, carried from step to step.
+    """A queue of past features of both networks, as in MoCo (He et al. 2020): a pytree to carry between steps.
 
     Made by `FeatureQueue.empty`.
 
     Attributes:
-        x: features in one network, shape (capacity, d1).
-        y: features of the same samples in the other, shape (capacity, d2).
+        x: features of the first network, shape (capacity, d1).
+        y: features of the same samples in the second network, shape (capacity, d2).
         valid: which slots hold a valid sample, shape (capacity,).
-        cursor: the slot of the next sample, a scalar.
+        cursor: index of the slot of the next sample, a scalar.
     """
 
-    x: Any  # not typed as arrays of jax: with tensors it serves torch
+    x: Any  # no array types: torch_losses uses queues of tensors
     y: Any
     valid: Any
     cursor: Any
@@ -86,10 +86,10 @@ class FeatureQueue:
         """A queue without samples.
 
         Args:
-            capacity: the number of samples that it can hold; the oldest are dropped first.
-            width_x: the number of features of a sample in one network.
-            width_y: the number of features in the other.
-            dtype: of the features.
+            capacity: the largest number of samples; the oldest are dropped first.
+            width_x: the number of features of the first network.
+            width_y: the number of features of the second network.
+            dtype: dtype of the features.
 
         Raises:
             ValueError: a number below 1.
@@ -114,12 +114,12 @@ class FeatureQueue:
         y: Numbers[Data, "n d2"],
         mask: Mask[Data, " n"] | None = None,
     ) -> FeatureQueue:
-        """The queue with a batch added, without gradients; this one does not change.
+        """Return a queue with a batch added, without gradients; this queue does not change.
 
         Args:
-            x: features, shape (n, d1); of more than the capacity the last ones.
+            x: features, shape (n, d1); if n exceeds the capacity, the last samples are kept.
             y: features of the same samples, shape (n, d2).
-            mask: shape (n,), True marks valid samples. The others take a slot, but do not count.
+            mask: shape (n,), True marks valid samples. Other samples use a slot but do not count.
 
         Raises:
             ValueError: shapes that do not fit the queue.
@@ -168,43 +168,43 @@ def alignment_loss(
     stop_gradient_sigma: bool = False,
     plan: Plan | None = None,
 ) -> Float[Array, "..."]:
-    """How far the geometry of x is from that of y, differentiable: to be minimised over the network that made x.
+    """The distance of the geometry of x from that of y, to be minimized over the network that computes x.
 
-    With A and B the kernels of x and y, by default auto-scaled RBF affinities:
+    With A and B the kernel matrices of x and y, by default auto-scaled RBF affinities:
 
-    - "cka": 1 - debiased CKA of A and B. 0 for equal geometry, 1 on average for unrelated sets.
-    - "affinity": mean_ij (A_ij - B_ij)^2, affinity matching as published. 0 for equal affinities.
-    - "kl": mean_i sum_j P_ij log(P_ij / Q_ij), P and Q the rows of B and A over j != i, each divided by its sum
+    - "cka": 1 - debiased CKA of A and B. 0 for equal geometry, 1 on average for unrelated representations.
+    - "affinity": mean_ij (A_ij - B_ij)^2, affinity matching. 0 for equal affinities.
+    - "kl": mean_i sum_j P_ij log(P_ij / Q_ij), with P and Q the rows of B and A over j != i, each divided by its sum
       (probabilistic knowledge transfer, Passalis & Tefas 2018, with this kernel). 0 for equal rows.
-    - "infonce": each sample's affinities to the landmarks in the one network have to find those of the same sample in
-      the other among all samples: cross-entropy of their correlations / temperature, mean of both directions (van den
-      Oord et al. 2018). Not 0 at y = x: the rows of different samples are correlated.
+    - "infonce": the row of a sample's affinities to landmarks in one network is matched to its row in the other network
+      among all samples: cross-entropy of row correlations / temperature, averaged over both directions (van den Oord et
+      al. 2018). Not 0 at y = x, as rows of different samples are correlated.
 
     Args:
-        x: features of the network that is trained, shape (..., n, d1).
+        x: features of the network in training, shape (..., n, d1).
         y: features of the same samples in the other network, shape (..., n, d2).
         measure: "cka", "affinity", "kl" or "infonce".
-        kernel: "rbf" or a `jaxalign.kernels.RBF`, which also holds sigma or its target density; "cka" takes any
-            kernel, see `jaxalign.measures.hsic`.
-        mask: shape (..., n), True marks valid samples: a padded last batch costs no recompilation.
-        queue: past samples that count as samples of the batch, without gradients. Not with leading batch dimensions.
-        landmarks: of "infonce": how many of the last samples are the landmarks. None: those in the queue, or half of
-            the batch. With a mask, the same fraction of the valid samples. sigma is solved for on the landmarks.
-        temperature: of "infonce".
-        reduction: "mean" over samples, "sum", or "none": one value per sample, (..., n), 0 where masked and, of
-            "infonce", for landmarks. "cka" has no value of a single sample: "mean" only.
-        stop_gradient_target: True: y is a constant, and x follows. False: both move.
-        stop_gradient_sigma: the bandwidths are constants in the gradient. The scale of x then gets a gradient,
-            although the loss does not depend on it.
+        kernel: "rbf" or a `jaxalign.kernels.RBF`, which also holds sigma or its target density; for "cka" any kernel,
+            see `jaxalign.measures.hsic`.
+        mask: shape (..., n), True marks valid samples. Padding the last batch avoids recompilation.
+        queue: past samples that are added to the batch, without gradients. Not for leading batch dimensions.
+        landmarks: for "infonce", the number of last samples that are landmarks. None: the samples in the queue, or half
+            of the batch. With a mask, the same fraction of the valid samples. sigma is solved for on the landmarks.
+        temperature: the temperature of "infonce".
+        reduction: "mean" over samples, "sum", or "none" for one value per sample, (..., n), which is 0 for masked
+            samples and for landmarks of "infonce". "cka" has only "mean", as it has no value per sample.
+        stop_gradient_target: True treats y as a constant; False passes gradients to x and y.
+        stop_gradient_sigma: True treats the bandwidths as constants in the gradient. The scale of x then has a
+            gradient, although the loss does not depend on it.
         plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
-        The loss, shape (...), or (..., n) for "none". Where no sigma can be found (samples that coincide, or a mask
-            that leaves 1 / density or fewer under a trace) all samples count as alike and the gradient is 0.
+        The loss, shape (...), or (..., n) for "none". If no sigma exists (duplicates, or under a trace a mask with 1 /
+            density or fewer valid samples), all samples count as similar and the gradient is 0.
 
     Raises:
         TypeError, ValueError: see `jaxalign.measures.hsic`; a reduction that the measure does not have; a batch too
-            small for the density, which names the smallest.
+            small for the density (the message names the smallest size).
 
     Example:
         >>> import jax, jaxalign
@@ -216,83 +216,89 @@ def alignment_loss(
         >>> round(float(jaxalign.losses.alignment_loss(3 * teacher + 1, teacher)), 4)
         0.0
     """
-    _checks.choice("measure", measure, tuple(_LEAST))
+    _checks.choice("measure", measure, tuple(_MIN_SAMPLES))
     _checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if measure == "cka" and reduction != "mean":
         raise ValueError(
-            f'reduction={_checks.shown(reduction)}: "cka" is one number for all samples and has "mean" only. '
-            'Measures with a value of each sample are "affinity", "kl" and "infonce".'
+            f'reduction={_checks.shown(reduction)}: "cka" is one number for all samples: use "mean", or '
+            'a measure with one value per sample, "affinity", "kl" or "infonce".'
         )
     if measure != "infonce" and landmarks is not None:
         got = _checks.shown(landmarks)
-        raise ValueError(f'landmarks={got} is for measure="infonce"; {measure!r} compares all with all.')
+        raise ValueError(f'landmarks={got} is an option of measure="infonce": leave it out for {measure!r}.')
     if measure != "infonce" and temperature != _TEMPERATURE:
-        raise ValueError(f'temperature={_checks.shown(temperature)} is for measure="infonce"; {measure!r} has none.')
+        got = _checks.shown(temperature)
+        raise ValueError(f'temperature={got} is an option of measure="infonce": leave it out for {measure!r}.')
     kernel, function = _check_kernel(kernel, measure, stop_gradient_sigma)
     plan = check_plan(plan)
-    named, what = (("x", x), ("y", y)), f'alignment_loss "{measure}"'
-    # Samples of a queue were not shifted, so these must not be either.
+    named, label = (("x", x), ("y", y)), f'alignment_loss "{measure}"'
+    # Samples in a queue are not centered, so the batch must not be either.
     center = queue is None
-    (x, y), mask = check_representations(named, mask, "raise", _LEAST[measure], what, MASK_ADVICE, center=center)
+    (x, y), mask = check_representations(named, mask, "raise", _MIN_SAMPLES[measure], label, MASK_ADVICE, center=center)
     if stop_gradient_target:
         y = lax.stop_gradient(y)
     n = x.shape[-2]
     if queue is not None:
         x, y, mask = _with_queue(x, y, mask, queue)
     if measure == "infonce" and plan.mesh is not None:
-        raise ValueError('measure="infonce" takes no mesh: call it inside jax.shard_map with Plan(axis_name=...).')
+        raise ValueError(
+            'measure="infonce" does not support a mesh: call it inside jax.shard_map with Plan(axis_name=...).'
+        )
     axis_name, plan = plan.axis_name, resolve_plan(plan, x, None, representations=2)
     if measure == "infonce":
         assert isinstance(kernel, RBF)
         devices = 1 if axis_name is None else plan.total_rows(1)
-        least = _least_landmarks(x, kernel) if kernel.solves else 0
-        m = _landmarks(landmarks, n, queue, least, devices)
-        return _contrast(x, y, mask, kernel, function, n, m, least, landmarks is None, temperature, reduction,
+        min_landmarks = _min_landmarks(x, kernel) if kernel.solves else 0
+        m = _landmarks(landmarks, n, queue, min_landmarks, devices)
+        return _contrast(x, y, mask, kernel, function, n, m, min_landmarks, landmarks is None, temperature, reduction,
                          axis_name, devices, queue is not None)  # fmt: skip
-    known = mask if queue is None else None  # how much of a queue is filled may be refused under no trace either
+    known = mask if queue is None else None  # a queue that is not full must not raise, with or without a trace
     sigmas, target = check_function(("x", "y"), (x, y), known, kernel, function, plan)
-    counts = jnp.arange(x.shape[-2]) < n  # the batch, not the queue
-    valid = jnp.broadcast_to(counts, x.shape[:-1])
+    in_batch = jnp.arange(x.shape[-2]) < n  # not in the queue
+    valid = jnp.broadcast_to(in_batch, x.shape[:-1])
     valid = valid if mask is None else valid & mask
     return _pair_loss(x, y, mask, valid, sigmas, target, measure, reduction, function, n, plan)
 
 
 def _check_kernel(kernel: Any, measure: Measure, constant_sigma: bool) -> tuple[Any, PairFunction]:
-    """The kernel, and what it gives a pair of samples of a batch, which may be all duplicates."""
+    """The kernel, and its pair function for batches, which may be all duplicates."""
     kernel = kernel_of(kernel)
     if measure != "cka" and not isinstance(kernel, RBF):
         raise ValueError(
             f'measure={measure!r} compares RBF affinities: kernel must be "rbf" or a jaxalign.kernels.RBF; got '
-            f'{_checks.shown(kernel)}. measure="cka" takes any kernel.'
+            f'{_checks.shown(kernel)}. measure="cka" supports any kernel.'
         )
     function = kernel_function(kernel)
     if constant_sigma and not function.solves:
-        raise ValueError(f"stop_gradient_sigma=True has no effect with {kernel!r}: no sigma is solved for.")
-    # The logarithm of the kernel, and its value at equal samples, are those of the kernel itself.
+        raise ValueError(
+            f"stop_gradient_sigma=True has no effect with {kernel!r}, whose sigma is not solved for: leave it out."
+        )
+    # The other measures use the kernel itself: its logarithm, or its value at equal samples.
     minus_one = function.minus_one and measure == "cka"
     return kernel, replace(function, duplicates_allowed=True, constant_sigma=constant_sigma, minus_one=minus_one)
 
 
 def multi_layer_loss(
-    x: Mapping[str, Any],  # arrays of jax or, with a loss of theirs, tensors of torch
+    x: Mapping[str, Any],  # JAX arrays, or torch tensors with a loss for tensors
     y: Mapping[str, Any],
     *,
     loss: Callable[[Any, Any], Any] = alignment_loss,
     weights: Mapping[str, float] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The weighted mean of the losses of several layers, and each of them.
+    """The weighted mean of the losses of several layers, and the loss of each layer.
 
     Args:
-        x: features of the layers of the network that is trained, by name.
-        y: what each is to be aligned with, by the same names.
-        loss: of two sets of features: `alignment_loss`, or `functools.partial(alignment_loss, measure="kl")` and so on.
-        weights: of the layers, by name; None: all alike. A layer that is not named has weight 0 and is not computed.
+        x: features of layers of the network in training, by name.
+        y: features to align each layer with, by the same names.
+        loss: a function of two representations: `alignment_loss`, `functools.partial(alignment_loss, measure="kl")` and
+            so on.
+        weights: weights of the layers, by name; None: equal weights. A layer without a weight is not computed.
 
     Returns:
-        sum w_l loss_l / sum w_l, and the losses by name.
+        sum_l w_l loss_l / sum_l w_l, and the losses by name.
 
     Raises:
-        ValueError: names that differ, no layers, a weight below 0 or all of them 0.
+        ValueError: names that differ, no layers, a negative weight, or only weights of 0.
 
     Example:
         >>> import jax, jaxalign
@@ -310,10 +316,10 @@ def multi_layer_loss(
     weights = dict.fromkeys(x, 1.0) if weights is None else weights
     unknown = sorted(set(weights) - set(x))
     if unknown:
-        there = _checks.shown(sorted(x))
-        raise ValueError(f"weights names layers that are not there: {_checks.shown(unknown)}. There are {there}.")
+        layers = _checks.shown(sorted(x))
+        raise ValueError(f"weights has layers that x does not have: {_checks.shown(unknown)}. x has {layers}.")
     if any(w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
-        raise ValueError(f"weights must be at least 0 and not all 0; got {_checks.shown(dict(weights))}.")
+        raise ValueError(f"weights must be at least 0, and not all 0; got {_checks.shown(dict(weights))}.")
     each = {name: loss(x[name], y[name]) for name in x if weights.get(name, 0.0) > 0}
     total = sum(weights[name] * value for name, value in each.items())
     return total / sum(weights.values()), each
@@ -324,10 +330,10 @@ def multi_layer_loss(
 
 def _with_queue(x: Array, y: Array, mask: Array | None, queue: FeatureQueue) -> tuple[Array, Array, Array]:
     if x.ndim != 2:
-        raise ValueError(f"a queue goes with a single batch of shape (n, d); got {x.shape}.")
+        raise ValueError(f"with a queue, x and y must be a single batch of shape (n, d); got {x.shape}.")
     for name, value, kept in (("x", x, queue.x), ("y", y, queue.y)):
         if value.shape[-1] != kept.shape[-1]:
-            raise ValueError(f"{name} has {value.shape[-1]} features, the queue {kept.shape[-1]}.")
+            raise ValueError(f"{name} has {value.shape[-1]} features, but the queue has {kept.shape[-1]}.")
     mask = jnp.ones(x.shape[:-1], bool) if mask is None else mask
     x, y = (jnp.concatenate((a, lax.stop_gradient(kept).astype(a.dtype))) for a, kept in ((x, queue.x), (y, queue.y)))
     return x, y, jnp.concatenate((mask, queue.valid))
@@ -341,7 +347,7 @@ def _pair_loss(
     x: Array,
     y: Array,
     mask: Array | None,
-    real: Array,
+    valid: Array,
     sigmas: Array | None,
     density: Array | None,
     measure: str,
@@ -354,35 +360,35 @@ def _pair_loss(
     if measure == "cka":
         inner = pair_products((x, y), 1, mask, sigmas, density, function, CENTERINGS["debiased"], rtol, plan)
         loss = jnp.where(inner.is_defined, 1 - inner.ratio(), jnp.nan)[..., 0, 0]
-        return jnp.where(inner.num_samples >= _LEAST["cka"], loss, 0)
+        return jnp.where(inner.num_samples >= _MIN_SAMPLES["cka"], loss, 0)
     of_rows = _affinity_rows if measure == "affinity" else _divergence_rows
 
     def local(
-        x: Array, _y: None, mask: Array | None, _mask_y: None, y: Array, real: Array, sigmas: Any, density: Any
+        x: Array, _y: None, mask: Array | None, _mask_y: None, y: Array, valid: Array, sigmas: Any, density: Any
     ) -> tuple[Array, Array]:
         prepared = prepare_representations((x, y), mask, sigmas, density, function, rtol, plan)
         rows = of_rows(prepared, function, plan)
-        real = real if mask is None else real & mask  # rows that were added to make them divide are masked
-        weights = real.astype(rows.dtype)
-        each = jnp.where(real, rows, 0)
+        valid = valid if mask is None else valid & mask  # the mask also excludes padding rows of the mesh
+        weights = valid.astype(rows.dtype)
+        each = jnp.where(valid, rows, 0)
         both = prepared[0].is_defined(function) & prepared[1].is_defined(function)
         each = jnp.where(both, each, jnp.nan)
         total, count = (over_devices(lax.psum, jnp.sum(a), plan.axis_name) for a in (each, weights))
         return each, total if reduction == "sum" else total / jnp.maximum(count, 1)
 
     rows = (ROWS_SECOND_LAST, ROWS_LAST, NO_ROWS, NO_ROWS)
-    each, total = on_mesh(local, plan, (x, None, mask, None), (y, real, sigmas, density), rows, (ROWS_LAST, NO_ROWS))
+    each, total = on_mesh(local, plan, (x, None, mask, None), (y, valid, sigmas, density), rows, (ROWS_LAST, NO_ROWS))
     return each[..., :n] if reduction == "none" else total
 
 
 def _affinity_rows(prepared: list[Representation], function: PairFunction, plan: Plan) -> Array:
     """mean_j (A_ij - B_ij)^2, (n,)."""
-    count = prepared[0].pairs.total(per_row=True) + 1  # the pair with itself, at which they agree, counts
+    count = prepared[0].pairs.total(per_row=True) + 1  # the pair of a sample with itself, whose difference is 0, counts
     return squared_differences(prepared, function)[:, 0] / count
 
 
 class _LogSums(NamedTuple):
-    """Of each row, with l the log affinities of the target, k those of the other; (r,)."""
+    """Sums of each row, (r,), with l the log affinities of the target and k those of x."""
 
     top: Array  # largest l
     total: Array  # sum exp(l - top)
@@ -392,18 +398,18 @@ class _LogSums(NamedTuple):
 
 
 def _divergence_rows(prepared: list[Representation], function: PairFunction, plan: Plan) -> Array:
-    """sum_j P_ij log(P_ij / Q_ij), (n,); sums of exponentials relative to the largest, which never vanish."""
+    """sum_j P_ij log(P_ij / Q_ij), (n,), from sums of exponentials relative to the largest, which cannot underflow."""
     del function  # the logarithm of the RBF kernel
     keep = Reduction(_logarithms, _log_sums, combine=_log_sums_of_both, init=_no_log_sums)
-    found = visit_pairs(keep, prepared)[1]
-    some = (found.total > 0) & (found.other_total > 0)
-    total, other = (jnp.where(some, a, 1) for a in (found.total, found.other_total))
-    log_ratio = jnp.log(other) - jnp.log(total) + jnp.where(some, found.other_top - found.top, 0)
-    return jnp.where(some, found.differences / total + log_ratio, 0)
+    sums = visit_pairs(keep, prepared)[1]
+    has_pairs = (sums.total > 0) & (sums.other_total > 0)
+    total, other = (jnp.where(has_pairs, a, 1) for a in (sums.total, sums.other_total))
+    log_ratio = jnp.log(other) - jnp.log(total) + jnp.where(has_pairs, sums.other_top - sums.top, 0)
+    return jnp.where(has_pairs, sums.differences / total + log_ratio, 0)
 
 
 def _logarithms(tile: Tile) -> tuple[Array, Array]:
-    """Of both affinities; -inf for pairs that do not count."""
+    """Log affinities of x and y; -inf for pairs that do not count."""
     counts = tile.apply_weights(jnp.ones_like(tile.distances[0])) > 0
 
     def log(k: int) -> Array:
@@ -417,19 +423,19 @@ def _logarithms(tile: Tile) -> tuple[Array, Array]:
 def _log_sums(terms: tuple[Array, Array], tile: Tile) -> tuple[tuple[()], _LogSums]:
     del tile
     counts = jnp.isfinite(terms[0])
-    own, target = (jnp.where(counts, logs, 0) for logs in terms)
+    student, target = (jnp.where(counts, logs, 0) for logs in terms)
 
     def relative(logs: Array) -> tuple[Array, Array]:
-        top = lax.stop_gradient(jnp.max(jnp.where(counts, logs, _LOG_NOTHING), 1))
+        top = lax.stop_gradient(jnp.max(jnp.where(counts, logs, _LOG_ZERO), 1))
         return top, jnp.where(counts, jnp.exp(logs - top[:, None]), 0)
 
-    (top, p), (other_top, q) = relative(target), relative(own)
-    total, differences, other = (jnp.sum(a, 1) for a in (p, p * (target - own), q))
+    (top, p), (other_top, q) = relative(target), relative(student)
+    total, differences, other = (jnp.sum(a, 1) for a in (p, p * (target - student), q))
     return (), _LogSums(top, total, differences, other_top, other)
 
 
 def _log_sums_of_both(a: Any, b: Any) -> Any:
-    if not isinstance(a, _LogSums):  # rows that are not asked for
+    if not isinstance(a, _LogSums):  # results that are not requested
         return a
     top, other_top = jnp.maximum(a.top, b.top), jnp.maximum(a.other_top, b.other_top)
     of_a, of_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
@@ -441,15 +447,15 @@ def _log_sums_of_both(a: Any, b: Any) -> Any:
 def _no_log_sums(like: Any) -> Any:
     if not isinstance(like, _LogSums):
         return like
-    zero, least = jnp.zeros_like(like.total), jnp.full_like(like.top, _LOG_NOTHING)
-    return _LogSums(least, zero, zero, least, zero)
+    zero, lowest = jnp.zeros_like(like.total), jnp.full_like(like.top, _LOG_ZERO)
+    return _LogSums(lowest, zero, zero, lowest, zero)
 
 
-# --- contrast over landmarks ------------------------------------------------------------------------------------------
+# --- InfoNCE over landmarks -------------------------------------------------------------------------------------------
 
 
-def _least_landmarks(x: Array, kernel: RBF) -> int:
-    """How many landmarks it takes that the ones on their diagonal alone do not reach the density."""
+def _min_landmarks(x: Array, kernel: RBF) -> int:
+    """The smallest number of landmarks for which the ones on the diagonal alone are below the density."""
     density = kernel.density
     if kernel.diagonal == "exclude" or not _checks.is_concrete(density):
         return 0
@@ -458,35 +464,35 @@ def _least_landmarks(x: Array, kernel: RBF) -> int:
     return math.floor(1 / float(np.min(_checks.on_host(density)))) + 1
 
 
-def _landmarks(landmarks: int | None, n: int, queue: FeatureQueue | None, least: int, devices: int) -> int:
-    """How many of the last rows, the queue included, are landmarks; of each device where several share the batch.
+def _landmarks(landmarks: int | None, n: int, queue: FeatureQueue | None, minimum: int, devices: int) -> int:
+    """The number of last rows (with the queue) that are landmarks, per device if several share the batch.
 
-    Those of the queue, or half of the batch, and more where the density needs more.
+    By default those of the queue, or half of the batch, but at least the minimum for the density.
     """
     past = 0 if queue is None else queue.valid.shape[0]
     if landmarks is not None:
         most = n + past - 2
-        return _checks.whole("landmarks", landmarks, 2, most, most_is="n - 2 = ", otherwise=", the last of the samples")
-    return min(max(past or n // 2, -(-least // devices)), n + past - _queries(devices))
+        return _checks.whole("landmarks", landmarks, 2, most, of=" of last samples", most_is="n - 2 = ")
+    return min(max(past or n // 2, -(-minimum // devices)), n + past - _queries(devices))
 
 
 def _queries(devices: int) -> int:
-    """How many samples of a device are looked up at least, two of all."""
+    """The smallest number of queries per device; there must be two in total."""
     return 2 if devices == 1 else 1
 
 
-def _check_landmarks(density: Any, least: int, counts: Any, devices: int) -> None:
-    """Raise where there are fewer landmarks than the density needs."""
-    found = int(np.min(counts))
-    if found >= least:
+def _check_landmarks(density: Any, minimum: int, counts: Any, devices: int) -> None:
+    """Raise if there are fewer landmarks than the density needs."""
+    count = int(np.min(counts))
+    if count >= minimum:
         return
-    asked = float(np.min(_checks.on_host(density)))
-    batch = devices * (-(-least // devices) + _queries(devices))
+    target = float(np.min(_checks.on_host(density)))
+    batch = devices * (-(-minimum // devices) + _queries(devices))
     raise ValueError(
-        f'density = {asked} cannot be reached with {found} landmarks, as measure="infonce" has them here: the ones on '
-        f"the diagonal alone give 1/{found} = {1 / max(found, 1):.4g}. Leave them out of the mean with "
-        f'RBF(diagonal="exclude"), the default, use a density above that, or {least} landmarks: a batch of {batch} '
-        f"valid samples without landmarks=, or a queue of {least}."
+        f'density = {target} cannot be reached with {count} landmarks, which measure="infonce" uses here: the ones on '
+        f"the diagonal alone give 1/{count} = {1 / max(count, 1):.4g}. Leave them out of the mean with "
+        f'RBF(diagonal="exclude"), the default, use a density above that, or use {minimum} landmarks: a batch of '
+        f"{batch} valid samples without landmarks=, or a queue of {minimum}."
     )
 
 
@@ -498,8 +504,8 @@ def _contrast(
     function: PairFunction,
     n: int,
     m: int,
-    least: int,
-    chosen: bool,
+    min_landmarks: int,
+    is_default: bool,
     temperature: float,
     reduction: str,
     axis_name: str | None,
@@ -509,66 +515,68 @@ def _contrast(
     _checks.positive("temperature", temperature)
     rows = x.shape[-2]
     last, queries = jnp.arange(rows - m, rows), jnp.arange(min(n, rows - m))
-    of_last = None if mask is None else mask[..., last]
+    mask_last = None if mask is None else mask[..., last]
     if mask is not None and not has_queue:
-        last, of_last, queries = _last_real(mask, m, least if chosen else 0)
+        last, mask_last, queries = _last_valid(mask, m, min_landmarks if is_default else 0)
 
-    def every(a: Array, axis: int) -> Array:
-        """Of all devices."""
+    def all_devices(a: Array, axis: int) -> Array:
+        """The rows of all devices."""
         return a if axis_name is None else lax.all_gather(a, axis_name, axis=axis % a.ndim, tiled=True)
 
-    def some(a: Array, which: Array) -> Array:
+    def take(a: Array, which: Array) -> Array:
         which = jnp.broadcast_to(which, (*x.shape[:-2], which.shape[-1]))
         return jnp.take_along_axis(a, which[..., None], -2) if a.ndim == x.ndim else jnp.take_along_axis(a, which, -1)
 
-    of_landmarks = tuple(every(some(a, last), -2) for a in (x, y))
-    landmark_mask = None if of_last is None else every(of_last, -1)
+    landmark_features = tuple(all_devices(take(a, last), -2) for a in (x, y))
+    landmark_mask = None if mask_last is None else all_devices(mask_last, -1)
     known = None if has_queue else landmark_mask
     is_known = known is not None and _checks.is_concrete(known)
-    counts = _checks.on_host(known).sum(-1) if is_known else of_landmarks[0].shape[-2]
-    _check_landmarks(kernel.density, least, counts, devices)
-    sigmas, target = check_function(("x", "y"), of_landmarks, known, kernel, function, STORED)
-    of_samples = jnp.ones(x.shape[:-1], bool) if mask is None else mask
-    real = some(of_samples, queries)
-    relative, found = [], jnp.ones(x.shape[:-2], bool)
-    for k, (rows_of, at) in enumerate(zip((x, y), of_landmarks, strict=True)):
+    counts = _checks.on_host(known).sum(-1) if is_known else landmark_features[0].shape[-2]
+    _check_landmarks(kernel.density, min_landmarks, counts, devices)
+    sigmas, target = check_function(("x", "y"), landmark_features, known, kernel, function, STORED)
+    sample_mask = jnp.ones(x.shape[:-1], bool) if mask is None else mask
+    valid = take(sample_mask, queries)
+    relative, solved = [], jnp.ones(x.shape[:-2], bool)
+    for k, (features, landmark_rows) in enumerate(zip((x, y), landmark_features, strict=True)):
         if sigmas is not None:
             width = sigmas[..., k]
         else:
-            width, status = solve_bandwidth_jit(at, landmark_mask, target, function, check_rtol(None, x.dtype), STORED)
-            found &= status == CONVERGED
-        found &= is_bandwidth(width)
-        a = _affinity(some(rows_of, queries), at, width, real, landmark_mask)
+            width, status = solve_bandwidth_jit(
+                landmark_rows, landmark_mask, target, function, check_rtol(None, x.dtype), STORED
+            )
+            solved &= status == CONVERGED
+        solved &= is_bandwidth(width)
+        a = _affinity(take(features, queries), landmark_rows, width, valid, landmark_mask)
         relative.append(_unit_rows(a, landmark_mask))
-    of_x, of_y = relative
-    place = 0 if axis_name is None else lax.axis_index(axis_name) * real.shape[-1]
+    rows_x, rows_y = relative
+    place = 0 if axis_name is None else lax.axis_index(axis_name) * valid.shape[-1]
     each = 0.5 * (
-        _cross_entropy(of_x, every(of_y, -2), every(real, -1), temperature, place)
-        + _cross_entropy(of_y, every(of_x, -2), every(real, -1), temperature, place)
+        _cross_entropy(rows_x, all_devices(rows_y, -2), all_devices(valid, -1), temperature, place)
+        + _cross_entropy(rows_y, all_devices(rows_x, -2), all_devices(valid, -1), temperature, place)
     )
     finite = jnp.isfinite(x).all(-1) & jnp.isfinite(y).all(-1)
-    holes = jnp.sum(of_samples & ~finite, -1)
-    each = jnp.where(real, each, 0)
-    whole = found & (over_devices(lax.psum, holes, axis_name) == 0)
-    each = jnp.where(whole[..., None], each, jnp.nan)
+    non_finite = jnp.sum(sample_mask & ~finite, -1)
+    each = jnp.where(valid, each, 0)
+    is_defined = solved & (over_devices(lax.psum, non_finite, axis_name) == 0)
+    each = jnp.where(is_defined[..., None], each, jnp.nan)
     if reduction == "none":
-        nothing = jnp.zeros((*x.shape[:-2], n), each.dtype)
-        return jnp.put_along_axis(nothing, jnp.broadcast_to(queries, each.shape), each, -1, inplace=False)
-    total, count = (over_devices(lax.psum, jnp.sum(a, -1), axis_name) for a in (each, real.astype(each.dtype)))
+        zeros = jnp.zeros((*x.shape[:-2], n), each.dtype)
+        return jnp.put_along_axis(zeros, jnp.broadcast_to(queries, each.shape), each, -1, inplace=False)
+    total, count = (over_devices(lax.psum, jnp.sum(a, -1), axis_name) for a in (each, valid.astype(each.dtype)))
     return total if reduction == "sum" else total / jnp.maximum(count, 1)
 
 
-def _last_real(mask: Array, m: int, least: int) -> tuple[Array, Array, Array]:
-    """Which samples are landmarks, (..., m), which of those count, and which are looked up, (..., n - m).
+def _last_valid(mask: Array, m: int, minimum: int) -> tuple[Array, Array, Array]:
+    """Indices of landmarks (..., m), whether each counts, and indices of queries (..., n - m).
 
-    Of r real samples the last m r / n are landmarks, or `least` if that is more and leaves two to be looked up: as many
-    as in a batch of that size without padding.
+    Of r valid samples the last m r / n are landmarks, or `minimum` if that is more and leaves two queries: as many as
+    in a batch of r samples without padding.
     """
     n = mask.shape[-1]
-    order = jnp.argsort(mask, -1, stable=True).astype(jnp.int32)  # the real ones come last
-    real = jnp.sum(mask, -1, keepdims=True, dtype=jnp.int32)
-    share = m * real // n
-    spare = m - jnp.where(real >= least + 2, jnp.maximum(share, least), share)
+    order = jnp.argsort(mask, -1, stable=True).astype(jnp.int32)  # valid samples come last
+    count = jnp.sum(mask, -1, keepdims=True, dtype=jnp.int32)
+    share = m * count // n
+    spare = m - jnp.where(count >= minimum + 2, jnp.maximum(share, minimum), share)
     place = jnp.arange(n, dtype=jnp.int32)
     queries = jnp.take_along_axis(order, spare + place[: n - m], -1)
     return order[..., n - m :], place[:m] >= spare, queries
@@ -576,12 +584,12 @@ def _last_real(mask: Array, m: int, least: int) -> tuple[Array, Array, Array]:
 
 @jax.jit
 def _affinity(x: Array, y: Array, sigma: Array, mask: Array, mask_y: Array | None) -> Array:
-    # Compiled, so that what a mask leaves is no error here either: a queue may be empty.
+    # Under jit a mask with too few valid samples does not raise: a queue may be empty.
     return rbf_affinity(x, y, sigma, mask=mask, mask_y=mask_y)
 
 
 def _unit_rows(a: Array, mask: Array | None) -> Array:
-    """Rows less their mean over the real landmarks, of unit length, or 0."""
+    """Rows minus their mean over valid landmarks, scaled to unit norm; constant rows become 0."""
     weight = jnp.ones_like(a) if mask is None else jnp.broadcast_to(mask[..., None, :], a.shape).astype(a.dtype)
     mean = jnp.sum(a * weight, -1, keepdims=True) / jnp.maximum(jnp.sum(weight, -1, keepdims=True), 1)
     a = (a - mean) * weight
@@ -589,10 +597,11 @@ def _unit_rows(a: Array, mask: Array | None) -> Array:
     return unit(jnp.where(varies, a, 0))
 
 
-def _cross_entropy(own: Array, others: Array, real: Array, temperature: float, place: Array | int) -> Array:
-    """-log softmax of the right one, (..., n)."""
-    logits = jnp.einsum("...im,...jm->...ij", own, others, precision=lax.Precision.HIGHEST) / temperature
-    logits = jnp.where(real[..., None, :], logits, -jnp.inf)
-    right = jnp.sum(own * lax.dynamic_slice_in_dim(others, place, own.shape[-2], -2), -1) / temperature
-    top = lax.stop_gradient(jnp.maximum(jnp.max(logits, -1), _LOG_NOTHING))
-    return top + jnp.log(jnp.maximum(jnp.sum(jnp.exp(logits - top[..., None]), -1), 1e-30)) - right
+def _cross_entropy(queries: Array, candidates: Array, valid: Array, temperature: float, place: Array | int) -> Array:
+    """-log softmax of the matching candidate, (..., n)."""
+    logits = jnp.einsum("...im,...jm->...ij", queries, candidates, precision=lax.Precision.HIGHEST) / temperature
+    logits = jnp.where(valid[..., None, :], logits, -jnp.inf)
+    matching = lax.dynamic_slice_in_dim(candidates, place, queries.shape[-2], -2)
+    target = jnp.sum(queries * matching, -1) / temperature
+    top = lax.stop_gradient(jnp.maximum(jnp.max(logits, -1), _LOG_ZERO))
+    return top + jnp.log(jnp.maximum(jnp.sum(jnp.exp(logits - top[..., None]), -1), 1e-30)) - target

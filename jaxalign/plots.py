@@ -1,7 +1,7 @@
-"""Pictures of affinities, colours, matches, comparisons and bandwidths, readable at the size of a paper's column.
+"""Figures of affinities, colors, matches, comparisons and bandwidths, legible at the width of a paper's column.
 
-Every function draws into the axes (or the figure) that it is given, or into new ones, and returns them. Colours are
-told apart by colour-blind readers too. Needs matplotlib, the extra [viz], imported when something is drawn.
+Every function draws into the axes (or figure) passed to it, or into new ones, and returns them. Color-blind readers can
+distinguish the colors. Needs matplotlib (the extra [viz]), which is imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from jaxalign.measures import rdm
 def affinity(
     a: Numbers[Data, "n m"], *, groups: Int[AnyArray, " n"] | Sequence[Any] | None = None, ax: Any = None
 ) -> Any:
-    """An affinity matrix, its colours by the square root, as most entries are small.
+    """Draw an affinity matrix. Colors scale with the square root, as most entries are small.
 
     Args:
         a: entries from 0 to 1, shape (n, m).
-        groups: shape (n,): rows and columns are sorted by it, and the groups named. Only for a square affinity.
+        groups: shape (n,), group of each sample: rows and columns are sorted by group and labeled. Only for a square
+            affinity.
         ax: axes to draw into.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: groups of another length, or of an affinity that is not square.
+        ValueError: groups of another length, or for an affinity that is not square.
 
     Example:
         >>> import jax, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
@@ -52,20 +53,22 @@ def affinity(
         raise ValueError(f"a must have shape (n, m); got {values.shape}.")
     ax = _draw.axes(ax, (4.2, 3.6))
     if groups is not None:
-        of = np.asarray(groups)
-        if values.shape != (len(of), len(of)):
-            raise ValueError(f"groups has {len(of)} entries, the affinity has shape {values.shape}.")
-        order = np.argsort(of, kind="stable")
+        labels = np.asarray(groups)
+        if values.shape != (len(labels), len(labels)):
+            raise ValueError(
+                f"groups has {len(labels)} entries, but the affinity has shape {values.shape}: both need n samples."
+            )
+        order = np.argsort(labels, kind="stable")
         values = values[np.ix_(order, order)]
-        names, first, counts = np.unique(of[order], return_index=True, return_counts=True)
+        names, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
         for ticks in (ax.set_xticks, ax.set_yticks):
             ticks(first + (counts - 1) / 2, [str(name) for name in names])
         ax.tick_params(length=0)
         for edge in first[1:] - 0.5:
             ax.axhline(edge, color="white", lw=0.4)
             ax.axvline(edge, color="white", lw=0.4)
-    picture = ax.imshow(values, norm=PowerNorm(0.5, 0, 1), cmap="viridis", interpolation="nearest")
-    ax.figure.colorbar(picture, ax=ax, label="affinity")
+    image = ax.imshow(values, norm=PowerNorm(0.5, 0, 1), cmap="viridis", interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, label="affinity")
     ax.set_title(f"mean {values.mean():.3f}", fontsize=10)
     return ax
 
@@ -77,65 +80,69 @@ def color_panels(
     scores: Mapping[str, str] | None = None,
     figure: Any = None,
 ) -> Any:
-    """Colours of patches as small images: a line for each network, a block of columns for each group.
+    """Draw colors of patches as small images: one row per network, one block of columns per group.
 
     Args:
-        groups: {"before": {network: colours}, "after": {...}}, colours (pictures, h, w, 3) from 0 to 1, see
+        groups: {"before": {network: colors}, "after": {...}}, with colors from 0 to 1, shape (pictures, h, w, 3), see
             `jaxalign.rgb`; the same networks in every group.
-        pictures: the images themselves, (pictures, H, W, 3), drawn above.
-        scores: a line of text for each group, below its name.
+        pictures: the images to draw above the colors, shape (pictures, H, W, 3).
+        scores: a line of text below the name of each group.
         figure: figure to draw into.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: no group; groups of different networks; colours of another shape; another number of pictures.
+        ValueError: no groups; groups with different networks; colors of another shape; another number of pictures.
 
     Example:
         >>> import numpy as np, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
-        >>> colours = {"vit": np.random.default_rng(0).random((2, 16, 16, 3))}
-        >>> len(jaxalign.plots.color_panels({"before": colours, "after": colours}).axes)
+        >>> colors = {"vit": np.random.default_rng(0).random((2, 16, 16, 3))}
+        >>> len(jaxalign.plots.color_panels({"before": colors, "after": colors}).axes)
         4
     """
     if not groups:
-        raise ValueError("groups is empty.")
+        raise ValueError("groups is empty: pass at least one group of networks.")
     networks = list(next(iter(groups.values())))
-    shown = {group: {name: np.asarray(one) for name, one in found.items()} for group, found in groups.items()}
-    number = {one.shape[0] for found in shown.values() for one in found.values() if one.ndim == 4}
-    for group, found in shown.items():
-        if list(found) != networks:
-            raise ValueError(f"the networks of {group!r} are {list(found)}, those of the first group {networks}.")
-        for name, one in found.items():
-            if one.ndim != 4 or one.shape[-1] != 3:
+    arrays = {group: {name: np.asarray(a) for name, a in members.items()} for group, members in groups.items()}
+    counts = {colors.shape[0] for members in arrays.values() for colors in members.values() if colors.ndim == 4}
+    for group, members in arrays.items():
+        if list(members) != networks:
+            raise ValueError(
+                f"all groups must have the same networks; the networks of {group!r} are {list(members)}, those of the "
+                f"first group {networks}."
+            )
+        for name, colors in members.items():
+            if colors.ndim != 4 or colors.shape[-1] != 3:
                 raise ValueError(
-                    f"colours of {name!r} in {group!r} must have shape (pictures, h, w, 3); got {one.shape}."
+                    f"colors of {name!r} in {group!r} must have shape (pictures, h, w, 3); got {colors.shape}."
                 )
     images = None if pictures is None else np.asarray(pictures)
-    if len(number) != 1 or (images is not None and len(images) not in number):
+    if len(counts) != 1 or (images is not None and len(images) not in counts):
         raise ValueError(
-            f"colours are of {sorted(number)} pictures" + ("" if images is None else f", pictures are {len(images)}.")
+            f"colors and pictures must be of the same number of pictures; colors are of {sorted(counts)}"
+            + ("." if images is None else f", pictures are {len(images)}.")
         )
-    (count,) = number
+    (count,) = counts
     lines = len(networks) + (images is not None)
     labels = {name: name if "\n" in name else name.replace(" ", "\n", 1) for name in networks}
     beside = 0.15 + max(0.085 * len(part) for label in labels.values() for part in label.split("\n"))  # inches
     if figure is None:
         figure = _draw.pyplot().figure(figsize=(1.15 * count * len(groups) + beside + 0.05, 1.15 * lines + 0.5))
-    # Placed by hand: a layout engine is slow with so many axes, and would leave gaps between patches of one block.
+    # Without a layout engine, which is slow for many axes and leaves gaps within blocks.
     width, height = figure.get_size_inches()
     left, top, gap = beside / width, 1 - (0.5 if scores else 0.3) / height, 0.12 / width
     step = ((1 - left - 0.05 / width) - gap * (len(groups) - 1)) / (count * len(groups)), (top - 0.03 / height) / lines
-    for g, (group, found) in enumerate(shown.items()):
+    for g, (group, members) in enumerate(arrays.items()):
         start = left + g * (count * step[0] + gap)
         title = group + (f"\n{scores[group]}" if scores and group in scores else "")
         figure.text(start + count * step[0] / 2, 1 - 0.06 / height, title, ha="center", va="top", fontsize=9)
-        stacked = [*([("", images)] if images is not None else []), *found.items()]
-        for line, (name, ones) in enumerate(stacked):
-            for k, one in enumerate(ones):
+        stacked = [*([("", images)] if images is not None else []), *members.items()]
+        for line, (name, panels) in enumerate(stacked):
+            for k, panel in enumerate(panels):
                 box = (start + k * step[0], top - (line + 1) * step[1], step[0] * 0.97, step[1] * 0.97)
                 ax = figure.add_axes(box)
-                ax.imshow(one, interpolation="nearest" if name else "antialiased")
+                ax.imshow(panel, interpolation="nearest" if name else "antialiased")
                 ax.set_axis_off()
             if g == 0 and name:
                 y = top - (line + 0.5) * step[1]
@@ -161,66 +168,66 @@ def matches(
     near: float = 2.0,
     axes: Any = None,
 ) -> Any:
-    """Lines from patches in one network to those that they match in another, coloured by whether they are right.
+    """Draw lines from patches in one network to their matches in another, colored by their error.
 
     Args:
-        left: the picture of the patches looked up, (H, W, 3).
-        right: the picture of those they are found in.
-        positions: (row, column) of patch q in the grid, the same in both, shape (q, 2).
-        index: which of the q each matches, as `Correspondence.index`.
-        grid: (rows, columns) of the whole picture.
-        shown: how many lines, spread evenly.
-        near: up to so many patches off counts as near.
+        left: the image of the query patches, shape (H, W, 3).
+        right: the image of the matched patches, shape (H, W, 3).
+        positions: (row, column) of each patch in the grid, the same in both images, shape (q, 2).
+        index: index of the match of each patch, as `Correspondence.index`, shape (q,).
+        grid: (rows, columns) of the whole image.
+        shown: the number of lines, spread evenly.
+        near: the largest error, in patches, that counts as near.
         axes: two axes to draw into.
 
     Returns:
         The two axes.
 
     Raises:
-        ValueError: positions and index of different length.
+        ValueError: positions and index of different lengths.
 
     Example:
         >>> import numpy as np, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
-        >>> picture = np.zeros((64, 64, 3)); where = np.argwhere(np.ones((4, 4)))
-        >>> left, right = jaxalign.plots.matches(picture, picture, where, np.arange(16), (4, 4))
+        >>> image = np.zeros((64, 64, 3)); positions = np.argwhere(np.ones((4, 4)))
+        >>> left, right = jaxalign.plots.matches(image, image, positions, np.arange(16), (4, 4))
     """
     from matplotlib.patches import ConnectionPatch
 
-    where, found = np.asarray(positions), np.asarray(index)
-    if where.shape != (len(found), 2):
-        raise ValueError(f"positions must have shape (q, 2) for q = {len(found)} matches; got {where.shape}.")
+    places, target = np.asarray(positions), np.asarray(index)
+    if places.shape != (len(target), 2):
+        raise ValueError(f"positions must have shape (q, 2) for q = {len(target)} matches; got {places.shape}.")
     if axes is None:
         axes = _draw.pyplot().subplots(1, 2, figsize=(7, 3.4), gridspec_kw={"wspace": 0.2})[1]
     assert axes is not None
-    for ax, picture in zip(axes, (left, right), strict=True):
-        ax.imshow(np.asarray(picture))
+    for ax, image in zip(axes, (left, right), strict=True):
+        ax.imshow(np.asarray(image))
         ax.set_axis_off()
-    sizes = [np.asarray(picture.shape[:2]) / grid for picture in (left, right)]
-    for query in np.unique(np.linspace(0, len(found) - 1, min(shown, len(found))).round().astype(int)):
-        off = np.abs(where[found[query]] - where[query]).max()
-        colour = _draw.BLUE if off == 0 else _draw.ORANGE if off <= near else _draw.VERMILION
-        start, end = ((where[k] + 0.5) * size for k, size in zip((query, found[query]), sizes, strict=True))
+    sizes = [np.asarray(image.shape[:2]) / grid for image in (left, right)]
+    for query in np.unique(np.linspace(0, len(target) - 1, min(shown, len(target))).round().astype(int)):
+        error = np.abs(places[target[query]] - places[query]).max()
+        color = _draw.BLUE if error == 0 else _draw.ORANGE if error <= near else _draw.VERMILION
+        start, end = ((places[k] + 0.5) * size for k, size in zip((query, target[query]), sizes, strict=True))
         ends = (start[1], start[0]), (end[1], end[0])
-        line = ConnectionPatch(*ends, "data", "data", axesA=axes[0], axesB=axes[1], color=colour, lw=1.4, alpha=0.9)
+        line = ConnectionPatch(*ends, "data", "data", axesA=axes[0], axesB=axes[1], color=color, lw=1.4, alpha=0.9)
         line.set_in_layout(False)
         axes[0].figure.add_artist(line)
         for ax, (y, x) in zip(axes, (start, end), strict=True):
-            ax.plot(x, y, "o", color=colour, ms=5, mec="white", mew=0.7)
+            ax.plot(x, y, "o", color=color, ms=5, mec="white", mew=0.7)
     return axes
 
 
 def match_legend(figure: Any, *, near: float = 2.0) -> None:
-    """What the colours of `matches` mean, below a figure.
+    """Draw the legend of `matches` below a figure.
 
     Args:
         figure: the figure.
-        near: up to so many patches off counts as near, as it was given to `matches`.
+        near: the largest error, in patches, that counts as near, as passed to `matches`.
 
     Returns:
-        Nothing.
+        None.
 
     Raises:
-        Nothing.
+        No errors.
 
     Example:
         >>> import jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
@@ -231,24 +238,24 @@ def match_legend(figure: Any, *, near: float = 2.0) -> None:
 
     off = f"at most {'two' if near == 2 else f'{near:g}'} patch{'' if near == 1 else 'es'} off"
     meaning = {_draw.BLUE: "the same patch", _draw.ORANGE: off, _draw.VERMILION: "elsewhere"}
-    handles = [Line2D([], [], color=colour, lw=2, label=label) for colour, label in meaning.items()]
+    handles = [Line2D([], [], color=color, lw=2, label=label) for color, label in meaning.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
 
 
 def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level: float = 0.05, ax: Any = None) -> Any:
-    """A comparison grid as a heat map with its values, the first row on top; more alike is brighter, for distances too.
+    """Draw a comparison grid as a heat map with values; more similar is brighter, also for distances.
 
     Args:
-        compared: from `compare_grid`.
-        test: of the same sets, from `permutation_test`: values that are not beyond chance stand in brackets.
-        level: the family's error: `test.corrected` above it is not beyond chance.
+        compared: a grid from `compare_grid`.
+        test: a `permutation_test` of the same representations: values that are not significant are in brackets.
+        level: family-wise error rate: values with `test.corrected` above it are not significant.
         ax: axes to draw into.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: a test of other sets.
+        ValueError: a test of other representations.
 
     Example:
         >>> import jax, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
@@ -260,7 +267,10 @@ def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level
     significant = None
     if test is not None:
         if (test.rows, test.columns) != (compared.rows, compared.columns):
-            raise ValueError(f"the test is of {test.rows} with {test.columns}, the grid of others.")
+            raise ValueError(
+                f"the test is of {test.rows} with {test.columns}, but the grid is of {compared.rows} with "
+                f"{compared.columns}."
+            )
         significant = np.asarray(test.corrected) <= level
     note = "" if test is None else f"\n(in brackets: p > {level:g})"
     return _draw.heat_map(
@@ -282,20 +292,20 @@ def layers(
     label: str | None = None,
     ax: Any = None,
 ) -> Any:
-    """Values along the layers of a network: one line for each thing that the layers are compared with.
+    """Draw values along the layers of a network, one line per comparison.
 
     Args:
-        curves: {name: (layers,)}, or a `ComparisonGrid`: its rows are the layers and each of its columns is a line.
-        names: of the layers, below the axis. Default: those of the grid, or their numbers.
-        intervals: {name: (low, high)}, each (layers,), as bands.
-        label: of the vertical axis. Default: the measure.
+        curves: {name: values}, shape (layers,); or a `ComparisonGrid`, whose rows are layers and columns are lines.
+        names: names of the layers, below the axis. Default: those of the grid, or their numbers.
+        intervals: {name: (low, high)}, each of shape (layers,), drawn as bands.
+        label: label of the vertical axis. Default: the measure.
         ax: axes to draw into.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: lines of different length.
+        ValueError: lines of different lengths; another number of names.
 
     Example:
         >>> import numpy as np, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
@@ -310,31 +320,31 @@ def layers(
     lines = {name: np.asarray(values) for name, values in curves.items()}
     lengths = {values.shape for values in lines.values()}
     if len(lengths) != 1 or len(next(iter(lengths))) != 1:
-        raise ValueError(f"every line must have one value a layer; got shapes {sorted(lengths)}.")
+        raise ValueError(f"every line must have one value per layer; got shapes {sorted(lengths)}.")
     count = next(iter(lengths))[0]
-    told = [str(k + 1) for k in range(count)] if names is None else list(map(_draw.text, names))
-    if len(told) != count:
-        raise ValueError(f"names are {len(told)}, the layers {count}.")
+    labels = [str(k + 1) for k in range(count)] if names is None else list(map(_draw.text, names))
+    if len(labels) != count:
+        raise ValueError(f"names must have one name per layer; got {len(labels)} names for {count} layers.")
     many = len(lines) > len(_draw.CYCLE)
     columns = 1 + (len(lines) - 1) // 16 if many else 1 + len(lines) // 9
     beside = columns * (0.5 + 0.06 * max(map(len, map(_draw.text, lines)))) if many else 0.0  # inches, of the legend
     width = 4.6 if names is None else max(4.6, 0.2 * count)
-    ax = _draw.axes(ax, (0.6 + width + beside, 2.8 + (0 if names is None else 0.075 * max(map(len, told)))))
+    ax = _draw.axes(ax, (0.6 + width + beside, 2.8 + (0 if names is None else 0.075 * max(map(len, labels)))))
     plt = _draw.pyplot()
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(lines))) if many else _draw.CYCLE
-    for colour, marker, (name, values) in zip(colours, "osD^vP" * len(lines), lines.items(), strict=False):
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(lines))) if many else _draw.CYCLE
+    for color, marker, (name, values) in zip(colors, "osD^vP" * len(lines), lines.items(), strict=False):
         ax.plot(
             range(len(values)),
             values,
-            color=colour,
+            color=color,
             marker="" if many else marker,
             ms=4,
             lw=1.6,
             label=_draw.text(name),
         )
         if intervals and name in intervals:
-            ax.fill_between(range(len(values)), *map(np.asarray, intervals[name]), color=colour, alpha=0.2, lw=0)
-    ax.set_xticks(range(count), told, rotation=0 if names is None else 90)
+            ax.fill_between(range(len(values)), *map(np.asarray, intervals[name]), color=color, alpha=0.2, lw=0)
+    ax.set_xticks(range(count), labels, rotation=0 if names is None else 90)
     ax.set_ylabel(label or "")
     ax.set_xlabel("layer" if names is None else "")
     ax.legend(frameon=False, fontsize=7, ncols=columns, loc="best" if not many else "center left",
@@ -352,14 +362,14 @@ def density(
     decades: float = 1.5,
     ax: Any = None,
 ) -> Any:
-    """How the density of an affinity depends on sigma, and the sigma that was solved for.
+    """Draw the density of an affinity as a function of sigma, and the solution of `solve_sigma`.
 
     Args:
         x: features, shape (n, d).
         density: see `solve_sigma`.
         diagonal: see `solve_sigma`.
-        points: of the curve.
-        decades: how far it goes to either side of the solution, in powers of ten.
+        points: the number of points of the curve.
+        decades: the range of the curve on either side of the solution, in powers of ten.
         ax: axes to draw into.
 
     Returns:
@@ -375,15 +385,15 @@ def density(
         'log'
     """
     solution = solve_sigma(x, density=density, diagonal=diagonal)
-    found = float(solution.sigma)
-    sigmas = found * np.logspace(-decades, decades, points)
+    sigma = float(solution.sigma)
+    sigmas = sigma * np.logspace(-decades, decades, points)
     values = [float(mean_density(x, sigma=jnp.asarray(s, solution.sigma.dtype), diagonal=diagonal)) for s in sigmas]
     ax = _draw.axes(ax, (4.6, 3.2))
     ax.semilogx(sigmas, values, color=_draw.BLUE, lw=1.8)
     target = float(np.asarray(density))
     ax.axhline(target, color="0.5", lw=0.8, ls=":")
-    ax.axvline(found, color="0.5", lw=0.8, ls=":")
-    ax.plot(found, target, "o", color=_draw.VERMILION, ms=7, label=f"sigma = {found:.4g} at density {target:g}")
+    ax.axvline(sigma, color="0.5", lw=0.8, ls=":")
+    ax.plot(sigma, target, "o", color=_draw.VERMILION, ms=7, label=f"sigma = {sigma:.4g} at density {target:g}")
     if diagonal == "include":
         ax.axhline(1 / len(np.asarray(x)), color=_draw.ORANGE, lw=0.8, label="the diagonal alone")
     ax.set(xlabel="sigma, in units of the features", ylabel="mean affinity", ylim=(-0.02, 1.02))
@@ -395,16 +405,16 @@ def density(
 def dissimilarities(
     x: Numbers[Data, "n d1"], y: Numbers[Data, "n d2"], *, names: tuple[str, str] = ("x", "y"), ax: Any = None
 ) -> Any:
-    """Dissimilarities of all pairs of samples in one network against those in another, which RSA correlates.
+    """Draw the dissimilarities of all pairs of samples in two networks, whose correlation RSA computes.
 
     Args:
         x: features, shape (n, d1).
         y: features of the same samples, shape (n, d2).
-        names: of the two, for the axes.
+        names: names of the networks, for the axes.
         ax: axes to draw into.
 
     Returns:
-        The axes. Its title tells the Pearson correlation.
+        The axes. The title holds the Pearson correlation.
 
     Raises:
         ValueError: different numbers of samples.
@@ -416,7 +426,7 @@ def dissimilarities(
     """
     a, b = np.asarray(rdm(x)), np.asarray(rdm(y))
     if a.shape != b.shape:
-        raise ValueError(f"x and y must be of the same samples; they are {a.shape[0]} and {b.shape[0]}.")
+        raise ValueError(f"x and y must hold the same samples, row by row: {a.shape[0]} and {b.shape[0]} rows.")
     upper = np.triu_indices(len(a), 1)
     a, b = a[upper], b[upper]
     ax = _draw.axes(ax, (3.8, 3.6))
@@ -437,17 +447,17 @@ def models(
     groups: Sequence[str] | None = None,
     ax: Any = None,
 ) -> Any:
-    """Models, or layers, as points whose distances are about those between them: classical scaling (Torgerson 1952).
+    """Draw models, or layers, as points in a plane by classical multidimensional scaling (Torgerson 1952).
 
     Args:
-        compared: a grid of a model with itself, or distances, shape (m, m). Of a similarity the distance is its
-            arc cosine, which is a metric for CKA (Williams et al. 2021).
-        names: of the points; default: those of the grid.
-        groups: shape (m,): points of one group have one colour, and a line joins them in order.
+        compared: a grid of a model with itself, or distances, shape (m, m). The distance of a similarity is its arc
+            cosine, which is a metric for CKA (Williams et al. 2021).
+        names: names of the points. Default: those of the grid.
+        groups: shape (m,), group of each point: points of a group have one color and are joined by a line in order.
         ax: axes to draw into.
 
     Returns:
-        The axes. Its title tells the share of the squared distances that the plane shows.
+        The axes. The title holds the share of the squared distances that the plane shows.
 
     Raises:
         ValueError: distances that are not square, or a grid of two different models.
@@ -470,28 +480,33 @@ def models(
     if distances.shape != (m, m):
         raise ValueError(f"distances must be square; got shape {distances.shape}.")
     if m < 2:
-        raise ValueError("models() needs at least two models.")
-    for what, given in (("names", names), ("groups", groups)):
-        if given is not None and len(given) != m:
-            raise ValueError(f"{what} are {len(given)}, the models {m}.")
+        raise ValueError(f"models() needs at least two models; got {m}.")
+    for argument, entries in (("names", names), ("groups", groups)):
+        if entries is not None and len(entries) != m:
+            raise ValueError(f"{argument} must have one entry per model; got {len(entries)} for {m} models.")
     _checks.finite_rows("compared", distances.astype(np.float32), way_out="Leave such models out.")
     distances = (distances + distances.T) / 2
     np.fill_diagonal(distances, 0)
-    centring = np.eye(m) - 1 / m
-    values, vectors = np.linalg.eigh(-centring @ distances**2 @ centring / 2)
+    centering = np.eye(m) - 1 / m
+    values, vectors = np.linalg.eigh(-centering @ distances**2 @ centering / 2)
     places = vectors[:, ::-1][:, :2] * np.sqrt(np.maximum(values[::-1][:2], 0))
     share = np.maximum(values[::-1][:2], 0).sum() / max(np.abs(values).sum(), 1e-30)
     ax = _draw.axes(ax, (4.6, 4.2))
-    of = ["" for _ in range(m)] if groups is None else list(map(str, groups))
-    for colour, group in zip(_draw.CYCLE * m, dict.fromkeys(of), strict=False):
-        here = np.array([one == group for one in of])
-        ax.plot(*places[here].T, "-" if groups is not None else "", color=colour, lw=0.8, alpha=0.5)
-        ax.plot(*places[here].T, "o", color=colour, ms=7, mec="white", label=_draw.text(group))
+    members = ["" for _ in range(m)] if groups is None else list(map(str, groups))
+    for color, group in zip(_draw.CYCLE * m, dict.fromkeys(members), strict=False):
+        rows = np.array([member == group for member in members])
+        ax.plot(*places[rows].T, "-" if groups is not None else "", color=color, lw=0.8, alpha=0.5)
+        ax.plot(*places[rows].T, "o", color=color, ms=7, mec="white", label=_draw.text(group))
     for place, below, name in zip(places, _crowded(places), names if names is not None else range(m), strict=True):
-        left = place[0] > np.median(places[:, 0])  # names go outwards from the middle, and below one another
-        at = (-6 if left else 6, -3 - 8 * below)
+        left = place[0] > np.median(places[:, 0])  # names are outside of their points, and below one another
+        offset = (-6 if left else 6, -3 - 8 * below)
         ax.annotate(
-            _draw.text(name), place, xytext=at, textcoords="offset points", fontsize=7, ha="right" if left else "left"
+            _draw.text(name),
+            place,
+            xytext=offset,
+            textcoords="offset points",
+            fontsize=7,
+            ha="right" if left else "left",
         )
     if groups is not None:
         ax.legend(frameon=False, fontsize=8)
@@ -504,13 +519,13 @@ def models(
 
 
 def _crowded(places: np.ndarray) -> np.ndarray:
-    """How many places a name has to step down for others that are near and higher."""
+    """The number of lines that each name moves down to avoid names of nearby, higher points."""
     near = np.ptp(places, 0).max() * 0.045
     steps = np.zeros(len(places), int)
     order = np.argsort(-places[:, 1])
-    for k, this in enumerate(order):
-        above = [steps[other] for other in order[:k] if np.linalg.norm(places[other] - places[this]) < near]
-        steps[this] = max(above, default=-1) + 1
+    for k, point in enumerate(order):
+        above = [steps[higher] for higher in order[:k] if np.linalg.norm(places[higher] - places[point]) < near]
+        steps[point] = max(above, default=-1) + 1
     return steps
 
 
@@ -521,39 +536,39 @@ def segments(
     keep: AnyArray | None = None,
     ax: Any = None,
 ) -> Any:
-    """Segments of a picture, as `kway` finds them, over the picture.
+    """Draw segments, for example of `kway`, over an image.
 
     Args:
-        labels: shape (h, w); negative: none.
-        picture: the image, (H, W, 3).
-        keep: shape (h, w), true or nonzero: only these are drawn.
+        labels: shape (h, w); negative labels are not drawn.
+        picture: the image, shape (H, W, 3).
+        keep: shape (h, w); only patches where it is true or nonzero are drawn.
         ax: axes to draw into.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: labels that are not a map.
+        ValueError: labels that are not a map; keep of another shape.
 
     Example:
         >>> import numpy as np, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
         >>> ax = jaxalign.plots.segments(np.arange(16).reshape(4, 4) // 4)
     """
-    of = np.asarray(labels)
-    if of.ndim != 2:
-        raise ValueError(f"labels must have shape (h, w); got {of.shape}.")
-    kept = np.ones(of.shape, bool) if keep is None else np.asarray(keep).astype(bool)
-    if kept.shape != of.shape:
-        raise ValueError(f"keep has shape {kept.shape}, labels {of.shape}.")
-    drawn = np.ma.masked_where((of < 0) | ~kept, of)
+    numbers = np.asarray(labels)
+    if numbers.ndim != 2:
+        raise ValueError(f"labels must have shape (h, w); got {numbers.shape}.")
+    kept = np.ones(numbers.shape, bool) if keep is None else np.asarray(keep).astype(bool)
+    if kept.shape != numbers.shape:
+        raise ValueError(f"keep has shape {kept.shape}, but labels have shape {numbers.shape}: they must be equal.")
+    drawn = np.ma.masked_where((numbers < 0) | ~kept, numbers)
     ax = _draw.axes(ax, (3.2, 3.2))
     extent = None
     if picture is not None:
         image = np.asarray(picture)
         ax.imshow(image)
         extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
-    number = int(of.max()) + 1
-    cmap, last = ("tab10", 9) if number <= 10 else ("tab20", 19) if number <= 20 else ("gist_ncar", number - 1)
+    count = int(numbers.max()) + 1
+    cmap, last = ("tab10", 9) if count <= 10 else ("tab20", 19) if count <= 20 else ("gist_ncar", count - 1)
     ax.imshow(drawn, cmap=cmap, vmin=0, vmax=last, alpha=1 if picture is None else 0.55,
               extent=extent, interpolation="nearest")  # fmt: skip
     ax.set_axis_off()

@@ -1,6 +1,6 @@
-"""The normalised cut: leading eigenvectors of D^-1/2 A D^-1/2, exact, matrix-free or from landmarks, and its segments.
+"""The normalized cut: leading eigenvectors of D^-1/2 A D^-1/2, exact, matrix-free or from landmarks, and its segments.
 
-One derivative rule serves all exact methods: it needs products with the matrix alone, so it never stores n x n either.
+One custom JVP serves all exact methods. It uses only products with the matrix, so it does not store n x n entries.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from jaxalign.plan import AUTO, Plan, check_plan, check_single_device
 
 Method = Literal["auto", "dense", "lobpcg", "nystroem"]
 Kind = Literal["auto", "features", "affinity"]
-# Up to this n a matrix is decomposed as a whole, in 15 ms on two cores, which is sure of every vector.
+# Up to this n the matrix is decomposed, in 15 ms on two cores, which never misses an eigenvector.
 _DENSE = 512
-# Up to this n the iteration multiplies with the stored matrix (64 MB in float32): faster than computing it each time.
+# Up to this n the matrix is stored (64 MB in float32), which is faster than recomputing it in every iteration.
 _STORED = 4096
-# Columns of the affinity from which the iteration starts, at least.
-_START = 128
-# Columns of landmarks at a time, where n x m does not stay.
+# Smallest number of columns of the affinity from which the iteration starts.
+_START_COLUMNS = 128
+# Columns of landmarks at a time, as n x m entries are not stored.
 _COLUMNS = 64
 _STEPS = 200
 
@@ -63,14 +63,13 @@ class NormalizedCut:
     """Leading eigenpairs of D^-1/2 A D^-1/2, made by `normalized_cut`.
 
     Attributes:
-        eigenvectors: shape (n, k), orthonormal columns; the first is D^1/2 1 up to its length where A is connected. Of
-            each the entry of largest size is positive. Rows of masked and of isolated samples are 0, and so are
-            columns beyond the number of the others.
+        eigenvectors: shape (n, k), orthonormal columns. The first is proportional to D^1/2 1 if A is connected. The
+            entry of largest absolute value in each column is positive. Rows of masked and isolated samples are 0, as
+            are columns beyond the number of other samples.
         eigenvalues: shape (k,), largest first, at most 1.
         degrees: row sums of A, shape (n,).
-        residual: |D^-1/2 A D^-1/2 v - lambda v| of each pair, shape (k,): how exact it is. nan for "nystroem".
-        basis, basis_mask, sigma, projection, weights, shift: what `transform` needs; None for a cut of a given
-            affinity.
+        residual: |D^-1/2 A D^-1/2 v - lambda v| of each eigenpair, shape (k,); nan for "nystroem".
+        basis, basis_mask, sigma, projection, weights, shift: used by `transform`; None for a cut of an affinity.
     """
 
     eigenvectors: Float[Array, "n k"]
@@ -89,29 +88,28 @@ class NormalizedCut:
 
     @property
     def embedding(self) -> Float[Array, "n k"]:
-        """D^-1/2 v: eigenvectors of the random walk D^-1 A, constant where the graph falls apart into parts."""
+        """D^-1/2 v: eigenvectors of the random walk D^-1 A, constant on each component of a disconnected graph."""
         root = inverse_root(self.degrees)
         length = jnp.sqrt(jnp.sum(self.degrees))
         return self.eigenvectors * (root * length)[:, None]
 
     def transform(self, x_new: Numbers[Data, "q d"]) -> Float[Array, "q k"]:
-        """Rows of the eigenvectors for new samples (Nystroem): of the samples that were cut, their own rows again.
+        """Rows of the eigenvectors for new samples (Nystroem extension); for samples of the cut, their rows.
 
         Args:
-            x_new: features in the space of those that were cut, shape (q, d).
+            x_new: features in the space of the features that were cut, shape (q, d).
 
         Returns:
-            Shape (q, k). 0 for a sample too far from all others to have any affinity. Rounding is divided by the
-            eigenvalue: columns whose eigenvalue is below 1000 eps (1e-4 in float32) would hold little else, so they
-            are nan.
+            Shape (q, k); 0 for a sample without affinity to any sample. Columns with an eigenvalue below 1000 eps (1e-4
+            in float32) are nan: rounding errors are divided by the eigenvalue, and would dominate.
 
         Raises:
-            ValueError: a cut of a given affinity, which has no features; another number of features.
+            ValueError: a cut of an affinity, which has no features; another number of features.
         """
         if self.basis is None or self.projection is None or self.weights is None:
             raise ValueError(
-                "this cut was made of an affinity, or with a sigma per row, so it does not know where a new sample "
-                "would lie. Cut features with one sigma instead."
+                "transform needs features and one sigma, but this cut is of an affinity or has one sigma per row. Cut "
+                "features with one sigma instead."
             )
         rows = _checks.shifted_features("x_new", x_new, self.shift)
         if rows.ndim != 2 or rows.shape[-1] != self.basis.shape[-1]:
@@ -138,43 +136,44 @@ def normalized_cut(
     rtol: float | None = None,
     plan: Plan | None = None,
 ) -> NormalizedCut:
-    """Spectral embedding of an affinity: the leading eigenvectors of the normalised cut (Shi & Malik 2000).
+    """The leading eigenvectors of the normalized cut of an affinity (Shi & Malik 2000), a spectral embedding.
 
     Args:
-        x: features, shape (n, d), of which the auto-scaled affinity is cut; or an affinity, shape (n, n), symmetric and
-            not negative; or an `AffinityOperator` of samples with themselves, which is never stored; or an `Alignment`,
+        x: features, shape (n, d), whose auto-scaled affinity is cut; or an affinity, shape (n, n), symmetric and
+            nonnegative; or an `AffinityOperator` of samples with themselves, which is never stored; or an `Alignment`,
             whose networks are cut together: rows of the first network, then of the second, ...
-        num_components: how many eigenvectors, k.
-        kind: whether a matrix is "features" or an "affinity". "auto": an affinity if it is square, symmetric and not
-            negative; features if it is not square; anything else must be said.
-        method: "dense" decomposes the stored matrix. "lobpcg" iterates to the leading ones, exact to `rtol`, from a
-            start by landmarks; the affinity of features is stored up to n = 4096, beyond that memory is n x 4 k and a
-            few tiles. "nystroem" approximates from landmarks (Fowlkes et al. 2004), for very large n. "auto" is
+        num_components: the number of eigenvectors, k.
+        kind: whether a matrix is "features" or an "affinity". "auto" treats a square, symmetric and nonnegative matrix
+            as an affinity, a matrix that is not square as features, and raises for any other matrix.
+        method: "dense" decomposes the stored matrix. "lobpcg" iterates to the leading eigenvectors, exact to `rtol`,
+            starting from landmarks; the affinity of features is stored up to n = 4096, beyond that memory is n x 4 k
+            and a few tiles. "nystroem" approximates from landmarks (Fowlkes et al. 2004), for very large n. "auto" is
             "dense" up to n = 512, and "lobpcg" beyond.
-        sigma: of the affinity of features; None finds it from the density (with "nystroem", on the landmarks, their
-            diagonal left out, which estimates the density of all pairs).
+        sigma: bandwidth of the affinity of features. None solves for it from the density (with "nystroem" on the
+            landmarks without their diagonal, which estimates the density of all pairs).
         density: see `rbf_affinity`.
         diagonal: see `rbf_affinity`.
-        bandwidth: "per_row" cuts (A + A') / 2 of an affinity with one sigma a row, which leaves no sample isolated.
-        mask: shape (n,), True = a real sample.
-        landmarks: of "nystroem": their number (default 512, or n), drawn at random, or their rows.
-        key: of the random choices of "lobpcg" and "nystroem"; default `jax.random.key(0)`.
-        rtol: of "lobpcg": residual |M v - lambda v| relative to 1 + lambda. Default 1e-5, in float64 1e-10.
-        plan: how pairs are visited, see `jaxalign.Plan`; a tile size keeps "lobpcg" from storing the affinity of few
-            samples. A mesh is for "lobpcg" and "nystroem".
+        bandwidth: "global" has one sigma. "per_row" has one sigma per row and cuts (A + A') / 2, so that no sample is
+            isolated.
+        mask: shape (n,), True marks valid samples.
+        landmarks: for "nystroem": the number of landmarks to draw at random (default 512, or n), or their rows.
+        key: key for the random choices of "lobpcg" and "nystroem"; default `jax.random.key(0)`.
+        rtol: for "lobpcg": residual |M v - lambda v| relative to 1 + lambda. Default 1e-5, in float64 1e-10.
+        plan: how pairs are visited, see `jaxalign.Plan`; with a tile size "lobpcg" never stores the affinity. Only
+            "lobpcg" and "nystroem" support a mesh.
 
     Returns:
-        A `NormalizedCut`. With "dense" and "lobpcg" differentiable in x to every order, wherever an eigenvalue stands
-        apart from the others; equal eigenvalues contribute no rotation among themselves, so that the derivative of
-        what does not depend on such a rotation (a projection, say) is right and all others are finite.
+        A `NormalizedCut`. With "dense" and "lobpcg" it is differentiable in x to every order where an eigenvalue is
+        distinct. Rotations among eigenvectors of equal eigenvalues are left out of derivatives, which are right for
+        functions that do not depend on such a rotation (a projection, for example), and finite for all others.
 
     Warns:
-        UserWarning: "lobpcg" did not reach rtol; `residual` tells how far it is.
+        UserWarning: "lobpcg" did not reach rtol; `residual` holds the residuals.
 
     Raises:
-        ValueError: more components than samples (for "lobpcg" than n / 5); a matrix that is neither surely features
-            nor surely an affinity; an affinity that is not symmetric or has negative or non-finite entries; options of
-            features with an affinity; see also `solve_sigma`.
+        ValueError: more components than samples (for "lobpcg" than n / 5); a matrix that may be features or an
+            affinity; an affinity that is not symmetric or has negative or non-finite entries; options of features with
+            an affinity; see also `solve_sigma`.
         TypeError: see `solve_sigma`.
 
     Example:
@@ -199,24 +198,24 @@ def normalized_cut(
         n = x.shape[-1]
         if x.shape != (n, n) or x.y is not None or x.left is not None or x.right is not None:
             raise ValueError(
-                f"the operator must be an affinity of n samples with themselves, made without y and not scaled; this "
-                f"one of shape {x.shape} is not."
+                f"the operator must be an affinity of n samples with themselves, without y and not scaled; got an "
+                f"operator of shape {x.shape}."
             )
         is_features = False
     else:
-        given = _checks.numbers("x", x)
-        # An affinity may not be shifted; a square matrix is one unless `kind` says otherwise.
-        if kind == "features" or (kind == "auto" and given.ndim == 2 and given.shape[0] != given.shape[1]):
-            x, shift = _checks.centered_features("x", given, min_rows=2, mask=mask)
+        numbers = _checks.numbers("x", x)
+        # Only features may be shifted; a square matrix is an affinity unless kind="features".
+        if kind == "features" or (kind == "auto" and numbers.ndim == 2 and numbers.shape[0] != numbers.shape[1]):
+            x, shift = _checks.centered_features("x", numbers, min_rows=2, mask=mask)
         else:
-            x = _checks.features("x", given, min_rows=2)
+            x = _checks.features("x", numbers, min_rows=2)
         if x.ndim != 2:
             raise ValueError(f"x must have shape (n, d) or (n, n); got {x.shape}. Use jax.vmap for a batch.")
         n = x.shape[0]
         is_features = _is_features(x, kind)
     plan = check_plan(plan, local_rows=False)
     if not is_features and (sigma is not None or mask is not None or bandwidth != "global" or plan.mesh is not None):
-        raise ValueError("sigma, bandwidth, mask and a mesh belong to features; an affinity has its own.")
+        raise ValueError("sigma, bandwidth, mask and a mesh are options of features: leave them out for an affinity.")
     if sigma is not None:
         check_unused(sigma, density, diagonal)
     mask = _checks.row_mask("mask", mask, (n,))
@@ -228,12 +227,12 @@ def normalized_cut(
         cut = _from_landmarks(x, k, sigma, density, bandwidth, mask, landmarks, start, plan)
         return replace(cut, shift=shift)
     if landmarks is not None:
-        raise ValueError('landmarks belong to method="nystroem".')
+        raise ValueError('landmarks are an option of method="nystroem".')
     if method == "auto":
         in_tiles = isinstance(x, AffinityOperator) or n > _DENSE or plan.mesh is not None
         method = "lobpcg" if in_tiles and 5 * k < n else "dense"
     if method == "lobpcg" and 5 * k >= n:
-        raise ValueError(f'method="lobpcg" finds fewer than n / 5 components; got {k} of n = {n}. Take "dense".')
+        raise ValueError(f'method="lobpcg" finds fewer than n / 5 components; got {k} with n = {n}. Use "dense".')
     if method == "dense":
         check_single_device(plan, 'method="dense" stores the whole matrix', 'or use "lobpcg" or "nystroem"')
     options: dict[str, Any] = {"density": density, "diagonal": diagonal, "bandwidth": bandwidth, "mask": mask}
@@ -243,10 +242,10 @@ def normalized_cut(
     elif is_features and (method == "dense" or (n <= _STORED and plan == AUTO)):
         sigma = solve_sigma(x, plan=plan, **options).sigma if sigma is None else sigma
         if mask is not None and jnp.ndim(sigma):
-            sigma = jnp.where(mask, sigma, 1)  # of masked rows it is nan
+            sigma = jnp.where(mask, sigma, 1)  # sigma of masked rows is nan
         source = rbf_affinity(x, None, sigma, bandwidth=bandwidth, mask=mask)
     elif is_features:
-        if sigma is not None:  # neither has an effect then
+        if sigma is not None:  # density and diagonal have no effect
             options = {"bandwidth": bandwidth, "mask": mask}
         source = affinity_operator(x, None, sigma, plan=plan, **options)
         sigma = source.sigma
@@ -259,20 +258,20 @@ def normalized_cut(
 def kway(
     cut: NormalizedCut | Numbers[Data, "n k"], segments: int | None = None, *, steps: int = 50
 ) -> Int[Array, " n"]:
-    """Segments from eigenvectors: the discrete labels closest to a rotation of them (Yu & Shi 2003).
+    """Segments from eigenvectors: the discrete labels closest to a rotation of the eigenvectors (Yu & Shi 2003).
 
     Args:
         cut: a `NormalizedCut`, or eigenvectors, shape (n, k).
-        segments: how many, from 1 to k: the first so many eigenvectors are used. Default: all.
-        steps: rotations at most; it ends once labels no longer change.
+        segments: the number of segments, from 1 to k, and of leading eigenvectors that are used. Default: k.
+        steps: the largest number of rotations; the iteration ends once labels do not change.
 
     Returns:
         Labels 0 .. segments - 1, shape (n,), in the order in which segments first appear. -1 for masked and isolated
-        samples, of eigenvectors alone for rows of zeros. Where the eigenvalues number `segments` and the next are equal
-        (a graph of more separate parts than that), which parts share a segment is arbitrary.
+        samples, or for rows of zeros if `cut` is an array. If the last eigenvalue used equals the next (a graph with
+        more components than segments), it is arbitrary which components share a segment.
 
     Raises:
-        ValueError: segments out of range; nan or inf. (Under a trace labels are then -1.)
+        ValueError: segments out of range; nan or inf (under a trace labels are -1 instead).
 
     Example:
         >>> import jax.numpy as jnp, jaxalign
@@ -286,17 +285,17 @@ def kway(
     number = vectors.shape[1] if segments is None else _checks.whole("segments", segments)
     if number > vectors.shape[1]:
         raise ValueError(f"segments = {number}, but there are only {vectors.shape[1]} eigenvectors.")
-    _checks.finite_rows("cut", vectors, way_out="Eigenvectors are finite: cut again without such samples.")
+    _checks.finite_rows("cut", vectors, way_out="Cut again without such samples.")
     present = cut.degrees > 0 if isinstance(cut, NormalizedCut) else jnp.any(vectors[:, :number] != 0, 1)
     present &= jnp.isfinite(vectors).all()
     return _kway(vectors[:, :number], present, _checks.whole("steps", steps))
 
 
-# --- what is cut -----------------------------------------------------------------------------------------------------
+# --- features or affinity --------------------------------------------------------------------------------------------
 
 
 def _is_features(x: Array, kind: Kind) -> bool:
-    """Whether a matrix is features; else it is an affinity."""
+    """Whether a matrix is features, not an affinity."""
     n = x.shape[0]
     square = x.shape == (n, n)
     if kind == "features" or (kind == "auto" and not square):
@@ -306,19 +305,20 @@ def _is_features(x: Array, kind: Kind) -> bool:
     if not _checks.is_concrete(x):
         if kind == "auto":
             raise ValueError(
-                f'a traced matrix of shape {x.shape} may be features or an affinity: say kind="features" or "affinity".'
+                f"a traced matrix of shape {x.shape} may be features or an affinity: "
+                'pass kind="features" or "affinity".'
             )
         return False
     _checks.finite_rows("x", x, way_out="An affinity has finite entries.")
     symmetric, negative = (bool(fact) for fact in _checks.looked_at(_facts, x))
     if symmetric and not negative:
         return False
-    what = "has negative entries" if negative else "is not symmetric"
+    defect = "has negative entries" if negative else "is not symmetric"
     if kind == "affinity":
-        raise ValueError(f"the affinity {what}. Of a directed one, cut (a + a.T) / 2.")
+        raise ValueError(f"the affinity {defect}. For a directed affinity, cut (a + a.T) / 2.")
     raise ValueError(
-        f'x of shape {x.shape} is square, but {what}, as an affinity would not be: say kind="features", or mend the '
-        "affinity ((a + a.T) / 2 of a directed one)."
+        f"x of shape {x.shape} is square, but {defect}, so it is not an affinity. If it is features, pass "
+        'kind="features"; for a directed affinity, cut (a + a.T) / 2.'
     )
 
 
@@ -332,7 +332,7 @@ Source = Array | AffinityOperator
 
 
 def _product(source: Source, v: Array) -> Array:
-    """A v, of the symmetric part of A."""
+    """A v, with the symmetric part of A."""
     if isinstance(source, AffinityOperator):
         product = source @ v
         return (product + source.T @ v) / 2 if source.per_row else product
@@ -349,7 +349,7 @@ def _apply(source: Source, v: Array, root: Array) -> Array:
 
 
 def _normalized_product(source: Source, v: Array) -> Array:
-    """The same with the degrees as they follow from A: what is differentiated."""
+    """D^-1/2 A D^-1/2 v with degrees computed from A, to be differentiated."""
     return _apply(source, v, inverse_root(_degrees(source)))
 
 
@@ -357,21 +357,21 @@ def _normalized_product(source: Source, v: Array) -> Array:
 
 
 def _cut(source: Source, key: Array, k: int, method: str, rtol: float | None) -> NormalizedCut:
-    """Of an affinity or an operator."""
+    """The cut of an affinity or an operator."""
     accuracy = rtol if rtol is not None else 1e-10 if source.dtype == jnp.float64 else 1e-5
     vectors, values, degrees, residual = _eigenpairs(source, key, k, method, float(accuracy))
     if method == "lobpcg" and _checks.is_concrete(residual) and not float(jnp.max(residual)) <= 20 * accuracy:
         warnings.warn(
             f"the eigenvectors did not reach rtol = {accuracy:g} in {_STEPS} steps; their largest residual is "
-            f"{float(jnp.max(residual)):.2g}. Ask for fewer or more components (eigenvalues close to each other take "
-            'long), or for method="dense" where n x n fits.',
+            f"{float(jnp.max(residual)):.2g}. Use fewer or more components (close eigenvalues converge slowly), or "
+            'method="dense" if n x n entries fit in memory.',
             stacklevel=3,
         )
     return NormalizedCut(vectors, values, degrees, residual)
 
 
 def _with_features(cut: NormalizedCut, x: Array, mask: Array | None, sigma: Array) -> NormalizedCut:
-    """A cut that knows where new samples lie: v(x) = d(x)^-1/2 sum_j A(x, x_j) d_j^-1/2 v_j / lambda."""
+    """A cut with the fields of `transform`: v(x) = d(x)^-1/2 sum_j A(x, x_j) d_j^-1/2 v_j / lambda."""
     known = jnp.abs(cut.eigenvalues) > 1000 * float(jnp.finfo(x.dtype).eps)
     inverse = jnp.where(known, 1 / jnp.where(known, cut.eigenvalues, 1), jnp.nan)
     projection = cut.eigenvectors * inverse_root(cut.degrees)[:, None] * inverse[None]
@@ -381,7 +381,7 @@ def _with_features(cut: NormalizedCut, x: Array, mask: Array | None, sigma: Arra
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
 def _eigenpairs(source: Source, key: Array, k: int, method: str, rtol: float) -> tuple[Array, Array, Array, Array]:
-    """Vectors, values, degrees and residuals, of the symmetric part."""
+    """Vectors, values, degrees and residuals of the symmetric part."""
     if isinstance(source, Array):
         source = (source + source.T) / 2
     vectors, values = _vectors(source, key, k, method, rtol)
@@ -396,37 +396,37 @@ def _vectors(source: Source, key: Array, k: int, method: str, rtol: float) -> tu
     if isinstance(source, Array) and method == "dense":
         values, vectors = jnp.linalg.eigh(root[:, None] * source * root[None])
         values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
-        # Isolated and masked samples: their rows of the matrix are 0, and so are those of all that matters.
+        # Rows of the matrix are 0 for isolated and masked samples, and so are those of relevant eigenvectors.
         vectors = vectors * (root > 0).astype(vectors.dtype)[:, None]
     else:
-        vectors, values = _iterated(source, root, key, k, rtol)
+        vectors, values = _iterate(source, root, key, k, rtol)
     return vectors * signs(vectors), values
 
 
 def signs(vectors: Array) -> Array:
-    """Of each column the sign of its largest entry, shape (1, k)."""
+    """The sign of the largest entry of each column, shape (1, k)."""
     largest = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), 0)[None], 0)
     return jnp.where(largest < 0, -1, 1).astype(vectors.dtype)
 
 
-def _iterated(source: Source, root: Array, key: Array, k: int, rtol: float) -> tuple[Array, Array]:
-    """LOBPCG from the eigenvectors that some columns of A suggest."""
-    from jax.experimental.sparse.linalg import lobpcg_standard  # brings scipy with it, which takes a while
+def _iterate(source: Source, root: Array, key: Array, k: int, rtol: float) -> tuple[Array, Array]:
+    """LOBPCG, starting from the Nystroem approximation with random columns of A."""
+    from jax.experimental.sparse.linalg import lobpcg_standard  # slow: imports scipy
 
     n = root.shape[0]
     columns_key, noise_key = jax.random.split(key)
-    some = jax.random.choice(columns_key, n, (min(max(_START, 2 * k), n),), replace=False)
-    units = jnp.zeros((n, some.shape[0]), root.dtype).at[some, jnp.arange(some.shape[0])].set(1)
+    subset = jax.random.choice(columns_key, n, (min(max(_START_COLUMNS, 2 * k), n),), replace=False)
+    units = jnp.zeros((n, subset.shape[0]), root.dtype).at[subset, jnp.arange(subset.shape[0])].set(1)
     columns = _product(source, units)
-    half = _pseudoinverse_root(jnp.take(columns, some, 0))
+    half = _pseudoinverse_root(jnp.take(columns, subset, 0))
     spread = root[:, None] * matmul(columns, half)
     _, mix = jnp.linalg.eigh(matmul(spread.T, spread))
     begin = matmul(spread, mix[:, ::-1][:, :k])
-    # Noise, as columns must be independent also where landmarks see fewer than k groups.
+    # Noise keeps columns independent if the subset has samples of fewer than k groups.
     noise = jax.random.normal(noise_key, begin.shape, begin.dtype) / np.sqrt(n).astype(begin.dtype)
     begin = begin / jnp.maximum(jnp.linalg.norm(begin, axis=0, keepdims=True), 1e-6) + 1e-3 * noise
 
-    # Its tolerance is relative to the eigenvalue: with 1 added it does not ask for the impossible of small ones.
+    # The tolerance is relative to the eigenvalue. Adding 1 keeps it within reach for small eigenvalues.
     def shifted(v: Array) -> Array:
         return _apply(source, v, root) + v
 
@@ -438,12 +438,12 @@ def _iterated(source: Source, root: Array, key: Array, k: int, rtol: float) -> t
 def _vectors_jvp(
     k: int, method: str, rtol: float, primals: tuple[Source, Array], tangents: tuple[Source, Any]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    # M v_j = w_j v_j. Within the span of the pairs first-order perturbation theory; outside of it (w_j - M) u = dM v_j,
-    # in which w_j - M is positive definite, as the pairs are the leading ones.
+    # M v_j = w_j v_j. Within the span of the vectors, first-order perturbation theory; outside, (w_j - M) u = dM v_j,
+    # in which w_j - M is positive definite, as the eigenvalues are the largest.
     (source, key), (change, _) = primals, tangents
     vectors, values = _vectors(source, key, k, method, rtol)
-    _, moved = jax.jvp(lambda source: _normalized_product(source, vectors), (source,), (change,))
-    within = matmul(vectors.T, moved)
+    _, product = jax.jvp(lambda source: _normalized_product(source, vectors), (source,), (change,))
+    within = matmul(vectors.T, product)
     gaps = values[None, :] - values[:, None]
     apart = jnp.abs(gaps) > 100 * float(jnp.finfo(values.dtype).eps)
     turn = jnp.where(apart, within / jnp.where(apart, gaps, 1), 0)
@@ -461,7 +461,7 @@ def _vectors_jvp(
             matvec, b, tol=1e-3 * rtol if values.dtype == jnp.float64 else rtol, maxiter=500
         )[0]
 
-    rest = lax.custom_linear_solve(resolvent, outside(moved), solve, symmetric=True)
+    rest = lax.custom_linear_solve(resolvent, outside(product), solve, symmetric=True)
     change_of_vectors = matmul(vectors, turn) + outside(rest)
     return (vectors, values), (change_of_vectors, jnp.diagonal(within))
 
@@ -470,7 +470,7 @@ def _vectors_jvp(
 
 
 def _pseudoinverse_root(a: Array) -> Array:
-    """A^-1/2 on the directions of a positive semidefinite matrix that are not rounding."""
+    """A^-1/2 of a positive semidefinite matrix, with eigenvalues at rounding level left out."""
     values, vectors = jnp.linalg.eigh((a + a.T) / 2)
     floor = a.shape[0] * float(jnp.finfo(a.dtype).eps) * jnp.max(values)
     return matmul(vectors * inverse_root(jnp.where(values > floor, values, 0))[None], vectors.T)
@@ -488,36 +488,37 @@ def _from_landmarks(
     plan: Plan,
 ) -> NormalizedCut:
     n = x.shape[0]
-    real = _checks.row_mask("mask", mask, (n,))
+    valid = _checks.row_mask("mask", mask, (n,))
     if bandwidth != "global":
-        raise ValueError('method="nystroem" has one sigma: bandwidth="global".')
-    if real is not None and not _checks.is_concrete(real):
-        raise ValueError('method="nystroem" draws landmarks among the real samples, so mask= must not be traced.')
-    rows = np.arange(n) if real is None else np.flatnonzero(np.asarray(real))
+        raise ValueError('method="nystroem" has one sigma: pass bandwidth="global".')
+    if valid is not None and not _checks.is_concrete(valid):
+        raise ValueError('method="nystroem" draws landmarks among the valid samples, so mask= must not be traced.')
+    rows = np.arange(n) if valid is None else np.flatnonzero(np.asarray(valid))
     if landmarks is None or isinstance(landmarks, (int, np.integer)):
         number = min(512, len(rows)) if landmarks is None else _checks.whole("landmarks", landmarks)
         if number > len(rows):
-            raise ValueError(f"landmarks = {number}, but there are only {len(rows)} real samples.")
-        chosen = jax.random.choice(key, jnp.asarray(rows), (number,), replace=False)
+            raise ValueError(f"landmarks = {number}, but there are only {len(rows)} valid samples.")
+        indices = jax.random.choice(key, jnp.asarray(rows), (number,), replace=False)
     else:
-        chosen = _checks.row_numbers("landmarks", landmarks, n)
-        if not np.isin(chosen, rows).all():
-            raise ValueError(f"landmarks: sample {chosen[~np.isin(chosen, rows)][0]} is masked.")
-    if k > chosen.shape[0]:
-        raise ValueError(f"num_components = {k}, but there are only {chosen.shape[0]} landmarks.")
-    few = jnp.take(x, chosen, 0)
+        indices = _checks.row_numbers("landmarks", landmarks, n)
+        if not np.isin(indices, rows).all():
+            raise ValueError(f"landmarks: sample {indices[~np.isin(indices, rows)][0]} is masked.")
+    if k > indices.shape[0]:
+        raise ValueError(f"num_components = {k}, but there are only {indices.shape[0]} landmarks.")
+    landmark_features = jnp.take(x, indices, 0)
     if sigma is None:
-        sigma = solve_sigma(few, density=density, diagonal="exclude").sigma
-    a = affinity_operator(x, few, sigma, mask=mask, plan=plan)
-    vectors, values, degrees, projection, weights = _cut_by_landmarks(a, rbf_affinity(few, None, sigma), k)
+        sigma = solve_sigma(landmark_features, density=density, diagonal="exclude").sigma
+    a = affinity_operator(x, landmark_features, sigma, mask=mask, plan=plan)
+    inner = rbf_affinity(landmark_features, None, sigma)
+    vectors, values, degrees, projection, weights = _cut_by_landmarks(a, inner, k)
     unknown = jnp.full((k,), jnp.nan, x.dtype)
-    cut = NormalizedCut(vectors, values, degrees, unknown, basis=few, sigma=jnp.asarray(sigma))
+    cut = NormalizedCut(vectors, values, degrees, unknown, basis=landmark_features, sigma=jnp.asarray(sigma))
     return replace(cut, projection=projection, weights=weights)
 
 
 @partial(jax.jit, static_argnums=2)
 def _cut_by_landmarks(a: AffinityOperator, inner: Array, k: int) -> tuple[Array, ...]:
-    """With C = A(x, landmarks) and W = A(landmarks, landmarks): A = C W^+ C', and no n x m array."""
+    """The cut of C W^+ C', with C = A(x, landmarks) and W = A(landmarks, landmarks), without an n x m array."""
     half = _pseudoinverse_root(inner)
     weights = matmul(half, matmul(half, a.T @ jnp.ones((a.shape[0], 1), inner.dtype)))
     degrees = (a @ weights)[:, 0]
@@ -547,7 +548,7 @@ def _kway(vectors: Array, present: Array, steps: int) -> Array:
     n, k = vectors.shape
     rows = unit(vectors)
 
-    # Rows as orthogonal to each other as there are, the first the one with the largest length.
+    # Start from the row of largest norm, then rows as orthogonal as possible to those before.
     def choose(state: tuple[Array, Array, Array], _: Any) -> tuple[tuple[Array, Array, Array], Array]:
         index, seen, _ = state
         row = rows[index]
@@ -562,9 +563,9 @@ def _kway(vectors: Array, present: Array, steps: int) -> Array:
     def assign(turn: Array) -> Array:
         return jnp.argmax(rows @ turn, 1)
 
-    def going(state: tuple[Array, Array, Array]) -> Array:
-        step, _, moved = state
-        return moved & (step < steps)
+    def should_continue(state: tuple[Array, Array, Array]) -> Array:
+        step, _, changed = state
+        return changed & (step < steps)
 
     def update(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         step, labels, _ = state
@@ -573,8 +574,8 @@ def _kway(vectors: Array, present: Array, steps: int) -> Array:
         after = assign(vt.T @ u.T)
         return step + 1, after, jnp.any(after != labels)
 
-    _, labels, _ = lax.while_loop(going, update, (jnp.asarray(0), assign(turn), jnp.asarray(True)))
-    # Numbered as they appear.
+    _, labels, _ = lax.while_loop(should_continue, update, (jnp.asarray(0), assign(turn), jnp.asarray(True)))
+    # Number labels in the order in which they appear.
     hot = (labels[:, None] == jnp.arange(k)[None]) & present[:, None]
     appears = jnp.where(hot.any(0), jnp.argmax(hot, 0), n + jnp.arange(k))
     number = jnp.argsort(jnp.argsort(appears))

@@ -508,7 +508,7 @@ def test_where_a_trace_finds_no_sigma_the_value_is_nan(name):
         (lambda: jaxalign.rbf_affinity(X, sigma=2.0, diagonal="exclude"), ("diagonal='exclude' has no effect",)),
         (lambda: jaxalign.affinity_operator(X, sigma=2.0, density=0.1), ("density=0.1 has no effect",)),
         (lambda: jaxalign.normalized_cut(X, 2, sigma=2.0, density=0.1), ("density=0.1 has no effect",)),
-        (lambda: jaxalign.losses.alignment_loss(X, OTHER, temperature=0.2), ("temperature=0.2 is for",)),
+        (lambda: jaxalign.losses.alignment_loss(X, OTHER, temperature=0.2), ("temperature=0.2 is an option of",)),
         (
             lambda: jaxalign.losses.alignment_loss(X, OTHER, kernel=RBF(2.0), stop_gradient_sigma=True),
             ("stop_gradient_sigma=True has no effect",),

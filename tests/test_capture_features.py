@@ -122,14 +122,14 @@ def test_layers_without_a_single_output_are_refused(network):
 
 def test_a_part_of_an_output(network):
     x = some(4, 5, 6)
-    with pytest.raises(ValueError, match=r"'tokens': torch\.float32 of shape \(4, 5, 6\), 'pooled': .*say which"):
+    with pytest.raises(ValueError, match=r"'tokens': torch\.float32 of shape \(4, 5, 6\), 'pooled': .*choose a part"):
         capture_features(network, x, layers="")
     whole = capture_features(network, x, layers="", output="tokens")[""]
     pooled = capture_features(network, x, layers="", output="pooled")[""]
     np.testing.assert_allclose(pooled, whole.mean(1), rtol=1e-5, atol=1e-6)
     picked = capture_features(network, x, layers="", output=lambda out: out["pooled"] * 2)[""]
     np.testing.assert_array_equal(picked, 2 * pooled)
-    with pytest.raises(ValueError, match="there is no part 'cls'"):
+    with pytest.raises(ValueError, match="has no part 'cls' in its output"):
         capture_features(network, x, layers="", output="cls")
     with pytest.raises(TypeError, match=r"int64 of shape \(4,\), not a floating-point tensor"):
         capture_features(network, x, layers="", output="labels")
@@ -168,7 +168,7 @@ def test_padding_does_not_count(network):
     close(kept("first"), [row[r][0] for row, r in rows])
     close(kept("last"), [row[r][-1] for row, r in rows])
     inputs["attention_mask"][0] = 0
-    with pytest.raises(ValueError, match="a sample without any real token"):
+    with pytest.raises(ValueError, match="a sample without any valid token"):
         kept("mean")
 
 
@@ -187,7 +187,7 @@ def test_maps_and_patches_on_one_grid():
     sequence = torch.cat([torch.zeros(5, 1, 8), square.flatten(2).mT], 1)
     tokens = capture_features(last, sequence, layers="", prefix_tokens=1, grid=(4, 4))[""]
     np.testing.assert_allclose(tokens, capture_features(last, square, layers="", grid=(4, 4))[""], atol=1e-6)
-    with pytest.raises(ValueError, match=r"145 tokens after 0 prefix tokens, not the square .* prefix_tokens="):
+    with pytest.raises(ValueError, match=r"145 tokens after 0 prefix tokens, which is not a square .* prefix_tokens="):
         capture_features(last, sequence, layers="", grid=(4, 4))
 
 
@@ -216,8 +216,8 @@ def test_inputs_of_every_form(network):
     [
         ({"a": some(3, 5, 6), "b": some(4, 5, 6)}, ValueError, r"agree in the number of samples .* \[3, 4\]"),
         ("a text", TypeError, "batches; got <class 'str'>"),
-        (["a text"], TypeError, "hand out tensors.* got str"),
-        ([], ValueError, "has no sample"),
+        (["a text"], TypeError, "batches of inputs must be tensors.* got str"),
+        ([], ValueError, "has no samples"),
         (3, TypeError, "got <class 'int'>"),
     ],
 )
@@ -228,9 +228,9 @@ def test_inputs_that_are_none(network, inputs, error, message):
 
 def test_outputs_that_are_not_samples_first():
     x = some(6, 5, 4)
-    with pytest.raises(ValueError, match=r"put out shape \(30, 4\) for 6 samples"):
+    with pytest.raises(ValueError, match=r"returned shape \(30, 4\) for 6 samples"):
         capture_features(nn.Flatten(0, 1), x, layers="")
-    with pytest.raises(ValueError, match=r"features of shape \(4, 4\) after ones of shape \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"features of shape \(4, 4\) in one batch and \(5, 4\) in others"):
         capture_features(nn.Identity(), [x, x[:, :4]], layers="")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module.* got builtins\.int"):
         capture_features(3, x, layers="")
@@ -308,7 +308,7 @@ def test_compiled_shared_and_scripted_models():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scripted = torch.jit.trace(model, x)
-    with pytest.raises(TypeError, match=r"TorchScript .* give the torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"TorchScript .* pass the torch\.nn\.Module"):
         capture_features(scripted, x, layers="")
 
 
@@ -332,14 +332,14 @@ def test_what_a_batch_is_made_of_is_told(network):
     with pytest.raises(TypeError, match=r"forward=lambda model, batch: model\(batch\[0\]\)"):
         capture_features(nn.Linear(6, 2), loader, layers="")
     inputs = {"tokens": x, "attention_mask": torch.zeros(6, 5)}
-    with pytest.raises(ValueError, match="attention_mask must be 1 or True"):
+    with pytest.raises(ValueError, match="attention_mask must be integer or boolean"):
         capture_features(network, inputs, layers="blocks.0", tokens="mean")
 
 
 def test_double_stays_double_on_another_grid():
     maps = some(4, 3, 8, 8).double()
     assert capture_features(nn.Identity(), maps, layers="", grid=(4, 4))[""].dtype == np.float64
-    with pytest.raises(TypeError, match="is float64, but jax is set to 32 bits"):
+    with pytest.raises(TypeError, match="is float64, but JAX uses 32 bits"):
         capture_features(nn.Identity(), maps, layers="", to="jax")
 
 
@@ -420,7 +420,9 @@ RANDOM = {
 
 @pytest.mark.parametrize("kind", RANDOM)
 def test_an_order_that_differs_from_network_to_network_is_refused(kind):
-    with pytest.raises(ValueError, match=r"row i would be another sample.*shuffle=False.*Subset\(dataset, indices\)"):
+    with pytest.raises(
+        ValueError, match=r"row i would be a different sample.*shuffle=False.*Subset\(dataset, indices\)"
+    ):
         capture_features(nn.Identity(), RANDOM[kind](), layers="")
 
 

@@ -71,7 +71,7 @@ def test_sam(transformers):
     output = capture_features(model, IMAGES, layers="")[""]
     np.testing.assert_allclose(neck, output, rtol=1e-4, atol=1e-5)
     # Windows come first in what windowed attention puts out: 4 a picture.
-    with pytest.raises(ValueError, match=r"put out shape .* for 5 samples"):
+    with pytest.raises(ValueError, match=r"returned shape .* for 5 samples"):
         capture_features(model, IMAGES, layers="vision_encoder.layers.0.attn")
 
 
@@ -195,7 +195,7 @@ def test_flax_linen():
     np.testing.assert_allclose(
         whole.reshape(5, 32, 32, 4), kept["intermediates"]["first"]["__call__"][0], rtol=1e-4, atol=1e-5
     )
-    with pytest.raises(TypeError, match=r"give module\.bind\(variables\)"):
+    with pytest.raises(TypeError, match=r"pass module\.bind\(variables\)"):
         capture_features(model, images, layers="first")
 
 

@@ -252,7 +252,7 @@ def test_bad_input(x64, tmp_path):
         (sets, {"measure": "ckaa"}, "measure must be one of.*Did you mean 'cka'"),
         (sets, {"kernal": "linear"}, "no option 'kernal'.*Did you mean 'kernel'"),
         (sets, {"kernel": "cubic"}, "kernel must be one of"),
-        (sets, {"kernel": RBF((1.0, 2.0))}, "one for each of the 3 sets"),
+        (sets, {"kernel": RBF((1.0, 2.0))}, "one for each of the 3 representations"),
         (sets, {"kernel": RBF(-1.0)}, "sigma must be finite and above 0"),
         (sets, {"measure": "mutual_knn", "k": N}, f"at least {N + 1} samples"),
         (
@@ -358,7 +358,7 @@ def test_sigma_may_be_an_array_of_one_a_set(x64):
         helpers.assert_close(found.values, expected.values, 1e-11)
         np.testing.assert_array_equal(found.sigma, sigma)
         for wrong in (sigma[:2], [*sigma, 4.0]):
-            with pytest.raises(ValueError, match="one for each of the 3 sets"):
+            with pytest.raises(ValueError, match="one for each of the 3 representations"):
                 compare_grid(layers(), measure="cka", kernel=RBF(wrong), **how)
 
 

@@ -251,9 +251,9 @@ def test_bad_input(x64):
         (lambda: bootstrap(x, y, key=KEY, method="normal"), "method must be one of"),
         (lambda: bootstrap(x, y, "mutual_knn", key=KEY), "has no bootstrap"),
         (lambda: bootstrap(x, y, estimator="biased", key=KEY), "has no bootstrap"),
-        (lambda: paired_difference(x, y, key=KEY), "first must be two sets"),
+        (lambda: paired_difference(x, y, key=KEY), "first must be a pair"),
         (lambda: noise_ceiling([x]), "at least two"),
-        (lambda: noise_ceiling([x, y], "procrustes"), "no normalised inner product"),
+        (lambda: noise_ceiling([x, y], "procrustes"), "not a normalized inner product"),
     ]
     for call, message in bad:
         with pytest.raises((ValueError, TypeError), match=message):
@@ -338,7 +338,7 @@ def test_more_bad_input(x64):
         (lambda: permutation_test(x, y, key=0), "key must be one key, as jax.random.key"),
         (lambda: bootstrap(x, y, key=KEY, level="a"), "level must lie strictly"),
         (lambda: bootstrap(x, y, key=KEY, resamples=1), "resamples must be a whole number, at least 2"),
-        (lambda: bootstrap(x[:9], y[:9], key=KEY), "at least 10 samples; 9 are there"),
+        (lambda: bootstrap(x[:9], y[:9], key=KEY), "at least 10 samples; got 9"),
         (lambda: bootstrap({"a": x}, y, key=KEY), "x must be one array"),
         (lambda: noise_ceiling({"a": x, "b": y}), "subjects must be a list"),
     ]

@@ -72,7 +72,7 @@ def test_wide_dtypes_go_there_and_back_once_jax_is_set_to_64_bits(dtype):
 
 @pytest.mark.parametrize("dtype", WIDE)
 def test_wide_dtypes_are_refused_while_jax_is_set_to_32_bits(dtype):
-    message = rf"^the tensor is torch\.{dtype}, but jax is set to 32 bits .*jax_enable_x64.*or tensor\."
+    message = rf"^the tensor is torch\.{dtype}, but JAX uses 32 bits .*jax_enable_x64.*or tensor\."
     with pytest.raises(TypeError, match=message) as caught:
         from_torch(values(dtype))
     assert str(caught.value).endswith(f"tensor.{WIDE[dtype]}.")
@@ -270,7 +270,7 @@ def test_arrays_on_several_devices_are_refused_and_the_advice_works():
 
 def test_dtypes_that_torch_does_not_have_are_refused():
     for array in (jnp.zeros(2, "int4"), jax.random.key(0)):
-        with pytest.raises(TypeError, match=r"^torch cannot take an array of dtype (int4|key<fry>) on "):
+        with pytest.raises(TypeError, match=r"^torch cannot convert an array of dtype (int4|key<fry>) on "):
             to_torch(array)
 
 

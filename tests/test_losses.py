@@ -363,7 +363,7 @@ def test_small_batches_work_without_the_diagonal(measure):
 @pytest.mark.slow
 def test_infonce_takes_half_of_the_batch_as_landmarks_or_as_many_as_the_density_needs(x64):
     def count(n, density=0.05, diagonal="include", queue=None):
-        least = losses._least_landmarks(jnp.zeros((n, 4)), RBF(density=density, diagonal=diagonal))
+        least = losses._min_landmarks(jnp.zeros((n, 4)), RBF(density=density, diagonal=diagonal))
         return losses._landmarks(None, n, queue, least, 1)
 
     assert [count(n) for n in (60, 42, 41, 32, 23)] == [30, 21, 21, 21, 21]
@@ -468,17 +468,17 @@ def test_bad_input():
         (lambda: alignment_loss(x, y, reduction="avg"), "reduction must be one of"),
         (lambda: alignment_loss(x, y, kernel=RBF(density=0.01, diagonal="include")), "at least 101 samples"),
         (lambda: alignment_loss(x[:3], y[:3]), "at least 4 samples"),
-        (lambda: alignment_loss(x, y, landmarks=4), 'landmarks=4 is for measure="infonce"'),
+        (lambda: alignment_loss(x, y, landmarks=4), 'landmarks=4 is an option of measure="infonce"'),
         (lambda: loss("infonce", landmarks=31)(x, y), "from 2 to n - 2 = 30"),
         (lambda: loss("infonce", temperature=0.0)(x, y), "temperature must be finite and above 0"),
-        (lambda: loss("infonce", plan=Plan(mesh=sharding.data_mesh(2)))(x, y), "takes no mesh"),
-        (lambda: alignment_loss(y, y, queue=queue), "x has 6 features, the queue 4"),
+        (lambda: loss("infonce", plan=Plan(mesh=sharding.data_mesh(2)))(x, y), "does not support a mesh"),
+        (lambda: alignment_loss(y, y, queue=queue), "x has 6 features, but the queue has 4"),
         (lambda: alignment_loss(x[None], y[None], queue=queue), r"a single batch of shape \(n, d\)"),
         (lambda: alignment_loss(x.astype(str), y), "x must hold real numbers"),
         (lambda: FeatureQueue.empty(0, 4, 6), "capacity must be a whole number"),
         (lambda: queue.push(y, y), r"x must have shape \(n, 4\)"),
         (lambda: multi_layer_loss({"a": x}, {"b": y}), r"not in both: \['a', 'b'\]"),
-        (lambda: multi_layer_loss({"a": x}, {"a": y}, weights={"b": 1.0}), r"not there: \['b'\]"),
+        (lambda: multi_layer_loss({"a": x}, {"a": y}, weights={"b": 1.0}), r"x does not have: \['b'\]"),
         (lambda: multi_layer_loss({"a": x}, {"a": y}, weights={"a": 0.0}), "not all 0"),
     ]
     for call, message in bad:

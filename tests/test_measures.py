@@ -364,7 +364,7 @@ def test_every_set_of_a_batch_has_its_own_sigma(x64):
 def test_a_row_without_a_direction_is_named(metric):
     x, y = (a.astype(np.float32) for a in sets(widths=(5, 5)))
     x[3] = y[7] = y[9] = 0.0 if metric == "cosine" else 1.5
-    what = rf"{'is 0' if metric == 'cosine' else 'has the same value'} everywhere, so its {metric} with others"
+    what = rf"{'is 0' if metric == 'cosine' else 'has the same value'} everywhere, so its {metric} with other rows"
     for call, message in (
         (lambda: measures.rsa(x, y, metric=metric), rf"^x: row 3 {what} .*\(1 such rows\)"),
         (lambda: measures.rsa(x, y, metric=metric, mask=np.arange(N) != 3), rf"^y: row 7 {what} .*\(2 such rows\)"),
@@ -385,7 +385,7 @@ def test_options_are_refused_by_name():
         (lambda: measures.cka(x, y, kernel=["rbf"]), "kernel must be one of"),
         (lambda: measures.cka(x, y, kernel=RBF(2.0, density=0.2)), "density and diagonal have no effect"),
         (lambda: measures.cka(x, y, kernel=RBF), "pass an object"),
-        (lambda: measures.cka(x, y, kernel=RBF(np.array([1.0, 2.0]))), "one a set is a tuple"),
+        (lambda: measures.cka(x, y, kernel=RBF(np.array([1.0, 2.0]))), "a tuple for one sigma per representation"),
         (lambda: measures.cka(x, y, kernel=RBF(density=0.0)), r"got 0\.0\.$"),
         (lambda: measures.mutual_knn(x, y, k=jnp.array(3)), "k must be a whole number"),
         (lambda: measures.mutual_knn(x, y, k=N), f"mutual_knn with k = {N} needs at least {N + 1} samples"),

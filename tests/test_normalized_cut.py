@@ -119,7 +119,7 @@ def test_a_sigma_a_row_is_cut_in_its_symmetric_part(x64):
     for method in ("dense", "lobpcg"):
         cut = normalized_cut(x, 4, density=0.2, bandwidth="per_row", method=method, plan=Plan(32))
         np.testing.assert_allclose(cut.eigenvalues, expected, atol=1e-9)
-    with pytest.raises(ValueError, match="does not know where a new sample"):
+    with pytest.raises(ValueError, match="transform needs features and one sigma"):
         cut.transform(x)
 
 
@@ -211,10 +211,14 @@ def test_segments_are_the_groups():
         (np.arange(16, dtype=np.float32).reshape(4, 4), {"num_components": 2}, 'not symmetric.*kind="features"'),
         (-np.eye(4, dtype=np.float32), {"num_components": 2}, "has negative entries"),
         (np.eye(4, dtype=np.float32) * np.nan, {"num_components": 2}, "nan or inf in 4 row"),
-        (np.eye(4, dtype=np.float32), {"num_components": 2, "sigma": 1.0}, "an affinity has its own"),
+        (np.eye(4, dtype=np.float32), {"num_components": 2, "sigma": 1.0}, "leave them out for an affinity"),
         (np.ones((5, 4), np.float32), {"num_components": 2, "kind": "affinity"}, "must be square"),
         (np.ones((9, 4), np.float32), {"num_components": 2, "method": "lobpcg"}, "fewer than n / 5"),
-        (np.ones((9, 4), np.float32), {"num_components": 2, "landmarks": 3}, 'landmarks belong to method="nystroem"'),
+        (
+            np.ones((9, 4), np.float32),
+            {"num_components": 2, "landmarks": 3},
+            'landmarks are an option of method="nystroem"',
+        ),
         (np.eye(9, dtype=np.float32), {"num_components": 2, "method": "nystroem"}, '"nystroem" needs features'),
         (np.ones((9, 4), np.float32), {"num_components": 4, "method": "nystroem", "landmarks": 3}, "only 3 landmarks"),
         (np.ones((9, 4), np.float32), {"num_components": 2, "method": "svd"}, "method must be one of"),
@@ -232,7 +236,7 @@ def test_other_bad_input():
         normalized_cut(affinity_operator(x, x[:5], density=0.3), 2)
     with pytest.raises(ValueError, match=r"must have shape \(q, 5\)"):
         normalized_cut(x, 2).transform(x[:, :3])
-    with pytest.raises(ValueError, match="say kind="):
+    with pytest.raises(ValueError, match="pass kind="):
         jax.jit(lambda x: normalized_cut(x, 2).eigenvalues)(x[:5])
     with pytest.raises(ValueError, match="only 3 eigenvectors"):
         kway(x[:, :3], 4)
@@ -258,7 +262,7 @@ def test_masked_rows_are_no_landmarks():
     np.testing.assert_array_equal(found[0], found[1])
     with pytest.raises(ValueError, match="sample 110 is masked"):
         normalized_cut(x, 2, method="nystroem", mask=mask, landmarks=np.array([1, 2, 110]))
-    with pytest.raises(ValueError, match="only 100 real samples"):
+    with pytest.raises(ValueError, match="only 100 valid samples"):
         normalized_cut(x, 2, method="nystroem", mask=mask, landmarks=110)
 
 

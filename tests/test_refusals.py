@@ -18,7 +18,7 @@ import pytest
 import jaxalign
 from jaxalign import Plan, _checks, inference, io, losses, measures, plots
 from jaxalign.interop import capture_features
-from jaxalign.interop._networks import _told
+from jaxalign.interop._networks import _describe
 from jaxalign.kernels import RBF
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")
@@ -42,7 +42,10 @@ REFUSED = {
         lambda: measures.cka(np.stack([X] * 2), np.stack([Y] * 3)),
         ValueError, "batch dimensions do not broadcast: x (2, 12, 3), y (3, 12, 3)",
     ),
-    "sigmas": (lambda: measures.cka(X, Y, RBF((1.0, 2.0, 3.0))), ValueError, "one for each of the 2 sets; got 3"),
+    "sigmas": (
+        lambda: measures.cka(X, Y, RBF((1.0, 2.0, 3.0))),
+        ValueError, "one for each of the 2 representations; got 3",
+    ),
     "no batches": (lambda: measures.minibatch_cka([]), ValueError, "batches is empty"),
     "k": (lambda: measures.mutual_knn(X, Y, k=0), ValueError, "k must be"),
     "folds": (
@@ -170,7 +173,7 @@ def test_an_error_that_is_not_about_arguments_is_the_models_own():
 
 
 def test_what_a_layer_gave_is_told():
-    told = _told({"hidden": (X, None), "more": SimpleNamespace()})
+    told = _describe({"hidden": (X, None), "more": SimpleNamespace()})
     assert told == ("a dict of 'hidden': a tuple of (float32 of shape (12, 3), a NoneType), 'more': a SimpleNamespace")
 
 
@@ -214,7 +217,7 @@ SHOWS = {
     "strengths": (lambda: measures.linear_predictivity(X, Y, strengths=LARGE), "strengths must be"),
     "weights": (
         lambda: losses.multi_layer_loss({"a": X}, {"a": Y}, weights=dict.fromkeys(map(str, range(999)), 1)),
-        "weights names layers that are not there: ['0', '1', '10'",
+        "weights has layers that x does not have: ['0', '1', '10'",
     ),
     "layers": (
         lambda: losses.multi_layer_loss({"a": X}, dict.fromkeys(map(str, range(999)), Y)),

@@ -524,6 +524,10 @@ ROWS = {
     "several tensors": Row(
         "capture_features(parts, x, layers='')", {"output=": "capture_features(parts, x, layers='', {}'one')"}, models
     ),
+    "a part of an output": Row(
+        "capture_features(parts, x, layers='', output='three')",
+        {"output=": "capture_features(parts, x, layers='', {}'one')"}, models,
+    ),
     "labels": Row(
         "capture_features(parts, x, layers='', output='label')",
         {"output=": "capture_features(parts, x, layers='', {}'two')"}, models,
@@ -616,7 +620,7 @@ NO_MESSAGES = ("cli.py", "report/html.py")
 WITHOUT_A_ROW = {
     "x must have the same number of rows in every process": "test_multi_process",
     "the eigenvectors did not reach rtol": "no matrix is known on which that happens within a second",
-    "Write tensor.cpu() to come over the host": "takes a device that torch has and jax does not",
+    "Write tensor.cpu() to copy it to the host": "takes a device that torch has and jax does not",
     "diagonal={} has no effect with sigma=": "to leave it out",
 }
 

@@ -1,4 +1,4 @@
-"""To and from other frameworks. Importing this imports none of them."""
+"""Conversion to and from other frameworks, none of which is imported with this module."""
 
 from jaxalign.interop import torch_losses as torch_losses
 from jaxalign.interop.autograd import torch_function as torch_function

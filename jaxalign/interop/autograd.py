@@ -1,6 +1,6 @@
-"""A function of jax arrays as one of torch tensors that torch differentiates.
+"""Functions of JAX arrays as functions of torch tensors that torch can differentiate.
 
-torch is imported when a function is called, never before.
+torch is imported when a function is called, not before.
 """
 
 from __future__ import annotations
@@ -15,30 +15,29 @@ import numpy as np
 
 from jaxalign.interop.torch import from_torch, require_torch, to_torch
 
-# Compiled forms that are kept of one function: of as many sets of options.
-_KEPT = 64
+# Number of compiled forms per function that are kept, one for each combination of options.
+_MAX_COMPILED = 64
 
 
 def torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of torch tensors from a function of jax arrays, differentiable by torch's autograd to every order.
+    """Make a function of torch tensors from a function of JAX arrays, differentiable by autograd to every order.
 
-    The function is compiled once for each set of shapes, dtypes and options. The tensors are read in place where
-    possible, see `from_torch`; forward and backward pass wait until jax is done, so a tensor may be written to right
-    afterwards. (Written to before the backward pass, it makes torch raise, as for its own functions.)
+    The function is compiled once per combination of shapes, dtypes and options. Tensors are read in place if possible,
+    see `from_torch`. The forward and backward pass return when JAX has finished, so tensors may be overwritten
+    afterwards. (A tensor that is overwritten before the backward pass makes torch raise, as with its functions.)
 
     Args:
-        fn: a function of arrays, or pytrees of them, that `jax.jit` can trace, and that returns arrays. Anything in its
-            arguments that is not a tensor must be hashable and counts as an option that is fixed while it is compiled.
+        fn: a function of arrays, or pytrees of arrays, that `jax.jit` can trace and that returns arrays. Arguments that
+            are not tensors must be hashable, and are static options of the compiled function.
 
     Returns:
-        The same function of torch tensors: results are tensors on the device of the arguments; gradients have the dtype
-        of the tensors they belong to. Tensors may be strided in any way. On CUDA, work of either side waits for what
-        the other has put into its current stream (DLPack). nan and infeasible values give nan rather than an exception,
-        as always while jax traces.
+        The same function of torch tensors. Results are tensors on the device of the arguments; gradients have the dtype
+        of their tensors. Tensors may have any strides. On CUDA each framework waits for the current stream of the other
+        (DLPack). nan and infeasible values return nan instead of raising, as always under a JAX trace.
 
     Raises:
-        TypeError: tensors on different devices, or such that jax cannot read: see `from_torch`; options that are
-            not hashable; numpy or jax arrays among the arguments; what `fn` refuses.
+        TypeError: tensors on different devices, or that JAX cannot read, see `from_torch`; options that are not
+            hashable; numpy or JAX arrays among the arguments; the errors of `fn`.
         RuntimeError: inside `torch.func` transformations (vmap, grad, ...).
 
     Example:
@@ -50,7 +49,7 @@ def torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
         >>> x.grad.shape
         torch.Size([50, 8])
     """
-    compiled = lru_cache(maxsize=_KEPT)(partial(_compiled, fn))
+    compiled = lru_cache(maxsize=_MAX_COMPILED)(partial(_compiled, fn))
 
     def of_tensors(*args: Any, **kwargs: Any) -> Any:
         torch = require_torch()
@@ -59,12 +58,12 @@ def torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
         for leaf in leaves:
             if isinstance(leaf, (np.ndarray, jax.Array)):
                 raise TypeError(
-                    f"got an array of type {type(leaf).__name__} among torch tensors: give torch.from_numpy(...) or "
-                    "jaxalign.interop.to_torch(...) of it."
+                    f"got an array of type {type(leaf).__name__} among torch tensors: convert it with "
+                    "torch.from_numpy(...) or jaxalign.interop.to_torch(...)."
                 )
-        places = {str(tensor.device) for tensor in tensors}
-        if len(places) > 1:
-            raise TypeError(f"the tensors are on different devices, {', '.join(sorted(places))}: move them to one.")
+        devices = {str(tensor.device) for tensor in tensors}
+        if len(devices) > 1:
+            raise TypeError(f"the tensors are on different devices, {', '.join(sorted(devices))}: move them to one.")
         options = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
         which = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
         try:
@@ -72,15 +71,15 @@ def torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
         except TypeError as error:
             if "unhashable" not in str(error):
                 raise
-            raise TypeError(f"options must be hashable, as they are fixed when {fn} is compiled: {error}.") from None
+            raise TypeError(f"options must be hashable, as they are static in the compiled {fn}: {error}.") from None
         try:
             outs = _function(torch).apply(of_arrays, *tensors)
         except RuntimeError as error:
             if "functorch" not in str(error):
                 raise
             raise RuntimeError(
-                "torch.func (vmap, grad, jacrev, ...) cannot look into a function of jax: use torch.autograd, and "
-                "tensors with leading batch dimensions in place of vmap."
+                "torch.func (vmap, grad, jacrev, ...) cannot transform a JAX function: use torch.autograd, and tensors "
+                "with leading batch dimensions instead of vmap."
             ) from None
         return jax.tree.unflatten(of_arrays.structure[0], outs)
 
@@ -91,8 +90,8 @@ def torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
         return eager[0](*args, **kwargs)
 
     eager: list[Any] = []
-    # torch.compile leaves it out of its graphs. Its own decorator says so from the first call on: torch is not imported
-    # before that; this says so to what compiles around it.
+    # torch.compile must leave the function out of its graphs. Its decorator applies from the first call on, as torch is
+    # not imported before. These attributes apply to code that is compiled around it.
     outside_graphs._torchdynamo_disable = True  # type: ignore[attr-defined]
     outside_graphs._torchdynamo_disable_msg = "a function of jax, by jaxalign.interop.torch_function"  # type: ignore[attr-defined]
     return outside_graphs
@@ -104,21 +103,21 @@ class _Compiled(NamedTuple):
     value: Callable[..., tuple[Any, ...]]
     with_pullback: Callable[..., tuple[tuple[Any, ...], Any]]
     pull_back: Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]
-    structure: list[Any]  # of what it returns, once it was called
-    gradient: Callable[[int], _Compiled]  # its vector-Jacobian product as such a function, of so many arrays
+    structure: list[Any]  # of its results, set by the first call
+    gradient: Callable[[int], _Compiled]  # its vector-Jacobian product for a number of arrays
 
 
 def _compiled(fn: Callable[..., Any], structure: Any, which: tuple[bool, ...], options: tuple[Any, ...]) -> _Compiled:
-    told: list[Any] = [None]
+    result_structure: list[Any] = [None]
 
     def flat(*arrays: Any) -> tuple[Any, ...]:
-        some = iter(arrays)
-        leaves = [next(some) if is_array else option for is_array, option in zip(which, options, strict=True)]
+        remaining = iter(arrays)
+        leaves = [next(remaining) if is_array else option for is_array, option in zip(which, options, strict=True)]
         args, kwargs = jax.tree.unflatten(structure, leaves)
-        outs, told[0] = jax.tree.flatten(fn(*args, **kwargs))
+        outs, result_structure[0] = jax.tree.flatten(fn(*args, **kwargs))
         return tuple(outs)
 
-    return _of_flat(flat, told)
+    return _of_flat(flat, result_structure)
 
 
 def _of_flat(flat: Callable[..., tuple[Any, ...]], structure: list[Any]) -> _Compiled:
@@ -126,24 +125,24 @@ def _of_flat(flat: Callable[..., tuple[Any, ...]], structure: list[Any]) -> _Com
     def gradient(count: int) -> _Compiled:
         def vjp(*both: Any) -> tuple[Any, ...]:
             primals, cotangents = both[:count], both[count:]
-            return _pulled(jax.vjp(flat, *primals)[1], cotangents)
+            return _pull_back(jax.vjp(flat, *primals)[1], cotangents)
 
         return _of_flat(vjp, [None])
 
     return _Compiled(
-        jax.jit(flat), jax.jit(lambda *arrays: jax.vjp(flat, *arrays)), jax.jit(_pulled), structure, gradient
+        jax.jit(flat), jax.jit(lambda *arrays: jax.vjp(flat, *arrays)), jax.jit(_pull_back), structure, gradient
     )
 
 
-def _pulled(pullback: Any, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Cotangents of the inputs from those of the outputs; of an integer there is none, and a zero stands for it."""
-    given = (a if jnp.issubdtype(a.dtype, jnp.floating) else np.zeros(a.shape, jax.dtypes.float0) for a in cotangents)
-    return tuple(jnp.zeros((), jnp.int8) if a.dtype == jax.dtypes.float0 else a for a in pullback(tuple(given)))
+def _pull_back(pullback: Any, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cotangents of the inputs from those of the outputs; an integer input gets a scalar 0."""
+    typed = (a if jnp.issubdtype(a.dtype, jnp.floating) else np.zeros(a.shape, jax.dtypes.float0) for a in cotangents)
+    return tuple(jnp.zeros((), jnp.int8) if a.dtype == jax.dtypes.float0 else a for a in pullback(tuple(typed)))
 
 
 @lru_cache(maxsize=1)
 def _function(torch: Any) -> Any:
-    """The torch.autograd.Function behind all of them."""
+    """The torch.autograd.Function of all converted functions."""
 
     class JaxFunction(torch.autograd.Function):
         @staticmethod
@@ -155,7 +154,7 @@ def _function(torch: Any) -> Any:
                 outs = of_arrays.value(*arrays)
             outs = to_torch(jax.block_until_ready(outs))
             ctx.of_arrays, ctx.count = of_arrays, len(tensors)
-            # So that torch notices if what jax still has to read is written to.
+            # So that torch raises if a tensor that JAX still has to read is overwritten.
             ctx.save_for_backward(*tensors, *outs)
             ctx.mark_non_differentiable(*(out for out in outs if not out.is_floating_point()))
             return outs
@@ -165,16 +164,16 @@ def _function(torch: Any) -> Any:
             saved = ctx.saved_tensors
             tensors, outs = saved[: ctx.count], saved[ctx.count :]
             of_arrays = ctx.of_arrays
-            given = [
+            dense = [
                 torch.zeros_like(out) if cotangent is None else cotangent.to(out.dtype)
                 for out, cotangent in zip(outs, cotangents, strict=True)
             ]
-            if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated
-                gradients = JaxFunction.apply(of_arrays.gradient(ctx.count), *tensors, *given)
+            if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated
+                gradients = JaxFunction.apply(of_arrays.gradient(ctx.count), *tensors, *dense)
             else:
-                pulled = of_arrays.pull_back(ctx.pullback, tuple(from_torch(given)))
-                gradients = to_torch(jax.block_until_ready(pulled))
-            wanted = ctx.needs_input_grad[1:]
-            return None, *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+                gradients = of_arrays.pull_back(ctx.pullback, tuple(from_torch(dense)))
+                gradients = to_torch(jax.block_until_ready(gradients))
+            needed = ctx.needs_input_grad[1:]
+            return None, *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
 
     return JaxFunction

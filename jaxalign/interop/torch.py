@@ -1,6 +1,6 @@
-"""Arrays to and from torch through DLPack: without a copy where both sides can read the same memory.
+"""Conversion of arrays to and from torch through DLPack, without a copy if both can read the same memory.
 
-torch is imported when a function is called, never before.
+torch is imported when a function is called, not before.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from jaxalign._numbers import ALLOWED, error_of_narrowing
 
 
 def from_torch(tree: Any, *, copy: bool = False) -> Any:
-    """Convert to jax arrays the torch tensors in a pytree (a tensor, or lists, tuples, dicts of them).
+    """Convert the torch tensors in a pytree (a tensor, or lists, tuples or dicts of tensors) to JAX arrays.
 
     Args:
-        tree: torch tensors on CPU or on a device that jax has too; other leaves are returned as they are.
-        copy: False shares memory where possible (dense, contiguous, aligned to 64 bytes) and copies otherwise. With
-            shared memory an in-place change of the tensor shows in the array, which jax takes to be immutable:
-            give True if the tensor will be written to, as optimizers do with parameters.
+        tree: torch tensors on the CPU or on a device that JAX also has; other leaves are returned as they are.
+        copy: False shares memory if possible (dense, contiguous, aligned to 64 bytes) and copies otherwise. With shared
+            memory, an in-place change of the tensor changes the array, which JAX assumes to be immutable: pass True if
+            the tensor will be overwritten, as parameters are by optimizers.
 
     Returns:
-        The same tree with arrays of the same shape, dtype and device. Gradients do not pass: the tensors are detached.
+        The same tree with arrays of the same shape, dtype and device. Tensors are detached: gradients do not pass.
 
     Raises:
-        TypeError: a float64, complex128, int64 or uint64 tensor while jax is set to 32 bits (it would be narrowed); a
-            sparse, quantized or meta tensor; a device that jax does not have.
+        TypeError: a float64, complex128, int64 or uint64 tensor if JAX uses 32 bits (it would be narrowed); a sparse,
+            quantized or meta tensor; a device that JAX does not have.
 
     Example:
         >>> import pytest; torch = pytest.importorskip("torch")
@@ -46,13 +46,13 @@ def from_torch(tree: Any, *, copy: bool = False) -> Any:
 
 
 def to_torch(tree: Any, *, copy: bool = False) -> Any:
-    """Convert to torch tensors the jax arrays in a pytree.
+    """Convert the JAX arrays in a pytree to torch tensors.
 
     Args:
-        tree: jax arrays; other leaves (numpy arrays too) are returned as they are. Result objects of jaxalign become
-            the same objects with tensors in them.
-        copy: False shares memory where possible. Writing into such a tensor in place changes the jax array, and
-            whatever jax computes with it: give True to be free to write.
+        tree: JAX arrays; other leaves (also numpy arrays) are returned as they are. Result objects of jaxalign are
+            returned with tensors in place of arrays.
+        copy: False shares memory if possible. Writing into such a tensor in place changes the JAX array, and all that
+            JAX computes with it: pass True to write into the tensor.
 
     Returns:
         The same tree with tensors of the same shape, dtype and device, without gradients.
@@ -76,7 +76,7 @@ def to_torch(tree: Any, *, copy: bool = False) -> Any:
 
 
 def require_torch() -> Any:
-    """The module torch, or an error that says how to get it."""
+    """Import torch, or raise an error that says how to install it."""
     try:
         import torch
     except ImportError as error:
@@ -93,7 +93,7 @@ def _array(torch: Any, tensor: Any, copy: bool) -> jax.Array:
     code = None if _checks.x64_enabled() else _narrow(torch, tensor)
     if code is not None:
         raise TypeError(
-            f"the tensor is {tensor.dtype}, but jax is set to 32 bits and would narrow it without a word. "
+            f"the tensor is {tensor.dtype}, but JAX uses 32 bits and would narrow it silently. "
             + ("Either " if code else "Its values do not fit: ")
             + 'jax.config.update("jax_enable_x64", True) at the start of the program'
             + (f", or {code}." if code else ".")
@@ -102,20 +102,20 @@ def _array(torch: Any, tensor: Any, copy: bool) -> jax.Array:
     try:
         array = jax.dlpack.from_dlpack(tensor)
     except Exception as error:
-        away = tensor.device.type != "cpu"
-        way_out = "Write tensor.cpu() to come over the host." if away else "Convert it to a dtype that jax has."
+        on_device = tensor.device.type != "cpu"
+        way_out = "Write tensor.cpu() to copy it to the host." if on_device else "Convert it to a dtype that JAX has."
         raise TypeError(
-            f"jax cannot take a tensor of dtype {tensor.dtype} on {tensor.device}; it has the devices "
+            f"JAX cannot convert a tensor of dtype {tensor.dtype} on {tensor.device}; it has the devices "
             f"{', '.join(map(str, jax.devices()))}. {way_out}"
         ) from error
-    # Finished before the caller gets to write into the tensor again.
+    # Finish the copy before the caller can overwrite the tensor.
     return jnp.array(array, copy=True).block_until_ready() if copy else array
 
 
 def _narrow(torch: Any, tensor: Any) -> str | None:
-    """Code that makes of a tensor of 64 bits one of 32, '' where values do not fit; None for a tensor that is not wide.
+    """Code that narrows a tensor of 64 bits to 32; '' if values do not fit; None if the tensor does not have 64 bits.
 
-    Whole numbers would wrap around, and of a large offset nothing but the offset would be left.
+    Values do not fit if integers would wrap around. A large offset is subtracted, as float32 would keep little else.
     """
     wide = {
         torch.float64: "float()",
@@ -146,5 +146,7 @@ def _tensor(torch: Any, array: jax.Array, copy: bool) -> Any:
     try:
         tensor = torch.from_dlpack(array)
     except Exception as error:
-        raise TypeError(f"torch cannot take an array of dtype {array.dtype} on {array.devices()}.") from error
+        raise TypeError(
+            f"torch cannot convert an array of dtype {array.dtype} on {array.devices()}: use a dtype that torch has."
+        ) from error
     return tensor.clone() if copy else tensor

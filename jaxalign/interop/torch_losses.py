@@ -1,9 +1,9 @@
-"""The losses of `jaxalign.losses` for torch tensors, differentiable by torch; options and results are the same.
+"""The losses of `jaxalign.losses` for torch tensors, differentiable by torch, with the same options and results.
 
     loss = jaxalign.interop.torch_losses.alignment_loss(student(x), teacher(x).detach(), measure="cka")
     loss.backward()
 
-With a queue: `empty_queue` makes one that holds tensors, and `push` adds a batch to it.
+`empty_queue` makes a queue of tensors, and `push` adds a batch to it.
 """
 
 from __future__ import annotations

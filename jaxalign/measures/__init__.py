@@ -1,4 +1,4 @@
-"""Measures of how similar two representations of the same samples are; docs/pages/measures.md says which tells what."""
+"""Measures of how similar two representations of the same samples are; docs/pages/measures.md compares them."""
 
 from jaxalign.measures._affinities import affinity_distance as affinity_distance
 from jaxalign.measures._cca import cca as cca

@@ -1,4 +1,4 @@
-"""How far two auto-scaled affinities are from each other, entry by entry."""
+"""The distance between two auto-scaled affinities, entry by entry."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def affinity_distance(
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
-    """Distance between the RBF affinities A of x and B of y, nothing centred: a metric on auto-scaled geometries.
+    """Distance between the RBF affinities A of x and B of y, without centering: a metric on auto-scaled geometries.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
         kernel: "rbf", "laplacian", or an object of `jaxalign.kernels`; see `hsic`.
-        result: "frobenius": ||A - B||_F / n, the root mean square difference; "rows": the mean over samples of
-            ||A_i - B_i|| / sqrt(n), which a few samples that differ much move less.
+        result: "frobenius": ||A - B||_F / n, the root mean square difference. "rows": the mean over samples of
+            ||A_i - B_i|| / sqrt(n), which is less sensitive to a few samples that differ much.
         mask: see `hsic`.
         missing: see `hsic`.
         plan: how pairs are visited, see `jaxalign.Plan`.
@@ -60,7 +60,7 @@ def affinity_distance(
 def affinity_distance_measure(function: PairFunction, result: Any) -> PairMeasure:
     """The measure behind `affinity_distance`."""
     if not function.needs_sigma:
-        raise ValueError('affinity_distance compares affinities from 0 to 1: use kernel="rbf" or "laplacian".')
+        raise ValueError('affinity_distance needs a kernel with values from 0 to 1: use kernel="rbf" or "laplacian".')
     _checks.choice("result", result, ("frobenius", "rows"))
     function = replace(function, minus_one=False)
     finish = _frobenius if result == "frobenius" else _rows

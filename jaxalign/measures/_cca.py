@@ -1,8 +1,9 @@
-"""Canonical correlations: which linear combinations of the features the two sets share.
+"""Canonical correlations: which linear combinations of features two representations share.
 
-The canonical correlations are the singular values of P_x' P_y, P = x (x'x)^(-1/2) with centred columns (Hotelling
-1936), of which the smaller of the two ranks counts. With as many features as samples every correlation is 1, whatever
-the features: use more samples, `svcca`, or a measure that is not invariant to all invertible linear maps.
+The canonical correlations are the singular values of P_x' P_y, where P = x (x'x)^(-1/2) and the columns of x are
+centered (Hotelling 1936). There are as many as the smaller of the two ranks. With as many features as samples, every
+correlation is 1, whatever the features: use more samples, `svcca`, or a measure that is not invariant to all invertible
+linear maps.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def cca(
     mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
 ) -> Float[Array, "*batch"]:
-    """Mean canonical correlation of two sets, or the mean of its square.
+    """Mean canonical correlation of two representations, or mean squared canonical correlation.
 
     Args:
         x: features, shape (..., n, d1), n well above d1 + d2.
@@ -40,8 +41,8 @@ def cca(
         missing: see `hsic`.
 
     Returns:
-        Shape (...), from 0 to 1; far above 0 for independent sets unless n is large: about min(d) / n at least. 0
-        where a set does not vary. Once differentiable.
+        Shape (...), from 0 to 1. For independent representations it is at least about min(d) / n, so far above 0
+        unless n is large. 0 if a representation does not vary. Once differentiable.
 
     Raises:
         TypeError, ValueError: see `hsic`; fewer than 2 samples.
@@ -62,21 +63,21 @@ def pwcca(
     mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
 ) -> Float[Array, "*batch"]:
-    """Projection-weighted CCA (Morcos et al. 2018): canonical correlations weighted by what they explain of x.
+    """Projection-weighted CCA (Morcos et al. 2018): canonical correlations weighted by how much of x they explain.
 
-    The weight of the canonical variate h_i of x is sum_j |<h_i, x_j>| over the columns of x, so x and y do not
-    play the same part. Where canonical correlations are equal, their variates, and with them the value, are not unique
-    unless all of them are equal.
+    The weight of the canonical variate h_i of x is sum_j |<h_i, x_j>| over the columns x_j of x, so the measure is not
+    symmetric in x and y. If some, but not all, canonical correlations are equal, their variates are not unique, and
+    neither is the value.
 
     Args:
-        x: features, shape (..., n, d1); the weights are theirs.
+        x: features, shape (..., n, d1), from which the weights are computed.
         y: features of the same samples, shape (..., n, d2).
         mask: see `hsic`.
         missing: see `hsic`.
 
     Returns:
-        Shape (...), from 0 to 1. Differentiable where canonical correlations differ from each other, else nan: their
-        variates are not defined there.
+        Shape (...), from 0 to 1. Differentiable if all canonical correlations differ from each other. Otherwise
+        derivatives are nan, as the variates are not defined.
 
     Raises:
         TypeError, ValueError: see `cca`.
@@ -101,22 +102,22 @@ def svcca(
 ) -> Float[Array, "*batch"]:
     """Singular vector CCA (Raghu et al. 2017): mean canonical correlation of the leading singular directions.
 
-    The mean is over as many correlations as the representation with fewer directions has.
+    The number of correlations is that of the directions of the representation with fewer directions.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
-        num_components: a whole number of singular directions of each set, or the share of its variance, 0 < share < 1,
-            that the fewest directions kept have to explain.
+        num_components: the number of singular directions of each representation; or a share of its variance,
+            0 < share < 1, to keep the fewest directions that explain that share.
         result: see `cca`.
         mask: see `hsic`.
         missing: see `hsic`.
 
     Returns:
-        Shape (...), from 0 to 1. Once differentiable, as long as the same directions are kept.
+        Shape (...), from 0 to 1. Once differentiable where the number of directions does not change.
 
     Raises:
-        TypeError, ValueError: see `cca`; num_components neither a number of directions nor a share.
+        TypeError, ValueError: see `cca`; num_components is neither a number of directions nor a share.
 
     Example:
         >>> import jax, jaxalign
@@ -155,7 +156,7 @@ def svcca_measure(num_components: Any, result: Any) -> SummaryMeasure:
 class _Directions(NamedTuple):
     basis: Array  # (..., n, min(n, d)): P
     rank: Array  # (...)
-    centred: Array  # (..., n, d)
+    centered: Array  # (..., n, d)
 
 
 def _directions(x: Array, context: Context, keep: Keep) -> tuple[_Directions, None]:
@@ -174,7 +175,7 @@ def _weighted(x: _Directions, y: _Directions, mask: Array | None) -> Array:
     del mask
     left, correlations, _ = jnp.linalg.svd(matmul(transposed(x.basis), y.basis), full_matrices=False)
     variates = matmul(x.basis, left)
-    weights = jnp.sum(jnp.abs(matmul(transposed(variates), x.centred)), -1)
+    weights = jnp.sum(jnp.abs(matmul(transposed(variates), x.centered)), -1)
     number = jnp.minimum(x.rank, y.rank)[..., None]
     counts = jnp.broadcast_to(jnp.arange(weights.shape[-1]), weights.shape) < number
     weights = jnp.where(counts, weights, 0)

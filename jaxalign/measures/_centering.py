@@ -1,4 +1,4 @@
-"""How the matrix of a pair function is centered: one small class per centering, which defines all of it.
+"""Centering of the matrices of pair functions, one class per centering.
 
 Matrices are never formed: inner products of centered matrices follow from sums over the pairs i != j, see `PairSums`.
 If the centering removes what depends on one sample only, f_ij may be shifted by any a_i + a_j beforehand.
@@ -69,7 +69,7 @@ class Centering:
     """No centering: the off-diagonal entries as they are. Base class of all centerings."""
 
     may_shift: ClassVar[bool] = False  # whether adding a_i + a_j to f_ij changes nothing
-    has_bootstrap: ClassVar[bool] = True  # whether there is an estimate that duplicates do not inflate
+    has_bootstrap: ClassVar[bool] = True  # whether an estimate exists that duplicates do not inflate
 
     def shift(self, means: Array, half: Array) -> Array:
         """The shift a_i of f, from its row means and half of its overall mean."""
@@ -224,7 +224,7 @@ def _bilinear(matrix: Array, left: Array, right: Array) -> Array:
     return jnp.sum(left * matmul(right, matrix), 1)
 
 
-# By the names of estimators and comparisons in the public functions.
+# By the names of the estimators and comparisons of the public functions.
 CENTERINGS: dict[str, Centering] = {
     "none": Centering(),
     "pearson": Pearson(),

@@ -24,7 +24,7 @@ from jaxalign.measures._pair_sums import InnerProducts, PairFunction, pair_produ
 from jaxalign.plan import Plan, check_plan, check_single_device, resolve_plan
 
 Missing = Literal["raise", "omit", "propagate"]
-# The advice about missing samples in functions without the option `missing`.
+# The advice on missing samples in functions without the option `missing`.
 MASK_ADVICE = "Leave such samples out with mask=."
 
 
@@ -35,9 +35,9 @@ class PairMeasure:
     Attributes:
         name: the public name.
         function: the value of a pair.
-        centering: of the matrices; None: compare their differences, not their products.
-        finish: inner products -> values (..., L, M).
-        min_samples: the number of samples that it needs.
+        centering: of the matrices; None compares their differences instead of their products.
+        finish: maps inner products to values (..., L, M).
+        min_samples: the smallest number of samples.
     """
 
     name: str
@@ -67,16 +67,16 @@ _ANY_FUNCTION = PairFunction("squared")  # no normalization, no sigma
 
 @dataclass(frozen=True)
 class SummaryMeasure:
-    """A measure that summarizes each representation on its own, and then compares two summaries.
+    """A measure that summarizes each representation separately, and then compares two summaries.
 
     Attributes:
         name: the public name.
         summarize: (features (n, d), context) -> a pytree, and the status () of a solved sigma or None.
         compare: (summary of x, summary of y, mask) -> value ().
-        min_samples: the number of samples that it needs.
-        function: of pairs of samples, if it uses one: says how rows are normalized and whether there is a sigma.
+        min_samples: the smallest number of samples.
+        function: the pair function, if any: defines how rows are normalized and whether there is a sigma.
         long_name: the name with the option that `min_samples` depends on.
-        stores_pairs: whether it sorts the values of all pairs, which are stored for that.
+        stores_pairs: whether it sorts, and so stores, the values of all pairs.
     """
 
     name: str
@@ -94,7 +94,7 @@ class SummaryMeasure:
 
 
 def depends_on_differences(measure: PairMeasure | SummaryMeasure) -> bool:
-    """Whether a measure depends on the differences of rows alone: all but those of directions from the origin."""
+    """Whether a measure depends only on differences of rows, not on their directions from the origin."""
     return measure.function.normalization is None
 
 
@@ -104,7 +104,7 @@ def check_representations(
     missing: Any,
     min_samples: int,
     measure: str,
-    advice: str = 'missing="omit" leaves out samples that are missing in any set.',
+    advice: str = 'missing="omit" leaves out samples that are missing in any representation.',
     *,
     center: bool = False,
 ) -> tuple[tuple[Array, ...], Array | None]:
@@ -138,9 +138,9 @@ def check_representations(
     if mask is not None and _checks.is_concrete(mask):
         counts = _checks.on_host(mask).sum(-1)
     if (counts < min_samples).any():
-        reason = " are there (n)"
+        reason = " were passed"
         if mask is not None:
-            reason = " are left, not missing" if missing == "omit" else " are left by the mask"
+            reason = " are left once missing samples are omitted" if missing == "omit" else " are left by the mask"
         raise ValueError(f"{measure} needs at least {min_samples} samples; {int(np.min(counts))}{reason}.")
     return tuple(features), mask
 
@@ -189,14 +189,14 @@ def check_function(
     function: PairFunction,
     plan: Plan,
 ) -> tuple[Array | None, Array | None]:
-    """Check what a pair function needs; its sigmas (..., representations), or its density (...), from the kernel."""
+    """Check features for a pair function; return the kernel's sigmas (..., representations) or density (...)."""
     for name, x in zip(names, features, strict=True):
         check_directions(name, x, function.normalization, mask)
     if not isinstance(kernel, (RBF, Laplacian)):
         return None, None
     if not kernel.solves:
         return sigma_per_representation(kernel.sigma, len(features), features[0]), None
-    if not function.solves:  # only the order of distances counts
+    if not function.solves:  # the measure depends only on the order of distances
         return None, None
     problem = check_problem(features[0], None, mask, None, function.diagonal, local_rows=plan.rows_are_local)
     return None, jnp.asarray(check_density(kernel.density, problem, "global", plan))
@@ -225,7 +225,7 @@ def compute_products(
 
 
 def explain_status(name: str, status: Array | None) -> None:
-    """Raise if a sigma does not exist; not under a trace, and not for nan, which is propagated."""
+    """Raise if a sigma does not exist. Under a trace, and for nan features, the measure is nan instead."""
     if status is None or not _checks.is_concrete(status):
         return
     try:
@@ -266,7 +266,7 @@ def _evaluate_summaries(
 
 
 class Summary(NamedTuple):
-    """What a measure compares of one representation."""
+    """The summary of one representation, and whether it is defined."""
 
     content: Any
     status: Array | None  # () of a solved sigma
@@ -295,15 +295,15 @@ def compare_summaries(x: Summary, y: Summary, mask: Array | None, measure: Summa
 
 
 def sigma_per_representation(sigma: Any, number: int, like: Array) -> Array:
-    """Bandwidths (..., number) from one for all representations, or from a tuple or list of one per representation."""
+    """Bandwidths (..., number) from one sigma, or from a tuple or list of one per representation."""
     sigmas = sigma if isinstance(sigma, (tuple, list)) else (sigma,) * number
     if len(sigmas) != number:
         raise ValueError(
-            f"sigma must be one number, or a tuple of one for each of the {number} sets; got {len(sigmas)}."
+            f"sigma must be one number, or a tuple of one for each of the {number} representations; got {len(sigmas)}."
         )
     values = []
     for value in sigmas:
-        meaning = "the batch dimensions of the features (one a set is a tuple)"
+        meaning = "the batch dimensions of the features (pass a tuple for one sigma per representation)"
         values.append(_checks.parameter("sigma", value, like.dtype, like.shape[:-2], meaning))
         _checks.positive("sigma", value)
     return jnp.stack(values, -1)
@@ -323,6 +323,6 @@ def check_directions(name: str, x: Array, normalization: str | None, mask: Array
         row, count = int(np.argwhere(invalid)[0][-1]), int(invalid.sum())
         defect = "has the same value everywhere" if normalization == "correlation" else "is 0 everywhere"
         raise ValueError(
-            f"{name}: row {row} {defect}, so its {normalization} with others is not defined ({count} such rows). "
+            f"{name}: row {row} {defect}, so its {normalization} with other rows is not defined ({count} such rows). "
             "Leave it out with mask=."
         )

@@ -1,13 +1,14 @@
-"""HSIC, CKA and distance correlation: inner products of centred kernel or distance matrices.
+"""HSIC, CKA and distance correlation: inner products of centered kernel or distance matrices.
 
-With K, L the n x n matrices of the two sets, H = I - 11'/n and K~ = K without its diagonal:
+With K, L the n x n kernel matrices of the two representations, H = I - 11'/n and K~ = K with a zero diagonal:
 
     biased    tr(K H L H) / (n - 1)^2                                             Gretton et al. 2005, eq. 9
     debiased  [tr(K~ L~) + 1'K~1 1'L~1 / ((n-1)(n-2)) - 2 / (n-2) 1'K~L~1] / (n(n-3))   Song et al. 2012, eq. 5
     lange     2 / (n(n-3)) sum_{i<j} (H K H)_ij (H L H)_ij                         Lange et al. 2023
 
-and CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with the same estimator in all three (Kornblith et al. 2019). All of
-them centre, so K of the linear kernel is -D / 2, and distance correlation is the same ratio with K = -sqrt(D).
+and CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with the same estimator in all three (Kornblith et al. 2019). As all
+estimators center K, the linear kernel can be computed as -D / 2. Distance correlation is the same ratio with K =
+-sqrt(D).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from jaxalign.plan import AUTO, Plan, resolve_plan
 
 Estimator = Literal["debiased", "biased", "lange"]
 
-_LEAST = {"debiased": 4, "biased": 2, "lange": 4}
+_MIN_SAMPLES = {"debiased": 4, "biased": 2, "lange": 4}
 
 
 def hsic(
@@ -43,26 +44,28 @@ def hsic(
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
-    """Hilbert-Schmidt independence criterion: 0 in expectation for independent sets (debiased), larger is more similar.
+    """Hilbert-Schmidt independence criterion (Gretton et al. 2005): larger is more similar.
+
+    The debiased estimator is 0 in expectation for independent representations.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
-        kernel: "rbf" exp(-D / (2 sigma^2)), "laplacian" exp(-sqrt(D) / sigma), "linear" (of centered features); an
-            object of `jaxalign.kernels`, which also holds sigma or its target density; or a function of an array of
-            squared distances that returns kernel values, elementwise.
-        estimator: "debiased", "biased" or "lange"; see the top of the module.
-        mask: shape (..., n), True = a real sample.
-        missing: what to do about nan and inf: "raise"; "omit" leaves out samples missing in either set; "propagate"
-            gives nan.
+        kernel: "rbf" exp(-D / (2 sigma^2)), "laplacian" exp(-sqrt(D) / sigma) or "linear" (of centered features), D the
+            squared distances; an object of `jaxalign.kernels`, which also holds sigma or its target density; or a
+            function that maps an array of squared distances elementwise to kernel values.
+        estimator: "debiased" (Song et al. 2012), "biased" (Gretton et al. 2005) or "lange" (Lange et al. 2023).
+        mask: shape (..., n), True marks valid samples.
+        missing: what to do about nan and inf: "raise"; "omit" samples that are missing in either representation; or
+            "propagate", which returns nan.
         plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
         HSIC, shape (...), in squared units of the features for the linear kernel. Differentiable.
 
     Raises:
-        TypeError, ValueError: not arrays of the same samples, fewer than 4 samples (biased: 2), sigma not above 0, a
-            density that cannot be reached, nan or inf.
+        TypeError, ValueError: x and y are not arrays of the same samples; fewer than 4 samples ("biased": 2); sigma is
+            not above 0; a density that cannot be reached; nan or inf.
 
     Example:
         >>> import jax, jaxalign
@@ -87,25 +90,25 @@ def cka(
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
-    """Centred kernel alignment (Kornblith et al. 2019): 1 for the same geometry, 0 on average for independent sets.
+    """Centered kernel alignment (Kornblith et al. 2019): 1 for the same geometry, 0 on average if independent.
 
-    The biased estimator is far from 0 for independent sets when there are few samples: 0.996 at n = 32, d = 64 with the
-    auto-scaled RBF kernel, whose matrix is then close to the identity. The debiased one is 0 on average.
+    For few samples the biased estimator is far from 0 even if x and y are independent: 0.996 at n = 32, d = 64 with the
+    auto-scaled RBF kernel, whose matrix is then close to the identity. The debiased estimator is 0 on average.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
         kernel: see `hsic`.
-        estimator: of HSIC, in all three places; see `hsic`.
-        result: "similarity" CKA itself; "angular" arccos(CKA), from 0 to pi. With the biased estimator that is a
-            metric, at most pi / 2 (Williams et al. 2021). It resolves angles down to about 1e-3 in float32.
+        estimator: the estimator of all three HSIC, see `hsic`.
+        result: "similarity" returns CKA; "angular" returns arccos(CKA), from 0 to pi. With the biased estimator the
+            angle is a metric, at most pi / 2 (Williams et al. 2021). It resolves about 1e-3 in float32.
         mask: see `hsic`.
         missing: see `hsic`.
         plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
-        Shape (...). CKA is at most 1, and not below 0 for the biased estimator; 0 where a representation does not vary,
-        an angle of pi / 2. Differentiable; the derivative of an angle of 0 is taken as 0.
+        Shape (...). CKA is at most 1, and at least 0 for the biased estimator. It is 0 (an angle of pi / 2) if a
+        representation does not vary. Differentiable; the derivative of the angle is set to 0 at angle 0.
 
     Raises:
         TypeError, ValueError: see `hsic`.
@@ -113,7 +116,7 @@ def cka(
     Example:
         >>> import jax, jaxalign
         >>> x, noise = jax.random.normal(jax.random.key(0), (2, 100, 8))
-        >>> y = 3 * x[:, ::-1] + 7  # turned, scaled, shifted: the same geometry
+        >>> y = 3 * x[:, ::-1] + 7  # permuted, scaled, shifted: the same geometry
         >>> round(float(jaxalign.measures.cka(x, y)), 4)
         1.0
         >>> abs(float(jaxalign.measures.cka(x, noise))) < 0.05
@@ -128,18 +131,20 @@ def minibatch_cka(
     batches: Iterable[tuple[AnyArray, AnyArray]],
     kernel: Kernel = "linear",
 ) -> Float[Array, ""]:
-    """CKA from minibatches (Nguyen et al. 2021, eq. 2-3): debiased HSIC averaged over the batches, then the ratio.
+    """CKA from minibatches (Nguyen et al. 2021, eq. 2-3): the ratio of debiased HSIC averaged over batches.
 
     Args:
-        batches: pairs (x, y) of features (n, d1), (n, d2), n >= 4; n may differ from batch to batch. Leave out a last
-            batch of fewer samples.
-        kernel: see `hsic`. Unless the kernel has a sigma, every batch has its own: give one if batches are small.
+        batches: pairs (x, y) of features, shapes (n, d1) and (n, d2), n >= 4. n may differ between batches. Leave out a
+            last batch with fewer samples.
+        kernel: see `hsic`. Unless the kernel has a sigma, one is solved for in every batch: pass a sigma if batches are
+            small.
 
     Returns:
-        A scalar, from -1 to 1; 0 where a representation does not vary within any batch.
+        A scalar, from -1 to 1; 0 if a representation does not vary within any batch.
 
     Raises:
-        TypeError, ValueError: see `hsic`, with the number of the batch; no batches; batches of different widths.
+        TypeError, ValueError: see `hsic` (the message holds the index of the batch); no batches; batches of different
+            widths.
 
     Example:
         >>> import jax, jaxalign
@@ -152,7 +157,7 @@ def minibatch_cka(
     sums = units = None
     widths: tuple[int, ...] = ()
     for k, batch in enumerate(batches):
-        x, y = _checked_batch(k, batch, measure.min_samples, widths)
+        x, y = _check_batch(k, batch, measure.min_samples, widths)
         widths = (x.shape[-1], y.shape[-1])
         names = (f"batch {k}: x", f"batch {k}: y")
         plan = resolve_plan(AUTO, x, None)
@@ -160,43 +165,44 @@ def minibatch_cka(
         part = jnp.stack([inner.cross[0, 0], inner.self_x[0], inner.self_y[0]]) / (x.shape[0] * (x.shape[0] - 3))
         part = jnp.where(inner.is_defined[0, 0], part, jnp.nan)
         unit = jnp.stack([inner.unit_x[0], inner.unit_y[0]])
-        # The unit of the sums is that of the largest batch so far: squares of others may overflow in any other.
-        before = (part, unit) if sums is None or units is None else (sums, units)
-        units = jnp.maximum(unit, before[1])
-        here, then = (jnp.stack([u[0] * u[1], u[0] ** 2, u[1] ** 2]) for u in (unit / units, before[1] / units))
-        sums = part * here if sums is None else part * here + sums * then
+        # Sums are in the unit of the largest batch so far, so that no square overflows.
+        last_units = unit if units is None else units
+        units = jnp.maximum(unit, last_units)
+        ratios = (unit / units, last_units / units)
+        factor, last_factor = (jnp.stack([u[0] * u[1], u[0] ** 2, u[1] ** 2]) for u in ratios)
+        sums = part * factor if sums is None else part * factor + sums * last_factor
     if sums is None:
         raise ValueError("batches is empty: at least one pair (x, y) is needed.")
     return bounded(correlation(*sums), -1, 1)
 
 
-def _checked_batch(k: int, batch: Any, least: int, widths: tuple[int, ...]) -> tuple[Array, ...]:
-    """The pair of features of a batch; it is named where something is wrong with it."""
+def _check_batch(k: int, batch: Any, min_samples: int, widths: tuple[int, ...]) -> tuple[Array, ...]:
+    """The pair of features of a batch; messages name the batch."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"minibatch_cka: batch {k} must be a pair (x, y) of features; got {type(batch).__name__}.")
     features = [_checks.features(f"batch {k}: {name}", a, center=True) for name, a in zip("xy", batch, strict=True)]
     for name, a, width in zip("xy", features, widths or (None, None), strict=True):
         if a.ndim != 2:
             raise ValueError(
-                f"minibatch_cka: {name} of batch {k} must have shape (n, d); got {a.shape}. With every position of a "
-                f"map as channels: {name}.reshape({a.shape[0]}, -1)."
+                f"minibatch_cka: {name} of batch {k} must have shape (n, d); got {a.shape}. To use the positions of "
+                f"a map as channels, pass {name}.reshape({a.shape[0]}, -1)."
             )
         if width not in (None, a.shape[1]):
             raise ValueError(
                 f"minibatch_cka: {name} of batch {k} has {a.shape[1]} channels, that of batch {k - 1} {width}: all "
                 "batches must come from the same two layers."
             )
-    if features[0].shape[0] < least:
+    if features[0].shape[0] < min_samples:
         raise ValueError(
-            f"minibatch_cka needs at least {least} samples in every batch; batch {k} has {features[0].shape[0]}. Leave "
-            "it out: drop_last=True of a torch DataLoader."
+            f"minibatch_cka needs at least {min_samples} samples in every batch; batch {k} has {features[0].shape[0]}. "
+            "Leave it out, with drop_last=True if it is from a torch DataLoader."
         )
     advice = "Leave such samples out of the batch, in both x and y."
     return check_representations(
         [(f"batch {k}: {name}", a) for name, a in zip("xy", features, strict=True)],
         None,
         "raise",
-        least,
+        min_samples,
         "minibatch_cka",
         advice,
     )[0]
@@ -212,20 +218,21 @@ def distance_correlation(
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
-    """Distance correlation: 0 in the limit only for independent sets, 1 for the same geometry.
+    """Distance correlation: 1 for the same geometry, 0 in the limit only if x and y are independent.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
-        estimator: "biased": R_n of Székely, Rizzo & Bakirov 2007, never below 0, far above it for few samples;
-            "debiased": the bias-corrected R*_n of Székely & Rizzo 2013, 0 on average for independent sets.
-        squared: the square of it, which the debiased estimator is about; else its root, with the sign of the square.
+        estimator: "biased": R_n of Székely, Rizzo & Bakirov 2007, never below 0, and far above 0 for few samples.
+            "debiased": the bias-corrected R*_n of Székely & Rizzo 2013, 0 on average for independent x and y.
+        squared: True returns the squared distance correlation, which the estimators are defined for; False returns its
+            root, with the sign of the square.
         mask: see `hsic`.
         missing: see `hsic`.
         plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
-        Shape (...), at most 1. 0 where a set does not vary. Differentiable, except that the root is not at 0.
+        Shape (...), at most 1; 0 if a representation does not vary. Differentiable, except for the root at 0.
 
     Raises:
         TypeError, ValueError: see `hsic`.
@@ -240,27 +247,27 @@ def distance_correlation(
     return evaluate(measure, x, y, mask=mask, missing=missing, plan=plan)
 
 
-# --- the measures themselves: options that were checked, as what is compiled for ------------------------------------
+# --- specifications: hashable, as programs are compiled for them -----------------------------------------------------
 
 
 @_checks.cached
 def hsic_measure(function: PairFunction, estimator: Any) -> PairMeasure:
     """The measure behind `hsic`."""
-    _checks.choice("estimator", estimator, tuple(_LEAST))
-    factor = 0.25 if function.form == "squared" else 1.0  # the linear kernel is centered -D / 2
+    _checks.choice("estimator", estimator, tuple(_MIN_SAMPLES))
+    factor = 0.25 if function.form == "squared" else 1.0  # -D / 2 and the linear kernel are equal once centered
     finish = partial(_covariance, estimator=estimator, factor=factor)
-    return PairMeasure("hsic", function, CENTERINGS[estimator], finish, _LEAST[estimator])
+    return PairMeasure("hsic", function, CENTERINGS[estimator], finish, _MIN_SAMPLES[estimator])
 
 
 @_checks.cached
 def cka_measure(function: PairFunction, estimator: Any, result: Any = "similarity") -> PairMeasure:
     """The measure behind `cka`."""
-    _checks.choice("estimator", estimator, tuple(_LEAST))
+    _checks.choice("estimator", estimator, tuple(_MIN_SAMPLES))
     _checks.choice("result", result, ("similarity", "angular"))
     # Kernels of this library are positive definite.
     low = 0.0 if estimator == "biased" and not callable(function.form) else -1.0
     finish = partial(_ratio, low=low, angular=result == "angular")
-    return PairMeasure("cka", function, CENTERINGS[estimator], finish, _LEAST[estimator])
+    return PairMeasure("cka", function, CENTERINGS[estimator], finish, _MIN_SAMPLES[estimator])
 
 
 @_checks.cached
@@ -268,7 +275,8 @@ def distance_correlation_measure(estimator: Any, squared: bool) -> PairMeasure:
     """The measure behind `distance_correlation`."""
     _checks.choice("estimator", estimator, ("debiased", "biased"))
     finish = partial(_ratio if squared else _signed_root, low=0.0 if estimator == "biased" else -1.0)
-    return PairMeasure("distance_correlation", PairFunction("root"), CENTERINGS[estimator], finish, _LEAST[estimator])
+    function, centering = PairFunction("root"), CENTERINGS[estimator]
+    return PairMeasure("distance_correlation", function, centering, finish, _MIN_SAMPLES[estimator])
 
 
 def _covariance(inner: InnerProducts, estimator: Estimator, factor: float) -> Array:

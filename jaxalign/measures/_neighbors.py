@@ -1,7 +1,7 @@
-"""Measures by nearest neighbours: whether the same samples are close in both sets.
+"""Nearest-neighbor measures: whether the same samples are close in both representations.
 
-Lists of neighbours are a reduction over pairs that keeps the k smallest distances of every row, so they need no n x n.
-Neighbours at equal distances: the sample with the smaller number comes first.
+A reduction over pairs keeps the k smallest distances of every row, so no n x n matrix is stored. Among neighbors at
+equal distances the sample with the smaller index comes first.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from jaxalign.plan import Plan, check_plan, resolve_plan
 
 Metric = Literal["euclidean", "cosine", "correlation"]
 
-_NOBODY = np.iinfo(np.int32).max
-# Distances down to this many times below the typical one are accurate to 1e-4, which is enough to order them.
+_NO_SAMPLE = np.iinfo(np.int32).max
+# Distances down to this factor below the root mean square are accurate to 1e-4, which is enough to order them.
 _RESOLVED_BELOW_RMS = 60.0
-# Entries of gathered neighbours, k d a row, that are looked at together.
-_GATHERED = 2**22
+# Entries of gathered neighbors (k d per row) that are processed at a time.
+_MAX_GATHERED = 2**22
 
 
 def nearest_neighbors(
@@ -52,20 +52,21 @@ def nearest_neighbors(
     mask: Mask[Data, "*#batch n"] | None = None,
     plan: Plan | None = None,
 ) -> Int[Array, "*batch n k"]:
-    """The numbers of the k samples that are nearest to each sample, itself left out, nearest first.
+    """Indices of the k nearest neighbors of each sample, nearest first; a sample is not its own neighbor.
 
     Args:
         x: features, shape (..., n, d).
-        k: how many neighbours, 1 <= k < n.
+        k: the number of neighbors, 1 <= k < n.
         metric: "euclidean", "cosine" (1 - cos) or "correlation" (1 - r).
-        mask: shape (..., n), True = a real sample; the others are nobody's neighbour and have none: -1.
+        mask: shape (..., n), True marks valid samples. Other samples are not neighbors of any, and theirs are -1.
         plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
-        Sample numbers, int32, shape (..., n, k).
+        Indices of samples, int32, shape (..., n, k).
 
     Raises:
-        TypeError, ValueError: see `hsic`; k >= n; a row without a direction for "cosine" and "correlation".
+        TypeError, ValueError: see `hsic`; k >= n; for "cosine" and "correlation", a row that has no
+            direction.
 
     Example:
         >>> import jax.numpy as jnp, jaxalign
@@ -80,13 +81,13 @@ def nearest_neighbors(
         mask,
         "raise",
         k + 1,
-        f"k = {k} neighbours",
+        f"k = {k} neighbors",
         MASK_ADVICE,
         center=function.normalization is None,
     )
     check_directions("x", x, function.normalization, mask)
-    found = _neighbors_jit(x, mask, k, function, resolve_plan(check_plan(plan, local_rows=False), x, None))
-    return jnp.where(found == _NOBODY, -1, found)
+    indices = _neighbors_jit(x, mask, k, function, resolve_plan(check_plan(plan, local_rows=False), x, None))
+    return jnp.where(indices == _NO_SAMPLE, -1, indices)
 
 
 def mutual_knn(
@@ -99,19 +100,19 @@ def mutual_knn(
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
-    """The mean share of the k nearest neighbours that a sample has in both sets (Huh et al. 2024, eq. 11).
+    """The mean share of the k nearest neighbors that both representations have in common (Huh et al. 2024, eq. 11).
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
-        k: how many neighbours, 1 <= k < n.
+        k: the number of neighbors, 1 <= k < n.
         metric: "euclidean", "cosine" (as published) or "correlation".
         mask: see `hsic`.
         missing: see `hsic`.
         plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
-        Shape (...), from 0 to 1; k / (n - 1) on average for independent sets. Its derivatives are 0.
+        Shape (...), from 0 to 1; k / (n - 1) on average for independent representations. Derivatives are 0.
 
     Raises:
         TypeError, ValueError: see `nearest_neighbors`.
@@ -136,19 +137,19 @@ def jaccard(
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
-    """The mean Jaccard index of the k nearest neighbours of a sample in both sets: shared ones over all.
+    """The mean Jaccard index of the k nearest neighbors in both representations: the intersection over the union.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
-        k: how many neighbours, 1 <= k < n.
+        k: the number of neighbors, 1 <= k < n.
         metric: "euclidean", "cosine" or "correlation".
         mask: see `hsic`.
         missing: see `hsic`.
         plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
-        Shape (...), from 0 to 1. Its derivatives are 0.
+        Shape (...), from 0 to 1. Derivatives are 0.
 
     Raises:
         TypeError, ValueError: see `nearest_neighbors`.
@@ -172,21 +173,24 @@ def cknna(
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
-    """Centred kernel nearest-neighbour alignment: CKA of cosines, over pairs that are neighbours in both sets.
+    """Centered kernel nearest-neighbor alignment: CKA of cosines over pairs that are neighbors in both representations.
 
-    Align(K, L) = sum_ij a_ij (K_ij - mean_l K_il) (L_ij - mean_l L_il), a_ij = 1 where j is among the k nearest of i in
-    both sets, and the result is Align(K, L) / sqrt(Align(K, K) Align(L, L)) (Huh et al. 2024, appendix A).
+    The value is Align(K, L) / sqrt(Align(K, K) Align(L, L)) with
+
+        Align(K, L) = sum_ij a_ij (K_ij - mean_l K_il) (L_ij - mean_l L_il),
+
+    a_ij = 1 if j is among the k nearest neighbors of i in both representations, else 0 (Huh et al. 2024, appendix A).
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
-        k: how many neighbours, 1 <= k < n. n - 1 compares all pairs.
+        k: the number of neighbors, 1 <= k < n; n - 1 compares all pairs.
         mask: see `hsic`.
         missing: see `hsic`.
         plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
-        Shape (...), at most 1. Differentiable for fixed neighbours.
+        Shape (...), at most 1. Differentiable for fixed neighbors.
 
     Raises:
         TypeError, ValueError: see `nearest_neighbors`.
@@ -200,7 +204,7 @@ def cknna(
     return evaluate(cknna_measure(k), x, y, mask=mask, missing=missing, plan=check_plan(plan, local_rows=False))
 
 
-# --- the measures themselves ------------------------------------------------------------------------------------------
+# --- specifications --------------------------------------------------------------------------------------------------
 
 
 @_checks.cached
@@ -241,7 +245,7 @@ def cknna_measure(k: Any) -> SummaryMeasure:
 
 
 def _check_k(k: Any) -> int:
-    return _checks.whole("k", k, of=" of neighbours")
+    return _checks.whole("k", k, of=" of neighbors")
 
 
 def _function(metric: Any) -> PairFunction:
@@ -254,14 +258,14 @@ def _lists(x: Array, context: Context, k: int, function: PairFunction) -> tuple[
 
 
 def neighbors(x: Array, mask: Array | None, k: int, function: PairFunction, plan: Plan) -> Array:
-    """Numbers of the k nearest, (..., n, k)."""
+    """Indices of the k nearest neighbors, (..., n, k); _NO_SAMPLE where there is none."""
 
     def local(x: Array, _y: None, mask: Array | None, _mask_y: None) -> Array:
         features = unit_features(x, mask, function.normalization, plan.axis_name)
         ties = has_ties(features, plan.axis_name)
         gamma = _RESOLVED_BELOW_RMS * inverse_rms_distance(features, plan.axis_name)
         pairs = Pairs((features,), None, True, plan.tile_rows, plan.axis_name, differentiable=False, euclidean=True)
-        keep = Reduction(_candidates, partial(_nearest, k=k), combine=_nearer, init=_nobody)
+        keep = Reduction(_candidates, partial(_nearest, k=k), combine=_nearer, init=_no_neighbors)
         return reduce_pairs(keep, pairs, gammas=(jnp.where(ties, jnp.inf, gamma),))[1].sample
 
     return on_mesh(local, plan, (lax.stop_gradient(x), None, mask, None), result_rows=ROWS_SECOND_LAST)
@@ -281,17 +285,18 @@ def _candidates(tile: Tile) -> Array:
 
 
 def _nearest(distances: Array, tile: Tile, k: int) -> tuple[tuple[()], _Near]:
-    found = min(k, distances.shape[1])
-    negative, place = lax.top_k(-distances, found)  # the first of equal ones
-    sample = jnp.where(jnp.isfinite(negative), tile.column.sample[place], _NOBODY)
-    more = [(0, 0), (0, k - found)]
-    return (), _Near(jnp.pad(-negative, more, constant_values=jnp.inf), jnp.pad(sample, more, constant_values=_NOBODY))
+    count = min(k, distances.shape[1])
+    negative, place = lax.top_k(-distances, count)  # of equal distances the first
+    sample = jnp.where(jnp.isfinite(negative), tile.column.sample[place], _NO_SAMPLE)
+    padding = [(0, 0), (0, k - count)]
+    distance = jnp.pad(-negative, padding, constant_values=jnp.inf)
+    return (), _Near(distance, jnp.pad(sample, padding, constant_values=_NO_SAMPLE))
 
 
-def _nobody(like: _Near) -> _Near:
-    if not isinstance(like, _Near):  # rows that are not asked for
+def _no_neighbors(like: _Near) -> _Near:
+    if not isinstance(like, _Near):  # results that are not requested
         return like
-    return _Near(jnp.full_like(like.distance, jnp.inf), jnp.full_like(like.sample, _NOBODY))
+    return _Near(jnp.full_like(like.distance, jnp.inf), jnp.full_like(like.sample, _NO_SAMPLE))
 
 
 def _nearer(a: _Near, b: _Near) -> _Near:
@@ -311,16 +316,16 @@ def _mean_over_samples(values: Array, mask: Array | None) -> Array:
 
 
 def _overlap(x: Array, y: Array, mask: Array | None, shared_of: Any) -> Array:
-    same = (x[..., :, None] == y[..., None, :]) & (x != _NOBODY)[..., :, None]
+    same = (x[..., :, None] == y[..., None, :]) & (x != _NO_SAMPLE)[..., :, None]
     shared = jnp.sum(same, (-2, -1)).astype(jnp.result_type(float))
     return _mean_over_samples(shared_of(shared), mask)
 
 
 class _Local(NamedTuple):
-    """The kernel at the neighbours of each row."""
+    """The kernel at the neighbors of each row."""
 
     sample: Array  # (..., n, k)
-    kernel: Array  # (..., n, k): K_ij - mean_l K_il, in a unit of its own
+    kernel: Array  # (..., n, k): K_ij - mean_l K_il, up to a factor
 
 
 def _local_kernel(x: Array, context: Context, k: int, function: PairFunction) -> tuple[_Local, None]:
@@ -328,24 +333,24 @@ def _local_kernel(x: Array, context: Context, k: int, function: PairFunction) ->
     mask = context.mask
     weights = jnp.ones(x.shape[0], x.dtype) if mask is None else mask.astype(x.dtype)
     weights = weights[:, None] / jnp.maximum(jnp.sum(weights), 1)
-    # Unit rows u, less their mean w, have u_i.(u_j - mean u) = w_i.w_j - (|w_j|^2 - mean |w|^2) / 2, which also keeps
-    # its digits where all directions are nearly one.
+    # With unit rows u and w = u - mean u, u_i.(u_j - mean u) = w_i.w_j - (|w_j|^2 - mean |w|^2) / 2, which stays
+    # accurate if all directions are nearly equal.
     rows = unit_features(x, mask, "cosine").x
     rows = rows - jnp.sum(rows * weights, 0, keepdims=True)
     squares = jnp.sum(rows * rows, 1)
     squares = (squares - jnp.sum(squares * weights[:, 0])) / 2
 
     def at_neighbors(row: Array, nearest: Array) -> Array:
-        others, less = (jnp.take(a, nearest, 0, mode="clip") for a in (rows, squares))
-        return jnp.where(nearest == _NOBODY, 0, matmul(others, row) - less)
+        neighbor_rows, half_squares = (jnp.take(a, nearest, 0, mode="clip") for a in (rows, squares))
+        return jnp.where(nearest == _NO_SAMPLE, 0, matmul(neighbor_rows, row) - half_squares)
 
-    together = max(1, _GATHERED // (k * rows.shape[1]))
-    kernel = lax.map(lambda pair: jax.checkpoint(at_neighbors)(*pair), (rows, samples), batch_size=together)
+    batch_size = max(1, _MAX_GATHERED // (k * rows.shape[1]))
+    kernel = lax.map(lambda pair: jax.checkpoint(at_neighbors)(*pair), (rows, samples), batch_size=batch_size)
     return _Local(samples, kernel), None
 
 
 def _local_alignment(x: _Local, y: _Local, mask: Array | None) -> Array:
-    del mask  # masked rows have no neighbours, so they add nothing
+    del mask  # masked rows have no neighbors, so their terms are 0
     same = x.sample[..., :, None] == y.sample[..., None, :]
     both = jnp.where(same, x.kernel[..., :, None] * y.kernel[..., None, :], 0)
     self_x, self_y = (jnp.sum(a.kernel**2, (-2, -1)) for a in (x, y))

@@ -1,14 +1,14 @@
-"""Measures that are inner products of pair functions: HSIC, CKA, RSA, distance correlation, distances of affinities.
+"""Inner products of pair functions, for HSIC, CKA, RSA, distance correlation and the distance of affinities.
 
 Each representation gives every pair of samples a value f_ij, a function of their squared distance: a kernel or a
 dissimilarity. A measure compares these matrices after centering. All centered inner products follow from a few sums
-over the pairs i != j, which one visit of the pairs gathers for any number of representations:
+over the pairs i != j, which one pass over the pairs computes for any number of representations:
 
     P_kl = sum f^k_ij f^l_ij       r^k_i = sum_j f^k_ij
 
 If the centering removes what depends on one sample only, f_ij may be shifted by any a_i + a_j beforehand. The shifts
-are row means over a subsample of columns: the sums are then as accurate as those of centered matrices, without a pass
-for the centering.
+are row means over a subsample of columns, so that the sums are as accurate as those of centered matrices, without a
+second pass.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ from jaxalign.plan import Plan
 
 Form = Literal["rbf", "laplacian", "one_minus_rbf", "squared", "root"]
 
-# Columns over which row means are taken to shift f_ij. They need not be exact.
+# Number of columns for the row means that shift f_ij, which need not be exact.
 _SHIFT_COLUMNS = 128
-# Up to this many products of representations are summed one by one, more of them as a matrix product per row.
+# Up to this many products of representations are summed separately; beyond that, by one matrix product per row.
 _MAX_SEPARATE_PRODUCTS = 4
 
 
@@ -71,7 +71,7 @@ class PairFunction:
         diagonal: whether the ones on the diagonal count in that density.
         duplicates_allowed: if duplicates alone exceed the density, so that no sigma exists, all count as similar.
         constant_sigma: derivatives treat a solved sigma as a constant.
-        minus_one: use the kernel minus 1, which centering does not see: sigma may be far above all distances.
+        minus_one: use the kernel minus 1: equal after centering, and accurate if sigma is far above all distances.
     """
 
     form: Form | Callable[[Array], Array]
@@ -105,12 +105,13 @@ class PairFunction:
 
     def unit(self, scale: Array) -> Array:
         """The unit of f_ij."""
-        one = jnp.ones_like(scale)
-        return scale * scale if self.form == "squared" else scale if self.form == "root" else one
+        if self.form == "squared":
+            return scale * scale
+        return scale if self.form == "root" else jnp.ones_like(scale)
 
 
 def kernel_function(kernel: RBF | Laplacian | Linear | Callable[[Array], Array]) -> PairFunction:
-    """What a kernel gives a pair of samples; the linear one is given by -2 times itself."""
+    """The pair function of a kernel. That of the linear kernel is -2 times the kernel, after centering."""
     if isinstance(kernel, Linear):
         return PairFunction("squared")
     if isinstance(kernel, (RBF, Laplacian)):
@@ -122,9 +123,9 @@ def kernel_function(kernel: RBF | Laplacian | Linear | Callable[[Array], Array])
 class InnerProducts(NamedTuple):
     """Inner products of centered matrices, of L representations x with M representations y; each f in its unit."""
 
-    cross: Array  # (..., L, M); of differences: sum_ij (f_ij - g_ij)^2
-    row_norms: Array  # (..., L, M); only of differences: sum_i sqrt(sum_j (f_ij - g_ij)^2)
-    self_x: Array  # (..., L): products of x with themselves
+    cross: Array  # (..., L, M); for differences: sum_ij (f_ij - g_ij)^2
+    row_norms: Array  # (..., L, M); for differences only: sum_i sqrt(sum_j (f_ij - g_ij)^2)
+    self_x: Array  # (..., L): products of each x with itself
     self_y: Array  # (..., M)
     unit_x: Array  # (..., L)
     unit_y: Array  # (..., M)
@@ -142,7 +143,7 @@ class InnerProducts(NamedTuple):
         num_samples: Array,
         row_norms: Array | None = None,
     ) -> InnerProducts:
-        """Inner products that were computed elsewhere, all of them defined."""
+        """Inner products that are all defined."""
         row_norms = jnp.zeros_like(cross) if row_norms is None else row_norms
         status, sigma = jnp.full((), CONVERGED, jnp.int32), jnp.zeros(())
         is_defined = jnp.ones(cross.shape, bool)
@@ -160,11 +161,11 @@ def correlation(cross: Array, self_x: Array, self_y: Array) -> Array:
 
 
 class ShiftedSums(NamedTuple):
-    """The sums of one visit of the pairs, of f_ij - shift_i - shift_j; of differences only `rows` has a meaning."""
+    """Sums of f_ij - shift_i - shift_j over pairs; for differences only `rows` is used."""
 
     cross: Array  # (L, M)
     self_products: Array  # (L + M,)
-    rows: Array  # (n, L + M); of differences sum_j (f_ij - g_ij)^2, (n, L M)
+    rows: Array  # (n, L + M); for differences sum_j (f_ij - g_ij)^2, (n, L M)
 
 
 def pair_products(
@@ -188,7 +189,7 @@ def pair_products(
         sigmas: (..., L + M), in units of the features.
         density: (...).
         function: the value of a pair.
-        centering: of the matrices; None: compare their differences, not their products.
+        centering: of the matrices; None compares their differences instead of their products.
         rtol: of the density.
         plan: how pairs are visited.
         differentiable: False if no derivative is needed, which saves a pass over each tile.
@@ -217,7 +218,7 @@ def pair_products(
 def solve_bandwidth(
     x: Array, mask: Array | None, density: Array, function: PairFunction, rtol: float, plan: Plan
 ) -> tuple[Array, Array]:
-    """The sigma of one representation at a density, and its status, (...): the same as in `pair_products`."""
+    """The sigma of one representation at a density, and its status, (...), as in `pair_products`."""
 
     def local(x: Array, _y: None, mask: Array | None, _mask_y: None, density: Array) -> tuple[Array, Array]:
         (prepared,) = prepare_representations((x,), mask, None, density, function, rtol, plan)
@@ -233,7 +234,7 @@ pair_products_jit = partial(
 
 
 class Representation(NamedTuple):
-    """A representation, ready to be visited: its pairs and its bandwidth."""
+    """The pairs and the bandwidth of a representation."""
 
     pairs: Pairs
     gamma: Array | None  # ()
@@ -247,7 +248,7 @@ class Representation(NamedTuple):
 
     @property
     def distances(self) -> Array:
-        """Stored distances, (n, n): Euclidean if the function takes those, else squared."""
+        """Stored distances, (n, n): Euclidean if the function is one of those, else squared."""
         assert self.pairs.distances is not None
         (squared,) = self.pairs.distances
         return root(squared) if self.pairs.euclidean else squared
@@ -271,7 +272,7 @@ def prepare_representations(
 ) -> list[Representation]:
     """The pairs of each representation (n, d), and its bandwidth: from sigmas (L + M,) or from the density.
 
-    With `resolved`, stored distances of a function without sigma are each accurate relative to themselves.
+    With `resolved`, stored distances of a function without sigma have a small relative error each.
     """
     centered = tuple(unit_features(valid_rows(x, mask), mask, function.normalization, plan.axis_name) for x in features)
     if not function.solves:
@@ -296,7 +297,7 @@ def prepare_representations(
         gamma, sigma = solution.gamma, solution.sigma
         if function.constant_sigma:
             gamma, sigma = lax.stop_gradient((gamma, sigma))
-        # Visits leave out pairs of a sample with itself, whose values are known.
+        # Reductions skip the pairs of a sample with itself, whose values are known.
         prepared.append(Representation(replace(pairs, skip_self=True), gamma, sigma, solution.status))
     return prepared
 
@@ -304,7 +305,7 @@ def prepare_representations(
 def _prepare_unsolved(
     features: CenteredFeatures, sigma: Array | None, function: PairFunction, plan: Plan, resolved: bool
 ) -> Representation:
-    """The pairs, and the sigma of the caller, if there is one."""
+    """The pairs, with the sigma of the caller, if any."""
     if sigma is None:
         gamma = inverse_rms_distance(features, plan.axis_name) if function.euclidean else None
         sigma = jnp.zeros((), features.raw_x.dtype)
@@ -318,7 +319,7 @@ def _prepare_unsolved(
 def _stored_distances(
     features: CenteredFeatures, gamma: Array | None, function: PairFunction, resolved: bool
 ) -> tuple[Array, ...]:
-    """Distances of all pairs: accurate enough for a gamma, or with `resolved` relative to themselves."""
+    """Distances of all pairs, accurate for a gamma or, with `resolved`, relative to each distance."""
     if resolved and not function.needs_sigma:
         distances = resolved_distances(features)
     elif gamma is None:
@@ -364,7 +365,7 @@ def _sum_pairs(
     totals, rows = visit_pairs(
         make_reduction(scales, split, function, centering), prepared, shift, differentiable=differentiable
     )
-    cross, self_products = totals or (rows, rows)  # differences have no totals: placeholders
+    cross, self_products = totals or (rows, rows)  # placeholders: differences have no totals
     return ShiftedSums(cross, self_products, rows)
 
 
@@ -376,7 +377,7 @@ def squared_differences(prepared: list[Representation], function: PairFunction) 
 def visit_pairs(
     reduction: Reduction, prepared: list[Representation], values: Any = (), *, differentiable: bool = True
 ) -> tuple[Any, Any]:
-    """Reduce over the pairs i != j of all representations together; `values` are those of rows and of columns."""
+    """Reduce over the pairs i != j of all representations together; `values` are row and column values."""
     stored = tuple(part.pairs.distances[0] for part in prepared if part.pairs.distances is not None)
     pairs = replace(
         prepared[0].pairs,
@@ -418,7 +419,7 @@ def _total(term: Array) -> Array:
 def _products(x: tuple[Array, ...], y: tuple[Array, ...]) -> Array:
     if len(x) * len(y) <= _MAX_SEPARATE_PRODUCTS:
         return jnp.stack([jnp.stack([_total(a * b) for b in y]) for a in x])
-    # Row by row: the partial sums keep digits that one long sum would lose.
+    # Partial sums per row are more accurate than one long sum.
     per_row = jnp.einsum("rlc,rmc->rlm", jnp.stack(x, 1), jnp.stack(y, 1), precision=lax.Precision.HIGHEST)
     return jnp.sum(per_row, 0)
 
@@ -505,16 +506,16 @@ def rounding_level(
 ) -> Array:
     """The <F, F> of a centered matrix that rounding alone can cause, (L + M,).
 
-    A representation below it does not vary: all f_ij are equal, for instance those of equidistant samples.
+    A representation below it does not vary: all f_ij are equal, for example if samples are equidistant.
     """
-    one, square_norms = jnp.ones_like(properties.scales), properties.max_square_norms
+    unit, square_norms = jnp.ones_like(properties.scales), properties.max_square_norms
     size = jnp.sqrt(square_norms) if function.euclidean else square_norms
     if function.needs_sigma:
-        size = one
+        size = unit
         if function.minus_one:  # at most 1 - exp of the largest distance, squared at most 4 times the largest norm
             ratio = properties.scales / properties.sigma
             largest = 2 * ratio * jnp.sqrt(square_norms) if function.euclidean else 2 * ratio**2 * square_norms
-            size = lax.stop_gradient(-kernel_minus_one(largest, one))
+            size = lax.stop_gradient(-kernel_minus_one(largest, unit))
     if callable(function.form):
         size = over_devices(lax.pmax, jnp.max(jnp.abs(lax.stop_gradient(shift)), 0), axis_name)
     return (8 * float(jnp.finfo(size.dtype).eps) * size * count) ** 2

@@ -1,4 +1,4 @@
-"""How well one set predicts the other by a linear map, on samples that were not used to fit it."""
+"""How well a linear map predicts one representation from another, on held-out samples."""
 
 from __future__ import annotations
 
@@ -29,27 +29,26 @@ def linear_predictivity(
     mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
 ) -> Float[Array, "*batch"]:
-    """The share of the variance of y that ridge regression on x explains in samples held out: R^2, cross-validated.
+    """Cross-validated R^2: the share of the variance of y that ridge regression on x explains in held-out samples.
 
-    The i-th real sample is held out in fold i mod `folds`: shuffle samples that follow each other closely (frames of a
-    film). In each fold the strength of the penalty is the one with the smallest leave-one-out error on the training
-    samples.
+    The i-th valid sample is held out in fold i mod `folds`: shuffle the samples if neighbors are similar (frames of a
+    video). Each fold uses the penalty with the smallest leave-one-out error on its training samples.
 
     Args:
-        x: features that predict, shape (..., n, d1).
-        y: features of the same samples to be predicted, shape (..., n, d2).
-        folds: how many folds, 2 <= folds <= n / 2.
-        strengths: penalties to choose from, > 0, in units of the mean squared singular value of the training x.
+        x: predictors, shape (..., n, d1).
+        y: features of the same samples, to be predicted, shape (..., n, d2).
+        folds: the number of folds, 2 <= folds <= n / 2.
+        strengths: candidate penalties, > 0, in units of the mean squared singular value of the training x.
         mask: see `hsic`.
         missing: see `hsic`.
 
     Returns:
         Shape (...): 1 - (squared errors) / (squared deviations from the training mean), summed over held-out samples
-        and features of y. At most 1; below 0 where the mean predicts better. 0 where y does not vary. x and y
-        do not play the same part. Differentiable at fixed strengths (once, where d1 or d2 is above n).
+        and features of y. At most 1; below 0 if the mean predicts better; 0 if y does not vary. Not symmetric in x and
+        y. Differentiable at fixed strengths (once if d1 or d2 is above n).
 
     Raises:
-        TypeError, ValueError: see `hsic`; fewer than 2 folds or 2 samples a fold; a strength not above 0.
+        TypeError, ValueError: see `hsic`; fewer than 2 folds, or than 2 samples per fold; a strength not above 0.
 
     Example:
         >>> import jax, jaxalign
@@ -64,28 +63,28 @@ def linear_predictivity(
 def linear_predictivity_measure(folds: Any, strengths: Any) -> SummaryMeasure:
     """The measure behind `linear_predictivity`."""
     folds = _checks.whole("folds", folds, 2)
-    several = isinstance(strengths, (tuple, list)) and len(strengths) > 0
-    if not several or not all(isinstance(s, (int, float, np.number)) and 0 < s < float("inf") for s in strengths):
+    is_sequence = isinstance(strengths, (tuple, list)) and len(strengths) > 0
+    if not is_sequence or not all(isinstance(s, (int, float, np.number)) and 0 < s < float("inf") for s in strengths):
         raise ValueError(f"strengths must be a tuple of finite numbers above 0; got {_checks.shown(strengths)}.")
-    combine = partial(_predicted, folds=folds, strengths=tuple(map(float, strengths)))
+    combine = partial(_r_squared, folds=folds, strengths=tuple(map(float, strengths)))
     name = f"linear_predictivity with folds = {folds}"
-    return SummaryMeasure("linear_predictivity", _centred, combine, 2 * folds, long_name=name)
+    return SummaryMeasure("linear_predictivity", _centered, combine, 2 * folds, long_name=name)
 
 
-def _centred(x: Array, context: Context) -> tuple[Array, None]:
-    # Neither R^2 nor the strengths depend on offset, unit and rotation.
+def _centered(x: Array, context: Context) -> tuple[Array, None]:
+    # Neither R^2 nor the strengths depend on the offset, unit and rotation of features.
     return narrowed(centered_columns(x, context.mask)), None
 
 
-def _predicted(x: Array, y: Array, mask: Array | None, folds: int, strengths: tuple[float, ...]) -> Array:
+def _r_squared(x: Array, y: Array, mask: Array | None, folds: int, strengths: tuple[float, ...]) -> Array:
     n = x.shape[-2]
-    real = jnp.ones(x.shape[:-1], x.dtype) if mask is None else mask.astype(x.dtype)
+    valid = jnp.ones(x.shape[:-1], x.dtype) if mask is None else mask.astype(x.dtype)
 
-    number = jnp.broadcast_to(jnp.arange(n), real.shape) if mask is None else jnp.cumsum(mask, -1) - 1
+    number = jnp.broadcast_to(jnp.arange(n), valid.shape) if mask is None else jnp.cumsum(mask, -1) - 1
 
     def fold(k: Array) -> tuple[Array, Array]:
         held_out = (number % folds == k).astype(x.dtype)
-        return _fold(x, y, real * (1 - held_out), real * held_out, strengths)
+        return _fold(x, y, valid * (1 - held_out), valid * held_out, strengths)
 
     errors, deviations = lax.map(fold, jnp.arange(folds))
     error, deviation = jnp.sum(errors, 0), jnp.sum(deviations, 0)
@@ -93,19 +92,19 @@ def _predicted(x: Array, y: Array, mask: Array | None, folds: int, strengths: tu
 
 
 def _fold(x: Array, y: Array, train: Array, test: Array, strengths: tuple[float, ...]) -> tuple[Array, Array]:
-    """Squared errors and deviations of the held-out samples, (...); train and test are weights 0 or 1, (..., n)."""
+    """Squared errors and deviations of the held-out samples, (...); train and test are 0 or 1, (..., n)."""
     train, test = train[..., None], test[..., None]
     count = jnp.maximum(jnp.sum(train, -2, keepdims=True), 1)  # (..., 1, 1)
 
-    def centred(a: Array) -> tuple[Array, Array]:
-        less_mean = a - jnp.sum(a * train, -2, keepdims=True) / count
-        return less_mean * train, less_mean * test
+    def centered(a: Array) -> tuple[Array, Array]:
+        difference = a - jnp.sum(a * train, -2, keepdims=True) / count
+        return difference * train, difference * test
 
-    (x_train, x_test), (y_train, y_test) = centred(x), centred(y)
+    (x_train, x_test), (y_train, y_test) = centered(x), centered(y)
     size = jnp.sum(x_train * x_train, (-2, -1))[..., None] / jnp.minimum(count[..., 0], x.shape[-1])  # (..., 1)
     size = jnp.where(size > 0, size, 1)
-    fixed = _decomposed(*lax.stop_gradient((x_train, y_train, train, count)))
-    # Below this a penalty changes nothing, and would underflow.
+    fixed = _decompose(*lax.stop_gradient((x_train, y_train, train, count)))
+    # Smaller penalties have no effect, and would underflow.
     candidates = jnp.maximum(jnp.asarray(strengths, x.dtype), float(jnp.finfo(x.dtype).eps) ** 4)
     errors = lax.map(lambda strength: fixed.left_out_error(strength * lax.stop_gradient(size)), candidates)
     penalty = candidates[jnp.argmin(errors, 0)] * size[..., 0]
@@ -113,41 +112,43 @@ def _fold(x: Array, y: Array, train: Array, test: Array, strengths: tuple[float,
     return jnp.sum(error**2, (-2, -1)), jnp.sum(y_test**2, (-2, -1))
 
 
-class _Decomposed(NamedTuple):
-    """x = U S V' of the training samples, their means taken away; what is rounding of S, and of what lies beside U, 0.
+class _Decomposition(NamedTuple):
+    """The SVD x = U S V' of the centered training samples; singular values at rounding level are set to 0.
 
-    No penalty, however small, then divides rounding: what it shrinks is in U, and what it leaves is beside U.
+    So is the part of y outside the span of U if U spans all centered samples: no rounding error is divided by a small
+    penalty.
     """
 
     u: Array  # (..., n, r)
     values: Array  # (..., r)
     vt: Array  # (..., r, d)
     target: Array  # (..., r, d2): U' y
-    beside: Array  # (..., n, d2): y - U U' y
-    leverage_beside: Array  # (..., n, 1): 1 - 1 / count - sum_k U_ik^2
-    train: Array  # (..., n, 1): 1 a training sample
+    residual: Array  # (..., n, d2): y - U U' y
+    leverage_outside: Array  # (..., n, 1): 1 - 1 / count - sum_k U_ik^2
+    train: Array  # (..., n, 1): 1 for a training sample
 
     def left_out_error(self, penalty: Array) -> Array:
-        """Squared error of each training sample predicted from the others, summed up; penalty (..., 1)."""
-        left = penalty / (self.values**2 + penalty)  # of what lies in U, what is not predicted
-        residual = matmul(self.u * left[..., None, :], self.target) + self.beside
-        own = jnp.sum(self.u**2 * left[..., None, :], -1, keepdims=True) + self.leverage_beside
-        return jnp.sum((residual / jnp.where(own > 0, own, 1) * self.train) ** 2, (-2, -1))
+        """The sum of squared leave-one-out errors of the training samples; penalty (..., 1)."""
+        shrinkage = penalty / (self.values**2 + penalty)  # the share along each column of U that is not predicted
+        residual = matmul(self.u * shrinkage[..., None, :], self.target) + self.residual
+        one_minus_leverage = jnp.sum(self.u**2 * shrinkage[..., None, :], -1, keepdims=True) + self.leverage_outside
+        error = residual / jnp.where(one_minus_leverage > 0, one_minus_leverage, 1)
+        return jnp.sum((error * self.train) ** 2, (-2, -1))
 
 
-def _decomposed(x: Array, y: Array, train: Array, count: Array) -> _Decomposed:
+def _decompose(x: Array, y: Array, train: Array, count: Array) -> _Decomposition:
     u, values, vt = jnp.linalg.svd(x, full_matrices=False)
-    real = kept(values, x.shape[-2], ALL)
-    u, values = u * real[..., None, :].astype(x.dtype), jnp.where(real, values, 0)
+    nonzero = kept(values, x.shape[-2], ALL)
+    u, values = u * nonzero[..., None, :].astype(x.dtype), jnp.where(nonzero, values, 0)
     target = matmul(transposed(u), y)
-    # As many directions as samples less their mean: nothing lies beside them.
-    full = (jnp.sum(real, -1, dtype=x.dtype)[..., None, None] >= count - 1) | (train == 0)
-    beside = jnp.where(full, 0, y - matmul(u, target))
+    # With count - 1 directions U spans all centered samples, so the residual is 0.
+    full = (jnp.sum(nonzero, -1, dtype=x.dtype)[..., None, None] >= count - 1) | (train == 0)
+    residual = jnp.where(full, 0, y - matmul(u, target))
     leverage = jnp.where(full, 0, jnp.maximum(1 - 1 / count - jnp.sum(u * u, -1, keepdims=True), 0))
-    return _Decomposed(u, values, vt, target, beside, leverage, train)
+    return _Decomposition(u, values, vt, target, residual, leverage, train)
 
 
-def _ridge(x: Array, y: Array, penalty: Array, fixed: _Decomposed) -> Array:
+def _ridge(x: Array, y: Array, penalty: Array, fixed: _Decomposition) -> Array:
     """W = (x'x + penalty)^-1 x'y; penalty (..., 1, 1)."""
 
     def normal(w: Array) -> Array:
@@ -159,8 +160,8 @@ def _ridge(x: Array, y: Array, penalty: Array, fixed: _Decomposed) -> Array:
         shrunk = inside / (fixed.values[..., :, None] ** 2 + at)
         return matmul(transposed(fixed.vt), shrunk) + (right - matmul(transposed(fixed.vt), inside)) / at
 
-    # The value comes from the singular values, as x'y has lost the small ones; its derivatives from one Newton step on
-    # the normal equations, which are linear: it ends at their solution, whatever it starts from.
+    # The value is computed from the SVD, as x'x loses small singular values. The derivatives are those of one Newton
+    # step on the normal equations, which are linear, so that one step solves them.
     shrunk = fixed.values / (fixed.values**2 + lax.stop_gradient(penalty[..., 0]))
     value = matmul(transposed(fixed.vt), shrunk[..., :, None] * fixed.target)
     right = matmul(transposed(x), y - matmul(x, value)) - penalty * value

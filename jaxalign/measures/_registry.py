@@ -1,7 +1,7 @@
-"""What each measure is: its direction, its range, what it is invariant to, and where it comes from.
+"""The measures by name, with their direction, range, invariances and source.
 
-`compare` and `compare_grid` find measures here by name; tests/test_measures_facts.py checks every invariance
-that is claimed, and that those that are not claimed do not hold; the table in docs/pages/measures.md is written by it.
+`compare` and `compare_grid` look measures up here. tests/test_measures_facts.py checks that every claimed invariance
+holds and that no other does, and writes the table in docs/pages/measures.md.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ Invariance = Literal["orthogonal", "shift", "scale", "channel scale", "affine"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A measure and what is known of it, with its default options.
+    """A measure and its properties with default options.
 
     Attributes:
-        name: in `compare` and `compare_grid`.
-        function: of two feature arrays.
-        specify: from options to the measure itself.
-        direction: whether more alike is larger ("similarity") or smaller ("distance").
+        name: the name in `compare` and `compare_grid`.
+        function: the public function of two feature arrays.
+        specify: maps options to the specification of the measure.
+        direction: "similarity" if larger values mean more similar, "distance" if smaller values do.
         range: the smallest and the largest value.
-        invariances: maps of one set's features that do not change the value: "orthogonal" (rotations and reflections),
-            "shift" (a constant vector), "scale" (one factor), "channel scale" (a factor a feature), "affine" (any
-            invertible linear map and shift).
-        symmetric: measure(x, y) = measure(y, x).
-        differentiable: "yes", "once" (first derivatives), or "no": piecewise constant.
-        source: where it was published.
+        invariances: maps of the features of one representation that do not change the value: "orthogonal" (rotations
+            and reflections), "shift" (a constant vector), "scale" (one factor), "channel scale" (one factor per
+            feature), "affine" (any invertible linear map and shift).
+        symmetric: whether measure(x, y) = measure(y, x).
+        differentiable: "yes", "once" (first derivatives only), or "no" (piecewise constant).
+        source: the publications.
     """
 
     name: str
@@ -51,23 +51,23 @@ class Entry:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the measure, and their defaults; beside those that say how it is computed."""
-        found = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in found if p.name not in ("x", "y", *_HOW)}
+        """The options that define the measure, and their defaults."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.name not in ("x", "y", *_HOW)}
 
     def direction_with(self, options: dict[str, Any]) -> Literal["similarity", "distance"]:
-        """The direction with these options: some measures come as a similarity or as the distance it amounts to."""
+        """The direction with these options: some measures return a similarity or a distance."""
         result = options.get("result")
         return "similarity" if result == "similarity" else "distance" if result == "angular" else self.direction
 
     def best_with(self, options: dict[str, Any]) -> float:
-        """The value of equal sets with these options; infinite where there is none."""
+        """The value of equal representations with these options; infinite if it depends on the features."""
         if self.direction_with(options) != self.direction:
             return 1.0 if self.direction == "distance" else 0.0
         return self.range[1] if self.direction == "similarity" else self.range[0]
 
     def range_with(self, options: dict[str, Any]) -> tuple[float, float]:
-        """The range with these options: without normalization a distance has no largest value."""
+        """The range with these options: without normalization a distance has no maximum."""
         return (self.range[0], _INFINITY) if options.get("normalize") is False else self.range
 
     def invariances_with(self, options: dict[str, Any]) -> frozenset[Invariance]:
@@ -77,7 +77,7 @@ class Entry:
 
 _INFINITY = float("inf")
 
-# How a value is computed, not what it is.
+# Options of how the measure is computed.
 _HOW = ("mask", "missing", "plan")
 
 _RIGID: frozenset[Invariance] = frozenset({"orthogonal", "shift", "scale"})
@@ -173,7 +173,7 @@ REGISTRY: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 
 
 def find(measure: Any) -> Entry:
-    """The entry of a name; raises with the names there are."""
+    """The entry of a measure; raises if there is none."""
     if isinstance(measure, str) and measure in REGISTRY:
         return REGISTRY[measure]
     raise ValueError(
@@ -183,14 +183,14 @@ def find(measure: Any) -> Entry:
 
 
 def specified(measure: Any, options: dict[str, Any]) -> tuple[Entry, dict[str, Any], PairMeasure | SummaryMeasure]:
-    """The entry of a name, its options with the defaults filled in, and the measure itself."""
+    """The entry of a measure, its options including defaults, and its specification."""
     entry = find(measure)
     known = entry.options
     for name in options:
         if name not in known:
             hint = closest(name, known)
             if name in ("sigma", "density", "diagonal") and "kernel" in known:
-                hint = f" It belongs to the kernel: kernel=jaxalign.kernels.RBF({name}=...)."
+                hint = f" It is an option of the kernel: kernel=jaxalign.kernels.RBF({name}=...)."
             raise TypeError(
                 f"measure {entry.name!r} has no option {name!r}; its options are {', '.join(map(repr, known))}.{hint}"
             )
@@ -199,15 +199,16 @@ def specified(measure: Any, options: dict[str, Any]) -> tuple[Entry, dict[str, A
 
 
 def check_how(entry: Entry, how: Iterable[str]) -> None:
-    """Raise where a measure does not take one of these ways to compute it, as it would be without effect."""
-    taken = inspect.signature(entry.function).parameters
+    """Raise if a measure does not have one of these options, which would have no effect."""
+    parameters = inspect.signature(entry.function).parameters
     for name in how:
-        if name not in taken:
-            raise TypeError(f"measure {entry.name!r} is computed on one device, from whole sets; leave out {name}=.")
+        if name not in parameters:
+            raise TypeError(f"measure {entry.name!r} is computed on one device, from whole arrays: leave out {name}=.")
 
 
 def closest(name: Any, valid: Any) -> str:
-    """' Did you mean ...?' or nothing."""
+    """' Did you mean ...?', or an empty string."""
     names, text = list(valid), str(name).lower()
-    found = [one for one in names if text and text in one.split("_")] or difflib.get_close_matches(text, names, 1, 0.5)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    close = [name for name in names if text and text in name.split("_")]
+    close = close or difflib.get_close_matches(text, names, 1, 0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,8 +1,8 @@
-"""Representational similarity analysis: how well the dissimilarities of one set predict those of the other.
+"""Representational similarity analysis: how well the dissimilarities of one representation predict another's.
 
-The representational dissimilarity matrix (RDM) of a set holds a dissimilarity for every pair of samples; RSA
-(Kriegeskorte et al. 2008) compares two of them over the pairs i < j. Pearson, cosine and the whitened comparisons
-(Diedrichsen et al. 2021) are inner products, so they need no n x n. Ranks do: spearman and kendall store the pairs.
+The representational dissimilarity matrix (RDM) holds a dissimilarity for every pair of samples; RSA (Kriegeskorte et
+al. 2008) compares two RDMs over the pairs i < j. Pearson, cosine and the whitened comparisons (Diedrichsen et al. 2021)
+are inner products, which need no n x n matrix. Spearman and Kendall sort, so they store all pairs.
 """
 
 from __future__ import annotations
@@ -66,21 +66,21 @@ def rdm(
     *,
     mask: Mask[Data, "*#batch n"] | None = None,
 ) -> Float[Array, "*batch n n"]:
-    """The representational dissimilarity matrix of a set, stored.
+    """The representational dissimilarity matrix (RDM) of features.
 
     Args:
         x: features, shape (..., n, d).
         metric: "sqeuclidean" D_ij = ||x_i - x_j||^2 (not divided by d); "euclidean" its root; "correlation" 1 - r of
             the two rows, from 0 to 2; "cosine" 1 - cos; "rbf" 1 - A of the RBF kernel, or a `jaxalign.kernels.RBF`,
             which also holds sigma or its target density.
-        mask: shape (..., n), True = a real sample; the others have rows and columns of 0.
+        mask: shape (..., n), True marks valid samples; rows and columns of other samples are 0.
 
     Returns:
-        Shape (..., n, n), symmetric, its diagonal exactly 0. Differentiable; the derivative of "euclidean" at distance
-        0 is taken as 0.
+        Shape (..., n, n), symmetric, with a diagonal of exactly 0. Differentiable; the derivative of "euclidean" is set
+        to 0 at distance 0.
 
     Raises:
-        TypeError, ValueError: see `hsic`; a row without a direction for "correlation" and "cosine".
+        TypeError, ValueError: see `hsic`; for "correlation" and "cosine", a row that has no direction.
 
     Example:
         >>> import jax.numpy as jnp, jaxalign
@@ -112,26 +112,26 @@ def rsa(
     missing: Missing = "raise",
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
-    """Representational similarity: a correlation between the dissimilarities of two sets over all pairs i < j.
+    """Representational similarity: the correlation of two representations' dissimilarities over all pairs i < j.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
         metric: the dissimilarity, see `rdm`.
-        comparison: "pearson"; "spearman", of average ranks; "kendall", tau-b; "cosine", without taking the means away;
-            "whitened_cosine" and "whitened_pearson": the latter two weighted by the inverse covariance that
-            dissimilarities have when the features are noise (Diedrichsen et al. 2021; identity noise covariance). The
-            whitened cosine of squared Euclidean RDMs is biased linear CKA.
+        comparison: "pearson"; "spearman" (with average ranks); "kendall" (tau-b); "cosine" (means are not subtracted);
+            "whitened_cosine" and "whitened_pearson", which weight by the inverse covariance that dissimilarities have
+            if the features are noise (Diedrichsen et al. 2021; identity noise covariance). The whitened cosine of
+            squared Euclidean RDMs is biased linear CKA.
         mask: see `hsic`.
         missing: see `hsic`.
         plan: how pairs are visited, see `jaxalign.Plan`. "spearman" and "kendall" store all pairs on one device.
 
     Returns:
-        Shape (...), from -1 to 1. 0 where all dissimilarities of a set are equal. Differentiable but for spearman and
-        kendall, which depend on order alone: their derivatives are 0.
+        Shape (...), from -1 to 1; 0 if all dissimilarities of a representation are equal. Differentiable, but the
+        derivatives of "spearman" and "kendall", which depend on order alone, are 0.
 
     Raises:
-        TypeError, ValueError: see `hsic`; a row without a direction for "correlation" and "cosine".
+        TypeError, ValueError: see `hsic`; for "correlation" and "cosine", a row that has no direction.
 
     Example:
         >>> import jax, jaxalign
@@ -151,8 +151,8 @@ def rsa_measure(function: PairFunction, comparison: Any) -> PairMeasure | Summar
     if comparison in _COMPARISONS:
         return PairMeasure("rsa", function, _COMPARISONS[comparison], InnerProducts.ratio, 3)
     combine = {"spearman": _spearman, "kendall": _kendall}[comparison]
-    # All dissimilarities of the same rows are in the order of their squared distances, at any sigma; far pairs would
-    # tie at 1 by rounding.
+    # Every dissimilarity orders pairs as squared distances do, at any sigma. Ranking those avoids ties of far pairs,
+    # whose dissimilarities all round to 1.
     function = replace(function, solves=False)
     return SummaryMeasure("rsa", partial(_ordered, function=function), combine, 3, function, stores_pairs=True)
 
@@ -168,7 +168,7 @@ def metric_kernel(metric: Any) -> RBF | None:
 
 
 def metric_function(metric: Any, kernel: RBF | None) -> PairFunction:
-    """What a metric gives a pair of samples; `kernel` from `metric_kernel`."""
+    """The pair function of a metric; `kernel` is that of `metric_kernel`."""
     if kernel is None:
         return PairFunction(**_FUNCTIONS[metric])
     return PairFunction("one_minus_rbf", solves=kernel.solves, diagonal=kernel.diagonal)
@@ -188,7 +188,7 @@ def _rdm(
         values = function.values(prepared.distances, prepared.gamma, features.scale)
         if function.form in ("squared", "root"):
             values = values * features.scale if function.form == "root" else values * features.scale * features.scale
-            # Of rows of unit length 1 - cos is half the squared distance.
+            # 1 - cos is half the squared distance of rows of unit norm.
             values = values / 2 if function.normalization is not None else values
         values = jnp.where(features.finite, values, jnp.nan)
         if mask is not None:
@@ -198,16 +198,16 @@ def _rdm(
     return batched(dissimilarities, x.ndim - 2)(x, mask, sigmas, density)
 
 
-# --- comparisons of order --------------------------------------------------------------------------------------------
+# --- rank correlations -----------------------------------------------------------------------------------------------
 
 
 def _ordered(x: Array, context: Context, function: PairFunction) -> tuple[Array, None]:
-    """Integers in the order of the squared distances of all pairs i < j, (n (n - 1) / 2,); see `_ranked`."""
+    """Integers that order the pairs i < j by squared distance, (n (n - 1) / 2,); the largest marks masked pairs."""
     mask = context.mask
     features = lax.stop_gradient(unit_features(x, mask, function.normalization))
     first, second = np.triu_indices(x.shape[0], 1)
-    # Many distances that need resolving are those within tight clusters; those between clusters are then nearly equal,
-    # and those of whole numbers quite.
+    # Many unresolved distances mean tight clusters, whose mutual distances are then nearly equal: only the exact order
+    # is reliable, as it is for the ties of integer features.
     close = jnp.sum(are_unresolved(features, fast_distances(features))) > x.shape[0]
 
     def exact_order(_: Array, features: CenteredFeatures) -> Array:
@@ -218,7 +218,7 @@ def _ordered(x: Array, context: Context, function: PairFunction) -> tuple[Array,
     counts = jnp.ones(pairs.shape, bool) if mask is None else mask[first] & mask[second]
     largest = jnp.max(jnp.where(counts, pairs, -jnp.inf))
     smallest = jnp.min(jnp.where(counts, pairs, jnp.inf))
-    equidistant = largest - smallest <= 16 * float(jnp.finfo(x.dtype).eps) * largest  # what differs is rounding
+    equidistant = largest - smallest <= 16 * float(jnp.finfo(x.dtype).eps) * largest  # up to rounding
     return jnp.where(counts, jnp.where(equidistant, 0, keys), jnp.iinfo(keys.dtype).max), None
 
 
@@ -233,21 +233,21 @@ def _kendall(x: Array, y: Array, mask: Array | None) -> Array:
 
 
 def spearman(x: Array, y: Array) -> Array:
-    """Pearson correlation of the average ranks of two orders (N,), as `ordered_integers` gives them; 0 if all tie."""
-    real = _ranked(x) & _ranked(y)
-    count = jnp.sum(real, dtype=jnp.int32)
+    """Spearman correlation of two arrays of `ordered_integers`, (N,), with average ranks; 0 if all values tie."""
+    counts = _is_ranked(x) & _is_ranked(y)
+    count = jnp.sum(counts, dtype=jnp.int32)
     number = jnp.maximum(count, 1).astype(_float_of(x))
 
-    def centred(keys: Array) -> Array:
-        """Average ranks less their mean, twice, from -1 to 1 so that sums keep digits. What is left out ranks last."""
-        return jnp.where(real, (_average_ranks(keys, count)).astype(number.dtype) / number, 0)
+    def centered(keys: Array) -> Array:
+        """Centered average ranks, scaled to [-1, 1] so that sums stay accurate. Masked pairs rank last."""
+        return jnp.where(counts, (_average_ranks(keys, count)).astype(number.dtype) / number, 0)
 
-    a, b = centred(x), centred(y)
+    a, b = centered(x), centered(y)
     return bounded(correlation(jnp.sum(a * b), jnp.sum(a * a), jnp.sum(b * b)), -1, 1)
 
 
 def _average_ranks(keys: Array, count: Array) -> Array:
-    """Twice the rank of each key less the mean of all; equal ones share the mean of their ranks. Whole numbers."""
+    """Twice the centered rank of each key, an integer; ties get their average rank."""
     ordered, index = jnp.sort(keys), jnp.arange(keys.size, dtype=jnp.int32)
     new = _starts(ordered)
     first = lax.cummax(jnp.where(new, index, 0))
@@ -256,13 +256,13 @@ def _average_ranks(keys: Array, count: Array) -> Array:
 
 
 def ordered_integers(a: Array) -> Array:
-    """Integers in the order of the numbers, and as equal: on a CPU XLA sorts them six times as fast."""
-    bits = lax.bitcast_convert_type(jnp.where(a == 0, 0, a), f"int{8 * a.dtype.itemsize}")  # of -0 as of 0
+    """Integers with the order and the ties of `a`: XLA sorts integers six times as fast on CPUs."""
+    bits = lax.bitcast_convert_type(jnp.where(a == 0, 0, a), f"int{8 * a.dtype.itemsize}")  # -0 has the bits of 0
     return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
 
 
 def dense_ranks(high: Array, low: Array) -> Array:
-    """Integers in the order of high + low, (..., N), and as equal."""
+    """Integers with the order and the ties of high + low, (..., N)."""
     keys = (ordered_integers(high), ordered_integers(low))
     place = jnp.broadcast_to(jnp.arange(high.shape[-1], dtype=jnp.int32), high.shape)
     *ordered, place = lax.sort((*keys, place), num_keys=2)
@@ -271,8 +271,8 @@ def dense_ranks(high: Array, low: Array) -> Array:
     return lax.sort((place, ranks), num_keys=1)[1]
 
 
-def _ranked(keys: Array) -> Array:
-    """Which pairs count: the largest integer stands for those that do not."""
+def _is_ranked(keys: Array) -> Array:
+    """Which pairs count: the largest integer marks pairs that do not."""
     return keys != jnp.iinfo(keys.dtype).max
 
 
@@ -281,29 +281,28 @@ def _float_of(keys: Array) -> Any:
 
 
 def _starts(a: Array) -> Array:
-    """Where a value differs from the one before it."""
+    """Where a value differs from the previous one."""
     return jnp.concatenate((jnp.ones(1, bool), a[1:] != a[:-1]))
 
 
 def kendall(x: Array, y: Array) -> Array:
-    """Kendall's tau-b (1945) of two orders (N,), as `ordered_integers` gives them, in N log^2 N; 0 if all tie.
+    """Kendall's tau-b (1945) of two arrays of `ordered_integers`, (N,), in O(N log^2 N); 0 if all values tie.
 
     After sorting by x, and by y where x ties, the discordant pairs are the inversions of y (Knight 1966). They are
-    counted bit by bit of the ranks of y: among those that agree in all higher bits, each 1 before a 0 is one.
+    counted bit by bit in the ranks of y: among ranks that agree in all higher bits, each 1 before a 0 is an inversion.
     """
-    real = _ranked(x) & _ranked(y)
     n, dtype = x.shape[0], _float_of(x)
-    count = jnp.sum(real, dtype=jnp.int32)
+    count = jnp.sum(_is_ranked(x) & _is_ranked(y), dtype=jnp.int32)
     index = jnp.arange(n, dtype=jnp.int32)
-    counts = index < count  # in sorted order, what does not count comes last
+    counts = index < count  # in sorted order masked pairs come last
     number = jnp.maximum(count, 1).astype(dtype)
 
     def share(a: Array) -> Array:
-        """Of the pairs of two values, twice: counts of at most n each, divided before they are summed up."""
+        """The sum of `a` as a share of all pairs. Dividing each term, at most n, before the sum keeps it accurate."""
         return 2 * jnp.sum(jnp.where(counts, a, 0).astype(dtype) / number) / jnp.maximum(number - 1, 1)
 
     def ties(new: Array) -> Array:
-        """Of each value, how many before it are equal."""
+        """The number of equal values before each value."""
         return index - lax.cummax(jnp.where(new, index, 0))
 
     x_sorted, y_by_x = lax.sort((x, y), num_keys=2)
@@ -317,16 +316,16 @@ def kendall(x: Array, y: Array) -> Array:
     def level(k: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         rank, inversions = carry
         bit = jnp.asarray(bits - 1 - k, jnp.int32)  # without jit, k is an int
-        group, one = rank >> (bit + 1), (rank >> bit) & 1
+        group, digit = rank >> (bit + 1), (rank >> bit) & 1
         new = _starts(group)
-        ones = jnp.cumsum(one, dtype=jnp.int32) - one
-        here = ones - lax.cummax(jnp.where(new, ones, 0))  # ones before it in its group
-        found = share(jnp.where(one == 0, here, 0))
-        # In the order of one bit more: behind all of smaller ranks, and those of its own that came before.
-        alike = jnp.where(one == 1, here, ties(new) - here)
-        place = jnp.searchsorted(rank_sorted, (rank >> bit) << bit).astype(jnp.int32) + alike
+        ones = jnp.cumsum(digit, dtype=jnp.int32) - digit
+        ones_before = ones - lax.cummax(jnp.where(new, ones, 0))  # in the same group
+        inverted = share(jnp.where(digit == 0, ones_before, 0))
+        # A stable sort by one more bit: after all smaller ranks, and after earlier entries with the same digit.
+        equal_before = jnp.where(digit == 1, ones_before, ties(new) - ones_before)
+        place = jnp.searchsorted(rank_sorted, (rank >> bit) << bit).astype(jnp.int32) + equal_before
         rank = jnp.zeros_like(rank).at[place].set(rank, unique_indices=True)
-        return rank, inversions + found
+        return rank, inversions + inverted
 
     _, discordant = lax.fori_loop(0, bits, level, (rank, jnp.zeros((), dtype)))
     tied_x, tied_y, tied = share(ties(new_x)), share(ties(new_y)), share(ties(new_both))

@@ -1,8 +1,8 @@
-"""Distances between shapes: what is left of the difference after the best rotation.
+"""Distances between shapes: the difference that remains after the best rotation.
 
-Columns are centered. With s the sum of the singular values of x'y, the best rotation leaves ||x - y Q||_F =
-sqrt(||x||^2 + ||y||^2 - 2 s) (Schönemann 1966). If each representation is first scaled to unit Frobenius norm, that is
-sqrt(2 - 2 s), and the angle is arccos(s) (Williams et al. 2021).
+Columns are centered. With s the sum of the singular values of x'y, the smallest ||x - y Q||_F over rotations Q is
+sqrt(||x||^2 + ||y||^2 - 2 s) (Schönemann 1966). For representations of unit Frobenius norm that is sqrt(2 - 2 s), and
+the angle is arccos(s) (Williams et al. 2021).
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ def procrustes(
     mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
 ) -> Float[Array, "*batch"]:
-    """Procrustes distance: what the best rotation or reflection leaves between two centered representations.
+    """Procrustes distance: the distance of two centered representations after the best rotation or reflection.
 
     With s the sum of the singular values of x'y, min_Q ||x - y Q||_F = sqrt(||x||^2 + ||y||^2 - 2 s) (Schönemann 1966,
-    Williams et al. 2021, eq. 5). It is not squared, and not divided by n.
+    Williams et al. 2021, eq. 5). The distance is not squared and not divided by n.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2); the narrower representation is padded with zeros.
         normalize: True scales each centered representation to unit Frobenius norm, so that the distance has no unit.
-            False keeps their size: the distance is in the unit of the features and grows with sqrt(n).
-        result: "distance" sqrt(2 - 2 s), from 0 to sqrt(2); "angular" arccos(s), from 0 to pi/2; "similarity" s itself.
-            Without normalization only "distance", from 0 to sqrt(||x||^2 + ||y||^2).
+            False keeps their norms: the distance is in units of the features and grows with sqrt(n).
+        result: "distance" sqrt(2 - 2 s), from 0 to sqrt(2); "angular" arccos(s), from 0 to pi / 2; "similarity" s. With
+            normalize=False only "distance", from 0 to sqrt(||x||^2 + ||y||^2).
         mask: see `hsic`.
         missing: see `hsic`.
 
     Returns:
-        Shape (...). Distance and angle are metrics. Of a representation that does not vary, s is 0 with any other. Once
-        differentiable; the derivatives of distance and angle at 0 are taken as 0.
+        Shape (...). Distance and angle are metrics. s is 0 if a representation does not vary. Once differentiable; the
+        derivatives of distance and angle are set to 0 at 0.
 
     Raises:
-        TypeError, ValueError: see `hsic`; fewer than 2 samples; "angular" or "similarity" without normalization.
+        TypeError, ValueError: see `hsic`; fewer than 2 samples; "angular" or "similarity" with normalize=False.
 
     Example:
         >>> import jax, jaxalign
@@ -79,19 +79,20 @@ def shape_distance(
     mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
 ) -> Float[Array, "*batch"]:
-    """Generalised shape metrics (Williams et al. 2021): from Procrustes (alpha = 1) to CCA (alpha = 0).
+    """Generalized shape metrics (Williams et al. 2021), from Procrustes (alpha = 1) to CCA (alpha = 0).
 
     Each representation, centered and scaled to unit Frobenius norm, is multiplied by alpha I + (1 - alpha)
-    (x'x)^(-1/2), scaled to unit norm again, and compared as by `procrustes`. Scaling first makes the result independent
-    of the unit of the features.
+    (x'x)^(-1/2), scaled to unit norm again, and compared as in `procrustes`. The first scaling makes the result
+    independent of the unit of the features.
 
     Args:
         x: features, shape (..., n, d1).
         y: features of the same samples, shape (..., n, d2).
         alpha: 1 compares geometry up to rotation; 0 up to any invertible linear map; between, partly whitened.
-        normalize: False does not scale to unit norm first, and then scales to the norm that the centered features have:
-            the distance is in their unit. For 0 < alpha < 1 how much is whitened depends on that unit.
-        result: "angular" arccos(s), "distance" sqrt(2 - 2 s) or "similarity" s. Without normalization only "distance".
+        normalize: False skips the first scaling, and scales the whitened features to the norm of the centered features,
+            so that the distance is in units of the features. For 0 < alpha < 1 the amount of whitening depends on that
+            unit.
+        result: "angular" arccos(s), "distance" sqrt(2 - 2 s) or "similarity" s. With normalize=False only "distance".
         mask: see `hsic`.
         missing: see `hsic`.
 
@@ -129,16 +130,16 @@ def _measure(name: str, alpha: float, normalize: Any, result: Any) -> SummaryMea
     _checks.choice("result", result, ("distance", "angular", "similarity"))
     if not normalize and result != "distance":
         raise ValueError(
-            f'result={result!r} is of representations of unit norm: with normalize=False pass result="distance", or '
-            "leave normalize=False out."
+            f"result={result!r} is defined for representations of unit norm: with normalize=False pass "
+            'result="distance", or leave normalize=False out.'
         )
     shape = partial(_shape, alpha=alpha, normalize=normalize)
-    return SummaryMeasure(name, shape, partial(_compared, normalize=normalize, result=result), 2)
+    return SummaryMeasure(name, shape, partial(_compare, normalize=normalize, result=result), 2)
 
 
 class _Shape(NamedTuple):
     features: Array  # (n, min(n, d)), centered, partly whitened
-    scale: Array | None  # () a power of two that gives them their unit; None where their norm is 1
+    scale: Array | None  # (), a power of two: the unit of the features; None if their norm is 1
 
 
 def _shape(x: Array, context: Context, alpha: float, normalize: bool) -> tuple[_Shape, None]:
@@ -156,7 +157,7 @@ def _shape(x: Array, context: Context, alpha: float, normalize: bool) -> tuple[_
     return _Shape(x, scale), None
 
 
-def _compared(first: _Shape, second: _Shape, mask: Array | None, normalize: bool, result: Result) -> Array:
+def _compare(first: _Shape, second: _Shape, mask: Array | None, normalize: bool, result: Result) -> Array:
     del mask
     x, y, scale = first.features, second.features, None
     if first.scale is not None and second.scale is not None:
@@ -169,12 +170,13 @@ def _compared(first: _Shape, second: _Shape, mask: Array | None, normalize: bool
     if result == "similarity":
         return similarity
     squares = jnp.full_like(similarity, 2) if normalize else jnp.sum(x * x) + jnp.sum(y * y)
-    # |x|^2 + |y|^2 - 2 s loses half the digits of a small distance; what the rotation leaves does not. Its derivatives
-    # are those of the formula.
+    # |x|^2 + |y|^2 - 2 s loses half the digits of a small distance, so the value is ||x - y Q||^2, and the formula
+    # supplies the derivatives.
     formula = squares - 2 * similarity
-    exact = lax.stop_gradient(jnp.where(_any_is_zero(x, y), squares, _left_over(*lax.stop_gradient((x, y, product)))))
+    exact = _squared_distance(*lax.stop_gradient((x, y, product)))
+    exact = lax.stop_gradient(jnp.where(_any_is_zero(x, y), squares, exact))
     rounding = (8 * float(jnp.finfo(exact.dtype).eps)) ** 2 * lax.stop_gradient(squares) / 2
-    equal = exact <= rounding  # there is no direction to move in
+    equal = exact <= rounding  # the derivative is not defined
     distance = root(exact + jnp.where(equal, 0, formula - lax.stop_gradient(formula)))
     if scale is not None:
         return scale * distance
@@ -183,12 +185,12 @@ def _compared(first: _Shape, second: _Shape, mask: Array | None, normalize: bool
 
 
 def _any_is_zero(x: Array, y: Array) -> Array:
-    """Whether one of the two does not vary, and so has no shape."""
+    """Whether a representation does not vary, and so has no shape."""
     return jnp.all(x == 0) | jnp.all(y == 0)
 
 
-def _left_over(x: Array, y: Array, product: Array) -> Array:
-    """||x - y Q||^2 after the best rotation Q, the narrower of the two padded with zeros."""
+def _squared_distance(x: Array, y: Array, product: Array) -> Array:
+    """||x - y Q||^2 with the best rotation Q, the narrower representation padded with zeros."""
     u, _, vt = jnp.linalg.svd(product, full_matrices=False)
     x_turned, y_turned = matmul(x, u), matmul(y, transposed(vt))
     squares = jnp.sum((x_turned - y_turned) ** 2, (-2, -1))

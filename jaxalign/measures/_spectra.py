@@ -1,7 +1,7 @@
-"""Singular values and directions of features, with derivatives that stay finite where singular values are equal.
+"""Singular values and directions of features, with derivatives that are finite at equal singular values.
 
-Of features wider than n samples everything here depends on the n x n Gram matrix alone, so `narrowed` comes first: a
-product of two representations is then n x n, not d1 x d2.
+If there are more features than samples, all results depend on the n x n Gram matrix alone. `narrowed` is called first,
+so that a product of two representations is n x n, not d1 x d2.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from jaxalign._linalg import matmul, transposed
 
-# Which singular directions are kept: all that are not rounding, so many of them, or those of a share of the variance.
+# Which singular directions are kept: all above rounding, a number of them, or those of a share of the variance.
 Keep = tuple[Literal["rank", "count", "share"], float | int]
 ALL: Keep = ("rank", 0)
 
@@ -25,22 +25,22 @@ def kept(values: Array, rows: int, keep: Keep) -> Array:
     """Which singular values (..., r), largest first, are kept; never those below n eps times the largest."""
     eps = float(jnp.finfo(values.dtype).eps)
     size = max(rows, values.shape[-1])
-    real = values > size * eps * values[..., :1]
+    mask = values > size * eps * values[..., :1]
     how, amount = keep
     if how == "count":
-        real &= jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape) < amount
+        mask &= jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape) < amount
     if how == "share":
         squares = values * values
         before = jnp.cumsum(squares, -1) - squares
-        real &= before < amount * jnp.sum(squares, -1, keepdims=True)
-    return real
+        mask &= before < amount * jnp.sum(squares, -1, keepdims=True)
+    return mask
 
 
 def leading(x: Array, keep: Keep = ALL) -> tuple[Array, Array]:
-    """U V' of the kept singular directions of x (..., n, d), and how many they are (...).
+    """U V' of the kept singular directions of x (..., n, d), and their number (...).
 
-    That is x with all its singular values made 1, or 0. With all kept it is x (x'x)^(-1/2), the orthonormal columns
-    closest to x.
+    That is x with its singular values replaced by 1, or by 0. If all are kept, it is x (x'x)^(-1/2), the orthonormal
+    columns closest to x.
     """
     return _leading(x, keep)
 
@@ -59,9 +59,9 @@ def _decomposed(x: Array, keep: Keep) -> tuple[Array, Array, Array, Array, Array
 
 @_leading.defjvp
 def _leading_jvp(keep: Keep, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    # For f(X) = U f(S) V': divided differences of f on the symmetric and the antisymmetric part of U' dX V, and f(s) /
-    # s on what lies outside of the two bases. f is 1 on what is kept, so nothing is divided by a difference of two
-    # that are.
+    # For f(X) = U f(S) V': divided differences of f for the symmetric and antisymmetric parts of U' dX V, and f(s) /
+    # s outside the two bases. As f is 1 for all kept singular values, no term is divided by a difference of two of
+    # them.
     (x,), (dx,) = primals, tangents
     value, u, values, vt, which = _decomposed(x, keep)
     f = which.astype(x.dtype)
@@ -80,7 +80,7 @@ def _leading_jvp(keep: Keep, primals: Any, tangents: Any) -> tuple[Any, Any]:
     tangent += matmul(matmul(outside_u, transposed(vt)) * slope[..., None, :], vt)
     tangent += matmul(u, slope[..., :, None] * matmul(transposed(u), outside_v))
     rank = jnp.sum(which, -1)
-    return (value, rank), (tangent, np.zeros(rank.shape, jax.dtypes.float0))  # the rank does not vary
+    return (value, rank), (tangent, np.zeros(rank.shape, jax.dtypes.float0))  # the rank is an integer
 
 
 def nuclear_norm(a: Array) -> Array:
@@ -89,10 +89,10 @@ def nuclear_norm(a: Array) -> Array:
 
 
 def narrowed(x: Array) -> Array:
-    """Features x (..., n, d) turned into their row space, (..., n, min(n, d)): x Q, where x' = Q R.
+    """Features x (..., n, d) rotated into their row space, (..., n, min(n, d)): x Q, where x' = Q R.
 
-    Products x x' stay, and with them the first derivative of whatever depends on them alone. Second derivatives are
-    nan: they need those of Q, which has none where samples are linearly dependent, as centered ones always are.
+    The Gram matrix x x' does not change, and neither do first derivatives of functions of it. Second derivatives are
+    nan: they need derivatives of Q, which do not exist for linearly dependent samples, as centered samples are.
     """
     return x if x.shape[-1] <= x.shape[-2] else _in_row_space(x)
 
@@ -106,14 +106,14 @@ def _in_row_space(x: Array) -> Array:
 def _in_row_space_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
     q, r = jnp.linalg.qr(transposed(x))
-    return transposed(r), matmul(dx, _once(q))
+    return transposed(r), matmul(dx, _differentiable_once(q))
 
 
 @jax.custom_jvp
-def _once(q: Array) -> Array:
+def _differentiable_once(q: Array) -> Array:
     return q
 
 
-@_once.defjvp
-def _once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+@_differentiable_once.defjvp
+def _differentiable_once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return primals[0], jnp.nan * tangents[0]
