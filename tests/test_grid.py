@@ -241,8 +241,8 @@ def test_bad_input(x64, tmp_path):
     np.save(tmp_path / "tall.npy", np.zeros((6, 2)))
     bad = [
         ({}, {}, "features is empty"),
-        (sets["a"], {}, "must be named sets"),
-        ([("a", sets["a"]), ("a", sets["b"])], {}, "the name 'a' stands for two sets"),
+        (sets["a"], {}, "must have names"),
+        ([("a", sets["a"]), ("a", sets["b"])], {}, "the name 'a' occurs twice"),
         ({"a": sets["a"], "b": sets["b"][:10]}, {}, "a has 60 rows, b 10"),
         ({"a": sets["a"][0]}, {}, r"\(n, d\)"),
         ({3: sets["a"]}, {}, "names must be strings"),
@@ -411,7 +411,7 @@ def test_checkpoints_that_are_none(x64, tmp_path):
     for name, message in (("array", "truncated or not"), ("list", "truncated or not"), (".", "is a folder")):
         with pytest.raises((ValueError, OSError), match=message):
             compare_grid(layers(), measure="rsa", checkpoint=tmp_path / name)
-    with pytest.raises(OSError, match="there is no folder"):
+    with pytest.raises(OSError, match="does not exist"):
         compare_grid(layers(), measure="rsa", checkpoint=tmp_path / "none" / "state")
 
 
