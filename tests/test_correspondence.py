@@ -247,7 +247,7 @@ def test_ones_in_different_places_or_among_larger_numbers_are_not_landmarks():
 @pytest.mark.parametrize("csls", [0, -1, N + 1, True, 2.0, "10"])
 def test_a_bad_number_of_neighbours_is_refused(csls, rows):
     a, b = (r.astype(np.float32) for r in rows)
-    with pytest.raises(ValueError, match=r"^csls must be a whole number of neighbours from 1 to n = 20, or None; got "):
+    with pytest.raises(ValueError, match=r"^csls must be a whole number of neighbors from 1 to n = 20, or None; got "):
         jaxalign.correspondence(a, b, csls=csls)
 
 
@@ -286,7 +286,7 @@ def test_rows_of_landmarks_are_told_by_their_pattern(options):
     features = {name: rng.normal(size=(300, d)).astype(np.float32) for name, d in (("a", 16), ("b", 20))}
     found = jaxalign.align(features, landmarks=100, key=jax.random.key(0), **options)
     a, b = found.features.values()
-    with pytest.warns(UserWarning, match="landmarks, whose entries for themselves give their matches away"):
+    with pytest.warns(UserWarning, match="landmarks, whose entries for themselves reveal their matches"):
         assert jaxalign.correspondence(a, b).top1 > 0.25
     rest = np.asarray(found.queries)
     assert jaxalign.correspondence(a[rest], b[rest]).top1 < 0.05  # nor is there a warning, which would be an error
