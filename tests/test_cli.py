@@ -528,7 +528,7 @@ def test_one_run_at_a_time_writes_to_a_folder(command, models, capsys):
     with storage.locked(out):
         assert run(command, *inputs, *more, "--out", out) == 1
     said = capsys.readouterr().err
-    assert f"{out}: another run is working on it" in said
+    assert f"{out}: another job is using it" in said
     assert said.count("\n") == 1
     assert list(out.iterdir()) == []
 

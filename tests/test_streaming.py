@@ -480,7 +480,7 @@ def test_bad_block_rows(job, block_rows):
 
 
 def test_a_sequence_has_its_own_blocks():
-    with refused(ValueError, "block_rows=7 with a sequence of blocks", "x has blocks of its own"):
+    with refused(ValueError, "block_rows=7 has no effect with a sequence", "the arrays of x are the blocks"):
         JOBS["mean_density"](np.split(X.astype(np.float32), 2), block_rows=7)
 
 

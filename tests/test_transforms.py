@@ -301,7 +301,7 @@ def test_a_matrix_and_row_numbers_may_be_closed_over(kind):
     )
     operator = jaxalign.affinity_operator(X, density=0.3)
     assert_same(jax.jit(lambda: operator.rows(index))(), operator.rows(index))
-    with pytest.raises(ValueError, match="index reaches from 3 to 24"):
+    with pytest.raises(ValueError, match="index ranges from 3 to 24"):
         jax.jit(lambda: operator.rows(beyond))()
 
 
