@@ -1,8 +1,7 @@
-"""Checks of what the user hands in, and their messages: every public function starts here.
+"""Checks of user input, and their messages: every public function starts here.
 
-Shapes, dtypes and static numbers are checked always, also under a trace. Values (nan, a density out of range)
-are checked only where the array is concrete; under a trace they lead to nan and a status, never to a Python
-exception.
+Shapes, dtypes and static numbers are always checked, also under a trace. Values (nan, a density out of range) are
+checked only in concrete arrays; under a trace, bad values give nan and a status instead of a Python exception.
 """
 
 from __future__ import annotations
@@ -30,23 +29,23 @@ T = TypeVar("T")
 
 
 def is_concrete(*values: Any) -> bool:
-    """Whether the values of all of these can be looked at now (none is a tracer)."""
+    """Whether all values can be read now: none is a tracer."""
     return not any(isinstance(value, Tracer) for value in values)
 
 
 def on_host(value: Any) -> np.ndarray:
-    """All values of what is concrete. Where they are spread over processes, each must call this, and gets them all."""
+    """A concrete array as a NumPy array. If it is sharded over processes, all must call this; each gets every value."""
     if not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated:
         return np.asarray(value)
     with jax.ensure_compile_time_eval():
         return np.asarray(multihost_utils.process_allgather(value, tiled=True))
 
 
-def looked_at(fn: Callable[..., Any], *values: Any) -> Any:
-    """What `fn` tells of concrete values, on the host.
+def read_on_host(fn: Callable[..., Any], *values: Any) -> Any:
+    """The result of `fn` for concrete values, as NumPy arrays.
 
-    Also inside a trace, which would otherwise take an operation on a concrete array for one of its own. Where values
-    are spread over processes, each must call this.
+    Works inside a trace too, which would otherwise stage operations on concrete arrays. If values are sharded over
+    processes, all must call this.
     """
     with jax.ensure_compile_time_eval():
         return jax.tree.map(on_host, fn(*values))
@@ -56,13 +55,13 @@ def features(name: str, value: Any, *, min_rows: int = 1, center: bool = False, 
     """`value` as a floating-point array of shape (..., n, d) in a dtype fit for accumulation.
 
     Args:
-        name: of the argument, for messages.
-        value: numbers in any form: see `numbers`.
-        min_rows: the least n.
-        center: whether rows may be shifted by a constant, as where their differences alone count. Wider numbers than
-            jax holds are then centered before they are narrowed, and lose nothing; else they are refused if narrowing
-            would round away what tells rows apart.
-        mask: True marks valid rows, of which the mean is taken; checked elsewhere.
+        name: name of the argument, for messages.
+        value: numbers in any form, see `numbers`.
+        min_rows: the smallest valid n.
+        center: whether rows may be shifted by a constant, because only their differences matter. Numbers wider than
+            JAX holds are then centered before they are narrowed, which loses nothing; otherwise they are rejected if
+            narrowing would round away the differences between rows.
+        mask: True marks valid rows, whose mean is the shift; the caller checks it.
     """
     array = _shaped(name, value, min_rows)
     known = _known_mask(mask, array) if _is_wide(array) else None
@@ -77,7 +76,7 @@ class Shift(NamedTuple):
 
 
 def centered_features(name: str, value: Any, *, min_rows: int = 1, mask: Any = None) -> tuple[jax.Array, Shift | None]:
-    """Features as with `center`, and what was subtracted from them: of new samples the same is to be subtracted."""
+    """`features` with `center=True`, and the shift, which must also be subtracted from new samples."""
     array = _shaped(name, value, min_rows)
     known = _known_mask(mask, array) if _is_wide(array) else None
     row = _shift((array,), mask, known)
@@ -90,10 +89,10 @@ def centered_features(name: str, value: Any, *, min_rows: int = 1, mask: Any = N
 
 
 def shifted_features(name: str, value: Any, shift: Shift | None) -> jax.Array:
-    """Features of new samples, less what was subtracted from those before."""
+    """Features of new samples, minus the shift of `centered_features`."""
     array = _shaped(name, value, 1)
-    if shift is None or array.shape[-1] != shift.high.shape[-1]:  # another width is refused by the caller
-        return _narrowed(name, array, None, None, refuse=False)  # those before were rounded too
+    if shift is None or array.shape[-1] != shift.high.shape[-1]:  # the caller rejects another width
+        return _narrowed(name, array, None, None, reject=False)  # the earlier samples were rounded too
     if isinstance(array, np.ndarray) and is_concrete(*shift):
         return _narrowed(name, array, on_host(shift.high).astype(np.float64) + on_host(shift.low), None)
     rows = _narrowed(name, array, None, None)
@@ -104,7 +103,7 @@ def shifted_features(name: str, value: Any, shift: Shift | None) -> jax.Array:
 def feature_pair(
     x: Any, y: Any | None, *, min_rows: int = 1, mask: Any = None, mask_y: Any = None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Both feature arrays, of one width, one dtype and one batch shape, for their distances; y may be None."""
+    """Both feature arrays with the same width, dtype and batch shape, ready for distances; y may be None."""
     if y is None:
         return features("x", x, min_rows=min_rows, center=True, mask=mask), None
     x, y = _shaped("x", x, 1), _shaped("y", y, 1)
@@ -112,7 +111,7 @@ def feature_pair(
         raise ValueError(
             f"x and y must have the same number of features: x has shape {x.shape}, y has shape {y.shape}. "
             "Features of different networks live in different spaces: compare their affinities instead, "
-            "rbf_affinity(x) with rbf_affinity(y)."
+            "rbf_affinity(x) and rbf_affinity(y)."
         )
     try:
         batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
@@ -124,9 +123,9 @@ def feature_pair(
     if _is_wide(x) or _is_wide(y):
         known, known_y = _known_mask(mask, x), _known_mask(mask_y, y)
     shift = _shift((x, y), mask, known)
-    # Next to an array of jax, whose offset stays, rows can only be rounded as those were.
-    refuse = isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
-    x, y = _narrowed("x", x, shift, known, refuse=refuse), _narrowed("y", y, shift, known_y, refuse=refuse)
+    # A JAX array keeps its offset and its rounding, so rows compared with it may be rounded in the same way.
+    reject = isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
+    x, y = _narrowed("x", x, shift, known, reject=reject), _narrowed("y", y, shift, known_y, reject=reject)
     dtype = np.promote_types(x.dtype, y.dtype)
     return (
         jnp.broadcast_to(x, batch + x.shape[-2:]).astype(dtype),
@@ -135,12 +134,12 @@ def feature_pair(
 
 
 def _shaped(name: str, value: Any, min_rows: int) -> jax.Array | np.ndarray:
-    """Numbers of shape (..., n, d)."""
+    """The numbers of `value`; raises unless their shape is (..., n, d)."""
     array = numbers(name, value)
     if array.ndim < 2:
-        ways_out = f" One sample of d features is {name}[None, :], n samples of one feature are {name}[:, None]."
+        ways_out = f" For one sample of d features pass {name}[None, :], for n samples of one feature {name}[:, None]."
         if not isinstance(value, (jax.Array, np.ndarray)):  # a list or a table has no such indices
-            ways_out = f" Make it an array first: np.asarray({name})[:, None] are n samples of one feature."
+            ways_out = f" Make it an array first: np.asarray({name})[:, None] has n samples of one feature."
         ways_out = ways_out if array.ndim else ""
         raise ValueError(
             f"{name} must have shape (..., n, d): n samples of d features; got shape {array.shape}.{ways_out}"
@@ -155,32 +154,32 @@ def _shaped(name: str, value: Any, min_rows: int) -> jax.Array | np.ndarray:
 
 
 def _is_wide(array: jax.Array | np.ndarray) -> bool:
-    """Whether features are in a dtype wider than the one in which they are computed."""
+    """Whether the dtype is wider than the dtype of the computation."""
     return not _numbers.holds_exactly(_numbers.computing_dtype(array.dtype), array.dtype)
 
 
 def _known_mask(mask: Any, array: jax.Array | np.ndarray) -> np.ndarray | None:
-    """A mask of rows on the host, in the shape of the features (..., n), if both can be read."""
+    """The mask as a NumPy array in the shape of the features, (..., n); None if either cannot be read on the host."""
     if mask is None or isinstance(array, jax.Array) or not is_concrete(mask):
         return None
     if isinstance(mask, jax.Array) and not mask.is_fully_addressable:
         return None
     known = _as_bool(np.asarray(mask))
-    if known.dtype != bool:  # which is refused where masks are checked
+    if known.dtype != bool:  # rejected later by `row_mask`
         return None
-    while known.ndim > array.ndim - 1:  # of a batch that shares its features: valid in any of its elements
+    while known.ndim > array.ndim - 1:  # a batch shares these features: a row is valid if any element uses it
         known = known.any(0)
     try:
         return np.broadcast_to(known, array.shape[:-1])
-    except ValueError:  # likewise
+    except ValueError:  # rejected later by `row_mask`
         return None
 
 
 def _shift(arrays: Sequence[jax.Array | np.ndarray], mask: Any, known: np.ndarray | None) -> np.ndarray | None:
-    """The row that is subtracted from all of these before they are narrowed: the mean of the first.
+    """The row that is subtracted from all arrays before they are narrowed: the mean of the first array.
 
-    None where nothing is narrowed, or where they cannot all be shifted alike: where some are on a device already, or
-    are traced. With a mask that is traced nothing is known of which rows count, and others may hold anything.
+    None if nothing is narrowed, or if the arrays cannot all get the same shift because one is traced or on a device.
+    None also for a traced mask: the valid rows are then unknown, and masked rows may hold anything.
     """
     if any(isinstance(array, jax.Array) for array in arrays) or (mask is not None and known is None):
         return None
@@ -196,17 +195,17 @@ def _narrowed(
     shift: np.ndarray | None,
     mask: np.ndarray | None,
     *,
-    refuse: bool = True,
+    reject: bool = True,
 ) -> jax.Array:
-    """Features in the dtype in which they are computed, less a row; `refuse`: unless that rounds away what differs."""
+    """Features minus the shift, in the dtype of the computation; `reject`: raise if rounding would merge rows."""
     dtype = _numbers.computing_dtype(array.dtype)
     if isinstance(array, jax.Array):
-        if _is_wide(array) and is_concrete(array):  # whole numbers that are spread over devices
-            most = float(looked_at(lambda a: jnp.max(jnp.abs(a.astype(dtype))), array))
+        if _is_wide(array) and is_concrete(array):  # integers that are sharded over devices
+            most = float(read_on_host(lambda a: jnp.max(jnp.abs(a.astype(dtype))), array))
             if most > 2.0 ** (jnp.finfo(dtype).nmant + 1):
                 raise ValueError(
-                    f"{name} is {array.dtype} and reaches {most:.3g}, where {dtype} rounds whole numbers. Subtract one "
-                    "of its rows from all of them first: distances stay the same."
+                    f"{name} is {array.dtype} and reaches {most:.3g}, where {dtype} rounds integers. Subtract one row "
+                    "from all rows first: distances stay the same."
                 )
         return array.astype(dtype)
     narrowed = _numbers.narrow(array, dtype, shift)
@@ -214,75 +213,76 @@ def _narrowed(
         if not _numbers.is_in_range(narrowed) and (
             _numbers.overflows(array, narrowed, mask) or _numbers.vanishes(array, narrowed)
         ):
-            code = f"np.asarray({name})"  # it may be a list, or a table
+            code = f"np.asarray({name})"  # for lists and tables too
             raise ValueError(
-                f"{name} holds numbers up to {_numbers.largest(array):.3g}, which are beyond the range of {dtype}. Use "
-                f"another unit: {code} / np.abs({code}).max()."
+                f"{name} holds numbers up to {_numbers.largest(array):.3g}, beyond the range of {dtype}. Use another "
+                f"unit: {code} / np.abs({code}).max()."
             )
-        if shift is None and refuse:
+        if shift is None and reject:
             refuse_rounding(name, array)
-    with jax.ensure_compile_time_eval():  # a numpy array is known inside a trace too
+    with jax.ensure_compile_time_eval():  # stays concrete inside a trace too
         return jnp.asarray(narrowed)
 
 
 def refuse_rounding(name: str, array: np.ndarray) -> None:
-    """Raise where narrowing, without a shift, would round away what tells rows apart."""
+    """Raise if narrowing without a shift would round away the differences between rows."""
     if _numbers.error_of_narrowing(array) > _numbers.ALLOWED:
         raise ValueError(
-            f"{name} is {array.dtype} and far from 0: float32 would round away what tells its rows apart. Subtract "
-            f"what they share, {name} - np.mean({name}, -2, keepdims=True), if the origin means nothing, or compute "
+            f"{name} is {array.dtype} and far from 0: float32 would round away the differences between its rows. If "
+            f"the origin has no meaning, subtract the mean: {name} - np.mean({name}, -2, keepdims=True). Or compute "
             'in float64: jax.config.update("jax_enable_x64", True) at the start of the program.'
         )
 
 
 def numbers(name: str, value: Any) -> jax.Array | np.ndarray:
-    """Real numbers as an array: those of jax stay there, all others are on the host, in the dtype that they have.
+    """Real numbers as an array, with their dtype: a JAX array stays as it is, everything else becomes a NumPy array.
 
-    Takes arrays of numpy and jax, (nested) lists, and whatever numpy makes an array of numbers of, as a DataFrame.
+    Accepts NumPy and JAX arrays, nested lists, and objects that NumPy converts to numbers, such as a DataFrame.
     """
     refuse_foreign(name, value)
     if not isinstance(value, (jax.Array, np.ndarray)):
         array = _converted(name, value)
     elif isinstance(value, np.ma.MaskedArray):
         raise TypeError(
-            f"{name} is a masked array, whose mask would be lost. Give {name}.data, and "
-            f"mask=~np.ma.getmaskarray({name}).any(-1): True where a sample is real."
+            f"{name} is a masked array, whose mask would be lost. Pass {name}.data, and "
+            f"mask=~np.ma.getmaskarray({name}).any(-1): True marks a valid sample."
         )
     else:
         array = value
-    kind = getattr(array.dtype, "kind", "")  # keys of jax.random have none
+    kind = getattr(array.dtype, "kind", "")  # jax.random keys have none
     if kind == "c":
         raise TypeError(
-            f"{name} is complex ({array.dtype}). Stack its parts as features: np.concatenate([{name}.real, "
+            f"{name} is complex ({array.dtype}). Concatenate its parts as features: np.concatenate([{name}.real, "
             f"{name}.imag], -1) has the same distances."
         )
-    # The kind of bfloat16 and the like is V, as that of a record.
+    # bfloat16 and similar dtypes have kind V, like records.
     if kind not in tuple("fiub") and not any(jnp.issubdtype(array.dtype, t) for t in (jnp.floating, jnp.integer)):
-        raise TypeError(f"{name} must hold real numbers; got {_dtypes(value, array)}.{_as_numbers(name, value, array)}")
+        advice = _dtype_advice(name, value, array)
+        raise TypeError(f"{name} must hold real numbers; got {_dtypes(value, array)}.{advice}")
     if isinstance(array, jax.Array) and is_concrete(array) and _is_wide(array):
-        is_here = array.is_fully_addressable and len(array.sharding.device_set) == 1
-        return np.asarray(array) if is_here else array
+        on_one_device = array.is_fully_addressable and len(array.sharding.device_set) == 1
+        return np.asarray(array) if on_one_device else array
     return array
 
 
 def _converted(name: str, value: Any) -> jax.Array | np.ndarray:
-    """What is no array yet, as one."""
+    """Lists, tables and other array-likes as an array."""
     kind = type(value)
     is_sparse = hasattr(value, "toarray") or hasattr(value, "todense")
     is_numbers = isinstance(value, (list, tuple, int, float)) or hasattr(kind, "__array__")
     if is_sparse or not (is_numbers or hasattr(kind, "__array_interface__") or hasattr(kind, "__dlpack__")):
-        raise TypeError(f"{name} must be an array of numbers; got {kind.__name__}.{_other_way(name, value)}")
+        raise TypeError(f"{name} must be an array of numbers; got {kind.__name__}.{_array_advice(name, value)}")
     first = value
     while isinstance(first, (list, tuple)) and len(first):
         first = first[0]
     if _is_tensor(first):
-        raise TypeError(f"{name} holds torch tensors. Stack them first, and give torch.stack({name}).numpy().")
+        raise TypeError(f"{name} holds torch tensors. Stack them first: pass torch.stack({name}).numpy().")
     try:
         if hasattr(kind, "__dlpack__") and not hasattr(kind, "__array__"):
             return jnp.from_dlpack(value)
         array = np.asarray(value)
-        if array.dtype == object and _odd_columns(value) == []:  # bool beside float, or columns that may miss values
-            with contextlib.suppress(TypeError, ValueError):  # and do
+        if array.dtype == object and _odd_columns(value) == []:  # bool beside float, or nullable columns
+            with contextlib.suppress(TypeError, ValueError):  # nullable columns with missing values
                 return array.astype(np.float64)
         return array
     except jax.errors.TracerArrayConversionError:
@@ -292,7 +292,7 @@ def _converted(name: str, value: Any) -> jax.Array | np.ndarray:
 
 
 def _dtypes(value: Any, array: Any) -> str:
-    """The dtype of what is no array of numbers; of a table those columns that are none."""
+    """The dtype of a non-numeric array; for a table, its non-numeric columns."""
     odd = _odd_columns(value)
     if odd is None:
         return f"dtype {array.dtype}"
@@ -301,7 +301,7 @@ def _dtypes(value: Any, array: Any) -> str:
 
 
 def _odd_columns(value: Any) -> list[str] | None:
-    """The columns of a table whose dtype is not that of numbers; None of what is no table."""
+    """The non-numeric columns of a table; None if `value` is not a table."""
     columns, dtypes = getattr(value, "columns", None), getattr(value, "dtypes", None)
     if columns is None or dtypes is None:
         return None
@@ -309,34 +309,34 @@ def _odd_columns(value: Any) -> list[str] | None:
     return [f"{column!r} of {dtype}" for column, dtype in named if not _NUMERIC.match(str(dtype))]
 
 
-_NUMERIC = re.compile(r"u?int|float|bool", re.IGNORECASE)  # as pandas and polars call them
+_NUMERIC = re.compile(r"u?int|float|bool", re.IGNORECASE)  # dtype names of pandas and polars
 
 
-def _as_numbers(name: str, value: Any, array: Any) -> str:
-    """What to do with what has a dtype of no numbers."""
+def _dtype_advice(name: str, value: Any, array: Any) -> str:
+    """Advice for an array with a non-numeric dtype."""
     odd = _odd_columns(value)
     if odd is not None:
-        return " Leave it out." if odd else f" {name}.to_numpy(np.float64, na_value=np.nan) makes nan of them."
+        return " Drop it." if odd else f" {name}.to_numpy(np.float64, na_value=np.nan) turns them into nan."
     try:
         np.asarray(array).astype(np.float64)
     except (TypeError, ValueError):
-        return " Its entries are no numbers."
+        return " Its entries are not numbers."
     return f" Write np.asarray({name}).astype(np.float64)."
 
 
 def _array(name: str, value: Any) -> jax.Array | np.ndarray:
-    """What is no features, as an array; its dtype is still to be checked."""
+    """An argument other than features as an array; its dtype is not checked."""
     refuse_foreign(name, value)
     try:
         return value if isinstance(value, jax.Array) else np.asarray(value)
-    except ValueError:  # lists of different length
+    except ValueError:  # ragged lists
         raise TypeError(f"{name} must be a number or an array; got {shown(value)}.") from None
 
 
 def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: str) -> AnyArray:
-    """A real number or array, broadcast to `shape` (which `meaning` puts into words).
+    """A real number or array, broadcast to `shape`, which `meaning` explains in messages.
 
-    Left on the host if it is there: an operation outside of a program costs more than the number is worth.
+    A value on the host stays there: an operation outside a compiled program costs more than it saves.
     """
     array = _array(name, value)
     if array.dtype == bool or not (
@@ -362,7 +362,7 @@ def parameter(name: str, value: Any, dtype: Any, shape: Sequence[int], meaning: 
 
 
 def parameter_array(name: str, value: Any, dtype: Any) -> jax.Array:
-    """A real array of at least one dimension, as a vector or matrix to multiply with."""
+    """A real vector or matrix, as a JAX array."""
     array = _array(name, value)
     if array.ndim == 0 or jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be a real vector or matrix; got shape {array.shape}, dtype {array.dtype}.")
@@ -370,38 +370,38 @@ def parameter_array(name: str, value: Any, dtype: Any) -> jax.Array:
 
 
 def row_mask(name: str, value: Any | None, shape: tuple[int, ...]) -> jax.Array | None:
-    """A boolean mask over rows, True = a real sample, broadcast to `shape` = (..., n)."""
+    """A boolean mask over rows, True = a valid sample, broadcast to `shape` = (..., n)."""
     if value is None:
         return None
     array = _as_bool(_array(name, value))
     if array.dtype != bool:
         raise TypeError(
-            f"{name} must be boolean, True where a sample is real; got dtype {array.dtype}. "
-            f"Write {name}.astype(bool) if nonzero means real."
+            f"{name} must be boolean, True for valid samples; got dtype {array.dtype}. "
+            f"Write {name}.astype(bool) if nonzero means valid."
         )
     if array.ndim == 0 or array.shape[-1] != shape[-1] or array.ndim > len(shape):
-        raise ValueError(f"{name} has shape {array.shape}, expected {shape}: one entry a sample.")
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape}: one entry per sample.")
     try:
         return jnp.broadcast_to(jnp.asarray(array), shape)
     except ValueError:
-        raise ValueError(f"{name} has shape {array.shape}, expected {shape}: one entry a sample.") from None
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape}: one entry per sample.") from None
 
 
 def _as_bool(mask: Any) -> Any:
-    """A mask out of a column of a table that could hold missing values, but holds none; any other as it is."""
+    """Convert an object array of bools, such as a nullable column, to a boolean mask; return other arrays unchanged."""
     is_bool = mask.dtype == object and all(isinstance(entry, (bool, np.bool_)) for entry in mask.ravel())
     return mask.astype(bool) if is_bool else mask
 
 
 def choice(name: str, value: Any, valid: Sequence[Any]) -> None:
-    """Raise unless `value` is one of the valid ones."""
+    """Raise unless `value` is one of `valid`."""
     if not any(value is option or (isinstance(value, str) and value == option) for option in valid):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}; got {shown(value)}.")
 
 
 def cached(fn: Callable[P, T]) -> Callable[P, T]:
-    """`fn` of options, each set of them looked at once; what cannot be hashed goes to `fn`, which refuses it."""
-    remembered = lru_cache(typed=True)(fn)  # 1 and 1.0 may not be the same
+    """`fn` with its results cached by options; unhashable options go straight to `fn`, which rejects them."""
+    remembered = lru_cache(typed=True)(fn)  # 1 and 1.0 may differ
 
     @wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -424,9 +424,10 @@ def whole(
     most_is: str = "",
     otherwise: str = "",
 ) -> int:
-    """`value` as an int; raises unless it is a whole number (`of` what) from `least` to `most`.
+    """`value` as an int; raises unless it is an integer from `least` to `most`.
 
-    `most_is` tells what the most is, "n = "; `otherwise` what else the argument may be.
+    The message says what is counted (`of`), what `most` is (`most_is`, such as "n = "), and which other values the
+    argument accepts (`otherwise`).
     """
     if (
         isinstance(value, bool)
@@ -440,11 +441,11 @@ def whole(
 
 
 def row_numbers(name: str, value: Any, n: int) -> np.ndarray:
-    """Different numbers of rows, from 0 to n - 1."""
+    """Distinct row indices from 0 to n - 1."""
     if not is_concrete(value):
         raise TypeError(
-            f"{name} must be known before anything is traced, as how many there are is a shape: give a numpy array, or "
-            "one made outside of the function that is compiled."
+            f"{name} must not be traced, because their number is a shape: pass a NumPy array, or one made outside the "
+            "compiled function."
         )
     indices = np.asarray(_array(name, value))
     if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
@@ -457,32 +458,33 @@ def row_numbers(name: str, value: Any, n: int) -> np.ndarray:
         raise ValueError(f"{name} must be indices from 0 to {n - 1}; got {indices.min()} .. {indices.max()}.")
     values, counts = np.unique(indices, return_counts=True)
     if (counts > 1).any():
-        raise ValueError(f"{name} repeat: sample {values[counts > 1][0]} stands there {counts[counts > 1][0]} times.")
+        sample, count = values[counts > 1][0], counts[counts > 1][0]
+        raise ValueError(f"{name} must be distinct: sample {sample} occurs {count} times.")
     return indices
 
 
 def random_key(value: Any) -> None:
-    """Raise unless it is a key of `jax.random`."""
+    """Raise unless `value` is a single `jax.random` key."""
     typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.ndim == 0
     raw = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.shape in ((2,), (4,))
     if not typed and not raw:
-        raise TypeError(f"key must be one key, as jax.random.key(0) makes it; got {shown(value)}.")
+        raise TypeError(f"key must be a single key, such as jax.random.key(0); got {shown(value)}.")
 
 
 def density_value(density: Any) -> None:
-    """Raise where a concrete density is outside (0, 1)."""
+    """Raise if a concrete density is outside (0, 1)."""
     if not is_concrete(density):
         return
     values = on_host(density)
     bad = ~((values > 0) & (values < 1))
     if bad.any():
         raise ValueError(
-            f"density must lie strictly between 0 and 1 (it is the mean of the affinity); got {_first(values, bad)}."
+            f"density must lie strictly between 0 and 1, as the mean of the affinity; got {_first_bad(values, bad)}."
         )
 
 
 def positive(name: str, value: Any, keep: Any | None = None) -> None:
-    """Raise where a concrete value is not finite and above 0 (only where `keep` is True, if given)."""
+    """Raise if a concrete value is not finite and above 0; with `keep`, only where it is True."""
     if not is_concrete(value, keep):
         return
     values = on_host(value)
@@ -490,11 +492,11 @@ def positive(name: str, value: Any, keep: Any | None = None) -> None:
     if keep is not None:
         bad = bad & on_host(keep)
     if bad.any():
-        raise ValueError(f"{name} must be finite and above 0; got {_first(values, bad)}.")
+        raise ValueError(f"{name} must be finite and above 0; got {_first_bad(values, bad)}.")
 
 
-def _first(values: np.ndarray, bad: Any) -> str:
-    """The first of the bad values, and where it is."""
+def _first_bad(values: np.ndarray, bad: Any) -> str:
+    """The first bad value and its index."""
     if values.ndim == 0:
         return repr(values.item())
     index = tuple(int(i) for i in np.argwhere(np.broadcast_to(bad, values.shape))[0])
@@ -509,14 +511,14 @@ def finite_rows(
     way_out: str = "Remove these samples, or exclude them with mask=.",
     differences: bool = False,
 ) -> None:
-    """Raise on nan or inf in a concrete array, naming the first row that holds one.
+    """Raise on nan or inf in a concrete array, naming the first bad row.
 
-    With `differences`, also where numbers are so small that differences of rows are rounded to 0.
+    With `differences`, also if all numbers are so small that differences of rows are rounded to 0.
     """
     if not is_concrete(value, mask):
         return
-    # On the device, so that only one byte per row travels to the host, or to the other processes: all raise, or none.
-    rows = looked_at(_row_facts, value)
+    # Computed on the device, so that one byte per row travels to the host and the other processes: all raise, or none.
+    rows = read_on_host(_row_facts, value)
     if mask is not None:
         rows = np.where(on_host(mask), rows, 0)
     if differences and not (rows & _NORMAL).any() and (rows & _NONZERO).any():
@@ -531,13 +533,13 @@ def finite_rows(
         raise ValueError(f"{name} has nan or inf in {int(bad.sum())} row(s), the first is {where}. {way_out}")
 
 
-# What a row holds, in bits.
+# Bits that describe a row.
 _NOT_FINITE, _NONZERO, _NORMAL = 1, 2, 4
 
 
 @jax.jit
 def _row_facts(value: jax.Array) -> jax.Array:
-    # Bits are looked at, as subnormal numbers compare as 0.
+    # Compare bits: subnormal numbers compare as 0.
     integer = jnp.dtype(f"int{8 * value.dtype.itemsize}")
     size = jax.lax.bitcast_convert_type(jnp.abs(value), integer)
     least = jax.lax.bitcast_convert_type(jnp.asarray(smallest(value.dtype), value.dtype), integer)
@@ -546,11 +548,11 @@ def _row_facts(value: jax.Array) -> jax.Array:
     return jnp.stack([fact.any(-1).astype(jnp.uint8) * bit for fact, bit in zip(facts, bits, strict=True)]).sum(0)
 
 
-_FEW = 6  # entries that a message shows
+_FEW = 6  # entries shown in a message
 
 
 class _Short(reprlib.Repr):
-    """The repr of a value, shortened; of an array with more than a few entries its dtype and shape."""
+    """A short repr; arrays with more than a few entries show their dtype and shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -561,7 +563,7 @@ class _Short(reprlib.Repr):
         shape = getattr(x, "shape", None)
         if not isinstance(shape, tuple) or isinstance(x, np.generic):
             return super().repr1(x, level)
-        if not isinstance(x, (np.ndarray, jax.Array)):  # of another library: its repr may be a page
+        if not isinstance(x, (np.ndarray, jax.Array)):  # an array of another library, whose repr may be long
             return f"{type(x).__name__} of shape {tuple(shape)}"
         if x.size > _FEW or not is_concrete(x) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return f"{x.dtype} array of shape {shape}"
@@ -569,7 +571,7 @@ class _Short(reprlib.Repr):
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: its repr if that is short, else enough to recognize it."""
+    """A value for a message: its repr, shortened if it is long."""
     return _Short().repr(value)
 
 
@@ -579,13 +581,13 @@ def refuse_foreign(name: str, value: Any) -> None:
         return
     dense = name + _to_dense(value)
     host = f"{dense}.detach().cpu()" + (".float()" if str(value.dtype) == "torch.bfloat16" else "") + ".numpy()"
-    if str(value.dtype) in _TAKEN_BY_NUMPY:  # torch's own conversion would narrow it
-        raise TypeError(f"{name} is a torch tensor of {value.dtype}. Give {host}.")
-    raise TypeError(f"{name} is a torch tensor. Convert it with jaxalign.interop.from_torch({dense}), or give {host}.")
+    if str(value.dtype) in _CONVERTED_BY_NUMPY:  # from_torch would narrow it
+        raise TypeError(f"{name} is a torch tensor of {value.dtype}. Pass {host}.")
+    raise TypeError(f"{name} is a torch tensor. Convert it with jaxalign.interop.from_torch({dense}), or pass {host}.")
 
 
-# Tensors whose numbers jax does not hold as they are, or that are no floats.
-_TAKEN_BY_NUMPY = (
+# Dtypes that JAX would narrow, or that are not floating point.
+_CONVERTED_BY_NUMPY = (
     "torch.float64",
     "torch.int64",
     "torch.int32",
@@ -601,24 +603,24 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _to_dense(tensor: Any) -> str:
-    """What makes a tensor one of plain numbers in one block, which numpy and jax take; '' where it is one."""
+    """Code that makes a quantized or sparse tensor dense, which NumPy and JAX need; '' for a dense tensor."""
     if getattr(tensor, "is_quantized", False):
         return ".dequantize()"
     return "" if str(getattr(tensor, "layout", "torch.strided")) == "torch.strided" else ".to_dense()"
 
 
 def x64_enabled() -> bool:
-    """Whether jax holds float64."""
+    """Whether 64-bit types are enabled in JAX."""
     return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
 
-def _other_way(name: str, value: Any) -> str:
-    """What to do with features that are no array."""
+def _array_advice(name: str, value: Any) -> str:
+    """Advice for features that are not an array."""
     if isinstance(value, (str, Path)):
-        return f" jaxalign.io.read_features({str(value)!r}) reads a file; compare_grid takes paths."
+        return f" jaxalign.io.read_features({str(value)!r}) reads a file; compare_grid accepts paths."
     if isinstance(value, Mapping):
-        return " jaxalign.compare_grid takes several sets by name."
-    for method in ("toarray", "todense"):  # sparse matrices of scipy, and of jax
+        return " jaxalign.compare_grid compares several representations by name."
+    for method in ("toarray", "todense"):  # sparse matrices of SciPy and JAX
         if hasattr(value, method):
             return f" It is sparse: write {name}.{method}()."
     return ""

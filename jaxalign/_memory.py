@@ -1,4 +1,4 @@
-"""How much memory is left, and the error of a result that does not fit into it."""
+"""Free memory, and the error for a result that does not fit into it."""
 
 from __future__ import annotations
 
@@ -12,41 +12,43 @@ from jaxtyping import Array
 
 from jaxalign import _checks
 
-# Bytes that are taken without asking whether they are there.
-_SURELY_THERE = 2**28
-# What a stored array takes while it is made, in its own size (1.6 times were measured for the affinity).
-_WHILE_MADE = 1.5
+# Smaller arrays are allocated without a check.
+_UNCHECKED_BYTES = 2**28
+# Peak memory while an array is computed, as a multiple of its size (1.6 was measured for the affinity).
+_PEAK_FACTOR = 1.5
 
 
 def check_stored(what: str, x: Array, y: Array | None) -> None:
-    """Raise a MemoryError where values of all pairs cannot be stored."""
+    """Raise a MemoryError if a value for each pair does not fit into memory."""
     shape = (*x.shape[:-1], (x if y is None else y).shape[-2])
-    way_out = "Nothing of that size is stored by solve_sigma, affinity_operator, compare, compare_grid and streaming."
+    way_out = "solve_sigma, affinity_operator, compare, compare_grid and streaming store nothing of that size."
     check_room(what, shape, x, way_out)
 
 
 def check_room(what: str, shape: Sequence[int], x: Array, way_out: str) -> None:
-    """Raise a MemoryError where an array that is to be stored, with what it is made of, is larger than the memory.
+    """Raise a MemoryError if computing an array takes more memory than is free.
 
-    Only of a CPU, where jax would wait for ever or the system would end the process; other devices raise by themselves.
+    Checked on CPUs only, where JAX would hang or the system would kill the process; other devices raise by themselves.
     """
-    needed = _WHILE_MADE * math.prod(shape) * x.dtype.itemsize
-    if needed < _SURELY_THERE or not _checks.is_concrete(x) or any(device.platform != "cpu" for device in x.devices()):
+    needed = _PEAK_FACTOR * math.prod(shape) * x.dtype.itemsize
+    if needed < _UNCHECKED_BYTES or not _checks.is_concrete(x):
         return
-    check_bytes(f"{what} of shape {tuple(shape)} would take {needed / 1e9:.3g} GB while made", needed, way_out)
+    if any(device.platform != "cpu" for device in x.devices()):
+        return
+    check_bytes(f"{what} of shape {tuple(shape)} takes {needed / 1e9:.3g} GB while it is computed", needed, way_out)
 
 
 def check_bytes(claim: str, needed: int | float, way_out: str) -> None:
-    """Raise a MemoryError, which begins with the claim, where so many bytes are more than the memory left."""
-    if needed < _SURELY_THERE:
+    """Raise a MemoryError that starts with `claim` if `needed` bytes are not free."""
+    if needed < _UNCHECKED_BYTES:
         return
     room = _room()
     if needed > room:
-        raise MemoryError(f"{claim}, and there are {max(room, 0) / 1e9:.3g} GB. {way_out}")
+        raise MemoryError(f"{claim}, but only {max(room, 0) / 1e9:.3g} GB are free. {way_out}")
 
 
 def _room() -> float:
-    """Bytes that this process may still have: free, or in caches and swap, within its limits; infinite if unknown."""
+    """Bytes that this process can still allocate, within its limits, caches and swap included; inf if unknown."""
     room = math.inf
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
@@ -65,7 +67,7 @@ def _room() -> float:
 
 
 def free_memory(device: Any) -> float:
-    """Bytes that the device has left; infinite where it does not report them."""
+    """Free bytes of the device; inf if it does not report them."""
     if device.platform == "cpu":
         return _room()
     stats = device.memory_stats() or {}

@@ -1,8 +1,8 @@
-"""Numbers on the host, and what becomes of them: the dtype in which features are computed, and how they get there.
+"""Conversion of NumPy arrays to the dtype of the computation, with as little rounding as possible.
 
-jax holds float32 unless 64 bits are switched on, while numpy, lists and tables hold float64. Rounding to float32 costs
-7 digits of a number. Whatever depends on differences of rows alone, as distances do, keeps all its digits if the rows
-are centered first, in float64, even where they share a large offset, as time stamps do.
+JAX holds float32 unless x64 is enabled, while NumPy, lists and tables hold float64. Rounding to float32 keeps 7
+digits. Distances, and whatever else depends only on differences of rows, stay accurate if the rows are centered in
+float64 first, even if they share a large offset, like time stamps.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Rows that are examined for what narrowing does to them, and how much it may do, relative to their spread.
+# How many rows `error_of_narrowing` examines, and the largest error allowed, relative to the spread of the rows.
 _EXAMINED, ALLOWED = 4096, 1e-4
 
 
 def computing_dtype(dtype: Any) -> np.dtype:
-    """The dtype in which features of a dtype are computed: float32, or float64 where they are wide and jax holds it."""
+    """The dtype of the computation for features of `dtype`: float32, or float64 if wider and x64 is enabled."""
     dtype = np.dtype(dtype)
-    is_floating = dtype.kind == "f" or jnp.issubdtype(dtype, jnp.floating)  # the kind of bfloat16 is V
+    is_floating = dtype.kind == "f" or jnp.issubdtype(dtype, jnp.floating)  # bfloat16 has kind V
     if is_floating and dtype.itemsize <= 4:
         return np.dtype(np.float32)
     return np.dtype(jax.dtypes.canonicalize_dtype(np.float64))
@@ -37,9 +37,9 @@ def holds_exactly(target: Any, dtype: Any) -> bool:
 
 
 def mean_row(rows: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """The mean of the finite valid rows of (..., n, d), (..., 1, d), in float64 or wider; 0 where there are none.
+    """The mean over the finite valid rows of (..., n, d), shape (..., 1, d), in float64 or wider; 0 without such rows.
 
-    Whatever masked rows hold (1e20 stands for "missing" in some files) does not move it.
+    Values in masked rows have no effect (some files hold 1e20 for "missing").
     """
     valid: Any = True if mask is None else mask[..., None]
     mean = _mean(rows, valid)
@@ -55,24 +55,24 @@ def _mean(rows: np.ndarray, valid: Any) -> np.ndarray:
 
 
 def narrow(rows: np.ndarray, dtype: Any, shift: np.ndarray | None = None) -> np.ndarray:
-    """Rows in another dtype, less a row that is subtracted in the wider of the two; out of range is inf."""
+    """Rows minus the shift, converted to `dtype` after the subtraction; numbers out of range become inf."""
     with np.errstate(all="ignore"):
         if shift is None:
             return rows.astype(dtype, copy=False)
-        # Computed in blocks that stay in cache: no copy in float64 is made.
+        # NumPy computes this in blocks that stay in cache, without a float64 copy.
         out = np.empty(np.broadcast_shapes(rows.shape, shift.shape), dtype)
         return np.subtract(rows, shift, out=out, casting="same_kind")
 
 
 def is_in_range(narrowed: np.ndarray) -> bool:
-    """Whether all is finite, and something above the smallest normal number: the usual case, found without a copy."""
+    """Whether all numbers are finite and at least one is normal: the usual case, checked without a copy."""
     with np.errstate(all="ignore"):
         least, most = narrowed.min(), narrowed.max()
     return bool(np.isfinite(least) and np.isfinite(most) and max(-least, most) >= jnp.finfo(narrowed.dtype).tiny)
 
 
 def overflows(rows: np.ndarray, narrowed: np.ndarray, mask: np.ndarray | None = None) -> bool:
-    """Whether narrowing made an infinity of a finite number in a valid row."""
+    """Whether narrowing turned a finite number in a valid row into inf."""
     infinite = np.isinf(narrowed)
     if not infinite.any():
         return False
@@ -81,7 +81,7 @@ def overflows(rows: np.ndarray, narrowed: np.ndarray, mask: np.ndarray | None = 
 
 
 def vanishes(rows: np.ndarray, narrowed: np.ndarray) -> bool:
-    """Whether narrowing left nothing but numbers near 0, where rows differ: they are in too small a unit."""
+    """Whether narrowing left only subnormal numbers although rows differ: their unit is too large."""
     if rows.dtype.kind != "f" or (np.abs(narrowed) >= jnp.finfo(narrowed.dtype).tiny).any():
         return False
     finite = np.isfinite(rows).all(-1, keepdims=True)
@@ -90,13 +90,13 @@ def vanishes(rows: np.ndarray, narrowed: np.ndarray) -> bool:
 
 
 def largest(rows: np.ndarray) -> float:
-    """The largest finite size of an entry."""
+    """The largest finite absolute value."""
     finite = rows[np.isfinite(rows)]
     return float(np.abs(finite).max()) if finite.size else 0.0
 
 
 def error_of_narrowing(array: np.ndarray) -> float:
-    """The error of the first rows in float32, relative to their spread: inf beyond float32."""
+    """The error of rounding the first rows to float32, relative to their spread; inf beyond the range of float32."""
     rows = array.reshape(-1, array.shape[-1])[:_EXAMINED] if array.ndim > 1 else array.reshape(-1, 1)
     rows = rows.astype(np.longdouble if array.dtype == np.longdouble else np.float64)
     rows = rows[np.isfinite(rows).all(-1)]
@@ -106,5 +106,5 @@ def error_of_narrowing(array: np.ndarray) -> float:
         error, spread = np.abs(rows.astype(np.float32) - rows).max(), np.abs(rows - rows.mean(0)).max()
         if not error or np.isinf(error):  # beyond float32
             return float(error)
-        # Of rows that are all alike, or one alone, nothing is known but that whole numbers should stay whole.
+        # Identical rows, or a single row, have no spread to compare with: only integers must then stay exact.
         return float(error / spread) if spread else float(array.dtype.kind in "iu")

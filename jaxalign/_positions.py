@@ -1,4 +1,4 @@
-"""What the positions of tokens (n, tokens, d) and maps (n, h, w, d) become, where features are rows (n, d)."""
+"""Conversion of tokens (n, tokens, d) and maps (n, h, w, d) to rows of features (n, d)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Positions = Literal["samples", "channels", "mean"]
 
 
 def rows_of(values: Any, positions: Positions) -> Any:
-    """Features (n, d) of an array of 2 to 4 dimensions, channels last."""
+    """Features (n, d) from an array of 2 to 4 dimensions, channels last."""
     if values.ndim == 2:
         return values
     if positions == "samples":
@@ -25,14 +25,14 @@ def rows_of(values: Any, positions: Positions) -> Any:
     axes, dtype = tuple(range(1, values.ndim - 1)), np.result_type(values.dtype, np.float32)
     if not isinstance(values, jax.Array):
         return values.mean(axes, dtype=np.float64).astype(dtype)
-    # Of differences from one position, divided before they are summed, so that nothing overflows or loses its digits.
+    # Average differences from the first position, divided before they are summed: no overflow, and no lost digits.
     values = values.astype(dtype)
-    one = values[(slice(None), *(slice(1) for _ in axes))]
-    return jnp.squeeze(one + jnp.sum((values - one) / (values.size // one.size), axes, keepdims=True), axes)
+    first = values[(slice(None), *(slice(1) for _ in axes))]
+    return jnp.squeeze(first + jnp.sum((values - first) / (values.size // first.size), axes, keepdims=True), axes)
 
 
 def check_positions(named: Mapping[str, Any], positions: Positions | None) -> dict[str, Any]:
-    """Representations as rows (n, d); raises where `positions` is needed and not given, or given and not needed."""
+    """Representations as rows (n, d); raises if `positions` is missing, or has no effect."""
     arrays = {name: _checks.numbers(name, value) for name, value in named.items()}
     if positions is None:
         for name, value in arrays.items():
@@ -53,9 +53,9 @@ def check_positions(named: Mapping[str, Any], positions: Positions | None) -> di
 def _way_out(name: str, value: Any) -> str:
     if value.ndim not in (3, 4):
         return ""
-    first = "" if value.ndim == 3 else f" (Channels come last: of torch, take {name}.transpose(0, 2, 3, 1).)"
+    layout = "" if value.ndim == 3 else f" (Channels come last: for torch maps use {name}.transpose(0, 2, 3, 1).)"
     return (
-        ' Of tokens (n, tokens, d) and maps (n, h, w, d), positions="samples" makes each position a sample, "channels" '
-        f'puts those of a sample side by side (Kornblith et al. 2019), and "mean" averages them.{first} For a batch of '
-        "representations use the function in jaxalign.measures, or jax.vmap."
+        ' For tokens (n, tokens, d) and maps (n, h, w, d), positions="samples" makes each position a sample, '
+        f'"channels" concatenates the positions of a sample (Kornblith et al. 2019), "mean" averages them.'
+        f"{layout} For a batch of representations use the function in jaxalign.measures, or jax.vmap."
     )

@@ -1,4 +1,4 @@
-"""Checks of features, masks, density and sigma together, and the errors for a bandwidth that does not exist."""
+"""Joint checks of features, masks, density and sigma, and the errors for a failed search for sigma."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ class Problem(NamedTuple):
 def check_problem(
     x: Any, y: Any, mask: Any, mask_y: Any, diagonal: Any, *, local_rows: bool = False, throw: bool = True
 ) -> Problem:
-    """Check everything but density and sigma. `local_rows`: x holds the rows of one device, others hold more.
+    """Check everything but density and sigma. `local_rows`: x holds the rows of one device out of several.
 
-    Without `throw`, here and below, nothing is read from a device, which would wait for it: what only values can tell
-    is left to the status.
+    With throw=False, here and below, nothing is read from a device, which would block: bad values then show up in the
+    status only.
     """
     _checks.choice("diagonal", diagonal, ("include", "exclude"))
     x, y = _checks.feature_pair(x, y, min_rows=1 if local_rows else 2, mask=mask, mask_y=mask_y)
     if y is None and mask_y is not None:
-        raise ValueError("mask_y is given without y; mask serves both sides when y is None.")
+        raise ValueError("mask_y needs y: without y, mask applies to both sides.")
     if y is not None and diagonal != "include":
         raise ValueError(
-            f"diagonal={_checks.shown(diagonal)} has no meaning with y: all n m pairs count. Leave diagonal out, "
+            f"diagonal={_checks.shown(diagonal)} has no meaning with y: all n x m pairs count. Leave diagonal out, "
             "or leave y out to compare x with itself."
         )
     mask = _checks.row_mask("mask", mask, x.shape[:-1])
@@ -61,8 +61,8 @@ def check_problem(
             counts = _checks.on_host(value).sum(-1)
             if (counts < min_samples).any():
                 raise ValueError(
-                    f"{name} leaves {int(counts.min())} real sample(s), at least {min_samples} needed: "
-                    "True marks a sample that is real."
+                    f"{name} leaves {int(counts.min())} valid sample(s), at least {min_samples} needed: "
+                    "True marks a valid sample."
                 )
     return Problem(x, y, mask, mask_y, diagonal)
 
@@ -80,7 +80,7 @@ def check_density(
     _checks.density_value(density)
     if problem.y is None and problem.diagonal == "include":
         if problem.mask is None or plan.rows_are_local or not _may_read(problem.mask, throw):
-            counts = plan.total_rows(problem.x.shape[-2])  # an upper bound: how many samples masks leave is unknown
+            counts = plan.total_rows(problem.x.shape[-2])  # an upper bound: the number of valid samples is unknown
         else:
             counts = _checks.on_host(problem.mask).sum(-1)
         floor = 1 / np.asarray(counts, np.float64)
@@ -97,14 +97,14 @@ def check_density(
 
 
 def is_default(density: Any) -> bool:
-    """Whether the density is the default one. A traced one may be."""
+    """Whether the density is the default; a traced density counts as the default."""
     if not _checks.is_concrete(density):
         return True
     return np.ndim(density) == 0 and bool(np.float32(density) == np.float32(DENSITY))
 
 
 def check_unused(sigma: Any, density: Any, diagonal: Any) -> None:
-    """Raise if density or diagonal are given with a sigma, where they have no effect."""
+    """Raise if density or diagonal are passed together with sigma, where they have no effect."""
     if not is_default(density):
         raise ValueError(
             f"density={_checks.shown(density)} has no effect with sigma={_checks.shown(sigma)}. Leave one of them out."
@@ -117,13 +117,13 @@ def check_unused(sigma: Any, density: Any, diagonal: Any) -> None:
 
 
 def check_sigma(sigma: Any, problem: Problem, bandwidth: Any, *, throw: bool = True) -> AnyArray:
-    """The sigma of the caller as an array (...), or (..., n) with one per row."""
+    """The sigma of the caller as an array (...), or (..., n) with one sigma per row."""
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
     n, batch, shape = problem.x.shape[-2], problem.batch, np.shape(sigma)
     per_row = bandwidth == "per_row"
     if per_row and shape[-1:] != (n,):
         raise ValueError(
-            f'bandwidth="per_row" with a sigma of shape {shape}: one sigma per row of x has shape {(*batch, n)}. Leave '
+            f'bandwidth="per_row" with sigma of shape {shape}: one sigma per row of x has shape {(*batch, n)}. Leave '
             "bandwidth out for a single sigma."
         )
     meaning = "the batch dimensions of the features"
@@ -133,13 +133,13 @@ def check_sigma(sigma: Any, problem: Problem, bandwidth: Any, *, throw: bool = T
     valid = problem.mask if per_row else None
     if _may_read(sigma, throw) and _may_read(valid, throw):
         _checks.positive("sigma", sigma, valid)
-    if per_row and problem.mask is not None:  # nan in a masked row would reach the gradients of other rows
+    if per_row and problem.mask is not None:  # nan in a masked row would reach the gradients of valid rows
         value = jnp.where(problem.mask, value, 1)
     return value
 
 
 def _may_read(value: Any, throw: bool) -> bool:
-    """Whether a value is known, and known on the host if reading it from a device is ruled out."""
+    """Whether a value may be read: it is concrete, and on the host unless `throw` permits waiting for a device."""
     return _checks.is_concrete(value) and (throw or not isinstance(value, jax.Array))
 
 
@@ -154,7 +154,7 @@ def check_rtol(rtol: float | None, dtype: Any) -> float:
 
 
 def explain_failure(status: Array, problem: Problem) -> None:
-    """Raise a ValueError for a failed status, which names the row of a nan or inf. Under a trace do nothing."""
+    """Raise a ValueError for a failed status, naming the row of any nan or inf. Under a trace do nothing."""
     if _checks.is_concrete(status) and _checks.on_host(status).any():
         _checks.finite_rows("x", problem.x, problem.mask, differences=True)
         if problem.y is not None:

@@ -1,4 +1,4 @@
-"""How results print: the class, the shapes and the main numbers, in a few lines. Never a whole array."""
+"""Short reprs of results: class, shapes and main numbers in a few lines, never a whole array."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import numpy as np
 from jax.core import Tracer
 
 _WIDTH = 100
-# Entries of a mapping or tuple that are shown.
+# Entries shown of a mapping or tuple.
 _FEW = 4
-# Larger arrays are described by shape and dtype alone: their values may be on a device, or still being computed there.
+# Larger arrays show only shape and dtype: reading their values could wait for a device.
 _MOST_READ = 2**16
 
 
 def short_repr(result: Any, *, omit: Sequence[str] = (), **texts: str) -> str:
-    """The `repr` of a dataclass: its fields but the omitted ones and those that are None.
+    """The `repr` of a dataclass, without omitted and None fields.
 
-    A text stands in place of the field of its name, or is added where there is none.
+    Each of `texts` replaces the field of the same name, or is added if there is no such field.
     """
     parts: list[str] = []
     names = [field.name for field in fields(result) if field.name not in omit]
@@ -36,7 +36,7 @@ def short_repr(result: Any, *, omit: Sequence[str] = (), **texts: str) -> str:
 
 
 def describe(value: Any) -> str:
-    """A value in short: numbers to four digits, arrays by dtype, shape and range, names as far as they are few."""
+    """A short text for a value: numbers with four digits, arrays as dtype, shape and range, the first few entries."""
     if isinstance(value, Mapping):
         first = [f"{name!r}: {describe(part)}" for name, part in islice(value.items(), _FEW)]
         return f"{{{_joined(first, len(value))}}}"
@@ -51,7 +51,7 @@ def describe(value: Any) -> str:
 
 
 def describe_codes(value: Any, codes: type[IntEnum]) -> str:
-    """An array of codes: the name of the code that all have, or how many have each."""
+    """A text for an array of codes: the name of a common code, or the count of each code."""
     host = _read(value)
     if host is None or not host.size:
         return describe(value)
@@ -84,10 +84,7 @@ def _array(value: Any) -> str:
 
 
 def _read(value: Any) -> np.ndarray | None:
-    """A small array on the host, as numbers that numpy knows; None where reading is impossible or takes more than that.
-
-    Under a trace there are no values; an array that is spread over devices or processes would have to be gathered.
-    """
+    """A small array as a NumPy array; None if it is large, traced, deleted, or sharded and so would need gathering."""
     if isinstance(value, Tracer) or not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         return None
     if isinstance(value, jax.Array) and (
@@ -100,7 +97,7 @@ def _read(value: Any) -> np.ndarray | None:
     if value.size > _MOST_READ:
         return None
     host = np.asarray(value)
-    # numpy has no minimum of bfloat16 and the like.
+    # NumPy has no minimum for bfloat16 and similar dtypes.
     return host.astype(np.float32) if jnp.issubdtype(value.dtype, jnp.floating) and host.itemsize < 4 else host
 
 

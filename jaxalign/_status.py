@@ -1,4 +1,4 @@
-"""How a search for sigma ended: the codes of its status, and what each means."""
+"""Status codes of the search for sigma, and their messages."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import enum
 
 
 class Status(enum.IntEnum):
-    """How the search for a sigma ended: the codes in `SigmaSolution.status`.
+    """How the search for sigma ended: the codes in `SigmaSolution.status`.
 
-    The members are integers, so a status may be compared with them inside `jax.jit` too. `message` is a sentence that
-    says what went wrong and what to do about it.
+    The members are integers, so a status can be compared with them inside `jax.jit` too. `message` says what went
+    wrong and what to do about it.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxalign
@@ -27,15 +27,15 @@ class Status(enum.IntEnum):
     NOT_CONVERGED = 1, "The root-finder did not converge. Please report this with your data."
     INFEASIBLE = (
         2,
-        "Too many samples coincide: the share of pairs at zero distance is not below the density, so no sigma reaches "
-        "it. Remove duplicate samples, or ask for a larger density.",
+        "Too many samples are duplicates: the share of pairs at zero distance is not below the density, so no sigma "
+        "reaches it. Remove duplicate samples, or ask for a larger density.",
     )
     NON_FINITE = 3, "The features hold nan or inf. Remove these samples, or exclude them with a mask."
     BAD_DENSITY = 4, "The density is not between 0 and 1. Ask for one above 0 and below 1."
     NO_SAMPLES = 5, "The mask leaves too few valid samples to form a pair. Mark at least two samples as valid."
 
     def __new__(cls, code: int, message: str) -> Status:
-        """A member: an integer that carries its message."""
+        """Create a member: an integer with a message."""
         member = int.__new__(cls, code)
         member._value_ = code
         member.message = message

@@ -1,4 +1,4 @@
-"""The RBF affinity between rows, its sigma given or found from a mean density."""
+"""The RBF affinity between rows, with a fixed sigma or one solved from a mean density."""
 
 from __future__ import annotations
 
@@ -45,33 +45,33 @@ def rbf_affinity(
 ) -> Float[Array, "*batch n m"]:
     """RBF affinity A_ij = exp(-||x_i - y_j||^2 / (2 sigma^2)), by default scaled to a mean of 0.05.
 
-    With sigma left out it is solved for so that mean(A) = density, which makes affinities of different networks
-    comparable whatever the unit, offset, rotation or width of their features: the auto-scaling of relative features.
+    With sigma=None, sigma is solved such that mean(A) = density. This makes affinities of different networks comparable
+    whatever the unit, offset, rotation or width of their features: the auto-scaling of relative features.
 
     Args:
         x: features, shape (..., n, d).
-        y: features, shape (..., m, d), in the same space; None stands for x.
+        y: features, shape (..., m, d), in the same space; None: x.
         sigma: bandwidth in units of the features, > 0: a scalar, or (...) for a batch; (..., n) with
-            bandwidth="per_row". None solves for it, see `solve_sigma`.
+            bandwidth="per_row". None solves for sigma, see `solve_sigma`.
         density: the target mean of A, 0 < density < 1, a number or an array over the batch. Not with sigma.
         diagonal: whether the ones on the diagonal count in the mean: "include" or "exclude". Only for y = None, and not
             with sigma.
-        bandwidth: "global": one sigma. "per_row": one per row of x; the mean of every row is then the density, and A is
-            not symmetric.
-        zero_diagonal: set A_ii = 0 at the end (after sigma is found). Only for y = None.
-        mask: shape (..., n), True = a real sample. The others get rows and columns of 0 and do not count in any mean.
+        bandwidth: "global": one sigma per representation. "per_row": one sigma per row of x; the mean of every row is
+            then the density, and A is not symmetric.
+        zero_diagonal: set A_ii = 0 after sigma is solved. Only for y = None.
+        mask: shape (..., n), True = a valid sample. Other samples have rows and columns of 0, and count in no mean.
         mask_y: the same for y, shape (..., m).
         precision: of the matrix product in the distances, see `squared_distances`.
-        throw: whether to raise where there is no sigma. False: the status is not read, so the call does not wait for
-            the device; where there is no sigma the affinity is nan.
+        throw: whether to raise if no sigma reaches the density. False: do not read the status, so the call does not
+            wait for the device; the affinity is nan if there is no sigma.
 
     Returns:
         The affinity, shape (..., n, m), entries in [0, 1]; float32 for half-precision features. Differentiable in x, y,
         density and sigma to every order, through the solved sigma too.
 
     Raises:
-        TypeError, ValueError: see `solve_sigma`; also sigma not above 0. Under a trace a sigma that does not exist
-            gives nan.
+        TypeError, ValueError: see `solve_sigma`; also sigma not above 0. Under a trace, the affinity is nan if there is
+            no sigma.
         MemoryError: n x m does not fit into the memory of the CPU.
 
     Example:
@@ -86,17 +86,17 @@ def rbf_affinity(
     problem = check_problem(x, y, mask, mask_y, diagonal, throw=throw)
     if zero_diagonal and y is not None:
         raise ValueError("zero_diagonal=True has no meaning with y: row i and column i are different samples.")
-    given = target = None
+    bandwidths = target = None
     if sigma is None:
         target = check_density(density, problem, bandwidth, throw=throw)
     else:
         check_unused(sigma, density, diagonal)
-        given = check_sigma(sigma, problem, bandwidth, throw=throw)
+        bandwidths = check_sigma(sigma, problem, bandwidth, throw=throw)
     check_stored("the affinity", problem.x, problem.y)
     affinity, status = _rbf_affinity(
         problem.x,
         problem.y,
-        given,
+        bandwidths,
         target,
         problem.mask,
         problem.mask_y,

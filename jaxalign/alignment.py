@@ -1,9 +1,9 @@
-"""Relative features over shared landmarks, and how well they correspond between networks.
+"""Relative features over shared landmarks, and their correspondence between networks.
 
-A sample's relative feature in a network is its row of affinities to m landmark samples. Landmarks are the same samples
-in every network, so rows of different networks have the same columns and can be compared, stacked and clustered
-together, with no map fitted between the networks. `align` makes them, `Alignment.transform` makes them for new samples,
-`correspondence` scores how often a sample's nearest row in the other network is itself.
+The relative feature of a sample in a network is its row of affinities to m landmark samples. Landmarks are the same
+samples in every network, so rows of different networks have the same columns and can be compared, stacked and clustered
+together, without fitting a map between the networks. `align` computes relative features, `Alignment.transform` computes
+them for new samples, and `correspondence` scores how often the nearest row in the other network is the same sample.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from jaxalign.distances import squared_distances
 Channels = Literal["standardize", "whiten"]
 Metric = Literal["correlation", "cosine", "euclidean"]
 
-# Patterns of landmarks among the rows are looked for in so many columns at least; see `_of_landmarks`.
-_LEAST_COLUMNS = 32
-_SYMMETRIC = 0.5
+# Thresholds of `_contains_landmarks`: the smallest number of columns, and the smallest correlation of mirror images.
+_MIN_COLUMNS = 32
+_MIN_SYMMETRY = 0.5
 
 PUBLISHED: Mapping[str, Any] = MappingProxyType(
     {"channels": None, "decorrelate": None, "density": 0.05, "standardize": True}
 )
 """Options of `align` for the published method, `align(features, **PUBLISHED)`: plain auto-scaled rows, with
-standardized columns so that scores can be compared."""
+standardized columns so that scores are comparable."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("centre", "scale", "factor"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("center", "scale", "factor"), meta_fields=())
 @dataclass(frozen=True)
 class _Channels:
-    """The affine map of one network's channels that was fitted; None for what is not used."""
+    """The fitted affine map of the channels of a network; unused parts are None."""
 
-    centre: Array | None = None  # (1, d)
-    scale: Array | None = None  # (1, d) standard deviations; to whiten (1, 1), the unit of the covariance
+    center: Array | None = None  # (1, d)
+    scale: Array | None = None  # (1, d) standard deviations; for whitening (1, 1), the unit of the covariance
     factor: Array | None = None  # (d, d) lower Cholesky factor of the shrunk covariance
 
     def __call__(self, x: Array) -> Array:
-        if self.centre is not None:
-            x = x - self.centre
+        if self.center is not None:
+            x = x - self.center
         if self.scale is not None:
             x = x / self.scale
         if self.factor is not None:
@@ -69,35 +69,35 @@ class _Channels:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("channels", "landmarks", "sigma", "density", "cholesky", "centre", "scale", "shift"),
+    data_fields=("channels", "landmarks", "sigma", "density", "cholesky", "center", "scale", "shift"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
 class _Space:
-    """What was fitted in one network's space: enough to place new samples. None for what is not used."""
+    """The fitted parameters of a network, from which new samples are transformed; unused ones are None."""
 
     channels: _Channels
-    landmarks: Array  # (m, d) after the channels' map
-    sigma: Array | None  # None with a bandwidth per row: every row has its own
+    landmarks: Array  # (m, d) after the map of the channels
+    sigma: Array | None  # None for bandwidth="per_row", where sigma is solved for each row
     density: Array
     cholesky: Array | None = None  # (m, m) lower Cholesky factor of A_LL + lambda I
-    centre: Array | None = None  # (1, m) mean and standard deviation of the columns
+    center: Array | None = None  # (1, m) mean and standard deviation of the columns
     scale: Array | None = None
-    shift: _checks.Shift | None = None  # was subtracted from the features, ahead of the channels' map
+    shift: _checks.Shift | None = None  # subtracted from the features before the map of the channels
 
     def affinity(self, x: Array) -> Array:
-        """Affinity of samples, after the channels' map, to the landmarks."""
+        """Affinity of samples to the landmarks; x has passed the map of the channels."""
         if self.sigma is None:
             return rbf_affinity(x, self.landmarks, density=self.density, bandwidth="per_row")
         return rbf_affinity(x, self.landmarks, self.sigma)
 
     def decorrelate(self, affinity: Array) -> Array:
-        """Rows times (A_LL + lambda I)^-1, if that was fitted."""
+        """Rows times (A_LL + lambda I)^-1, if fitted."""
         return affinity if self.cholesky is None else jax.scipy.linalg.cho_solve((self.cholesky, True), affinity.T).T
 
     def standardize(self, rows: Array) -> Array:
-        """Columns less their mean, over their standard deviation, if these were fitted."""
-        return rows if self.centre is None or self.scale is None else (rows - self.centre) / self.scale
+        """Columns minus their mean, divided by their standard deviation, if fitted."""
+        return rows if self.center is None or self.scale is None else (rows - self.center) / self.scale
 
 
 @partial(
@@ -107,14 +107,14 @@ class _Space:
 )
 @dataclass(frozen=True, repr=False)
 class Alignment:
-    """Relative features of several networks over the same landmarks; made by `align`.
+    """Relative features of several networks over the same landmarks, the result of `align`.
 
     Attributes:
         features: relative features by name, shape (n, m): row i is sample i, column j is landmark j.
-        sigma: bandwidth by name, in units of the features after the channels' transformation: a scalar, or (n,) with
+        sigma: bandwidth by name, in units of the features after the map of the channels: a scalar, or (n,) with
             bandwidth="per_row".
-        landmarks: index of the sample that each column stands for, shape (m,).
-        spaces: what `transform` needs, by name: a pytree whose fields are private and may change.
+        landmarks: sample index of each landmark, shape (m,).
+        spaces: fitted parameters for `transform` by name: a pytree whose fields are private and may change.
     """
 
     features: dict[str, Float[Array, "n m"]]
@@ -127,29 +127,29 @@ class Alignment:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The networks' names, in the order in which they were given."""
+        """The names of the networks, in the order passed to `align`."""
         return tuple(self.features)
 
     @property
     def queries(self) -> Int[Array, " k"]:
-        """Indices of the samples that are not landmarks, in order: the ones to score with."""
-        return _others(self.landmarks, next(iter(self.features.values())).shape[0])
+        """Indices of the samples that are not landmarks, in order; use these for scores."""
+        return _queries(self.landmarks, next(iter(self.features.values())).shape[0])
 
     def transform(self, name: str, x_new: Numbers[Data, "k d"]) -> Float[Array, "k m"]:
-        """Relative features of new samples of one network, with everything as it was fitted.
+        """Relative features of new samples, with landmarks, sigma and statistics as fitted.
 
         Args:
-            name: which network.
-            x_new: its features of the new samples, shape (k, d).
+            name: name of the network.
+            x_new: features of the new samples in this network, shape (k, d).
 
         Returns:
             Relative features, shape (k, m), comparable with `features` of any network.
 
         Raises:
             KeyError: unknown name.
-            ValueError, TypeError: x_new of another width, see also `rbf_affinity`.
+            ValueError, TypeError: x_new has another number of features; see also `rbf_affinity`.
         """
-        space = self.spaces[self._known(name)]
+        space = self.spaces[self._checked(name)]
         x = _checks.shifted_features("x_new", x_new, space.shift)
         if x.ndim != 2 or x.shape[-1] != space.landmarks.shape[-1]:
             raise ValueError(f"x_new must have shape (k, {space.landmarks.shape[-1]}) for {name!r}; got {x.shape}.")
@@ -161,33 +161,33 @@ class Alignment:
         """Score the correspondence between two networks on the samples that are not landmarks.
 
         Args:
-            a: name of the network whose samples are looked up.
-            b: name of the network in which they are looked up.
+            a: name of the network whose rows are the queries.
+            b: name of the network whose rows are searched.
             metric: see `correspondence`.
             csls: see `correspondence`.
 
         Returns:
-            `Correspondence` over `queries`: entry k of `index` and `rank` is about sample queries[k], and index counts
-            within the queries.
+            `Correspondence` over `queries`: entry k of `index` and `rank` belongs to sample queries[k], and entries of
+            `index` are positions in `queries`.
 
         Raises:
             KeyError: unknown name.
-            ValueError: fewer than two samples that are not landmarks. A landmark's affinity with itself is 1 in every
-                network, which would give the match away.
+            ValueError: fewer than two samples are not landmarks. The affinity of a landmark to itself is 1 in every
+                network, which reveals the match.
         """
         queries = self.queries
         if len(queries) < 2:
             raise ValueError(
-                f"{len(queries)} sample(s) are not landmarks; a landmark's affinity with itself gives the match "
-                "away, so they are not scored. Fit with fewer landmarks, align(..., landmarks=number, key=key), or "
+                f"{len(queries)} sample(s) are not landmarks, at least 2 are needed: the affinity of a landmark to "
+                "itself reveals its match. Fit with fewer landmarks, align(..., landmarks=number, key=key), or "
                 "score new samples: correspondence(alignment.transform(a, x), alignment.transform(b, y))."
             )
-        rows_a, rows_b = (self.features[self._known(name)][queries] for name in (a, b))
+        rows_a, rows_b = (self.features[self._checked(name)][queries] for name in (a, b))
         return _correspondence(*_check_rows(rows_a, rows_b, metric, csls))
 
-    def _known(self, name: str) -> str:
+    def _checked(self, name: str) -> str:
         if name not in self.features:
-            raise KeyError(f"{name!r} is not aligned here; there are {', '.join(map(repr, self.features))}.")
+            raise KeyError(f"there is no network {name!r}; the names are {', '.join(map(repr, self.features))}.")
         return name
 
 
@@ -205,34 +205,34 @@ def align(
 ) -> Alignment:
     """Relative features of several networks over shared landmark samples.
 
-    Each network's sigma is solved on its landmark block, mean(A(x_L, x_L)) = density, and the relative features are
-    the rows of A(x, x_L), decorrelated and standardized. The defaults find correspondences best (measured in
-    docs/pages/alignment.md); `**jaxalign.alignment.PUBLISHED` is the published method.
+    The sigma of each network is solved on its landmark block, mean(A(x_L, x_L)) = density; the relative features are
+    the rows of A(x, x_L), decorrelated and standardized. The defaults score best in the benchmarks of
+    docs/pages/alignment.md; `**jaxalign.alignment.PUBLISHED` is the published method.
 
     Args:
-        features: by network name, shape (n, d_k): row i is the same sample in all of them.
-        landmarks: None: all samples. A number m: drawn at random. Indices, shape (m,), such as those of
-            `farthest_points`: these.
+        features: features by network name, shape (n, d_k): row i is the same sample in all networks.
+        landmarks: None: all samples. A number m: m random samples. Indices, shape (m,): these samples, such as those
+            of `farthest_points`.
         key: a `jax.random.key` for the random choice of landmarks. None: `jax.random.key(0)`.
         density: the target mean of the affinity, 0 < density < 1, see `solve_sigma`.
-        bandwidth: "global": one sigma per network. "per_row": one per row of A(x, x_L), whose mean is then the density;
-            it follows changes in how densely the samples lie. Needs decorrelate=None.
+        bandwidth: "global": one sigma per network. "per_row": one sigma per row of A(x, x_L), so that the mean of every
+            row is the density, which adapts to the local density of samples. Needs decorrelate=None.
         diagonal: whether the ones on the diagonal of the landmark block count in its mean (bandwidth="global").
-        channels: "standardize": each channel is centered and divided by its standard deviation over all n samples;
-            "whiten": multiplied by the inverse Cholesky factor of their covariance, shrunk by adding its mean
-            eigenvalue. This undoes anisotropic scaling, which a bandwidth alone cannot. None: as they are.
-        decorrelate: lambda > 0: rows are multiplied by (A_LL + lambda I)^-1, so that similar landmarks do not count
-            twice. None: they are not.
+        channels: "standardize" centers each channel and divides it by its standard deviation over all n samples;
+            "whiten" centers the channels and multiplies by the inverse Cholesky factor of their covariance, regularized
+            by adding its mean eigenvalue. Both undo anisotropic scaling, which a bandwidth alone cannot. None: neither.
+        decorrelate: lambda > 0: multiply rows by (A_LL + lambda I)^-1, so that similar landmarks do not count twice.
+            None: do not.
         standardize: subtract the mean of each column and divide by its standard deviation, both over the samples that
-            are not landmarks (over all samples if every one is a landmark).
+            are not landmarks (over all samples if all are landmarks).
 
     Returns:
         `Alignment` with `.features`, `.sigma`, `.landmarks`, `.transform` and `.correspondence`.
 
     Raises:
-        TypeError, ValueError: no features, different n, bad landmarks (out of range, repeated), decorrelate with
-            bandwidth="per_row", a density of at most 1/m with it, and what `solve_sigma` raises, with the network's
-            name.
+        TypeError, ValueError: no features, different n, bad landmarks (out of range, repeated),
+            bandwidth="per_row" with decorrelate or with a density of at most 1/m; also the errors of `solve_sigma`,
+            with the name of the network.
 
     Example:
         >>> import jax, jaxalign
@@ -245,7 +245,7 @@ def align(
     if key is not None:
         _checks.random_key(key)
         if landmarks is None or not isinstance(landmarks, (int, np.integer)):
-            raise ValueError("key has no effect unless landmarks is a number, of samples drawn at random.")
+            raise ValueError("key has no effect unless landmarks is a number of random samples.")
     _checks.choice("channels", channels, (None, "standardize", "whiten"))
     _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
     if decorrelate is not None:
@@ -261,7 +261,7 @@ def align(
     maps = {name: _fit_channels(x, channels) for name, x in arrays.items()}
     arrays = {name: maps[name](x) for name, x in arrays.items()}
     chosen = _choose_landmarks(landmarks, key, n)
-    others = _others(chosen, n) if standardize else None
+    queries = _queries(chosen, n) if standardize else None
     rows, sigma, spaces = {}, {}, {}
     for name, x in arrays.items():
         try:
@@ -269,13 +269,13 @@ def align(
             if bandwidth == "global":
                 sigma[name] = solve_sigma(block, density=density, diagonal=diagonal).sigma
             else:
-                _check_own_share(density, block)
+                _check_density_per_row(density, block)
                 sigma[name] = solve_sigma(x, block, density=density, bandwidth="per_row").sigma
-            wanted = jnp.asarray(density, x.dtype)
+            target = jnp.asarray(density, x.dtype)
             fitted_sigma = sigma[name] if bandwidth == "global" else None
-            space = _Space(maps[name], block, fitted_sigma, wanted, shift=shifts[name])
+            space = _Space(maps[name], block, fitted_sigma, target, shift=shifts[name])
             affinity = rbf_affinity(x, block, sigma[name], bandwidth=bandwidth)
-            # A landmark's distance from itself is 0; as an entry between two different sets it carries rounding.
+            # The distance of a landmark to itself is 0, but is rounded when computed between two different arrays.
             affinity = affinity.at[chosen, jnp.arange(len(chosen))].set(1)
         except (ValueError, TypeError) as error:
             raise type(error)(f"features[{name!r}]: {error}") from error
@@ -283,27 +283,27 @@ def align(
             ridge = decorrelate * jnp.eye(len(chosen), dtype=x.dtype)
             space = replace(space, cholesky=jnp.linalg.cholesky(affinity[chosen] + ridge))
         relative = space.decorrelate(affinity)
-        if others is not None:
-            scored = relative[others] if len(others) else relative
+        if queries is not None:
+            scored = relative[queries] if len(queries) else relative
             spread = _spread(scored, rounding=8 * float(jnp.finfo(scored.dtype).eps))
-            space = replace(space, centre=jnp.mean(scored, 0, keepdims=True), scale=spread)
+            space = replace(space, center=jnp.mean(scored, 0, keepdims=True), scale=spread)
         rows[name] = space.standardize(relative)
         spaces[name] = space
     return Alignment(rows, sigma, chosen, spaces)
 
 
-def _check_own_share(density: Any, block: Array) -> None:
-    """Raise where the 1 of a landmark with itself, alone, gives its row the density."""
+def _check_density_per_row(density: Any, block: Array) -> None:
+    """Raise if the affinity 1 of a landmark to itself alone gives its row a mean of at least the density."""
     _checks.parameter("density", density, block.dtype, (), "one number")
     _checks.density_value(density)
     m = block.shape[0]
-    # In the dtype in which it is solved: 0.05 in float32 is above 1/20, but not above 1/20 in float32.
+    # Compare in the dtype of the computation: float32(0.05) is above 1/20, but not above float32(1/20).
     if _checks.is_concrete(density) and _checks.on_host(density).astype(block.dtype) <= np.asarray(1 / m, block.dtype):
-        asked = float(_checks.on_host(density))
-        least = math.floor((1 + float(jnp.finfo(block.dtype).eps)) / asked) + 1
+        target = float(_checks.on_host(density))
+        least = math.floor((1 + float(jnp.finfo(block.dtype).eps)) / target) + 1
         raise ValueError(
-            f'density = {asked} cannot be reached with {m} landmarks and bandwidth="per_row": the affinity of a '
-            f"landmark with itself alone gives its row 1/m = {1 / m:.4g}. Ask for a density above that, take at least "
+            f'density = {target} cannot be reached with {m} landmarks and bandwidth="per_row": the affinity of a '
+            f"landmark to itself alone gives its row 1/m = {1 / m:.4g}. Ask for a density above that, use at least "
             f'{least} landmarks, or bandwidth="global" with diagonal="exclude".'
         )
 
@@ -318,30 +318,30 @@ def _fit_channels(x: Array, channels: Channels | None) -> _Channels:
     covariance = matmul(x.T, x) / x.shape[0]
     shrinkage = jnp.trace(covariance) / x.shape[1]
     shrinkage = jnp.where(shrinkage > 0, shrinkage, 1)
-    # Any root of the inverse gives the same distances; the Cholesky factor has derivatives also at equal eigenvalues.
+    # Any root of the inverse gives the same distances; the Cholesky factor is differentiable at equal eigenvalues too.
     factor = jnp.linalg.cholesky(covariance + shrinkage * jnp.eye(x.shape[1], dtype=x.dtype))
     return _Channels(features.center, features.scale[None, None], factor)
 
 
 def _spread(x: Array, rounding: float) -> Array:
-    """Standard deviation of each column, 1 where it is below `rounding` times the largest entry: shape (1, d)."""
+    """Standard deviation of each column, shape (1, d); 1 where it is below `rounding` times the largest entry."""
     noise = rounding * jnp.max(jnp.abs(x), 0, keepdims=True)
     x, size = scaled(x - center_features(x).center, 0)
     std = root(jnp.mean((x - jnp.mean(x, 0, keepdims=True)) ** 2, 0, keepdims=True)) * size
     return jnp.where(std > noise, std, 1)
 
 
-def _others(chosen: Array, n: int) -> Array:
-    """Indices of the samples from 0 to n - 1 that are not among the chosen ones, in order; also under a trace."""
-    return jnp.nonzero(jnp.ones(n, bool).at[chosen].set(False), size=n - len(chosen))[0]
+def _queries(landmarks: Array, n: int) -> Array:
+    """Indices from 0 to n - 1 of the samples that are not landmarks, in order; works under a trace."""
+    return jnp.nonzero(jnp.ones(n, bool).at[landmarks].set(False), size=n - len(landmarks))[0]
 
 
 def _check_features(features: Any) -> tuple[dict[str, Array], dict[str, Any]]:
-    """The features (n, d_k) of every network, of the same n samples, and the shift that was subtracted from each."""
+    """The features (n, d_k) of every network for the same n samples, and the shift subtracted from each."""
     if not isinstance(features, Mapping):
         raise TypeError(f"features must be a mapping from names to arrays; got {type(features).__name__}.")
     if not features:
-        raise ValueError("features is empty: give at least one network's features, {name: array}.")
+        raise ValueError("features is empty: pass the features of at least one network, {name: array}.")
     arrays, shifts = {}, {}
     for name, value in features.items():
         array, shifts[name] = _checks.centered_features(f"features[{name!r}]", value, min_rows=2)
@@ -368,17 +368,17 @@ def _choose_landmarks(landmarks: Any, key: Array | None, n: int) -> Array:
 
 
 def farthest_points(features: Mapping[str, Numbers[Data, "n _"]], number: int) -> Int[Array, " m"]:
-    """Landmarks that cover the samples: each next one is farthest from those before it, over all networks together.
+    """Landmarks that cover the samples: each one is the sample farthest from the previous ones, over all networks.
 
-    Distances are D = sum over networks of D_k / mean(D_k), and the first landmark is the sample of the smallest mean D
+    Distances are D = sum over networks of D_k / mean(D_k); the first landmark is the sample with the smallest mean D
     (Gonzalez, Clustering to minimize the maximum intercluster distance, Theoretical Computer Science 38, 1985).
 
     Args:
-        features: by network name, shape (n, d_k), see `align`.
-        number: of landmarks, m.
+        features: features by network name, shape (n, d_k), see `align`.
+        number: the number of landmarks, m.
 
     Returns:
-        Row numbers, shape (m,), in the order in which they were chosen.
+        Sample indices, shape (m,), in the order of selection.
 
     Raises:
         TypeError, ValueError: see `align`.
@@ -397,7 +397,7 @@ def farthest_points(features: Mapping[str, Numbers[Data, "n _"]], number: int) -
 
 @partial(jax.jit, static_argnums=1)
 def _farthest_points(arrays: tuple[Array, ...], number: int) -> Array:
-    """See `farthest_points`; squared distances are those of the centered features side by side, each in its unit."""
+    """See `farthest_points`: squared distances of concatenated features, each centered and scaled to mean D_k = 1."""
     parts = []
     for x in arrays:
         x = centered_columns(x, None)
@@ -409,9 +409,9 @@ def _farthest_points(arrays: tuple[Array, ...], number: int) -> Array:
         chosen = jnp.argmax(nearest)
         difference = joint - joint[chosen][None]
         nearest = jnp.minimum(nearest, jnp.sum(difference * difference, -1))
-        return nearest.at[chosen].set(-1), chosen  # -1: never again, not even among duplicates
+        return nearest.at[chosen].set(-1), chosen  # -1: never chosen again, even among duplicates
 
-    # The first step takes the entry that is inf: the sample nearest to the mean has the smallest mean distance.
+    # The first step selects the entry inf: the sample nearest to the mean has the smallest mean distance.
     first = jnp.argmin(jnp.sum(joint * joint, -1))
     start = jnp.where(jnp.arange(joint.shape[0]) == first, jnp.inf, jnp.finfo(joint.dtype).max)
     return lax.scan(step, start, None, length=number)[1]
@@ -424,19 +424,19 @@ def joint_affinity(
     diagonal: Diagonal = "include",
     bandwidth: Bandwidth = "global",
 ) -> Float[Array, "k k"]:
-    """Auto-scaled affinity between all samples of all networks, on their relative features.
+    """Auto-scaled affinity between the relative features of all samples of all networks.
 
     Args:
         alignment: an `Alignment`, or relative features over the same landmarks, each of shape (n_k, m).
-        density: the wanted mean of the joint affinity, see `rbf_affinity`.
+        density: the target mean of the joint affinity, see `rbf_affinity`.
         diagonal: see `rbf_affinity`.
         bandwidth: see `rbf_affinity`.
 
     Returns:
-        Affinity of the stacked rows: for M networks of n samples shape (M n, M n), blocks in the order of the names.
+        Affinity of the stacked rows: for M networks with n samples, shape (M n, M n), blocks in the order of the names.
 
     Raises:
-        ValueError: rows of different width; see also `rbf_affinity`.
+        ValueError: different numbers of landmarks; see also `rbf_affinity`.
 
     Example:
         >>> import jax, jaxalign
@@ -449,7 +449,7 @@ def joint_affinity(
     widths = {row.shape[-1] for row in rows}
     if len(widths) != 1 or any(row.ndim != 2 for row in rows):
         raise ValueError(
-            f"rows must be (n, m) with the same m, over the same landmarks; got {[row.shape for row in rows]}."
+            f"alignment must hold arrays (n_k, m) over the same m landmarks; got {[row.shape for row in rows]}."
         )
     return rbf_affinity(jnp.concatenate(rows), density=density, diagonal=diagonal, bandwidth=bandwidth)
 
@@ -457,16 +457,16 @@ def joint_affinity(
 @partial(jax.tree_util.register_dataclass, data_fields=("index", "rank", "top1", "top5", "mrr"), meta_fields=())
 @dataclass(frozen=True, repr=False)
 class Correspondence:
-    """How well rows find their partners; made by `correspondence`.
+    """How well rows match between two networks, the result of `correspondence`.
 
     Attributes:
-        index: for each row of a, the most similar row of b, shape (..., n).
-        rank: how many wrong rows of b are at least as similar as the true partner, shape (..., n), 0 is best.
-        top1: share of rows whose rank is 0, shape (...), 0 to 1, chance 1/n.
-        top5: share of rows whose rank is below 5, chance 5/n.
-        mrr: mean of 1 / (rank + 1).
+        index: the most similar row of b for each row of a, shape (..., n).
+        rank: number of wrong rows of b that are at least as similar as the true match, shape (..., n); 0 is best.
+        top1: share of rows with rank 0, shape (...), 0 to 1, chance 1/n.
+        top5: share of rows with rank below 5, chance 5/n.
+        mrr: mean reciprocal rank, the mean of 1 / (rank + 1).
 
-    Under a trace, where a or b holds nan or inf: shares nan, ranks n, indices -1.
+    If a or b holds nan or inf under a trace, shares are nan, ranks n and indices -1.
     """
 
     index: Int[Array, "*batch n"]
@@ -486,25 +486,25 @@ def correspondence(
     metric: Metric = "correlation",
     csls: int | None = None,
 ) -> Correspondence:
-    """Look up every row of a among the rows of b; its true partner is the row of the same index.
+    """Retrieve each row of a among the rows of b; the true match is the row with the same index.
 
     Args:
         a: relative features of n samples in one network, shape (..., n, m), n >= 2.
-        b: those of the same samples in another, over the same landmarks.
+        b: relative features of the same samples in another network, over the same landmarks.
         metric: similarity of two rows: "correlation" (Pearson), "cosine", or "euclidean" (minus the squared distance).
-            A constant row (a zero row for cosine) has similarity 0 with every other.
-        csls: correct for hubs, rows that are near to everything, with this many neighbours (10 is usual): from twice
-            the similarity take each row's mean similarity to its nearest (Conneau et al., Word translation without
+            A constant row (a zero row for cosine) has similarity 0 to all rows.
+        csls: number of neighbors for the hubness correction CSLS (10 is usual): twice the similarity, minus the mean
+            similarity of each of the two rows to its nearest neighbors (Conneau et al., Word translation without
             parallel data, ICLR 2018, eq. 3). None: no correction.
 
     Returns:
         `Correspondence`. Ties count against a row, so constant features score 0 and not 1.
 
     Raises:
-        ValueError: different shapes; csls not in 1 .. n; rows of landmarks among the samples: entries equal to 1 at the
-            same place in both, a landmark's affinity with itself, which gives the match away (measured top-1 0.61
-            instead of 0.44). `Alignment.correspondence` leaves them out. Decorrelated and standardised rows of
-            landmarks are told by their pattern, with a warning.
+        ValueError: different shapes; csls not in 1 .. n; landmarks among the rows: the affinity of a landmark to itself
+            is 1 in both, which reveals the match (in one measurement top-1 rose from 0.44 to 0.61).
+            `Alignment.correspondence` leaves landmarks out. Decorrelated and standardized rows of landmarks are
+            recognized by their pattern, with a warning.
 
     Example:
         >>> import jax, jaxalign
@@ -514,19 +514,19 @@ def correspondence(
     """
     a, b, metric, csls = _check_rows(a, b, metric, csls)
     if _checks.is_concrete(a, b):
-        ones, least, most = _checks.looked_at(_landmark_facts, a, b)
-        own = np.argwhere(ones)
-        if len(own) and least >= 0 and most == 1:
-            row, column = (int(i) for i in own[0][-2:])
+        ones, least, most = _checks.read_on_host(_landmark_facts, a, b)
+        positions = np.argwhere(ones)
+        if len(positions) and least >= 0 and most == 1:
+            row, column = (int(i) for i in positions[0][-2:])
             raise ValueError(
-                f"row {row} is 1 in column {column} in both a and b: the affinity of a landmark with itself, "
-                "which gives the match away. Score samples that are not landmarks, "
+                f"row {row} is 1 in column {column} in both a and b: the affinity of a landmark to itself, "
+                "which reveals the match. Score samples that are not landmarks, "
                 "as alignment.correspondence(name_a, name_b) does."
             )
-        if a.ndim == 2 and _LEAST_COLUMNS <= a.shape[1] <= a.shape[0] and _checks.looked_at(_of_landmarks, a, b):
+        if a.ndim == 2 and _MIN_COLUMNS <= a.shape[1] <= a.shape[0] and _checks.read_on_host(_contains_landmarks, a, b):
             warnings.warn(
-                f"the rows seem to hold those of all {a.shape[1]} landmarks, whose entries for themselves give their "
-                "matches away. Score samples that are not landmarks, as alignment.correspondence(name_a, name_b) does.",
+                f"the rows seem to include all {a.shape[1]} landmarks, whose entries for themselves reveal their "
+                "matches. Score samples that are not landmarks, as alignment.correspondence(name_a, name_b) does.",
                 stacklevel=2,
             )
     return _correspondence(a, b, metric, csls)
@@ -534,29 +534,29 @@ def correspondence(
 
 @jax.jit
 def _landmark_facts(a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """Where both are 1, and the least and the largest entry of a."""
+    """Where both arrays are 1, and the smallest and the largest entry of a."""
     return (a == 1) & (b == 1), jnp.min(a), jnp.max(a)
 
 
 @jax.jit
-def _of_landmarks(a: Array, b: Array) -> Array:
-    """Whether rows look as if those of their landmarks were among them, decorrelated and standardised or not.
+def _contains_landmarks(a: Array, b: Array) -> Array:
+    """Whether the rows seem to include all landmarks, decorrelated and standardized or not.
 
-    Nearly each column then has its largest entry in a row of its own, the same in both, and these rows, in the order of
-    the columns, are symmetric but for the unit of a column. (Measured: correlations of entries with their mirror images
-    from 0.7 to 0.98, and without landmarks either below 0.4 or rows that serve several columns.)
+    Nearly every column then has its maximum in a different row, the same in both arrays, and these rows, in the order
+    of the columns, form a symmetric matrix up to the scale of each column. (Measured: correlations of mirror images
+    from 0.7 to 0.98; without landmarks below 0.4, or several columns had their maximum in the same row.)
     """
-    own = jnp.argmax(a, 0)
-    rows = jnp.count_nonzero(jnp.bincount(own, length=a.shape[0]))
-    alike = (jnp.mean(own == jnp.argmax(b, 0), dtype=a.dtype) > 0.9) & (rows >= round(0.99 * a.shape[1]))
+    top = jnp.argmax(a, 0)
+    num_rows = jnp.count_nonzero(jnp.bincount(top, length=a.shape[0]))
+    matching = (jnp.mean(top == jnp.argmax(b, 0), dtype=a.dtype) > 0.9) & (num_rows >= round(0.99 * a.shape[1]))
 
-    def mirrored(rows: Array) -> Array:
-        square, itself = rows[own], jnp.eye(len(own), dtype=bool)
-        mean = jnp.mean(square, where=~itself)
-        off = jnp.where(itself, 0, square - mean)
+    def symmetry(rows: Array) -> Array:
+        square, diagonal = rows[top], jnp.eye(len(top), dtype=bool)
+        mean = jnp.mean(square, where=~diagonal)
+        off = jnp.where(diagonal, 0, square - mean)
         return jnp.sum(off * off.T) / jnp.sum(off * off)
 
-    return alike & (mirrored(a) > _SYMMETRIC) & (mirrored(b) > _SYMMETRIC)
+    return matching & (symmetry(a) > _MIN_SYMMETRY) & (symmetry(b) > _MIN_SYMMETRY)
 
 
 def _check_rows(a: Any, b: Any, metric: Metric, csls: int | None) -> tuple[Array, Array, Metric, int | None]:
@@ -566,7 +566,7 @@ def _check_rows(a: Any, b: Any, metric: Metric, csls: int | None) -> tuple[Array
         raise ValueError(f"a and b must have the same shape, row i of both is sample i; got {a.shape} and {b.shape}.")
     n = a.shape[-2]
     if csls is not None:
-        csls = _checks.whole("csls", csls, 1, n, of=" of neighbours", most_is="n = ", otherwise=", or None")
+        csls = _checks.whole("csls", csls, 1, n, of=" of neighbors", most_is="n = ", otherwise=", or None")
     for name, rows in (("a", a), ("b", b)):
         _checks.finite_rows(name, rows, way_out="Remove these samples from both.")
     return a, b, metric, csls
@@ -578,38 +578,37 @@ def _correspondence(a: Array, b: Array, metric: Metric, csls: int | None) -> Cor
     if csls is not None:
         hub_a = jnp.mean(lax.top_k(similarity, csls)[0], -1)
         hub_b = jnp.mean(lax.top_k(jnp.swapaxes(similarity, -1, -2), csls)[0], -1)
-        # The sum first: 2 S is exact, so one rounding is left, and ties stay equal to the last digit however it is
-        # fused.
+        # Add the hub terms first: 2 S is exact, so ties stay equal to the last digit, however XLA fuses this.
         similarity = 2 * similarity - (hub_a[..., :, None] + hub_b[..., None, :])
-    true = jnp.diagonal(similarity, axis1=-2, axis2=-1)
-    rank = jnp.sum(jnp.where(on_diagonal(similarity.shape[-2:]), False, similarity >= true[..., None]), -1)
-    # Of nan no comparison holds, so a rank of nan would be the best.
+    matching = jnp.diagonal(similarity, axis1=-2, axis2=-1)
+    rank = jnp.sum(jnp.where(on_diagonal(similarity.shape[-2:]), False, similarity >= matching[..., None]), -1)
+    # Comparisons with nan are False, so the rank of a nan row would be 0, the best.
     finite = (jnp.isfinite(a) & jnp.isfinite(b)).all((-2, -1))
     rank = jnp.where(finite[..., None], rank, a.shape[-2])
 
-    def share(of: Array) -> Array:
-        return jnp.where(finite, jnp.mean(of, -1, dtype=similarity.dtype), jnp.nan)
+    def mean(values: Array) -> Array:
+        return jnp.where(finite, jnp.mean(values, -1, dtype=similarity.dtype), jnp.nan)
 
     return Correspondence(
         index=jnp.where(finite[..., None], jnp.argmax(similarity, -1), -1),
         rank=rank,
-        top1=share(rank == 0),
-        top5=share(rank < 5),
-        mrr=share(1 / (rank + 1).astype(similarity.dtype)),
+        top1=mean(rank == 0),
+        top5=mean(rank < 5),
+        mrr=mean(1 / (rank + 1).astype(similarity.dtype)),
     )
 
 
 def _similarity(a: Array, b: Array, metric: Metric) -> Array:
     if metric == "euclidean":
         top = jnp.maximum(*(jnp.max(jnp.abs(rows), (-2, -1), keepdims=True) for rows in (a, b)))
-        _, inverse = power_of_two(top)  # of both: distances in another unit have the same order
+        _, inverse = power_of_two(top)  # the same unit for both, which keeps the order of distances
         return -squared_distances(a * inverse, b * inverse)
     if metric == "correlation":
-        a, b = (_centred(scaled(rows, -1)[0]) for rows in (a, b))
+        a, b = (_centered(scaled(rows, -1)[0]) for rows in (a, b))
     return products(unit(a), unit(b))
 
 
-def _centred(rows: Array) -> Array:
-    """Rows less their mean; 0 for a constant row, whatever the rounding of its mean."""
+def _centered(rows: Array) -> Array:
+    """Rows minus their mean; exactly 0 for constant rows, whatever the rounding of the mean."""
     constant = jnp.max(rows, -1, keepdims=True) == jnp.min(rows, -1, keepdims=True)
     return jnp.where(constant, 0, less_row_mean(rows))

@@ -1,4 +1,4 @@
-"""The bandwidth sigma at which the affinity has a wanted mean density, and that density."""
+"""The bandwidth sigma for a target mean density of the affinity, and the density for a given sigma."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ __all__ = ["Bandwidth", "Diagonal", "SigmaSolution", "mean_density", "solve_sigm
 @partial(jax.tree_util.register_dataclass, data_fields=("sigma", "density", "passes", "status"), meta_fields=())
 @dataclass(frozen=True, repr=False)
 class SigmaSolution:
-    """What `solve_sigma` found; a pytree of arrays of shape (...) or, with a bandwidth per row, (..., n).
+    """The result of `solve_sigma`: a pytree of arrays of shape (...) or, with one sigma per row, (..., n).
 
     Attributes:
-        sigma: the bandwidth, in units of the features; nan where there is none (see status) and in masked rows.
-        density: the mean density that sigma reaches.
-        passes: passes over all pairs that were needed, an integer array of shape (...).
-        status: how the search ended, an integer for each sigma: a code of `jaxalign.Status`, 0 where it was found.
+        sigma: the bandwidth, in units of the features; nan where no sigma exists (see status) and in masked rows.
+        density: the mean density at sigma.
+        passes: number of passes over all pairs, an integer array of shape (...).
+        status: how the search for each sigma ended, an integer code of `jaxalign.Status`; 0 is success.
     """
 
     sigma: Float[Array, "..."]
@@ -57,7 +57,7 @@ class SigmaSolution:
         return short_repr(self, status=describe_codes(self.status, Status))
 
     def raise_if_failed(self) -> SigmaSolution:
-        """Return self, or raise a ValueError that says what went wrong and where; does nothing under a trace."""
+        """Return self, or raise a ValueError that says what went wrong and where; never raises under a trace."""
         raise_if_failed(self.status)
         return self
 
@@ -73,7 +73,7 @@ def mean_density(
     mask_y: Mask[Data, "*#batch m"] | None = None,
     plan: Plan | None = None,
 ) -> Float[Array, "*batch"]:
-    """Mean of the affinity exp(-||x_i - y_j||^2 / (2 sigma^2)) over pairs, at a given sigma.
+    """Mean of the affinity exp(-||x_i - y_j||^2 / (2 sigma^2)) over pairs, at a fixed sigma.
 
     Args:
         x: features, shape (..., n, d).
@@ -81,12 +81,12 @@ def mean_density(
         sigma: bandwidth in units of the features, > 0; broadcasts to (...).
         diagonal: "include" counts the n ones on the diagonal, "exclude" averages over i != j. Only for y = None.
         bandwidth: "per_row": sigma has shape (..., n), one per row of x.
-        mask: shape (..., n), True = a real sample; the others do not count.
+        mask: shape (..., n), True = a valid sample; other samples do not count.
         mask_y: the same for y, shape (..., m).
         plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
-        The density, shape (...), between 0 and 1. Differentiable in x, y and sigma. nan where no pair is left.
+        The density, shape (...), between 0 and 1; nan without valid pairs. Differentiable in x, y and sigma.
 
     Raises:
         TypeError, ValueError: see `solve_sigma`; also sigma not above 0.
@@ -147,32 +147,32 @@ def solve_sigma(
 
     Args:
         x: features, shape (..., n, d), n >= 2 (n >= 1 with y): an array of any real dtype, nested lists, or a table.
-            Without x64, float64 is centered before it becomes float32, so that an offset costs distances nothing.
+            Without x64, float64 is centered before it becomes float32, so that distances lose no digits to an offset.
         y: features, shape (..., m, d); None compares x with itself.
-        density: the wanted mean c of the affinity, 0 < c < 1; a number or an array that broadcasts to (...), may be
+        density: the target mean c of the affinity, 0 < c < 1: a number or an array that broadcasts to (...), possibly
             traced.
-        diagonal: "include" counts the n ones on the diagonal, as the method was published; "exclude" averages over i !=
-            j. At n = 32 and c = 0.05 "include" leaves a density of 0.019 off the diagonal. Only for y = None.
-        bandwidth: "global": one sigma a set. "per_row": one a row, so that the mean of every row is c.
-        mask: shape (..., n), True = a real sample; the others do not count in any mean or in n.
+        diagonal: "include" counts the n ones on the diagonal, as in the published method; "exclude" averages over
+            i != j. For n = 32 and c = 0.05, "include" leaves a density of 0.019 off the diagonal. Only for y = None.
+        bandwidth: "global": one sigma per representation. "per_row": one sigma per row, so that the mean of every row
+            is c.
+        mask: shape (..., n), True = a valid sample; other samples do not count in any mean or in n.
         mask_y: the same for y, shape (..., m).
-        rtol: relative error allowed in the density reached, and about that in derivatives; None: 1e-6 in float32, 1e-13
+        rtol: relative tolerance of the density; errors of derivatives are about as large. None: 1e-6 in float32, 1e-13
             in float64.
         plan: how pairs are visited, see `jaxalign.Plan`.
-        throw: whether to raise if there is no sigma. False: the status is not read, so the call does not wait for the
-            device; where there is no sigma it is nan, and the status says why.
+        throw: whether to raise if no sigma reaches the density. False: do not read the status, so the call does not
+            wait for the device; without a solution sigma is nan, and the status says why.
 
     Returns:
-        `SigmaSolution` with sigma, the density reached, the number of passes over all pairs, and a status. sigma has
-        exact derivatives of every order in x, y and density, by the implicit function theorem:
+        `SigmaSolution` with sigma, its density, the number of passes over all pairs, and a status. sigma has exact
+        derivatives of every order in x, y and density, by the implicit function theorem:
         d sigma / d D_ij = sigma A_ij / (2 sum_kl A_kl D_kl).
 
     Raises:
-        TypeError: features that are not real numbers (complex, texts, dates, objects), or are a torch tensor.
-        ValueError: wrong shapes; density outside (0, 1); a density that cannot be reached because the diagonal alone
-            exceeds it (always, also under jit), or because samples coincide; nan or inf; an empty mask. Under a
-            trace, what only the values can tell gives sigma = nan and a status instead.
-            (`jax.jit(checkify.checkify(f, errors=checkify.float_checks))` turns those nans into errors.)
+        TypeError: features that are not real numbers (complex, strings, dates, objects), or are a torch tensor.
+        ValueError: wrong shapes; density outside (0, 1); a density that the diagonal alone exceeds (also under jit) or
+            that duplicates exceed; nan or inf; an empty mask. Under a trace, bad values give sigma = nan and a status
+            instead. (`jax.jit(checkify.checkify(f, errors=checkify.float_checks))` turns these nans into errors.)
 
     Example:
         >>> import jax, jaxalign
@@ -200,7 +200,7 @@ def solve_checked(
     plan: Plan,
     precision: lax.PrecisionLike = None,
 ) -> SigmaSolution:
-    """`solve_sigma` on what was checked; a failure is reported by the status alone."""
+    """`solve_sigma` for checked arguments; failures show up in the status only."""
     x, y, mask, mask_y, diagonal = problem
     return _solve_sigma(x, y, density, mask, mask_y, diagonal, bandwidth, rtol, plan, precision)
 
@@ -232,5 +232,5 @@ def _solve_sigma(
         return solution.sigma, solution.density, solution.passes, solution.status
 
     rows = NO_ROWS if bandwidth == "global" else ROWS_LAST
-    where = (rows, rows, NO_ROWS, rows)
-    return SigmaSolution(*on_mesh(local, plan, (x, y, mask, mask_y), (density,), (NO_ROWS,), where))
+    result_rows = (rows, rows, NO_ROWS, rows)
+    return SigmaSolution(*on_mesh(local, plan, (x, y, mask, mask_y), (density,), (NO_ROWS,), result_rows))

@@ -1,12 +1,10 @@
-"""Features of real networks that ship with the library: small, read with NumPy, without a download.
+"""Small features of real networks that ship with the library: no download needed.
 
-`load_patch_features` has one sample for each patch of three photographs, `load_digit_features` one
-for each of 1000 handwritten digits. The samples are the same, in the same order, in every set of a
-file, so that any two sets can be compared or aligned row by row. `examples/extract_features.py`
-makes the files, `jaxalign/data/README.md` says where networks and pictures come from.
+`load_patch_features` has one sample per patch of three photographs, `load_digit_features` one per
+handwritten digit, of 1000. All representations of a dataset have the same samples in the same order,
+so any two can be compared or aligned row by row. `examples/extract_features.py` creates the files;
+`jaxalign/data/README.md` documents the origin of networks and images.
 """
-
-# The project's docstrings are of the Google style, these of NumPy's, whose titles have no colon.
 
 from __future__ import annotations
 
@@ -26,20 +24,20 @@ _FEATURES = "features/"
 class PatchFeatures:
     """Features of the 768 patches of three photographs: a 16 x 16 grid on each.
 
-    Row i of every set is the patch at `positions[i]` of `pictures[picture_index[i]]`. Patches run
-    over the pictures, then the rows of the grid, then its columns: `features[name].reshape(3, 16,
-    16, -1)` is a map of each picture.
+    Row i of every representation is the patch at `positions[i]` of `pictures[picture_index[i]]`.
+    Patches are ordered by picture, grid row and grid column: `features[name].reshape(3, 16, 16, -1)`
+    holds a map of each picture.
 
     Attributes:
-        features: By the name of the set, float32 of shape (768, channels); stored as float16.
-        pictures: uint8, shape (3, 224, 224, 3), RGB. A patch covers 14 x 14 pixels.
-        picture_names: The names of the three pictures.
-        picture_index: Integers, shape (768,): the picture of a patch.
-        positions: Integers, shape (768, 2): row and column of a patch in its grid.
+        features: Features by name, float32, shape (768, channels); stored as float16.
+        pictures: The photographs, RGB, uint8, shape (3, 224, 224, 3). A patch is 14 x 14 pixels.
+        picture_names: Names of the three photographs.
+        picture_index: Index of the photograph of each patch, shape (768,).
+        positions: Row and column of each patch in its grid, shape (768, 2).
         grid: Rows and columns of the grid, (16, 16).
-        controls: The sets of a network that was never trained.
-        provenance: By the name of the set, its network, package, version, layer and preprocessing.
-        licenses: By the name of the set or picture.
+        controls: Names of the features of an untrained network.
+        provenance: Network, package, version, layer and preprocessing of the features by name.
+        licenses: License of each representation and photograph by name.
     """
 
     features: Mapping[str, np.ndarray]
@@ -53,23 +51,23 @@ class PatchFeatures:
     licenses: Mapping[str, str]
 
     def __repr__(self) -> str:
-        from jaxalign._repr import short_repr  # not at the top: the module alone needs numpy only
+        from jaxalign._repr import short_repr  # imported late: this module itself needs only NumPy
 
         return short_repr(self, omit=("provenance", "licenses"))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DigitFeatures:
-    """Features of 1000 handwritten digits, one vector for each digit and network.
+    """Features of 1000 handwritten digits, one vector per digit and network.
 
-    Row i of every set is the digit `images[i]`, which shows `labels[i]`.
+    Row i of every representation belongs to `images[i]`, which shows the digit `labels[i]`.
 
     Attributes:
-        features: By the name of the set, float32 of shape (1000, channels); stored as float16.
-        images: uint8, shape (1000, 8, 8), 0 (paper) to 16 (ink).
-        labels: Integers, shape (1000,), 0 to 9.
-        provenance: By the name of the set, its network, package, version, layer and preprocessing.
-        licenses: By the name of the set, and of the images as "digits".
+        features: Features by name, float32, shape (1000, channels); stored as float16.
+        images: The digits, uint8, shape (1000, 8, 8), 0 (paper) to 16 (ink).
+        labels: The digits as integers from 0 to 9, shape (1000,).
+        provenance: Network, package, version, layer and preprocessing of the features by name.
+        licenses: License of each representation by name, and of the images as "digits".
     """
 
     features: Mapping[str, np.ndarray]
@@ -79,17 +77,16 @@ class DigitFeatures:
     licenses: Mapping[str, str]
 
     def __repr__(self) -> str:
-        from jaxalign._repr import short_repr  # not at the top: the module alone needs numpy only
+        from jaxalign._repr import short_repr  # imported late: this module itself needs only NumPy
 
         return short_repr(self, omit=("provenance", "licenses"))
 
 
 def load_patch_features() -> PatchFeatures:
-    """Load features of four networks, and an untrained control, for patches of three photographs.
+    """Load features of four networks and an untrained control for patches of three photographs.
 
     Returns:
-        The features and what belongs to them. Every call reads the file anew and returns fresh
-        arrays.
+        Features, photographs and metadata. Every call reads the file and returns new arrays.
 
     Example:
         >>> from jaxalign.datasets import load_patch_features
@@ -111,7 +108,7 @@ def load_patch_features() -> PatchFeatures:
         picture_index=index[0],
         positions=index[1:].T.copy(),
         grid=_GRID,
-        controls=tuple(name for name, one in text["sets"].items() if one["control"]),
+        controls=tuple(name for name, entry in text["sets"].items() if entry["control"]),
         provenance=_provenance(text),
         licenses=_licenses(text),
     )
@@ -121,8 +118,7 @@ def load_digit_features() -> DigitFeatures:
     """Load features of four networks for 1000 handwritten digits.
 
     Returns:
-        The features and what belongs to them. Every call reads the file anew and returns fresh
-        arrays.
+        Features, images and metadata. Every call reads the file and returns new arrays.
 
     Example:
         >>> from jaxalign.datasets import load_digit_features
@@ -165,8 +161,8 @@ def _features(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _provenance(text: Mapping[str, Any]) -> dict[str, str]:
-    return {name: one["provenance"] for name, one in text["sets"].items()}
+    return {name: entry["provenance"] for name, entry in text["sets"].items()}
 
 
 def _licenses(text: Mapping[str, Any]) -> dict[str, str]:
-    return {name: one["licence"] for name, one in {**text["sets"], **text["data"]}.items()}
+    return {name: entry["licence"] for name, entry in {**text["sets"], **text["data"]}.items()}

@@ -26,21 +26,21 @@ def squared_distances(
 
     Args:
         x: features, shape (..., n, d). float16 and bfloat16 are accumulated, and returned, in float32.
-        y: features, shape (..., m, d); None stands for x.
-        precision: of the matrix product, as in `jax.numpy.matmul`. None means HIGHEST: the default of JAX is
-            TF32 on NVIDIA GPUs and bfloat16 on TPUs, which is too coarse for differences of products.
+        y: features, shape (..., m, d); None: x.
+        precision: of the matrix product, as in `jax.numpy.matmul`. None means HIGHEST: the default of JAX, TF32 on
+            NVIDIA GPUs and bfloat16 on TPUs, is too coarse for differences of products.
 
     Returns:
         Squared distances, shape (..., n, m), in squared units of the features, never negative. With y = None the
         matrix is symmetric and its diagonal exactly 0.
 
-    The features are centered and scaled before |a|^2 + |b|^2 - 2 a.b is taken, so an offset costs no digits. Its
-    absolute error is about eps max_i ||x_i - mean||^2: distances that are too small for that are computed again from
-    explicit differences (unless `precision` is given), which takes longer where there are many.
+    The features are centered and scaled before |a|^2 + |b|^2 - 2 a.b is computed, so an offset costs no digits. The
+    absolute error of this formula is about eps max_i ||x_i - mean||^2. Distances too small for it are recomputed from
+    explicit differences (unless `precision` is set), which takes longer if there are many.
 
     Raises:
-        TypeError: features that are not real numbers (complex, texts, dates, objects), or are a torch tensor.
-        ValueError: wrong rank, an empty array, x and y of different widths.
+        TypeError: features that are not real numbers (complex, strings, dates, objects), or are a torch tensor.
+        ValueError: wrong number of dimensions, an empty array, or x and y with different numbers of features.
         MemoryError: n x m does not fit into the memory of the CPU.
 
     Example:
@@ -60,6 +60,6 @@ def _squared_distances(x: Array, y: Array | None, precision: lax.PrecisionLike) 
         features = center_features(x, y)
         distances = fast_distances(features, precision) if precision is not None else resolved_distances(features)
         distances = attach_derivative(features, distances)
-        return distances * features.scale * features.scale  # scale^2 alone may overflow where the product does not
+        return distances * features.scale * features.scale  # scale^2 alone may overflow although the product does not
 
     return in_auto_mode(batched(compute, x.ndim - 2), x, y, result_rows=ROWS_SECOND_LAST)

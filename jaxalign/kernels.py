@@ -1,7 +1,7 @@
-"""Kernels of measures and losses: the value of a pair of samples, and its bandwidth.
+"""Kernels for measures and losses, with their bandwidths.
 
-A measure takes a kernel by its name ("rbf", "laplacian", "linear"), as an object from here, which also holds its
-options, or as a function of an array of squared distances.
+Measures accept a kernel as a name ("rbf", "laplacian", "linear"), as an object of this module with options, or as a
+function of an array of squared distances.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _registered = partial(jax.tree_util.register_dataclass, data_fields=("sigma", "d
 
 @dataclass(frozen=True, repr=False)
 class _WithBandwidth:
-    """What the kernels with a bandwidth share."""
+    """Base class of the kernels with a bandwidth."""
 
     sigma: ArrayLike | Sequence[ArrayLike] | None = None
     density: ArrayLike = field(default=DENSITY, kw_only=True)
@@ -31,11 +31,11 @@ class _WithBandwidth:
 
     @property
     def solves(self) -> bool:
-        """Whether sigma is solved for, from the density."""
+        """Whether sigma is solved from the density."""
         return self.sigma is None
 
     def __repr__(self) -> str:
-        """The options that are not the default ones."""
+        """The class with its non-default options."""
         options = {"sigma": self.sigma, "density": self.density, "diagonal": self.diagonal}
         default = {
             "sigma": self.sigma is None,
@@ -51,11 +51,11 @@ class RBF(_WithBandwidth):
     """The kernel exp(-||x_i - x_j||^2 / (2 sigma^2)), whose sigma is scaled automatically.
 
     Attributes:
-        sigma: the bandwidth, in units of the features: a number, an array of the batch shape, or a tuple of one per
-            representation. None: solved for each representation, so that the mean of the kernel is `density`.
+        sigma: the bandwidth, in units of the features: a number, an array of the batch shape, or a tuple with one sigma
+            per representation. None: solved for each representation, so that the mean of the kernel is `density`.
         density: the target mean, 0 < density < 1; see `jaxalign.solve_sigma`.
-        diagonal: "exclude" takes the mean over pairs i != j, which means the same for any number of samples; "include"
-            also counts the ones on the diagonal, as `jaxalign.rbf_affinity` does, and needs n > 1 / density.
+        diagonal: "exclude" averages over pairs i != j, which does not depend on the number of samples; "include" also
+            counts the ones on the diagonal, as `jaxalign.rbf_affinity` does, and needs n > 1 / density.
 
     Example:
         >>> import jax, jaxalign
@@ -103,7 +103,7 @@ NAMED: dict[str, type[RBF | Laplacian | Linear]] = {"rbf": RBF, "laplacian": Lap
 
 
 def kernel_of(kernel: Any, name: str = "kernel") -> RBF | Laplacian | Linear | Callable[[Array], Array]:
-    """The kernel of a name; objects and functions as they are, once their options are checked."""
+    """The kernel with a name; objects and functions are checked and returned."""
     if isinstance(kernel, (RBF, Laplacian)):
         _checks.choice("diagonal", kernel.diagonal, ("include", "exclude"))
         if not kernel.solves and not (is_default(kernel.density) and kernel.diagonal == "exclude"):
@@ -123,7 +123,7 @@ T = TypeVar("T", bound=RBF | Laplacian)
 
 
 def for_representations(kernel: T, *numbers: int) -> T:
-    """The kernel of some of the representations, where it has one sigma for each."""
+    """The kernel for a subset of the representations: selects their sigmas if there is one per representation."""
     if not isinstance(kernel.sigma, (tuple, list)):
         return kernel
     sigmas = tuple(kernel.sigma[k] for k in numbers)
@@ -131,7 +131,7 @@ def for_representations(kernel: T, *numbers: int) -> T:
 
 
 def with_bandwidth(options: dict[str, Any]) -> RBF | Laplacian | None:
-    """The kernel with a bandwidth among the options of a measure, if there is one."""
+    """The kernel with a bandwidth among the options of a measure, or None."""
     for name in ("kernel", "metric"):
         value = options.get(name)
         value = RBF() if value == "rbf" else Laplacian() if value == "laplacian" else value

@@ -1,4 +1,4 @@
-"""The affinity as a linear operator: products, sums and rows of A without ever storing n x m."""
+"""The affinity as a linear operator: products, sums and rows of A without storing n x m entries."""
 
 from __future__ import annotations
 
@@ -52,23 +52,24 @@ def affinity_operator(
     plan: Plan | None = None,
     throw: bool = True,
 ) -> AffinityOperator:
-    """The affinity of `rbf_affinity` as an operator: memory is a tile and a few times the features, never n x m.
+    """The affinity of `rbf_affinity` as a linear operator; it needs memory for a tile and the features, not for n x m.
 
     Args:
         x: features, shape (..., n, d).
-        y: features, shape (..., m, d); None stands for x.
-        sigma: bandwidth in units of the features, see `rbf_affinity`. None solves for it, see `solve_sigma`.
+        y: features, shape (..., m, d); None: x.
+        sigma: bandwidth in units of the features, see `rbf_affinity`. None solves for sigma, see `solve_sigma`.
         density: the target mean of A. Not with sigma.
-        diagonal: whether the ones on the diagonal count in that mean. Only for y = None, and not with sigma.
-        bandwidth: "global": one sigma. "per_row": one per row of x.
-        zero_diagonal: the diagonal of the operator is 0. Only for y = None.
-        mask: shape (..., n), True = a real sample; the others have rows and columns of 0.
+        diagonal: whether the ones on the diagonal count in the mean: "include" or "exclude". Only for y = None, and not
+            with sigma.
+        bandwidth: "global": one sigma per representation. "per_row": one sigma per row of x.
+        zero_diagonal: set the diagonal of the operator to 0. Only for y = None.
+        mask: shape (..., n), True = a valid sample; other samples have rows and columns of 0.
         mask_y: the same for y, shape (..., m).
         precision: of the products in the distances, see `squared_distances`.
-        plan: how pairs are visited, see `jaxalign.Plan`. With a mesh, results are sharded as the rows are; with an axis
-            name alone, vectors and results are the rows of this device.
-        throw: whether to raise if there is no sigma. False: the status is not read, so the call does not wait for the
-            device; where there is no sigma, products are nan.
+        plan: how pairs are visited, see `jaxalign.Plan`. With a mesh, results are sharded like the rows; with only an
+            axis name, vectors and results are the rows of this device.
+        throw: whether to raise if no sigma reaches the density. False: do not read the status, so the call does not
+            wait for the device; products are nan if there is no sigma.
 
     Returns:
         An `AffinityOperator`, differentiable in x, y, density and sigma.
@@ -96,7 +97,7 @@ def affinity_operator(
         if throw:
             explain_failure(solution.status, problem)
         bandwidths = solution.sigma
-        if bandwidth == "per_row" and problem.mask is not None:  # nan there, which would reach the other rows
+        if bandwidth == "per_row" and problem.mask is not None:  # nan in masked rows would reach the valid rows
             bandwidths = jnp.where(problem.mask, bandwidths, 1)
     else:
         check_unused(sigma, density, diagonal)
@@ -125,10 +126,10 @@ def affinity_operator(
 )
 @dataclass(frozen=True, repr=False)
 class AffinityOperator:
-    """diag(left) A diag(right), A the RBF affinity of rows of x with rows of y; made by `affinity_operator`.
+    """diag(left) A diag(right), where A is the RBF affinity of rows of x with rows of y; made by `affinity_operator`.
 
-    A pytree: it can be given to and returned from jitted, vmapped and differentiated functions. `a @ v` takes (m,),
-    or (..., m, k) with the batch dimensions of x; `jax.scipy.sparse.linalg.cg(a, b)` and the like take it as it is.
+    A pytree: jitted, vmapped and differentiated functions can accept and return it. `a @ v` accepts v of shape (m,), or
+    (..., m, k) with the batch dimensions of x; solvers such as `jax.scipy.sparse.linalg.cg(a, b)` accept the operator.
     """
 
     x: Array
@@ -144,11 +145,11 @@ class AffinityOperator:
     plan: Plan
     precision: Any
 
-    __array_ufunc__ = None  # numpy arrays leave `v @ a` to this class
+    __array_ufunc__ = None  # makes NumPy arrays defer `v @ a` to this class
 
     def __repr__(self) -> str:
         shown = {"sigma": describe(self.bandwidths)}
-        if hasattr(self.x, "shape"):  # jax puts other things than arrays into pytrees too
+        if hasattr(self.x, "shape"):  # JAX also puts other objects than arrays into pytrees
             shown = {"shape": str(self.shape), "dtype": str(self.dtype), **shown}
         flags = {"per_row": self.per_row, "zero_diagonal": self.zero_diagonal, "transposed": self.transposed}
         flags["scaled"] = self.left is not None or self.right is not None
@@ -168,28 +169,28 @@ class AffinityOperator:
 
     @property
     def dtype(self) -> Any:
-        """Of the results."""
+        """The dtype of results."""
         return self.x.dtype
 
     @property
     def sigma(self) -> Array:
-        """The bandwidth, in units of the features, shape (...) or, one a row of x, (..., n) with nan where masked."""
+        """The bandwidth in units of the features, shape (...); or one per row of x, (..., n), nan in masked rows."""
         if not self.per_row or self.mask is None:
             return self.bandwidths
         return jnp.where(self.mask, self.bandwidths, jnp.nan)
 
     @property
-    def T(self) -> AffinityOperator:  # noqa: N802 (as in numpy)
+    def T(self) -> AffinityOperator:  # noqa: N802 (NumPy's name)
         """The transpose."""
         return replace(self, transposed=not self.transposed, left=self.right, right=self.left)
 
     @property
     def mT(self) -> AffinityOperator:  # noqa: N802
-        """The transpose; batch dimensions stay where they are."""
+        """The transpose of the last two dimensions, like `T`."""
         return self.T
 
     def __matmul__(self, v: Any) -> Array:
-        """A v for v of shape (m,) or (..., m, k)."""
+        """The product A v, for v of shape (m,) or (..., m, k)."""
         v = _checks.parameter_array("v", v, self.dtype)
         m = self.shape[-1]
         vector = v.ndim == 1
@@ -203,66 +204,66 @@ class AffinityOperator:
         return product[..., 0] if vector else product
 
     def __rmatmul__(self, v: Any) -> Array:
-        """V A for v of shape (n,) or (..., k, n)."""
+        """The product v A, for v of shape (n,) or (..., k, n)."""
         v = _checks.parameter_array("v", v, self.dtype)
         if v.ndim == 1:
             return self.T @ v
         return jnp.swapaxes(self.T @ jnp.swapaxes(v, -1, -2), -1, -2)
 
     def sum(self, axis: int | None = None) -> Array:
-        """The sum of all entries, shape (...), or over an axis: -1 over each row, -2 over each column."""
+        """The sum of all entries, shape (...), or along an axis: -1 sums each row, -2 each column."""
         if axis is None:
             total = jnp.sum(self.sum(-1), -1)
             return over_devices(lax.psum, total, self.plan.axis_name if self.plan.rows_are_local else None)
         axis = axis - self.ndim if axis >= 0 else axis
         if axis not in (-1, -2):
-            raise ValueError(f"axis must be None, -1 (over each row) or -2 (over each column) of {self.shape}.")
+            raise ValueError(f"axis must be None, -1 (each row) or -2 (each column) of {self.shape}.")
         side = self if axis == -1 else self.T
         return (side @ jnp.ones((side.shape[-1], 1), self.dtype))[..., 0]
 
     def mean(self, axis: int | None = None) -> Array:
-        """The mean over pairs that count, of all or over an axis; masked ones and a zeroed diagonal do not count."""
-        ones = replace(self, left=None, right=None)
-        return self.sum(axis) / _counts(ones, axis)
+        """The mean of all entries, or along an axis; masked entries and a zeroed diagonal do not count."""
+        unscaled = replace(self, left=None, right=None)
+        return self.sum(axis) / _counts(unscaled, axis)
 
     def rows(self, index: Int[AnyArray, " k"]) -> Float[Array, "*batch k m"]:
-        """Selected rows of A, stored: k x m entries."""
+        """Selected rows of A as an array of k x m entries."""
         if self.plan.axis_name is not None:
             raise NotImplementedError(
-                "rows of an operator whose rows are spread over devices: multiply with columns of the identity, "
-                "(a.T @ e).T, instead."
+                "rows() of an operator whose rows are sharded over devices: multiply with columns of the identity "
+                "instead, (a.T @ e).T."
             )
-        given = index if isinstance(index, jax.Array) else np.asarray(index)
-        if given.size == 0:
+        numbers = index if isinstance(index, jax.Array) else np.asarray(index)
+        if numbers.size == 0:
             return jnp.zeros((*self.shape[:-2], 0, self.shape[-1]), self.dtype)
-        if given.ndim != 1 or not jnp.issubdtype(given.dtype, jnp.integer):
+        if numbers.ndim != 1 or not jnp.issubdtype(numbers.dtype, jnp.integer):
             raise TypeError(
-                f"index must be a list of row numbers, shape (k,); got shape {given.shape} of {given.dtype}. "
-                "Of a boolean mask write np.flatnonzero(mask)."
+                f"index must be a list of row numbers, shape (k,); got shape {numbers.shape} of {numbers.dtype}. "
+                "For a boolean mask write np.flatnonzero(mask)."
             )
         n = self.shape[-2]
-        if _checks.is_concrete(given):
-            seen = _checks.on_host(given)
-            if not -n <= seen.min() <= seen.max() < n:
-                raise ValueError(f"index reaches from {seen.min()} to {seen.max()}; there are {n} rows.")
-        return _rows(self, jnp.asarray(given, jnp.int32) % n)
+        if _checks.is_concrete(numbers):
+            host = _checks.on_host(numbers)
+            if not -n <= host.min() <= host.max() < n:
+                raise ValueError(f"index ranges from {host.min()} to {host.max()}, but there are {n} rows.")
+        return _rows(self, jnp.asarray(numbers, jnp.int32) % n)
 
     def diagonal(self) -> Float[Array, "*batch n"]:
-        """A_ii; only for an operator of x with itself."""
+        """The diagonal entries A_ii; only for y = None."""
         if self.y is not None:
-            raise ValueError("diagonal() of an operator with y: row i and column i are different samples.")
-        ones = jnp.ones(self.x.shape[:-1], self.dtype) * (0 if self.zero_diagonal else 1)
+            raise ValueError("diagonal() has no meaning with y: row i and column i are different samples.")
+        entries = jnp.ones(self.x.shape[:-1], self.dtype) * (0 if self.zero_diagonal else 1)
         if self.mask is not None:
-            ones = jnp.where(self.mask, ones, 0)
+            entries = jnp.where(self.mask, entries, 0)
         for scale in (self.left, self.right):
-            ones = ones if scale is None else ones * scale[..., 0]
-        return ones
+            entries = entries if scale is None else entries * scale[..., 0]
+        return entries
 
     def todense(self) -> Float[Array, "*batch n m"]:
-        """A, stored."""
+        """A as an array."""
         if self.plan.rows_are_local:
             raise ValueError(
-                "todense() inside shard_map: a device has its own rows only. Use a.T @ v, or rbf_affinity."
+                "todense() inside shard_map: a device holds only its own rows. Use a.T @ v, or rbf_affinity."
             )
         dense = rbf_affinity(
             self.x,
@@ -280,12 +281,12 @@ class AffinityOperator:
         return dense if self.right is None else dense * jnp.swapaxes(gathered(self.right), -1, -2)
 
     def degree_normalized(self) -> AffinityOperator:
-        """D^-1/2 A D^-1/2, D the row sums (left) and column sums (right): the operator of the normalised cut.
+        """D^-1/2 A D^-1/2, with the row sums D on the left and column sums on the right, as in the normalized cut.
 
-        Rows and columns without any affinity stay 0.
+        Rows and columns that sum to 0 stay 0.
         """
         if self.left is not None or self.right is not None:
-            raise ValueError("the operator is scaled already.")
+            raise ValueError("the operator is already scaled.")
         left = inverse_root(self.sum(-1))[..., None]
         right = left if self._symmetric else inverse_root(self.sum(-2))[..., None]
         return replace(self, left=left, right=right)
@@ -296,7 +297,7 @@ class AffinityOperator:
 
 
 def inverse_root(degrees: Array) -> Array:
-    """degrees^-1/2, 0 where there is no degree."""
+    """degrees^-1/2; 0 where the degree is 0."""
     positive = degrees > 0
     return jnp.where(positive, lax.rsqrt(jnp.where(positive, degrees, 1)), 0)
 
@@ -307,7 +308,7 @@ def _times_column_values(terms: Array, tile: Tile) -> tuple[tuple[()], Array]:
 
 @jax.jit
 def _product(a: AffinityOperator, v: Array) -> Array:
-    """A v, v (..., m, k)."""
+    """The product A v, for v of shape (..., m, k)."""
 
     def local(x: Array, y: Array | None, mask: Any, mask_y: Any, sigma: Array, v: Array) -> Array:
         features = center_features(x, y, mask, mask_y, a.plan.axis_name)
@@ -329,7 +330,7 @@ def _product(a: AffinityOperator, v: Array) -> Array:
 
 @jax.jit
 def _rows(a: AffinityOperator, index: Array) -> Array:
-    """Selected rows."""
+    """Selected rows of A."""
 
     def select(x: Array, y: Array | None, mask: Any, mask_y: Any, sigma: Array) -> Array:
         features = center_features(x, y, mask, mask_y)
@@ -362,7 +363,7 @@ def _rows(a: AffinityOperator, index: Array) -> Array:
 
 @partial(jax.jit, static_argnames="axis")
 def _counts(a: AffinityOperator, axis: int | None) -> Array:
-    """Pairs that count, of all or over an axis, at least 1."""
+    """The number of pairs that count, of all or along an axis; at least 1."""
 
     def local(x: Array, y: Array | None, mask: Any, mask_y: Any) -> Array:
         features = center_features(x, y, mask, mask_y, a.plan.axis_name)

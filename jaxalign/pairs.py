@@ -1,4 +1,4 @@
-"""Exact sums over all pairs of rows, of any function of their distance."""
+"""Exact sums over all pairs of rows, for any function of their distances."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxalign.core.features import accurate_distances, center_features, valid_ro
 from jaxalign.core.tiles import Reduction, Tile, inverse_rms_distance, over_all, over_rows, smooth
 from jaxalign.plan import Plan, check_plan, resolve_plan
 
-# Distances are right, each by itself, down to about this many times below the mean.
+# Distances are accurate individually, down to the mean distance divided by about this factor.
 _RESOLVED_BELOW_MEAN = 1e3
 
 PairFunction = Callable[[Array], Any]
@@ -39,31 +39,31 @@ def reduce_pairs(
     mask_y: Mask[Data, "*#batch m"] | None = None,
     plan: Plan | None = None,
 ) -> Any:
-    """The sum of fn(||x_i - y_j||^2) over all pairs, over each row's, or times a value of each column.
+    """The sum of fn(||x_i - y_j||^2) over all pairs, or over each row, optionally weighted by a value per column.
 
-    Exact, and never stores n x m numbers unless they are few: tiles of distances are computed when they are visited,
-    and again when they are differentiated. Rows may be spread over devices.
+    Exact, without storing n x m distances unless there are few: tiles are computed when they are visited, and again for
+    a gradient. Rows may be sharded over devices.
 
     Args:
-        fn: of an array of squared distances, entry by entry; returns an array of the same shape, or a pytree of such
-            arrays, all of which are summed in one visit. Where fn has no derivative at distance 0, as a square root,
-            that is taken as 0. Define it once: a new function object is compiled anew.
+        fn: elementwise function of an array of squared distances. It returns an array of the same shape, or a pytree of
+            such arrays, which are all summed in one visit. If fn has no derivative at distance 0, like a square root,
+            0 is used. Define fn once: a new function object is compiled again.
         x: features, shape (..., n, d).
         y: features, shape (..., m, d); None compares x with itself.
-        values: v, shape (..., m) or (..., m, k): row i then gets sum_j fn(D_ij) v_j.
-        per_row: without values: the sum of each row, instead of the sum over all pairs.
-        self_pairs: whether pairs of a sample with itself count; only for y = None.
-        mask: shape (..., n), True marks valid samples; the others do not count, and get 0.
+        values: v, shape (..., m) or (..., m, k): return sum_j fn(D_ij) v_j for each row i.
+        per_row: return the sum of each row instead of the sum over all pairs. Not with values.
+        self_pairs: whether pairs of a sample with itself count. Only for y = None.
+        mask: shape (..., n), True = a valid sample; other samples do not count, and their rows are 0.
         mask_y: the same for y, shape (..., m).
         plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
-        For each array that fn returns: shape (...); with per_row (..., n); with values (..., n) or (..., n, k).
-        Differentiable in x, y, values and whatever fn depends on. nan where the features hold nan or inf.
+        An array for each array that fn returns, of shape (...); with per_row (..., n); with values (..., n) or
+        (..., n, k). nan if the features hold nan or inf. Differentiable in x, y, values and everything fn depends on.
 
     Raises:
-        TypeError, ValueError: see `jaxalign.solve_sigma`; also values of another length than the columns, and an fn
-            that does not work entry by entry.
+        TypeError, ValueError: see `jaxalign.solve_sigma`; also if the length of values is not the number of columns,
+            or fn is not elementwise.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxalign
@@ -91,12 +91,12 @@ def reduce_pairs(
         is_vector = values.shape[-1] == m and values.shape[-2:-1] != (m,)
         values = values[..., None] if is_vector else values
         if values.shape[-2:-1] != (m,):
-            raise ValueError(f"values has shape {values.shape}; each of {m} columns needs a value, or a row of them.")
+            raise ValueError(f"values has shape {values.shape}; expected (..., {m}) or (..., {m}, k) for {m} columns.")
         values = jnp.broadcast_to(values, (*x.shape[:-2], *values.shape[-2:]))
     options: dict[str, Any] = {"fn": fn, "per_row": per_row, "self_pairs": self_pairs, "plan": plan}
     if _checks.is_concrete(x, y, mask, mask_y, values):
         sums = _reduce_jit(x, y, mask, mask_y, values, **options)
-    else:  # fn may depend on what is traced, which a program that is kept must not
+    else:  # fn may close over tracers, which must not enter the cache of compiled programs
         sums = jax.jit(partial(_reduce, **options))(x, y, mask, mask_y, values)
     return jax.tree.map(lambda a: a[..., 0], sums) if is_vector else sums
 
@@ -104,7 +104,7 @@ def reduce_pairs(
 def _check_elementwise(fn: PairFunction, dtype: Any) -> None:
     for leaf in jax.tree.leaves(jax.eval_shape(fn, jax.ShapeDtypeStruct((2, 3), dtype))):
         if leaf.shape != (2, 3):
-            raise ValueError(f"fn must work entry by entry: of distances of shape (2, 3) it makes shape {leaf.shape}.")
+            raise ValueError(f"fn must be elementwise: for distances of shape (2, 3) it returned shape {leaf.shape}.")
 
 
 def _reduce(
@@ -131,7 +131,7 @@ def _reduce(
         def terms(tile: Tile) -> Any:
             distances = tile.distances[0] * features.scale * features.scale
             counts = tile.apply_weights(jnp.ones_like(distances))
-            # Of pairs that do not count fn must not be inf or nan: 0 times that is nan.
+            # fn must be finite for pairs that do not count, because 0 times inf is nan.
             safe = jnp.where(counts > 0, distances, features.scale * features.scale)
             return jax.tree.map(tile.apply_weights, smooth(fn, safe))
 
@@ -139,12 +139,12 @@ def _reduce(
             return (), jax.tree.map(lambda term: matmul(term, tile.column.column_values), terms)
 
         sums = times_values if values is not None else over_rows if per_row else over_all
-        # A masked column may hold nan, which 0 times does not remove.
+        # Masked columns may hold nan, and 0 times nan is nan.
         column_values = () if values is None else valid_rows(values, features.column_mask)
-        found = reduce.reduce_pairs(
+        totals, row_sums = reduce.reduce_pairs(
             Reduction(terms, sums), pairs, gammas=(gamma,), column_values=column_values, in_blocks=False
         )
-        result = found[0] if sums is over_all else found[1]
+        result = totals if sums is over_all else row_sums
         return jax.tree.map(lambda a: jnp.where(features.finite, a, jnp.nan), result)
 
     rows = ROWS_SECOND_LAST if values is not None else ROWS_LAST if per_row else NO_ROWS

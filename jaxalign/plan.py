@@ -1,4 +1,4 @@
-"""How pairs are visited: stored or in tiles, of which size, on which devices. Decided before anything is traced."""
+"""Plans: whether pairs are stored or visited in tiles, the tile size and the devices, all fixed before tracing."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jaxalign._memory import free_memory
 
 TileSize = int | Literal["auto"] | None
 
-# Up to this many pairs, 16 MB of float32 (64 MB on an accelerator), are stored: later passes need no matrix product.
+# Up to this many distances, 16 MB in float32 (64 MB on accelerators), are stored: later passes need no matrix product.
 _MAX_STORED_PAIRS = {"cpu": 2**22, "other": 2**24}
-# Pairs per tile: a tile stays in the cache of a CPU, and keeps all cores of an accelerator busy.
+# Pairs per tile: a tile fits into the cache of a CPU, and keeps all cores of an accelerator busy.
 # (docs/pages/performance.md)
 _TILE_PAIRS = {"cpu": 2**20, "other": 2**24}
-# Several representations have a tile each. Tiles below the first number make products slow; the second limits them all.
+# Each representation has its own tile. The minimum keeps matrix products fast; the maximum limits all tiles together.
 _MIN_TILE_PAIRS = {"cpu": 2**18, "other": 2**22}
 _MAX_TOTAL_TILE_PAIRS = {"cpu": 2**24, "other": 2**26}
-# A tile needs about this many arrays of its size, and may use this share of the free memory.
+# Processing a tile takes about this many arrays of its size, and may use this share of the free memory.
 _TILE_ARRAYS = 12
 _TILE_SHARE = 0.25
 _MIN_TILE_ROWS = 64
@@ -32,17 +32,17 @@ _MIN_TILE_ROWS = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """How the pairs of samples are visited. Values do not depend on it; memory, time and devices do.
+    """How the pairs of samples are visited: it affects memory, time and devices, but not results.
 
-    Every function that visits pairs takes `plan=`. A plan is hashable: use it as a static argument, or close over it.
+    Every function that visits pairs accepts `plan=`. A plan is hashable: pass it as a static argument or close over it.
 
     Attributes:
         tile_size: the largest number of rows and columns of a tile. Distances are computed tile by tile, and again for
             a gradient, so memory is a few tiles plus the features. None stores all n x m distances; "auto" stores them
-            if they are few, and otherwise chooses a size from the device and its free memory.
+            if there are few, and otherwise chooses a size from the device and its free memory.
         mesh: a `jax.sharding.Mesh`: rows of x and of y are sharded along one of its axes, whose size need not divide
             n. Rows that are already sharded need no mesh.
-        axis_name: with `mesh`, the axis to use; None: the only one, or "data". Without `mesh`, an axis that is bound,
+        axis_name: with `mesh`, the axis to use; None: the only axis, or "data". Without `mesh`, an axis that is bound
             inside `jax.shard_map`, `jax.pmap` or `jax.vmap(axis_name=...)`: x, y and masks are then the rows of this
             device, and all devices together hold the representation.
 
@@ -63,27 +63,27 @@ class Plan:
     axis_name: str | None = None
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
+        """Check each field."""
         size, mesh, axis_name = self.tile_size, self.mesh, self.axis_name
         if not (size is None or (isinstance(size, str) and size == "auto")):
-            whole = _checks.whole("tile_size", size, of=" of rows", otherwise=", 'auto', or None for all pairs at once")
-            object.__setattr__(self, "tile_size", whole)
+            rows = _checks.whole("tile_size", size, of=" of rows", otherwise=", 'auto', or None for all pairs at once")
+            object.__setattr__(self, "tile_size", rows)
         if axis_name is not None and not isinstance(axis_name, str):
             raise TypeError(f"axis_name must be the name of one axis; got {_checks.shown(axis_name)}.")
         if mesh is not None and not isinstance(mesh, (Mesh, AbstractMesh)):
             raise TypeError(
-                f"mesh must be a jax.sharding.Mesh, known before anything is traced; got {type(mesh).__name__}. "
-                "jaxalign.sharding.data_mesh() makes one of all devices."
+                f"mesh must be a jax.sharding.Mesh, not traced; got {type(mesh).__name__}. "
+                "jaxalign.sharding.data_mesh() makes a mesh of all devices."
             )
 
     @property
     def stored(self) -> bool:
-        """Whether all distances are stored; of a resolved plan."""
+        """Whether all distances are stored; for resolved plans."""
         return self.tile_size is None and self.axis_name is None
 
     @property
     def tile_rows(self) -> int | None:
-        """The largest number of rows of a tile, None for a single tile; of a resolved plan."""
+        """The largest number of rows of a tile, None for a single tile; for resolved plans."""
         assert not isinstance(self.tile_size, str)
         return self.tile_size
 
@@ -102,7 +102,7 @@ STORED = Plan(tile_size=None)
 
 
 def check_plan(plan: Any, *, local_rows: bool = True) -> Plan:
-    """The plan of the caller; None is the default. Unless `local_rows`, refuse one for the rows of a single device."""
+    """The checked plan; None is the default. Without `local_rows`, reject plans for the rows of a single device."""
     if plan is None:
         return AUTO
     if not isinstance(plan, Plan):
@@ -111,27 +111,27 @@ def check_plan(plan: Any, *, local_rows: bool = True) -> Plan:
         )
     if plan.rows_are_local and not local_rows:
         raise ValueError(
-            f"Plan(axis_name={plan.axis_name!r}) without a mesh is not supported here: call this outside jax.shard_map "
-            "with plan=Plan(mesh=...)."
+            f"Plan(axis_name={plan.axis_name!r}) without a mesh is not supported by this function: call it outside "
+            "jax.shard_map with plan=Plan(mesh=...)."
         )
     return plan
 
 
 def check_single_device(plan: Plan, reason: str, advice: str = "") -> None:
-    """Raise if the plan spreads rows over devices."""
+    """Raise if the plan shards rows over devices."""
     if plan.mesh is not None or plan.axis_name is not None:
         raise ValueError(f"{reason}: leave mesh and axis_name out of the plan{', ' + advice if advice else ''}.")
 
 
 def resolve_plan(plan: Plan, x: Array, y: Array | None, representations: int = 1) -> Plan:
-    """The plan with its mesh, axis and tile size chosen; so many `representations` are visited together."""
+    """The plan with mesh, axis and tile size chosen; `representations` is the number that are visited together."""
     mesh, axis_name, devices = _find_mesh(x, y, plan.mesh, plan.axis_name)
     n, m = x.shape[-2], (x if y is None else y).shape[-2]
     for name, rows in (("x", n), ("y", m)):
         if mesh is not None and rows < devices:
             raise ValueError(
                 f"{name} has {rows} rows, fewer than the {devices} devices along axis {axis_name!r} of the mesh: "
-                "use a smaller mesh, or none."
+                "use a smaller mesh, or no mesh."
             )
     if mesh is not None:
         n, m = -(-n // devices), -(-m // devices)
@@ -171,7 +171,7 @@ def _find_mesh(
             return None, None, 1
         if shardings[0] != shardings[-1]:
             raise ValueError(
-                f"the rows of x and y are spread over different devices: {shardings[0]} and {shardings[-1]}. "
+                f"the rows of x and y are sharded over different devices: {shardings[0]} and {shardings[-1]}. "
                 "Put both on one mesh with jaxalign.sharding.shard_rows, or pass plan=Plan(mesh=...)."
             )
         mesh, axis_name = shardings[0]
@@ -186,19 +186,19 @@ def _find_mesh(
         axis_name = default_axis(mesh)
     if axis_name not in names:
         raise ValueError(
-            f"mesh has no axis {axis_name!r}, its axes are {names}. Name the one over which rows are spread with "
+            f"mesh has no axis {axis_name!r}, its axes are {names}. Pass the axis over which rows are sharded as "
             "axis_name=."
         )
     if _is_bound(axis_name):
         raise ValueError(
-            f"the axis {axis_name!r} is bound here, inside jax.shard_map or the like, where x is one device's rows: "
+            f"the axis {axis_name!r} is bound by jax.shard_map or similar, so x holds the rows of one device: "
             f"use Plan(axis_name={axis_name!r}) without a mesh."
         )
     return mesh, axis_name, mesh.shape[axis_name]
 
 
 def default_axis(mesh: Mesh | AbstractMesh) -> str:
-    """The axis over which rows are sharded if none is named: the only one, or "data"."""
+    """The axis over which rows are sharded by default: the only axis, or "data"."""
     return mesh.axis_names[0] if len(mesh.axis_names) == 1 else "data"
 
 
@@ -211,7 +211,7 @@ def _is_bound(axis_name: str) -> bool:
 
 
 def _row_sharding(a: Array) -> tuple[Mesh | AbstractMesh, str] | None:
-    """The mesh and the axis over which the rows of an array are already sharded, if known."""
+    """The mesh and axis over which the rows of an array are already sharded, if known."""
     sharding = a.sharding if _checks.is_concrete(a) else jax.typeof(a).sharding
     if not isinstance(sharding, NamedSharding) or len(sharding.spec) < a.ndim - 1:
         return None
@@ -232,7 +232,7 @@ def _auto_tile_size(rows: int, representations: int, itemsize: int, by_memory: b
     device = jax.local_devices()[0]
     min_pairs = min(_for_backend(_MIN_TILE_PAIRS), _for_backend(_MAX_TOTAL_TILE_PAIRS) // representations)
     size = max(_MIN_TILE_ROWS, math.isqrt(max(_for_backend(_TILE_PAIRS) // representations, min_pairs)))
-    # All processes must choose the same size, so with several of them it does not depend on the memory of one.
+    # All processes must choose the same size, so with several processes it must not depend on free memory.
     free = free_memory(device) if by_memory and jax.process_count() == 1 else math.inf
     while size > _MIN_TILE_ROWS and size * size * representations * itemsize * _TILE_ARRAYS > _TILE_SHARE * free:
         size //= 2
@@ -242,6 +242,6 @@ def _auto_tile_size(rows: int, representations: int, itemsize: int, by_memory: b
 def default_block_rows(row_bytes: int) -> int:
     """Rows per block read from files: 256 MB or 2^16 rows, so that a few blocks fit into memory.
 
-    Independent of the free memory: a job that resumes from a checkpoint must use the same blocks.
+    Independent of free memory, because a job that resumes from a checkpoint must use the same blocks.
     """
     return max(_MIN_TILE_ROWS, min(2**16, 2**28 // row_bytes))

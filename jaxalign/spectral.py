@@ -310,7 +310,7 @@ def _is_features(x: Array, kind: Kind) -> bool:
             )
         return False
     _checks.finite_rows("x", x, way_out="An affinity has finite entries.")
-    symmetric, negative = (bool(fact) for fact in _checks.looked_at(_facts, x))
+    symmetric, negative = (bool(fact) for fact in _checks.read_on_host(_facts, x))
     if symmetric and not negative:
         return False
     defect = "has negative entries" if negative else "is not symmetric"

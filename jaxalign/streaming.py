@@ -1,8 +1,8 @@
-"""Features that do not fit in memory: the same sigma and density, from blocks of rows read one after another.
+"""Sigma and density of features that do not fit into memory, from blocks of rows.
 
-Blocks of rows come from a file, a memory map or anything that yields arrays by number. Two blocks at a time are in
-memory, and the next one is read while the pairs of these are visited. What has been summed up is written to a
-checkpoint after every pair of blocks, so that a job that was killed goes on where it was.
+Blocks come from a file, a memory map or any sequence of arrays. Two blocks are in memory at a time, and the next one is
+read while their pairs are visited. The sums are saved to a checkpoint after every pair of blocks, so a job that was
+killed resumes from there.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ def solve_sigma(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress = False,
 ) -> SigmaSolution:
-    """`jaxalign.solve_sigma` for features that are read block by block: one sigma, the same to rounding.
+    """`jaxalign.solve_sigma` for features read block by block: a single sigma, equal up to rounding.
 
     Args:
-        x: a path to a .npy file with an (n, d) array, such an array or memory map, or a sequence of arrays (n_i, d):
-            anything with len() and [i]; each is read once more for its shape. What it gives for a number must not
-            change while the function runs.
+        x: a path to a .npy file with an (n, d) array, such an array or memory map, or a sequence of arrays (n_i, d),
+            any object with len() and [i]. Each block is read several times, once for its shape alone, and must not
+            change meanwhile.
         y: the same, or None to compare x with itself.
-        density: the wanted mean c of the affinity, 0 < c < 1: one number.
-        diagonal: whether the n ones on the diagonal count in it, "include" or "exclude". Only for y = None.
-        mask: shape (n,), True = a real sample.
+        density: the target mean c of the affinity, 0 < c < 1: a single number.
+        diagonal: whether the n ones on the diagonal count in the mean: "include" or "exclude". Only for y = None.
+        mask: shape (n,), True = a valid sample.
         mask_y: the same for y.
-        rtol: relative error allowed in the density; None: 1e-6 in float32, 1e-13 in float64.
-        block_rows: rows in a block, of which three are in memory; None: 256 MB, 65536 rows at most. A sequence has its
-            own blocks.
-        plan: `jaxalign.Plan(tile_size=...)`: of the tiles within a pair of blocks.
-        checkpoint: a file to write progress to, and to go on from if it is there. Removed at the end. One that was
-            written for other features or options is refused.
-        progress: True shows a bar (needs tqdm); or a function of (pass, block pairs done, block pairs in a pass).
+        rtol: relative tolerance of the density; None: 1e-6 in float32, 1e-13 in float64.
+        block_rows: rows per block; three blocks are in memory. None: 256 MB, at most 65536 rows. Not with a sequence,
+            whose arrays are the blocks.
+        plan: `jaxalign.Plan(tile_size=...)` for the tiles within a pair of blocks.
+        checkpoint: a file to save progress to, and to resume from if it exists. Removed at the end. A checkpoint of
+            other features or options is rejected.
+        progress: True shows a bar (needs tqdm); or a function of (pass, block pairs done, block pairs per pass).
 
     Returns:
         `SigmaSolution` of scalars. Not differentiable.
 
     Raises:
-        TypeError, ValueError: see `jaxalign.solve_sigma`; also nan or inf (the row is named), a checkpoint that is
-            truncated or belongs to something else, density out of reach.
+        TypeError, ValueError: see `jaxalign.solve_sigma`; also a checkpoint that is truncated or belongs to another
+            job. For nan or inf the message names the row.
         OSError: a file cannot be read or written.
 
     Example:
@@ -92,9 +92,25 @@ def mean_density(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress = False,
 ) -> Array:
-    """`jaxalign.mean_density` for features that are read block by block, at one sigma: a scalar.
+    """`jaxalign.mean_density` for features read block by block, at a single sigma.
 
-    Arguments and errors are those of `solve_sigma` here; sigma is in units of the features, > 0.
+    Args:
+        x: see `solve_sigma`.
+        y: see `solve_sigma`.
+        sigma: the bandwidth in units of the features, > 0: a single number.
+        diagonal: see `solve_sigma`.
+        mask: see `solve_sigma`.
+        mask_y: see `solve_sigma`.
+        block_rows: see `solve_sigma`.
+        plan: see `solve_sigma`.
+        checkpoint: see `solve_sigma`.
+        progress: see `solve_sigma`.
+
+    Returns:
+        The density, a scalar between 0 and 1. Not differentiable.
+
+    Raises:
+        TypeError, ValueError, OSError: see `solve_sigma`; also sigma not above 0.
 
     Example:
         >>> import numpy as np, jaxalign
@@ -113,11 +129,11 @@ def _open_sides(
     x: Rows, y: Rows | None, mask: Any, mask_y: Any, block_rows: int | None
 ) -> tuple[Source, Source | None]:
     if y is None and mask_y is not None:
-        raise ValueError("mask_y is given without y; mask serves both sides when y is None.")
+        raise ValueError("mask_y needs y: without y, mask applies to both sides.")
     rows = open_source("x", x, mask, block_rows)
-    # Both are shifted alike, as their distances count.
-    others = None if y is None else replace(open_source("y", y, mask_y, block_rows), shift=rows.shift)
-    return rows, others
+    # Distances between x and y need the same shift for both.
+    columns = None if y is None else replace(open_source("y", y, mask_y, block_rows), shift=rows.shift)
+    return rows, columns
 
 
 def _plan_for_files(plan: Plan | None) -> Plan:
@@ -127,6 +143,6 @@ def _plan_for_files(plan: Plan | None) -> Plan:
 
 
 def _number(name: str, value: Any) -> float:
-    """A number as a float of Python, as a checkpoint holds it."""
+    """A scalar as a Python float, as saved in checkpoints."""
     _checks.parameter(name, value, np.float32, (), "one number")
     return float(value)

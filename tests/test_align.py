@@ -465,7 +465,7 @@ def test_features_that_are_not_a_mapping_are_refused(given, kind):
 
 def test_an_empty_mapping_is_refused():
     with pytest.raises(
-        ValueError, match=r"^features is empty: give at least one network's features, \{name: array\}\.$"
+        ValueError, match=r"^features is empty: pass the features of at least one network, \{name: array\}\.$"
     ):
         helpers.align({})
 
@@ -509,8 +509,8 @@ def test_a_bad_array_is_refused_with_the_name_of_its_network(bad, error, message
         (np.arange(N) < 5, TypeError, r"dtype bool\. For a mask write np\.flatnonzero\(landmarks\)\.$"),
         ([0, N], ValueError, r"^landmarks must be indices from 0 to 19; got 0 \.\. 20\.$"),
         ([-1, 3], ValueError, r"^landmarks must be indices from 0 to 19; got -1 \.\. 3\.$"),
-        ([4, 7, 4, 2], ValueError, r"^landmarks repeat: sample 4 stands there 2 times\.$"),
-        ([2, 2, 7, 7, 7], ValueError, r"^landmarks repeat: sample 2 stands there 2 times\.$"),
+        ([4, 7, 4, 2], ValueError, r"^landmarks must be distinct: sample 4 occurs 2 times\.$"),
+        ([2, 2, 7, 7, 7], ValueError, r"^landmarks must be distinct: sample 2 occurs 2 times\.$"),
     ],
 )
 def test_bad_landmarks_are_refused(landmarks, error, message, small):
@@ -577,7 +577,7 @@ def test_with_a_bandwidth_per_row_a_density_above_one_over_m_is_reached(small):
 
 def test_landmarks_that_coincide_are_refused_with_the_network(small):
     small["dino"][LANDMARKS[1:]] = small["dino"][LANDMARKS[0]]
-    with pytest.raises(ValueError, match=r"features\['dino'\].*too many samples coincide"):
+    with pytest.raises(ValueError, match=r"features\['dino'\].*too many samples are duplicates"):
         helpers.align(small, landmarks=LANDMARKS, density=DENSITY)
 
 
@@ -588,7 +588,7 @@ def test_unknown_names_are_refused_with_those_there_are(small):
         lambda: alignment.correspondence("mae", "clip"),
         lambda: alignment.correspondence("clip", "mae"),
     ):
-        with pytest.raises(KeyError, match="'mae' is not aligned here; there are 'clip', 'dino'"):
+        with pytest.raises(KeyError, match="there is no network 'mae'; the names are 'clip', 'dino'"):
             call()
 
 

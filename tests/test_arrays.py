@@ -13,6 +13,7 @@ from beartype.door import is_bearable
 
 import jaxalign
 from jaxalign import _typing, measures
+from jaxalign.kernels import RBF
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")
 
@@ -186,10 +187,11 @@ def test_directions_are_not_shifted():
     )
 
 
+KERNEL = RBF(density=0.2)
 MEASURES = {
-    "cka": {}, "hsic": {}, "rsa": {}, "distance_correlation": {}, "procrustes": {},
+    "cka": {"kernel": KERNEL}, "hsic": {"kernel": KERNEL}, "rsa": {}, "distance_correlation": {}, "procrustes": {},
     "shape_distance": {}, "cca": {}, "pwcca": {}, "svcca": {}, "linear_predictivity": {},
-    "affinity_distance": {},
+    "affinity_distance": {"kernel": KERNEL},
 }  # fmt: skip
 
 
@@ -253,7 +255,7 @@ def test_an_affinity_is_not_shifted():
 def test_grids_of_tables_and_of_files(tmp_path):
     np.save(tmp_path / "b.npy", Y + FAR)
     small = {"a": X.astype(np.float32), "b": Y.astype(np.float32)}
-    for measure, options in (("cka", {}), ("procrustes", {})):
+    for measure, options in (("cka", {"kernel": KERNEL}), ("procrustes", {})):
         expected = jaxalign.compare_grid(small, measure=measure, **options).values
         for features in ({"a": frame(X - FAR), "b": (Y + FAR).tolist()}, {"a": X, "b": tmp_path / "b.npy"}):
             found = jaxalign.compare_grid(features, measure=measure, **options)
@@ -278,7 +280,7 @@ def test_whole_numbers_over_devices():
     small = np.round(99 * X).astype(np.int32)
     found = jaxalign.solve_sigma(jaxalign.sharding.shard_rows(small, mesh), density=0.2)
     helpers.assert_close(found.sigma, jaxalign.solve_sigma(small, density=0.2).sigma, 1e-5)
-    with pytest.raises(ValueError, match=r"x is int32 and reaches 1.07e\+09, where float32 rounds whole numbers"):
+    with pytest.raises(ValueError, match=r"x is int32 and reaches 1.07e\+09, where float32 rounds integers"):
         jaxalign.solve_sigma(jaxalign.sharding.shard_rows(small + 2**30, mesh), density=0.2)
 
 

@@ -59,7 +59,7 @@ BAD_FEATURES = {
         ("x must be an array of numbers; got str", "jaxalign.io.read_features('features')"),
     ),
     "none": (None, TypeError, ("x must be an array of numbers; got NoneType",)),
-    "strings": (np.array([["a", "b"]]), TypeError, ("x must hold real numbers", "<U1", "Its entries are no numbers")),
+    "strings": (np.array([["a", "b"]]), TypeError, ("x must hold real numbers", "<U1", "Its entries are not numbers")),
     "objects": (X.astype(object), TypeError, ("x must hold real numbers", "object", "astype(np.float64)")),
     "keys": (jax.random.split(jax.random.key(0), (4, 2)), TypeError, ("x must hold real numbers; got dtype key<fry>",)),
     "times": (X.astype("M8[s]"), TypeError, ("x must hold real numbers", "datetime64[s]", "astype(np.float64)")),
@@ -234,16 +234,16 @@ def test_the_mask_counts_for_n(solve):
 @pytest.mark.parametrize("features", ["constant", "duplicates"])
 def test_coincident_samples(solve, features):
     x = np.ones_like(X) if features == "constant" else np.repeat(X[:3], 8, 0)
-    with refused(ValueError, "no sigma found", "samples coincide", "Remove duplicate samples", "larger density"):
+    with refused(ValueError, "no sigma found", "samples are duplicates", "Remove duplicate samples", "larger density"):
         solve(x, density=0.2)
 
 
 def test_coincident_samples_name_the_batch_element_and_the_row():
-    with refused(ValueError, "no sigma found (at index (1,) of (2,))", "coincide"):
+    with refused(ValueError, "no sigma found (at index (1,) of (2,))", "duplicates"):
         jaxalign.solve_sigma(np.stack([X, np.ones_like(X)]), density=0.2)
     x = X.copy()
     x[3:12] = x[3]
-    with refused(ValueError, "no sigma found (at index (3,) of (24,))", "coincide"):
+    with refused(ValueError, "no sigma found (at index (3,) of (24,))", "duplicates"):
         jaxalign.solve_sigma(x, density=0.2, bandwidth="per_row")
 
 
@@ -288,7 +288,7 @@ def test_sigma_of_the_wrong_shape(function):
         function(np.ones(ROWS, np.float32))
     with refused(ValueError, "sigma of shape (3,)", "one sigma per row of x has shape (2, 24)"):
         function(np.ones(3, np.float32), x=np.stack([X, X]), bandwidth="per_row")
-    with refused(ValueError, 'bandwidth="per_row" with a sigma of shape ()', "Leave bandwidth out"):
+    with refused(ValueError, 'bandwidth="per_row" with sigma of shape ()', "Leave bandwidth out"):
         function(2.0, bandwidth="per_row")
     with refused(ValueError, "sigma of shape (24, 1)"):
         function(np.ones((ROWS, 1), np.float32))
@@ -309,7 +309,7 @@ def test_mask_of_the_wrong_dtype(function):
 @every_function_with_a_mask
 @pytest.mark.parametrize("shape", [(), (23,), (24, 1), (1, 24), (1,)])
 def test_mask_of_the_wrong_shape(function, shape):
-    with refused(ValueError, f"mask has shape {shape}", "expected (24,)", "one entry a sample"):
+    with refused(ValueError, f"mask has shape {shape}", "expected (24,)", "one entry per sample"):
         function(X, mask=np.ones(shape, bool))
 
 
@@ -321,20 +321,20 @@ def test_mask_of_the_wrong_batch(function):
 
 @every_function_with_a_mask
 def test_mask_that_leaves_too_few(function):
-    with refused(ValueError, "mask leaves 0 real sample(s), at least 2 needed", "True marks a sample that is real"):
+    with refused(ValueError, "mask leaves 0 valid sample(s), at least 2 needed", "True marks a valid sample"):
         function(X, mask=np.zeros(ROWS, bool))
-    with refused(ValueError, "mask leaves 1 real sample(s), at least 2 needed"):
+    with refused(ValueError, "mask leaves 1 valid sample(s), at least 2 needed"):
         function(X, mask=np.arange(ROWS) == 3)
-    with refused(ValueError, "mask_y leaves 0 real sample(s), at least 1 needed"):
+    with refused(ValueError, "mask_y leaves 0 valid sample(s), at least 1 needed"):
         function(X, Y, mask_y=np.zeros(len(Y), bool))
     one_of_two = np.stack([MASK, np.zeros(ROWS, bool)])
-    with refused(ValueError, "mask leaves 0 real sample(s)"):
+    with refused(ValueError, "mask leaves 0 valid sample(s)"):
         function(np.stack([X, X]), mask=one_of_two)
 
 
 @every_function_with_a_mask
 def test_a_mask_of_the_other_side_needs_another_side(function):
-    with refused(ValueError, "mask_y is given without y"):
+    with refused(ValueError, "mask_y needs y"):
         function(X, mask_y=MASK)
 
 
@@ -492,9 +492,9 @@ def test_where_a_trace_finds_no_sigma_the_value_is_nan(name):
         assert np.isfinite(jax.jit(call)(COINCIDENT, 0.2))
     else:
         assert np.isnan(jax.jit(call)(COINCIDENT, 0.2))
-        include = jax.jit(lambda density: WITH_SIGMA[name](X, OTHER, density=density, diagonal="include"))
-        assert np.isnan(include(0.001))  # below the 1 / n of the diagonal
-        with refused(ValueError, "x", "coincide"):
+        with_diagonal = jax.jit(lambda x, density: WITH_SIGMA[name](x, OTHER, density=density, diagonal="include"))
+        assert np.isnan(with_diagonal(X, 0.001))  # the diagonal alone gives 1 / n
+        with refused(ValueError, "x", "duplicates"):
             call(jnp.asarray(COINCIDENT), 0.2)
     assert np.isnan(jax.jit(call)(X, 1.5))
 

@@ -562,7 +562,7 @@ def test_one_run_at_a_time_writes_to_a_folder(command, models, capsys):
     with storage.locked(out):
         assert run(command, *inputs, *more, "--out", out) == 1
     said = capsys.readouterr().err
-    assert f"{out}: another run is working on it" in said
+    assert f"{out}: another job is using it" in said
     assert said.count("\n") == 1
     assert list(out.iterdir()) == []
 
@@ -610,7 +610,7 @@ def test_pictures_that_are_none(content, models, capsys):
     if content is None:
         (models / "photos.npy").write_bytes(b"")
     assert run("grid", models / "a", "--images", models / "photos.npy", "--out", models / "out") == 2
-    assert re.search(r"--images .*photos\.npy: (expected|it does not begin)", capsys.readouterr().err)
+    assert re.search(r"--images .*photos\.npy: (expected|it does not start)", capsys.readouterr().err)
 
 
 def test_the_demo_keeps_what_is_there(tmp_path, capsys):
@@ -684,14 +684,15 @@ def test_the_program_opens_as_many_files_as_it_may():
 def test_sets_larger_than_the_memory_are_refused_before_the_work(models, monkeypatch, capsys):
     for name in ("align", "compare_grid", "normalized_cut"):
         monkeypatch.setattr(commands, name, lambda *args, **kwargs: 1 / 0)
-    monkeypatch.setattr(_memory, "_SURELY_THERE", 0)
+    monkeypatch.setattr(_memory, "_UNCHECKED_BYTES", 0)
     monkeypatch.setattr(_memory, "_room", lambda: 100.0)
     x = models / "a" / "layer2.npy"
     out = ("--out", models / "out")
     np.save(models / "half.npy", np.load(x).astype(np.float16))
     for arguments in (("compare", x, x), ("align", x, *out), ("ncut", x, *out), ("grid", models / "half.npy", *out)):
         assert run(*arguments) == 1
-        assert re.search(r"(layer2|half) takes 1\.68e-06 GB of memory, and there are 1e-07 GB", capsys.readouterr().err)
+        words = r"(layer2|half) takes 1\.68e-06 GB of memory, but only 1e-07 GB are free"
+        assert re.search(words, capsys.readouterr().err)
 
 
 # --- the compilation cache -------------------------------------------------------------------------------------------

@@ -186,6 +186,6 @@ def test_what_does_not_fit_into_memory_is_an_error_and_no_endless_wait():
     )
     *refused, density = done.stdout.splitlines()
     assert len(refused) == 9
-    assert all("40000" in one and "GB while made, and there are" in one for one in refused), refused
+    assert all("40000" in one and "GB while it is computed, but only" in one for one in refused), refused
     assert all("solve_sigma, affinity_operator" in one for one in refused[:7])
     assert 0.1 < float(density) < 1

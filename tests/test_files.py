@@ -79,7 +79,7 @@ def test_a_lock_ends_with_its_process(kind, tmp_path):
     )
     with holder:
         assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(BlockingIOError, match="another run is working on it"), locked(path):
+        with pytest.raises(BlockingIOError, match="another job is using it"), locked(path):
             pass
         holder.send_signal(signal.SIGKILL)
     # What was not complete when it was killed is removed; another job's files are not.

@@ -238,7 +238,7 @@ def test_measures_of_features_without_variation(data):
     for name in ("rsa", "distance_correlation"):
         assert float(jaxalign.compare(x, y, name, **MEASURES[name][0])) == 0
     assert float(jaxalign.compare(x, y, "cka", kernel="linear")) == 0
-    with pytest.raises(ValueError, match="coincide"):  # no sigma gives the density
+    with pytest.raises(ValueError, match="duplicates"):  # no sigma gives the density
         jaxalign.compare(x, y, "cka", kernel=RBF(density=0.5))
 
 
@@ -302,7 +302,7 @@ def test_alignment_and_cuts(data):
     try:
         alignment = helpers.align({"x": x, "y": y}, landmarks=np.arange(count), density=0.5, channels="standardize")
     except REFUSALS as error:
-        if usable(x, None) and usable(y, None) and "coincide" not in str(error):
+        if usable(x, None) and usable(y, None) and "duplicates" not in str(error):
             raise
         return
     for name, rows in (("x", x), ("y", y)):

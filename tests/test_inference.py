@@ -335,7 +335,7 @@ def test_measures_of_sets_compile_once():
 def test_more_bad_input(x64):
     x, y, _ = sets()
     bad = [
-        (lambda: permutation_test(x, y, key=0), "key must be one key, as jax.random.key"),
+        (lambda: permutation_test(x, y, key=0), "key must be a single key, such as jax.random.key"),
         (lambda: bootstrap(x, y, key=KEY, level="a"), "level must lie strictly"),
         (lambda: bootstrap(x, y, key=KEY, resamples=1), "resamples must be a whole number, at least 2"),
         (lambda: bootstrap(x[:9], y[:9], key=KEY), "at least 10 samples; got 9"),

@@ -217,7 +217,7 @@ def test_hdf5_does_not_read_what_lies_elsewhere(tmp_path):
     assert list(read_features(tmp_path / "x.h5")) == ["x"]
     with h5py.File(tmp_path / "y.h5", "w") as file:
         file.create_dataset("x", (4, 3), "f4", external=[(str(secret), 0, 48)])
-    with pytest.raises(ValueError, match=r"'x' lies in another file, .*secret', which is not followed"):
+    with pytest.raises(ValueError, match=r"'x' is stored in another file, .*secret', which is not opened"):
         read_features(tmp_path / "y.h5")
 
 
@@ -232,7 +232,7 @@ def test_virtual_hdf5_is_read_of_its_own_file_only(tmp_path):
             layout[:] = h5py.VirtualSource(source, "x", shape=X.shape)
             file.create_virtual_dataset("virtual", layout)
     np.testing.assert_array_equal(read_features(tmp_path / "own.h5")["virtual"].values, X)
-    with pytest.raises(ValueError, match=r"'virtual' lies in another file, .*other\.h5', which is not followed"):
+    with pytest.raises(ValueError, match=r"'virtual' is stored in another file, .*other\.h5', which is not opened"):
         read_features(tmp_path / "foreign.h5")
 
 
@@ -301,15 +301,15 @@ def made_of_what_is_not_there(h5py, file, secret, other):
 @pytest.mark.parametrize(
     ("fill", "message"),
     [
-        (leak_integers, "'labels' lies in another file, .*secret', which is not followed"),
-        (leak_through_integers, "'group/labels' lies in another file, .*secret', which is not followed"),
-        (leak_through_a_link, "'link' leads to another file"),
-        (leak_through_two_links, "'/link/x' leads to another file"),
-        (leak_through_a_nested_source, r"'inner' lies in another file, .*other\.h5', which is not followed"),
-        (leak_by_a_pattern, "made of 'link%b', which is a pattern"),
-        (made_of_itself, "'x' is made of itself"),
-        (links_in_a_circle, "in a circle: it is not followed"),
-        (made_of_what_is_not_there, "'none', which a dataset is made of, is not there"),
+        (leak_integers, "'labels' is stored in another file, .*secret', which is not opened"),
+        (leak_through_integers, "'group/labels' is stored in another file, .*secret', which is not opened"),
+        (leak_through_a_link, "'link' is a link to another file"),
+        (leak_through_two_links, "'/link/x' is a link to another file"),
+        (leak_through_a_nested_source, r"'inner' is stored in another file, .*other\.h5', which is not opened"),
+        (leak_by_a_pattern, "has the source 'link%b', which is a pattern"),
+        (made_of_itself, "the virtual dataset 'x' contains itself"),
+        (links_in_a_circle, "or to itself, which is not followed"),
+        (made_of_what_is_not_there, "'none', the source of a dataset, does not exist"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -387,14 +387,14 @@ def deflated_pt(path):
 def test_what_is_larger_than_the_memory_is_refused_unread(write, tmp_path, monkeypatch):
     path = tmp_path / ("x." + write.__name__.removesuffix("_of_zeros").rpartition("_")[2])
     write(path)
-    monkeypatch.setattr(_memory, "_SURELY_THERE", 0)
+    monkeypatch.setattr(_memory, "_UNCHECKED_BYTES", 0)
     monkeypatch.setattr(_memory, "_room", lambda: 4.1e6)
     if write is not parquet_of_zeros:  # which takes twice as much while it is read
         (found,) = read_features(path).values()
         assert found.values.nbytes == 4_000_000
     monkeypatch.setattr(_memory, "_room", lambda: 3.9e6)
     tracemalloc.start()
-    with pytest.raises(MemoryError, match=r"x\.\w+: its \w+ take 0\.004 GB.*and there are 0\.0039 GB\. Save them as"):
+    with pytest.raises(MemoryError, match=r"x\.\w+: its \w+ take 0\.004 GB.*only 0\.0039 GB are free\. Save them as"):
         read_features(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -403,7 +403,7 @@ def test_what_is_larger_than_the_memory_is_refused_unread(write, tmp_path, monke
 
 def test_what_is_not_features_is_not_loaded(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "x.npz", x=X, labels=np.zeros((2000, 500), int))
-    monkeypatch.setattr(_memory, "_SURELY_THERE", 0)
+    monkeypatch.setattr(_memory, "_UNCHECKED_BYTES", 0)
     monkeypatch.setattr(_memory, "_room", lambda: 1e4)
     assert list(read_features(tmp_path / "x.npz")) == ["x"]
 
@@ -412,7 +412,7 @@ def test_archives_that_numpy_does_not_write(tmp_path):
     for kind in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):  # which Python inflates without a limit
         with zipfile.ZipFile(tmp_path / "x.npz", "w", kind) as file:
             file.writestr("x.npy", npy((4, 3), bytes(48)))
-        with pytest.raises(ValueError, match="compressed in a way that numpy does not write"):
+        with pytest.raises(ValueError, match="a compression method that NumPy does not write"):
             read_features(tmp_path / "x.npz")
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
         file.writestr("x.npy", npy((4, 3), bytes(48)))
@@ -476,7 +476,7 @@ def test_tensors_without_values_are_no_features(tmp_path):
     nested = []
     nested.append(nested)
     torch.save(nested, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="it is nested too deeply, or holds itself"):
+    with pytest.raises(ValueError, match="it is nested too deeply, or contains itself"):
         read_features(tmp_path / "x.pt")
 
 
@@ -489,7 +489,7 @@ def test_raw_bytes_are_explained(tmp_path):
 def test_a_copy_in_another_byte_order_has_to_fit(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", X.astype(">f4"))
     (found,) = read_features(tmp_path / "x.npy").values()
-    monkeypatch.setattr(_memory, "_SURELY_THERE", 0)
+    monkeypatch.setattr(_memory, "_UNCHECKED_BYTES", 0)
     monkeypatch.setattr(_memory, "_room", lambda: 100.0)
     with pytest.raises(MemoryError, match="Save it in the byte order of this machine"):
         found.rows()
@@ -506,7 +506,7 @@ def test_a_missing_package_names_its_extra(suffix, module, extra, tmp_path, monk
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of POSIX")
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.npy")
-    with pytest.raises(ValueError, match=r"x\.npy is a pipe, socket or device: name a regular file"):
+    with pytest.raises(ValueError, match=r"x\.npy is a pipe, socket or device: pass a regular file"):
         read_features(tmp_path / "x.npy")
     with pytest.raises(ValueError, match=r"x\.npy is a pipe"):
         streaming.solve_sigma(tmp_path / "x.npy")
@@ -546,7 +546,7 @@ def test_what_holds_no_features(tmp_path):
         read_features(tmp_path / "x.csv")
     np.save(tmp_path / "labels.npy", X)
     np.savez(tmp_path / "labels.npz", labels=X)
-    with pytest.raises(ValueError, match="both hold a set named 'labels'"):
+    with pytest.raises(ValueError, match="both hold features named 'labels'"):
         read_features(tmp_path)
 
 
@@ -561,7 +561,7 @@ def test_what_is_no_array_is_passed_over(tmp_path):
         file.writestr("readme.txt", "hello")
     assert list(read_features(tmp_path / "x.npz")) == ["x"]
     (tmp_path / "x.npz").rename(tmp_path / "y.npy")
-    with pytest.raises(ValueError, match="does not begin as a"):
+    with pytest.raises(ValueError, match="does not start like a"):
         read_features(tmp_path / "y.npy")
     (tmp_path / "y.npy").unlink()
     (tmp_path / "._x.npy").write_bytes(b"")  # as some systems leave beside every file

@@ -65,9 +65,9 @@ def test_it_works_on_an_alignment_under_jit(features):
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([(5, 8), (5, 7)], r"^rows must be \(n, m\) with the same m.*got \[\(5, 8\), \(5, 7\)\]"),
-        ([(2, 5, 8), (2, 5, 8)], r"^rows must be \(n, m\)"),
-        ([], r"^rows must be \(n, m\)"),
+        ([(5, 8), (5, 7)], r"^alignment must hold arrays \(n_k, m\) .* got \[\(5, 8\), \(5, 7\)\]"),
+        ([(2, 5, 8), (2, 5, 8)], r"^alignment must hold arrays \(n_k, m\)"),
+        ([], r"^alignment must hold arrays \(n_k, m\)"),
         ([(5, 8), (8,)], r"^alignment\[1\] must have shape"),
     ],
 )

@@ -29,7 +29,7 @@ def test_unit_vectors_do_not_depend_on_the_scale(power, rng):
 def test_a_vector_of_zeros_is_what_is_said_and_nan_stays_nan():
     x = jnp.array([[0.0, 0.0], [jnp.nan, 1.0], [3.0, 4.0]])
     np.testing.assert_array_equal(_linalg.unit(x), np.float32([[0, 0], [np.nan, np.nan], [0.6, 0.8]]))
-    np.testing.assert_array_equal(_linalg.unit(x[:1], nothing=7.0), np.float32([[7, 7]]))
+    np.testing.assert_array_equal(_linalg.unit(x[:1], fill=7.0), np.float32([[7, 7]]))
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_another_number_of_rows_in_another_process_is_an_error_in_each(example):
         one.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{one.getsockname()[1]}"
     said = example.run_together([[sys.executable, "-c", UNEQUAL, address, str(k)] for k in range(2)], timeout=TIMEOUT)
-    assert all("the same number of rows in every process; it has [40, 41]" in one for one in said)
+    assert all("the same number of rows in every process; got [40, 41]" in one for one in said)
 
 
 @pytest.mark.slow

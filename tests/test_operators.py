@@ -360,7 +360,7 @@ def test_a_vector_that_is_none(square):
 
 def test_rows_that_are_not_there(square, rectangular):
     for index in ([0, ODD], [-ODD - 1, 2]):
-        with refused(ValueError, f"index reaches from {min(index)} to {max(index)}; there are 23 rows"):
+        with refused(ValueError, f"index ranges from {min(index)} to {max(index)}, but there are 23 rows"):
             square.rows(np.array(index))
     with refused(ValueError, "there are 9 rows"):
         rectangular.T.rows(np.array([OTHER_ROWS]))
@@ -368,7 +368,7 @@ def test_rows_that_are_not_there(square, rectangular):
 
 def test_rows_that_are_spread_over_devices_cannot_be_selected():
     a = jaxalign.affinity_operator(X, sigma=1.5, plan=Plan(mesh=data_mesh()))
-    with refused(NotImplementedError, "rows of an operator whose rows are spread over devices", "(a.T @ e).T"):
+    with refused(NotImplementedError, "rows() of an operator whose rows are sharded over devices", "(a.T @ e).T"):
         a.rows(np.array([0]))
 
 
@@ -376,12 +376,12 @@ def test_a_matrix_inside_shard_map():
     def local(x):
         return jaxalign.affinity_operator(x, sigma=1.5, plan=Plan(axis_name="data")).todense()
 
-    with refused(ValueError, "todense() inside shard_map", "its own rows only"):
+    with refused(ValueError, "todense() inside shard_map", "only its own rows"):
         jax.vmap(local, axis_name="data")(X[None])
 
 
 def test_a_diagonal_needs_one_side(rectangular):
-    with refused(ValueError, "diagonal() of an operator with y"):
+    with refused(ValueError, "diagonal() has no meaning with y"):
         rectangular.diagonal()
     with refused(ValueError, "zero_diagonal=True has no meaning with y"):
         jaxalign.affinity_operator(X, Y, sigma=1.5, zero_diagonal=True)
@@ -390,12 +390,12 @@ def test_a_diagonal_needs_one_side(rectangular):
 @pytest.mark.parametrize("axis", [2, -3, 7])
 def test_an_axis_that_is_not_there(square, axis):
     for method in (square.sum, square.mean):
-        with refused(ValueError, "axis must be None, -1 (over each row) or -2 (over each column)"):
+        with refused(ValueError, "axis must be None, -1 (each row) or -2 (each column)"):
             method(axis)
 
 
 def test_degrees_are_normalised_once(square):
-    with refused(ValueError, "the operator is scaled already"):
+    with refused(ValueError, "the operator is already scaled"):
         square.degree_normalized().degree_normalized()
 
 
@@ -409,7 +409,7 @@ def test_features_sigma_and_options_are_checked_as_everywhere():
         ({"density": 0.01}, ValueError, "density = 0.01 cannot be reached with n = 23 samples"),
         ({"bandwidth": "row"}, ValueError, "bandwidth must be one of"),
         ({"mask": np.ones(3, bool)}, ValueError, "mask has shape (3,), expected (23,)"),
-        ({"mask_y": MASK}, ValueError, "mask_y is given without y"),
+        ({"mask_y": MASK}, ValueError, "mask_y needs y"),
     ):
         with refused(error, words):
             build(**options)

@@ -122,10 +122,10 @@ def test_close_pairs_keep_their_digits_far_from_the_others(rng):
     ("options", "message"),
     [
         ({"fn": "rbf"}, "fn must be a function"),
-        ({"fn": lambda d: jnp.sum(d)}, "entry by entry"),
+        ({"fn": lambda d: jnp.sum(d)}, "elementwise"),
         ({"y": np.ones((3, WIDTH), np.float32), "self_pairs": False}, "self_pairs=False has no meaning"),
         ({"values": np.ones(N), "per_row": True}, "per_row=True has no effect"),
-        ({"values": np.ones(N + 1)}, "each of 41 columns needs a value"),
+        ({"values": np.ones(N + 1)}, r"expected \(..., 41\) or \(..., 41, k\) for 41 columns"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_types")

@@ -131,7 +131,7 @@ def test_sets_in_files_of_different_dtype_or_too_few_samples(x64, tmp_path):
     with pytest.raises(ValueError, match="needs at least 4 samples; 3 are left"):
         jaxalign.compare_grid({"a": tmp_path / "single.npy"}, kernel="linear", mask=np.arange(12) < 3)
     np.save(tmp_path / "alike.npy", np.ones_like(X))
-    with pytest.raises(ValueError, match=r"b.*coincide"):
+    with pytest.raises(ValueError, match=r"b.*duplicates"):
         jaxalign.compare_grid({"a": tmp_path / "single.npy", "b": tmp_path / "alike.npy"}, kernel=RBF(density=0.5))
 
 
@@ -144,7 +144,7 @@ def test_sets_in_files_that_all_hold_nan_are_nan(tmp_path):
 def test_lists_of_different_length_in_a_table(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"x": pa.array([[1.0, 2.0], [3.0]])}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"column 'x' holds lists of different length: \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"column 'x' holds lists of different lengths: \[1, 2\]"):
         io.read_features(tmp_path / "x.parquet")
 
 
@@ -193,7 +193,7 @@ WITH_A_KEY = {
 def test_a_key_is_one_of_jax_random(name):
     several = jax.random.split(jax.random.key(0), 3)
     for bad, words in ((0, "0"), ("0", "'0'"), (np.zeros(2), "array([0., 0.])"), (several, "key<fry> array of shape")):
-        with pytest.raises(TypeError, match=re.escape(f"as jax.random.key(0) makes it; got {words}")):
+        with pytest.raises(TypeError, match=re.escape(f"such as jax.random.key(0); got {words}")):
             WITH_A_KEY[name](bad)
 
 

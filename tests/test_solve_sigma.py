@@ -546,7 +546,7 @@ def test_without_throw_nothing_is_read(name, rng, monkeypatch):
     options = {"density": jnp.float32(0.2), "mask": jnp.asarray(MASK)}
     expected = WITHOUT_THROW[name](x, **options)
     monkeypatch.setattr(jaxalign._checks, "on_host", fail)
-    monkeypatch.setattr(jaxalign._checks, "looked_at", fail)
+    monkeypatch.setattr(jaxalign._checks, "read_on_host", fail)
     np.testing.assert_array_equal(WITHOUT_THROW[name](x, **options), expected)
     if name != "solve_sigma":
         assert np.isfinite(WITHOUT_THROW[name](x, sigma=jnp.float32(2.0))).all()

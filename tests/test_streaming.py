@@ -356,7 +356,7 @@ OTHER_FILES = [b"\x93NUMPY\xff", b"[]", b"text", b'{"check": 1, "state": {"done"
 def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     path = tmp_path / "job"
     path.write_bytes(content)
-    with refused(ValueError, str(path), "truncated or not a checkpoint", "as this version writes", "name another file"):
+    with refused(ValueError, str(path), "truncated or not a checkpoint", "as this version writes", "use another file"):
         resume(JOBS["solve_sigma"], path)
     assert path.read_bytes() == content
 
@@ -433,7 +433,7 @@ def test_a_checkpoint_of_another_version_is_refused(key, other, tmp_path):
     identity = json.loads(str(arrays["identity"]))
     expected, identity[key] = identity[key], other
     write(path, {**arrays, "identity": json.dumps(identity)})
-    with refused(ValueError, "belongs to another job", f"{key} (there {other!r}, here {expected!r})"):
+    with refused(ValueError, "belongs to another job", f"{key} (file: {other!r}, now: {expected!r})"):
         resume(JOBS["solve_sigma"], path)
 
 
@@ -480,7 +480,7 @@ def test_bad_block_rows(job, block_rows):
 
 
 def test_a_sequence_has_its_own_blocks():
-    with refused(ValueError, "block_rows=7 with a sequence of blocks", "x has blocks of its own"):
+    with refused(ValueError, "block_rows=7 has no effect with a sequence", "the arrays of x are the blocks"):
         JOBS["mean_density"](np.split(X.astype(np.float32), 2), block_rows=7)
 
 
@@ -541,7 +541,7 @@ class Shrinking(list):
 
 
 def test_a_block_that_changes_its_shape_meanwhile():
-    with refused(ValueError, "block 1 of x has shape (11, 5), it had (12, 5) before"):
+    with refused(ValueError, "block 1 of x has shape (11, 5), but had (12, 5) before"):
         JOBS["solve_sigma"](Shrinking(np.split(X.astype(np.float32), 2)))
 
 
@@ -609,14 +609,14 @@ def test_masks_of_the_wrong_shape_or_dtype(job, mask):
 @every_job
 def test_masks_that_leave_too_few(job):
     for real in (0, 1):
-        with refused(ValueError, f"the mask of x leaves {real} real sample(s), at least 2"):
+        with refused(ValueError, f"the mask of x leaves {real} valid sample(s), at least 2"):
             job(X.astype(np.float32), mask=np.arange(ROWS) < real)
 
 
 @pytest.mark.usefixtures("unchecked_types")
 @every_job
 def test_a_mask_of_the_other_side_needs_another_side(job):
-    with refused(ValueError, "mask_y is given without y"):
+    with refused(ValueError, "mask_y needs y"):
         job(X.astype(np.float32), mask_y=MASK)
     with refused(ValueError, "diagonal='exclude' has no meaning with y"):
         job(X.astype(np.float32), y=Y.astype(np.float32), diagonal="exclude")
@@ -660,7 +660,7 @@ def test_a_density_below_that_of_the_diagonal():
 @pytest.mark.parametrize("features", ["constant", "duplicates"])
 def test_coincident_samples(features, tmp_path):
     x = np.ones((ROWS, WIDTH)) if features == "constant" else np.repeat(X[:3], 8, 0)
-    with refused(ValueError, "no sigma found", "samples coincide", "Remove duplicate samples"):
+    with refused(ValueError, "no sigma found", "samples are duplicates", "Remove duplicate samples"):
         streaming.solve_sigma(x.astype(np.float32), density=DENSITY, checkpoint=tmp_path / "job")
     assert list(tmp_path.iterdir()) == []  # nothing to go on from
 

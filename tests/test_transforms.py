@@ -301,7 +301,7 @@ def test_a_matrix_and_row_numbers_may_be_closed_over(kind):
     )
     operator = jaxalign.affinity_operator(X, density=0.3)
     assert_same(jax.jit(lambda: operator.rows(index))(), operator.rows(index))
-    with pytest.raises(ValueError, match="index reaches from 3 to 24"):
+    with pytest.raises(ValueError, match="index ranges from 3 to 24"):
         jax.jit(lambda: operator.rows(beyond))()
 
 
@@ -311,7 +311,7 @@ def test_what_is_closed_over_is_checked(kind):
     with pytest.raises(ValueError, match="row 3 is 0 everywhere"):
         jax.jit(lambda x: jaxalign.measures.mutual_knn(x, flat))(X)
     own = kind(np.asarray(jaxalign.rbf_affinity(X, density=0.3)))
-    with pytest.raises(ValueError, match="the affinity of a landmark with itself"):
+    with pytest.raises(ValueError, match="the affinity of a landmark to itself"):
         jax.jit(lambda: jaxalign.correspondence(own, own))()
     hole = kind(np.where(np.arange(24)[:, None] == 3, np.nan, Y))
     with pytest.raises(ValueError, match=r"y has nan or inf in 1 row"):

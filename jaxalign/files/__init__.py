@@ -1,1 +1,1 @@
-"""Files: readers, one visit of pairs of blocks, one checkpoint format; sigma and grids of what memory does not hold."""
+"""Features in files: readers, checkpoints, and sigma and grids computed from blocks of rows."""

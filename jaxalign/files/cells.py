@@ -1,4 +1,4 @@
-"""What a grid compares; and grids of measures that compare summaries of two representations."""
+"""The task of a grid, and grids of measures that compare summaries of two representations."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from jaxalign.measures._evaluate import (
 )
 from jaxalign.plan import Plan, resolve_plan
 
-# Summaries are kept up to this many bytes, and at least two of them.
+# Keep summaries up to this many bytes, but at least two of them.
 _KEPT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class GridTask:
-    """What is compared with what, and how."""
+    """The representations of a grid, and how they are compared."""
 
-    features: list[Any]  # (n, d) of each representation, those of the rows of the grid first
+    features: list[Any]  # (n, d) of each representation, the rows of the grid first
     names: list[str]
-    split: int  # how many of them are rows of the grid; all: they are its columns too
+    split: int  # the number of rows of the grid; if it includes all representations, they are the columns too
     options: dict[str, Any]  # of the measure
     mask: Any
     missing: Missing
@@ -44,7 +44,7 @@ class GridTask:
 
     @property
     def num_samples(self) -> int:
-        """Rows of every representation."""
+        """The number of rows of every representation."""
         return self.features[0].shape[0]
 
     @property
@@ -54,21 +54,21 @@ class GridTask:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the grid."""
+        """The shape of the grid."""
         return self.split, len(self.columns)
 
     @property
     def kernel(self) -> RBF | Laplacian | None:
-        """The kernel with a bandwidth, if there is one."""
+        """The kernel with a bandwidth, or None."""
         return with_bandwidth(self.options)
 
     def bandwidth_of(self, k: int) -> RBF | Laplacian:
-        """The kernel of a representation, if there is one with a bandwidth."""
+        """The kernel of a representation; the task must have a kernel with a bandwidth."""
         assert self.kernel is not None
         return for_representations(self.kernel, k)
 
     def subset(self, numbers: Sequence[int], mask: np.ndarray | None) -> GridTask:
-        """The task of some of the representations, and of the samples of a mask."""
+        """The task for a subset of the representations, and for the samples of a mask."""
         options = {
             name: for_representations(value, *numbers) if isinstance(value, (RBF, Laplacian)) else value
             for name, value in self.options.items()
@@ -78,11 +78,11 @@ class GridTask:
         return replace(self, features=features, names=names, split=split, options=options, mask=mask)
 
     def inputs(self, measure: str) -> dict[str, Any]:
-        """What a checkpoint is compared by, beside the features."""
+        """The inputs that identify a checkpoint, besides the features."""
         return {
             "measure": measure,
             "options": {name: option_value(value) for name, value in self.options.items()},
-            # A few values of a function of distances: two with one name may differ.
+            # A few values of each custom kernel, because two functions with the same name may differ.
             "kernels": {
                 name: np.asarray(value(jnp.logspace(-3, 3, 13))).tolist()
                 for name, value in self.options.items()
@@ -95,27 +95,27 @@ class GridTask:
 
 
 def option_value(option: Any) -> Any:
-    """An option as JSON: a kernel by its text."""
+    """An option as JSON; a kernel becomes its repr."""
     return repr(option) if isinstance(option, (RBF, Laplacian, Linear)) else json_value(option)
 
 
 class GridResult(NamedTuple):
-    """The numbers of a grid."""
+    """The values of a grid."""
 
     values: np.ndarray
     sigma: np.ndarray  # of each representation
-    num_samples: int  # that counted
+    num_samples: int  # valid samples
 
 
 @dataclass(frozen=True)
 class Summaries:
-    """Summaries of the representations; the most recently used ones are kept."""
+    """Summaries of the representations, with a cache of the most recently used ones."""
 
     task: GridTask
     measure: SummaryMeasure
     load: Callable[[int], Array]
     mask: Array | None
-    kept: dict[int, Any] = field(default_factory=dict)  # the most recently used one last
+    kept: dict[int, Any] = field(default_factory=dict)  # in order of use, the most recent last
 
     def __getitem__(self, k: int) -> Any:
         self.kept[k] = self.kept.pop(k) if k in self.kept else self._summarize(k)
@@ -139,13 +139,13 @@ _compare_summaries_jit = jax.jit(compare_summaries, static_argnames="measure")
 
 
 def compare_cells(summaries: Summaries, checkpoint: Checkpoint) -> np.ndarray:
-    """The values of every two representations; every cell that is done is saved."""
+    """The values for all pairs of representations; the checkpoint is saved after every cell."""
     task, measure = summaries.task, summaries.measure
     state = checkpoint.load({"values": np.full(task.shape, np.nan), "done": np.zeros(task.shape, bool)})
     values, done = state["values"], state["done"]
     with reporting(task.progress, measure.name, values.size, unit="comparison") as show:
         for i in range(task.split):
-            # To and fro, so that what was used last comes first if not all can be kept.
+            # Alternate the direction, so that the most recently used summaries come first if the cache is full.
             for j, column in list(enumerate(task.columns))[:: 1 if i % 2 == 0 else -1]:
                 if not done[i, j]:
                     values[i, j] = _compare_summaries_jit(summaries[i], summaries[column], summaries.mask, measure)

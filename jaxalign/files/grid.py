@@ -1,4 +1,4 @@
-"""Grids of representations in files: of measures by pairs of samples from blocks of rows, of others cell by cell."""
+"""Grids of representations in files: pairwise measures from blocks of rows, other measures cell by cell."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from jaxalign.plan import choose_tile_size, default_block_rows
 def compare_files(
     task: GridTask, measure: PairMeasure | SummaryMeasure, block_rows: int | None, checkpoint: Path | None
 ) -> GridResult:
-    """A grid of which two blocks of all rows, or two representations, are in memory at a time."""
+    """The values of a grid, with two blocks of rows, or two representations, in memory at a time."""
     _checks.choice("missing", task.missing, ("raise", "omit", "propagate"))
     widths = sum(value.shape[1] for value in task.features)
     size = block_rows or min(task.num_samples, default_block_rows(widths * 8))
@@ -54,7 +54,7 @@ def compare_files(
     if num_samples < measure.min_samples:
         raise ValueError(f"{measure.label} needs at least {measure.min_samples} samples; {num_samples} are left.")
     result = GridResult(np.full(task.shape, np.nan), np.full(len(task.names), np.nan), num_samples)
-    rows, columns = ([at for at, k in enumerate(side) if k in complete] for side in (range(task.split), task.columns))
+    rows, columns = ([i for i, k in enumerate(side) if k in complete] for side in (range(task.split), task.columns))
     if rows and columns:
         values, sigma = _compare_complete(task.subset(complete, mask), measure, size, checkpoint)
         result.values[np.ix_(rows, columns)] = values
@@ -63,28 +63,28 @@ def compare_files(
 
 
 def _complete(task: GridTask, block_rows: int) -> tuple[np.ndarray | None, list[int]]:
-    """The mask of the samples that count, and the representations without missing values in these."""
+    """The mask of valid samples, and the representations without missing values in them."""
     mask = _checks.row_mask("mask", task.mask, (task.num_samples,))
-    mask, every = None if mask is None else np.asarray(mask), list(range(len(task.names)))
-    if task.missing == "raise":  # which is done when all rows are read
-        return mask, every
+    mask, numbers = None if mask is None else np.asarray(mask), list(range(len(task.names)))
+    if task.missing == "raise":  # raises when all rows are read
+        return mask, numbers
     finite = [rows_are_finite(value, block_rows) for value in task.features]
     if task.missing == "omit":
-        return np.logical_and.reduce(finite) & (True if mask is None else mask), every
-    return mask, [k for k in every if finite[k][slice(None) if mask is None else mask].all()]
+        return np.logical_and.reduce(finite) & (True if mask is None else mask), numbers
+    return mask, [k for k in numbers if finite[k][slice(None) if mask is None else mask].all()]
 
 
 def _compare_complete(
     task: GridTask, measure: PairMeasure | SummaryMeasure, block_rows: int, checkpoint: Path | None
 ) -> tuple[Any, Any]:
-    """Values, and the sigma of each representation."""
+    """The values, and the sigma of each representation."""
     is_by_pairs, function = isinstance(measure, PairMeasure), measure.function
     diagonal = function.diagonal if is_by_pairs and function.solves else "include"
     direction = function.normalization if is_by_pairs else None
     pairs: list[RowPairs] = []
     for name, value in zip(task.names, task.features, strict=True):
         source = open_source(name, value, task.mask, block_rows, direction)
-        source = replace(source, way_out='missing="omit" leaves out samples that are missing in any set.')
+        source = replace(source, way_out='missing="omit" leaves out samples that are missing in any representation.')
         pairs.append(open_pairs(source, None, diagonal, task.plan))
     identities = {f"features of {name}": features.identity for name, features in zip(task.names, pairs, strict=True)}
     saved = Checkpoint(checkpoint, "compare_grid", {**task.inputs(measure.name), **identities})
@@ -109,7 +109,7 @@ def _compare_blocks(
     number, num_products, rows = len(pairs), math.prod(task.shape), max(pairs[0].x.sizes)
     dtypes = [str(features.dtype) for features in pairs]
     if len(set(dtypes)) > 1:
-        raise ValueError("all sets must have the same dtype; got " + ", ".join(dtypes) + ".")
+        raise ValueError("all representations must have the same dtype; got " + ", ".join(dtypes) + ".")
     width = num_products if measure.centering is None else number
     zero = zero_sums(num_products + number, task.num_samples, width)
     state = _with_sigma(saved.load({"sigma": np.full(number, np.nan), **zero}), task, pairs, measure.function, saved)
@@ -126,19 +126,19 @@ def _compare_blocks(
 def _with_sigma(
     state: State, task: GridTask, pairs: list[RowPairs], function: PairFunction, saved: Checkpoint
 ) -> State:
-    """The state with the bandwidth of every representation; each that is solved for is saved."""
+    """The state with the sigma of every representation; the checkpoint is saved after each solve."""
     if not function.needs_sigma:
         return state
     if not function.solves:
         return {**state, "sigma": np.asarray([task.bandwidth_of(k).sigma for k in range(len(pairs))], np.float64)}
-    beside = None if saved.path is None else saved.path.with_name(saved.path.name + ".sigma")
-    density = float(np.asarray(task.bandwidth_of(0).density))  # as JSON holds it
-    with reporting(task.progress, "sigma", len(pairs), unit="set") as show:
+    path = None if saved.path is None else saved.path.with_name(saved.path.name + ".sigma")
+    density = float(np.asarray(task.bandwidth_of(0).density))  # JSON holds Python floats
+    with reporting(task.progress, "sigma", len(pairs), unit="representation") as show:
         for k, features in enumerate(pairs):
             if np.isnan(state["sigma"][k]):
                 try:
-                    with locked_checkpoint(beside):
-                        solution = solve_rows(features, density, checkpoint=beside, euclidean=function.euclidean)
+                    with locked_checkpoint(path):
+                        solution = solve_rows(features, density, checkpoint=path, euclidean=function.euclidean)
                 except ValueError as error:
                     raise ValueError(f"{task.names[k]}: {error}") from None
                 state["sigma"][k] = float(solution.sigma)
@@ -149,18 +149,18 @@ def _with_sigma(
 
 @dataclass(frozen=True)
 class _Terms:
-    """What is summed over the pairs of samples."""
+    """Parameters of the sums over pairs of samples."""
 
     function: PairFunction
     centering: Centering | None
-    split: int  # representations that are rows of the grid
+    split: int  # the number of rows of the grid
     tile_size: int | None
 
 
 def _visit(
     terms: _Terms, pairs: list[RowPairs], state: State, saved: Checkpoint, report: Reporting
 ) -> tuple[State, Array, Properties]:
-    """The state with all sums, what values are shifted by in them, and the properties of the representations."""
+    """The state with all sums, the shift of their values, and the properties of the representations."""
     dtype, sources = pairs[0].dtype, [features.x for features in pairs]
     sample = Block(slice(0), tuple(features.sample[0] for features in pairs), None)
     sigma = jnp.asarray(state["sigma"], dtype)
@@ -189,7 +189,7 @@ def _visit(
 
 
 def _shift_of(means: np.ndarray, weights: np.ndarray, centering: Centering | None) -> np.ndarray:
-    """What f_ij is shifted by, from its row means: the sums are then as accurate as those of centered matrices."""
+    """The shift of f_ij, from its row means, which makes the sums as accurate as those of centered matrices."""
     if centering is None:
         return np.zeros_like(means)
     half = 0.5 * np.sum(means * weights, 0, dtype=np.float64) / weights.sum(dtype=np.float64)
@@ -198,9 +198,9 @@ def _shift_of(means: np.ndarray, weights: np.ndarray, centering: Centering | Non
 
 
 def _centered(pairs: list[RowPairs], x: Block, y: Block | None = None) -> tuple[CenteredFeatures, ...]:
-    others, mask_y = ((None,) * len(pairs), None) if y is None else (y.features, y.mask)
-    every = zip(pairs, x.features, others, strict=True)
-    return tuple(features.centered(rows, other, x.mask, mask_y) for features, rows, other in every)
+    columns, mask_y = ((None,) * len(pairs), None) if y is None else (y.features, y.mask)
+    sides = zip(pairs, x.features, columns, strict=True)
+    return tuple(features.centered(rows, column, x.mask, mask_y) for features, rows, column in sides)
 
 
 @partial(jax.jit, static_argnames="function")
@@ -236,7 +236,7 @@ def _sum_blocks(
     shift_y: Array | None,
     terms: _Terms,
 ) -> tuple[Any, Any, Any]:
-    """The fields of `BlockSums`; without totals of differences."""
+    """The fields of `BlockSums`; totals is 0 if the reduction has no totals."""
     function, is_self = terms.function, shift_y is None
     pairs = Pairs(features, None, is_self, terms.tile_size, differentiable=False, euclidean=function.euclidean)
     reduction = make_reduction(tuple(part.scale for part in features), terms.split, function, terms.centering)

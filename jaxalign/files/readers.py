@@ -1,6 +1,6 @@
-"""Arrays in files of the formats that `jaxalign.io` reads, described by their headers before anything is loaded.
+"""Readers for the file formats of `jaxalign.io`, which check the headers of arrays before loading them.
 
-A format's package, where it needs one, is imported when a file of that format is read: the extra [cli], or [torch].
+Some formats need a package of the extra [cli] or [torch], which is imported when a file of that format is read.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import numpy as np
 from jaxalign._memory import check_bytes
 from jaxalign.files.storage import check_regular, too_many_files
 
-_BY_BLOCKS = "Save them as .npy files: compare_grid and `jaxalign grid` read those block by block."
+_BY_BLOCKS = "Save them as .npy files, which compare_grid and `jaxalign grid` read block by block."
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An array as its file describes it.
+    """An array in a file, described by its header.
 
     Attributes:
-        dtype: once loaded; words where numpy has no such dtype.
-        shape: of the array.
-        load: reads it.
-        nbytes: memory that loading takes; None: the size of the array.
+        dtype: dtype of the loaded array; a string if NumPy has no such dtype.
+        shape: shape of the array.
+        load: function that reads the array.
+        nbytes: bytes of memory that loading takes; None: the size of the array.
     """
 
     dtype: np.dtype[Any] | str
@@ -51,14 +51,14 @@ class Stored:
 
 @contextlib.contextmanager
 def open_npz(path: Path) -> Generator[dict[str, Stored], None, None]:
-    """The arrays of an .npz file by their headers: a small file may hold many gigabytes of zeros."""
+    """The arrays of an .npz file, from their headers alone: a small file can hold many gigabytes of zeros."""
     check_regular(path)
     with zipfile.ZipFile(path) as archive:
         arrays: dict[str, Stored] = {}
         for member in archive.infolist():
-            # numpy writes no others, and Python inflates them without a limit.
+            # NumPy writes no other methods, and Python decompresses those without a size limit.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{member.filename!r} is compressed in a way that numpy does not write.")
+                raise ValueError(f"{member.filename!r} has a compression method that NumPy does not write.")
             array = _member(archive, member)
             name = member.filename.removesuffix(".npy")
             if array is not None:
@@ -69,7 +69,7 @@ def open_npz(path: Path) -> Generator[dict[str, Stored], None, None]:
 
 
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored | None:
-    """An array in an archive; None for what is no array of numbers or text."""
+    """An array in an archive; None for other members."""
     readers = {b"\x01\x00": np.lib.format.read_array_header_1_0, b"\x02\x00": np.lib.format.read_array_header_2_0}
     with archive.open(member) as file:
         start = file.read(len(np.lib.format.MAGIC_PREFIX) + 2)
@@ -81,7 +81,7 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored | None:
     if dtype.hasobject:
         raise ValueError(f"{member.filename!r} holds Python objects.")
     if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize > room:
-        raise ValueError(f"{member.filename!r} claims shape {shape} of {dtype}, which is more than it holds.")
+        raise ValueError(f"{member.filename!r} claims shape {shape} of {dtype}, which is more data than it holds.")
 
     def load() -> np.ndarray:
         with archive.open(member) as file:
@@ -97,7 +97,7 @@ def _is_features(array: Stored) -> bool:
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """The features in a file, and in words all that it holds; a file larger than the memory is refused unread."""
+    """The features in a file, and a description of all its arrays; files larger than memory are rejected unread."""
     check_regular(path)
     suffix = path.suffix.lower()
     try:
@@ -117,23 +117,23 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], str]:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise OSError(error.errno, too_many_files(), str(path)) from None
-        # A damaged archive asks for a place before its beginning: EINVAL. All else is the file system's word.
+        # EINVAL: a damaged archive makes Python seek before its start. All other codes come from the file system.
         if error.errno not in (None, errno.EINVAL):
             raise
         raise ValueError(f"{path} cannot be read as {path.suffix}: {_first_line(error)}") from error
-    except Exception as error:  # whatever a format's package raises on a damaged file
+    except Exception as error:  # packages raise all kinds of exceptions for damaged files
         words = f"{type(error).__name__} {error}".lower()
         if any(word in words for word in ("allow_pickle", "python objects", "weights_only", "unpickl")):
             raise ValueError(
-                f"{path} is damaged, or holds pickled Python objects, which could run any code when read: they are "
-                "never unpickled. Save plain arrays, or tensors in a dict."
+                f"{path} is damaged, or holds pickled Python objects, which are never unpickled because they could run "
+                "any code. Save plain arrays, or tensors in a dict."
             ) from None
         raise ValueError(f"{path} cannot be read as {path.suffix}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
     if isinstance(error, RecursionError):
-        return "it is nested too deeply, or holds itself."
+        return "it is nested too deeply, or contains itself."
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
@@ -145,7 +145,7 @@ def open_npy(path: Path) -> np.ndarray:
     check_regular(path)
     with path.open("rb") as file:
         if file.read(6) != b"\x93NUMPY":
-            raise ValueError("it does not begin as a .npy file does.")
+            raise ValueError("it does not start like a .npy file.")
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
@@ -155,7 +155,7 @@ def _npy(path: Path) -> Generator[dict[str, Stored], None, None]:
     yield {path.stem: Stored(array.dtype, array.shape, lambda: array, nbytes=0)}
 
 
-# Those of floating point numbers; float8 is loaded as float32, in which it is exact.
+# The floating-point dtypes; float8 is loaded as float32, without rounding.
 _SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -171,13 +171,13 @@ _SAFETENSORS_DTYPES = {
 
 @contextlib.contextmanager
 def _safetensors(path: Path) -> Generator[dict[str, Stored], None, None]:
-    """The length of a header, the header in JSON, and then the arrays, which the header tells the places of."""
+    """Format: the length of the header, the header in JSON with the positions of the arrays, and the arrays."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         start = 8 + length
         if not 8 < start <= size:
-            raise ValueError("it does not begin with the length of its header.")
+            raise ValueError("it does not start with the length of its header.")
         header = dict(json.loads(file.read(length)))
     header.pop("__metadata__", None)
     yield {name: _tensor(path, name, entry, start, size) for name, entry in header.items()}
@@ -192,7 +192,7 @@ def _tensor(path: Path, name: str, entry: Mapping[str, Any], start: int, size: i
     first, last = map(int, entry["data_offsets"])
     count = math.prod(shape)
     if min(shape, default=0) < 0 or not 0 <= first <= last <= size - start or last - first != count * stored.itemsize:
-        raise ValueError(f"{name!r} claims shape {shape} of {entry['dtype']} at a place that does not hold it.")
+        raise ValueError(f"{name!r} claims shape {shape} of {entry['dtype']} at a position that does not hold it.")
 
     def load() -> np.ndarray:
         values = np.fromfile(path, stored.newbyteorder("<"), count, offset=start + first)
@@ -215,60 +215,60 @@ def _h5(path: Path) -> Generator[dict[str, Stored], None, None]:
 
         def visit(name: str, node: Any) -> None:
             if isinstance(node, h5py.Dataset):
-                # First, as even the shape of a virtual dataset may depend on others.
-                _refuse_elsewhere(file, name, node, checked)
+                # Check first: even the shape of a virtual dataset may come from another file.
+                _check_in_file(file, name, node, checked)
                 if node.shape is not None:
                     arrays[name] = Stored(node.dtype, node.shape, lambda: node[()])
 
-        file.visititems(visit)  # which follows no links
+        file.visititems(visit)  # does not follow links
         yield arrays
 
 
-def _refuse_elsewhere(file: Any, name: str, node: Any, checked: set[Any], above: tuple[Any, ...] = ()) -> None:
-    """Raise unless the values of a dataset lie in this file: in itself, or in others that it is made of."""
+def _check_in_file(file: Any, name: str, node: Any, checked: set[Any], above: tuple[Any, ...] = ()) -> None:
+    """Raise unless the values of a dataset are in this file, possibly in the sources of a virtual dataset."""
     if node in checked:
         return
     if node.external:
-        raise ValueError(f"{name!r} lies in another file, {node.external[0][0]!r}, which is not followed.")
+        raise ValueError(f"{name!r} is stored in another file, {node.external[0][0]!r}, which is not opened.")
     if node in above:
-        raise ValueError(f"{name!r} is made of itself.")
+        raise ValueError(f"the virtual dataset {name!r} contains itself.")
     for source in node.virtual_sources() if node.is_virtual else ():
         if source.file_name != ".":
-            raise ValueError(f"{name!r} lies in another file, {source.file_name!r}, which is not followed.")
+            raise ValueError(f"{name!r} is stored in another file, {source.file_name!r}, which is not opened.")
         inner = source.dset_name
-        if "%" in inner or len(above) == _MOST_LINKS:
-            raise ValueError(f"{name!r} is made of {inner!r}, which is a pattern, or nested too deeply to follow.")
-        _refuse_elsewhere(file, inner, _dataset(file, file, inner), checked, (*above, node))
+        if "%" in inner or len(above) == _MAX_LINKS:
+            raise ValueError(f"{name!r} has the source {inner!r}, which is a pattern, or nested too deeply.")
+        _check_in_file(file, inner, _dataset(file, file, inner), checked, (*above, node))
     checked.add(node)
 
 
 def _dataset(file: Any, group: Any, name: str, links: int = 0) -> Any:
-    """What a name leads to within a file; where a link leads out of it, nothing is opened."""
+    """The dataset with a name in a file; raises for links to other files, which are not opened."""
     from h5py import Dataset, Group, h5l  # pyright: ignore[reportAttributeAccessIssue]
 
     node = file if name.startswith("/") else group
     for part in filter(lambda part: part not in ("", "."), name.split("/")):
         if not isinstance(node, Group) or not node.id.links.exists(part.encode()):
-            raise ValueError(f"{name!r}, which a dataset is made of, is not there.")
+            raise ValueError(f"{name!r}, the source of a dataset, does not exist.")
         kind = node.id.links.get_info(part.encode()).type
         if kind == h5l.TYPE_HARD:
             node = node[part]
-        elif kind == h5l.TYPE_SOFT and links < _MOST_LINKS:
+        elif kind == h5l.TYPE_SOFT and links < _MAX_LINKS:
             node = _dataset(file, node, node.id.links.get_val(part.encode()).decode(), links + 1)
         else:
-            raise ValueError(f"{name!r} leads to another file, or in a circle: it is not followed.")
+            raise ValueError(f"{name!r} is a link to another file, or to itself, which is not followed.")
     if links == 0 and not isinstance(node, Dataset):
-        raise ValueError(f"{name!r} is no dataset.")
+        raise ValueError(f"{name!r} is not a dataset.")
     return node
 
 
-# Links, and datasets within datasets, that are followed; a real file has few.
-_MOST_LINKS = 16
+# Limit for links and nested virtual datasets; real files have few.
+_MAX_LINKS = 16
 
 
 @contextlib.contextmanager
 def _parquet(path: Path) -> Generator[dict[str, Stored], None, None]:
-    """Every column of lists is a set; columns of floating point numbers together are one."""
+    """Each column of lists is an array; all columns of floating-point numbers together are another one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -292,7 +292,7 @@ def _parquet(path: Path) -> Generator[dict[str, Stored], None, None]:
         column = table.column(name).combine_chunks()
         widths = np.unique([len(row) for row in column])
         if len(widths) != 1 or column.null_count:
-            raise ValueError(f"column {name!r} holds lists of different length: {widths[:5].tolist()}.")
+            raise ValueError(f"column {name!r} holds lists of different lengths: {widths[:5].tolist()}.")
         values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), widths[0])
         arrays[name] = _loaded(values)
     if numbers:
@@ -301,12 +301,12 @@ def _parquet(path: Path) -> Generator[dict[str, Stored], None, None]:
     yield arrays
 
 
-# A table is read, and then its columns are put side by side.
+# Copies in memory: the table, and the array of its columns.
 _COPIES = 2
 
 
 def _parquet_bytes(metadata: Any) -> int:
-    """Bytes of all floating point numbers, which take next to nothing in the file if they repeat."""
+    """Bytes of all floating-point numbers once loaded; repeated numbers take hardly any space in the file."""
     sizes = {"FLOAT": 4, "DOUBLE": 8, "FIXED_LEN_BYTE_ARRAY": 2}
     columns = (
         metadata.row_group(i).column(j) for i in range(metadata.num_row_groups) for j in range(metadata.num_columns)
@@ -322,7 +322,7 @@ def _loaded(values: np.ndarray) -> Stored:
 def _torch(path: Path) -> Generator[dict[str, Stored], None, None]:
     import torch
 
-    # A record of an archive may be compressed, and takes what the archive says.
+    # Members of an archive may be compressed: add up their full sizes.
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -343,19 +343,19 @@ def _torch(path: Path) -> Generator[dict[str, Stored], None, None]:
                 walk(f"{name}.{k}" if name else str(k), part)
 
     with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants():
-        warnings.simplefilter("ignore", UserWarning)  # of some sparse layouts, that they are new
+        warnings.simplefilter("ignore", UserWarning)  # some sparse layouts warn that they are new
         walk("", torch.load(path, map_location="cpu", weights_only=True))
         yield arrays
 
 
 def _of_tensor(tensor: Any) -> Stored:
-    """A tensor, dense and contiguous once loaded, which may be far larger than what its file holds of it."""
+    """A tensor, made dense and contiguous when loaded, which may take far more memory than its file."""
     import torch
 
     kind = str(tensor.dtype).removeprefix("torch.")
     if tensor.is_meta or tensor.is_nested or tensor.is_quantized:
         return Stored(f"{kind} without an array of values", () if tensor.is_nested else tuple(tensor.shape), _nothing)
-    if kind == "bfloat16" or kind.startswith("float8"):  # exact in float32, and numpy does not have them
+    if kind == "bfloat16" or kind.startswith("float8"):  # exact in float32, and missing in NumPy
         dtype = np.dtype(np.float32)
     elif kind in ("float16", "float32", "float64"):
         dtype = np.dtype(kind)
@@ -371,7 +371,7 @@ def _of_tensor(tensor: Any) -> Stored:
     return Stored(dtype, tuple(tensor.shape), load, nbytes=0 if is_ready else None)
 
 
-# What a reader yields are the arrays of a file by name, of which nothing is loaded yet.
+# Each reader yields the arrays of a file by name, not loaded yet.
 READERS: dict[str, Callable[[Path], contextlib.AbstractContextManager[dict[str, Stored]]]] = {
     ".npy": _npy,
     ".npz": open_npz,

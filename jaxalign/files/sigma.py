@@ -1,4 +1,4 @@
-"""Sigma and density of rows that are read block by block."""
+"""Sigma and density of rows read block by block."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ from jaxalign.files.visit import BlockSums, Progress, reporting, totals_of, visi
 
 @dataclass(frozen=True)
 class _Terms:
-    """Terms of a tile that are summed over all pairs of rows."""
+    """A function of tiles, summed over all pairs of rows."""
 
-    of: Callable[[Tile], tuple[Array, ...]]
+    function: Callable[[Tile], tuple[Array, ...]]
     pairs: RowPairs
     euclidean: bool = False
 
     def zero_sums(self) -> State:
         """The state of a visit before its first pair of blocks."""
         x, y = self.pairs.sample
-        sums = partial(_sum_terms, self.of, skip_self=False, tile_size=None, euclidean=self.euclidean)
+        sums = partial(_sum_terms, self.function, skip_self=False, tile_size=None, euclidean=self.euclidean)
         return zero_sums(jax.eval_shape(sums, self.pairs.centered(x, y), jnp.ones((), self.pairs.dtype)).size)
 
     def sum(self, gamma: Array, state: State, checkpoint: Checkpoint, progress: Progress, number: int) -> State:
-        """All sums, at a gamma: the pass of a number."""
+        """The state with all sums at a gamma; `number` is that of the pass."""
         pairs = self.pairs
 
         def sum_pairs(x: Block, y: Block | None) -> BlockSums:
-            (rows,), (others,), mask_y = x.features, (None,) if y is None else y.features, y and y.mask
-            features, skip_self = pairs.centered(rows, others, x.mask, mask_y), pairs.skip_self and y is None
-            return BlockSums(_sum_terms(self.of, features, gamma, skip_self, pairs.tile_size, self.euclidean))
+            (rows,), (columns,), mask_y = x.features, (None,) if y is None else y.features, y and y.mask
+            features, skip_self = pairs.centered(rows, columns, x.mask, mask_y), pairs.skip_self and y is None
+            return BlockSums(_sum_terms(self.function, features, gamma, skip_self, pairs.tile_size, self.euclidean))
 
         report = partial(reporting, progress, number, label=f"pass {number}")
         return visit(sum_pairs, [pairs.x], pairs.y and [pairs.y], state, checkpoint, report)
@@ -72,7 +72,7 @@ def _sum_terms(
 
 
 def density_of_rows(pairs: RowPairs, sigma: float, checkpoint: Path | None, progress: Progress) -> Array:
-    """`streaming.mean_density` of opened rows."""
+    """`streaming.mean_density` for opened rows."""
     saved = Checkpoint(checkpoint, "mean_density", {**pairs.identity, "sigma": sigma})
     terms = _Terms(_kernel_only, pairs)
     gamma = gamma_of(jnp.asarray(sigma, pairs.dtype), pairs.scale)
@@ -94,7 +94,7 @@ def solve_rows(
     *,
     euclidean: bool = False,
 ) -> SigmaSolution:
-    """`streaming.solve_sigma` of opened rows; `euclidean`: of the Laplacian kernel."""
+    """`streaming.solve_sigma` for opened rows; `euclidean`: for the Laplacian kernel."""
     _check_reachable(density, pairs)
     rtol = check_rtol(rtol, pairs.dtype)
     inputs = {**pairs.identity, "density": density, "rtol": rtol, "euclidean": euclidean}
@@ -114,8 +114,8 @@ def solve_rows(
     failure = INFEASIBLE if bool(search.infeasible) else NOT_CONVERGED
     raise_if_failed(jnp.asarray(CONVERGED if bool(search.converged) else failure))
     sigma = sigma_of(search.gamma, pairs.scale, euclidean=euclidean)
-    reached = search.density * jnp.asarray(density, pairs.dtype)
-    return SigmaSolution(sigma, reached, search.passes, jnp.asarray(CONVERGED))
+    final_density = search.density * jnp.asarray(density, pairs.dtype)
+    return SigmaSolution(sigma, final_density, search.passes, jnp.asarray(CONVERGED))
 
 
 _advance = jax.jit(advance, static_argnames="rtol")
@@ -133,15 +133,15 @@ def _check_reachable(density: float, pairs: RowPairs) -> None:
 
 @partial(jax.jit, static_argnames="euclidean")
 def _first_search(features: CenteredFeatures, density: Array, euclidean: bool) -> Search:
-    """A search from the gamma of a sample, without pairs of a sample with itself."""
+    """A search that starts from the gamma of a subsample, without pairs of a sample with itself."""
     pairs = Pairs((features,), skip_self=features.is_self, euclidean=euclidean).stored()
-    nowhere = jnp.zeros((), bool)
-    return begin(guess_from(pairs, density, nowhere, per_row=False), nowhere)
+    idle = jnp.zeros((), bool)
+    return begin(guess_from(pairs, density, idle, per_row=False), idle)
 
 
 def _pack(search: Search) -> np.ndarray:
-    return np.array([float(value) for value in search])  # a float64 holds a float, a bool and a count exactly
+    return np.array([float(value) for value in search])  # float64 holds all fields exactly: floats, bools and counts
 
 
-def _unpack(values: np.ndarray, like: Search) -> Search:
-    return Search(*(jnp.asarray(value, field.dtype) for value, field in zip(values, like, strict=True)))
+def _unpack(values: np.ndarray, template: Search) -> Search:
+    return Search(*(jnp.asarray(value, field.dtype) for value, field in zip(values, template, strict=True)))

@@ -1,4 +1,4 @@
-"""Representations whose rows are read block by block, and what one reading of them yields."""
+"""Representations read block by block, and their statistics from a first reading."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from jaxalign.plan import Plan, choose_tile_size, default_block_rows
 
 Rows = Any  # a path to a .npy file, an array or memory map (n, d), or a sequence of arrays (n_i, d)
 
-_HEAD = 64  # rows that tell what is stored, and where its values lie
+_HEAD = 64  # rows read for the dtype and an approximate mean
 
 
 class Block(NamedTuple):
     """Rows of one or several representations of the same samples, on the device."""
 
-    rows: slice  # their numbers
+    rows: slice  # row numbers
     features: tuple[Array, ...]  # one per representation
     mask: Array | None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A representation whose rows are read block by block."""
+    """A representation read block by block."""
 
     name: str
-    read: Callable[[int], np.ndarray]  # of the number of a block
+    read: Callable[[int], np.ndarray]  # reads the block with a number
     sizes: tuple[int, ...]  # rows of each block
     width: int
     stored: Any  # dtype of the blocks
-    dtype: Any  # and of the computation
+    dtype: Any  # dtype of the computation
     mask: np.ndarray | None  # (n,), True = a valid sample
-    direction: _directions.Rows | None  # rows get unit length
+    direction: _directions.Rows | None  # divide rows by their norms
     shift: np.ndarray | None = None  # (1, d), subtracted from the rows of a wider dtype before they are narrowed
     way_out: str = "Remove these samples, or exclude them with mask=."  # for nan and inf
 
@@ -59,12 +59,12 @@ class Source:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all blocks."""
+        """The number of rows of all blocks."""
         return sum(self.sizes)
 
     @property
     def num_valid(self) -> int:
-        """Valid samples."""
+        """The number of valid samples."""
         return self.num_rows if self.mask is None else int(self.mask.sum())
 
     def mask_of(self, i: int) -> np.ndarray | None:
@@ -72,25 +72,25 @@ class Source:
         return None if self.mask is None else self.mask[self.slices[i]]
 
     def load(self, i: int) -> np.ndarray:
-        """A block in the dtype of the computation, shifted; masked rows are 0. Uses no jax: for any thread."""
+        """A shifted block in the dtype of the computation; masked rows are 0. NumPy only, so any thread may call it."""
         rows = np.asarray(self.read(i))
         if rows.dtype != self.stored:
-            raise TypeError(f"block {i} of {self.name} has dtype {rows.dtype}, the first one {self.stored}.")
+            raise TypeError(f"block {i} of {self.name} has dtype {rows.dtype}, but block 0 has {self.stored}.")
         if rows.shape != (self.sizes[i], self.width):
             raise ValueError(
-                f"block {i} of {self.name} has shape {rows.shape}, it had {(self.sizes[i], self.width)} before."
+                f"block {i} of {self.name} has shape {rows.shape}, but had {(self.sizes[i], self.width)} before."
             )
         mask, narrowed = self.mask_of(i), _numbers.narrow(rows, self.dtype, self.shift)
         is_wide = not _numbers.holds_exactly(self.dtype, self.stored)
         if is_wide and not _numbers.is_in_range(narrowed) and _numbers.overflows(rows, narrowed, mask):
             raise ValueError(
-                f"block {i} of {self.name} holds numbers up to {_numbers.largest(rows):.3g}, which are beyond the "
-                f"range of {self.dtype}. Store it in another unit."
+                f"block {i} of {self.name} holds numbers up to {_numbers.largest(rows):.3g}, beyond the range of "
+                f"{self.dtype}. Store it in another unit."
             )
         return narrowed if mask is None else np.where(mask[:, None], narrowed, 0)
 
     def prepare(self, i: int, rows: np.ndarray) -> np.ndarray:
-        """A loaded block as distances use it."""
+        """A loaded block prepared for distances: unit rows if there is a `direction`."""
         if self.direction is None:
             return rows
         units = np.asarray(_unit_rows(rows, self.mask_of(i), self.direction))
@@ -98,8 +98,8 @@ class Source:
         if undefined.any():
             row = self.slices[i].start + int(np.argmax(undefined))
             raise ValueError(
-                f"{self.name}: row {row} has no direction, so its {self.direction} with others is not defined. "
-                "Leave it out with mask=."
+                f"{self.name}: row {row} has no direction, so its {self.direction} is not defined. "
+                "Exclude it with mask=."
             )
         return units
 
@@ -108,12 +108,12 @@ _unit_rows = jax.jit(_directions.unit_rows, static_argnames="rows")
 
 
 def load_block(sources: Sequence[Source], i: int) -> list[np.ndarray]:
-    """Rows of every representation on the host, in any thread."""
+    """Rows of every representation on the host; any thread may call this."""
     return [source.load(i) for source in sources]
 
 
 def to_device(sources: Sequence[Source], i: int, loaded: list[np.ndarray]) -> Block:
-    """Loaded rows on the device; in the thread of the caller, as jax.enable_x64 and the like hold for one thread."""
+    """Loaded rows on the device; called in the thread of the caller, whose jax.enable_x64 etc. hold for one thread."""
     features = tuple(jnp.asarray(source.prepare(i, rows)) for source, rows in zip(sources, loaded, strict=True))
     mask = sources[0].mask_of(i)
     return Block(sources[0].slices[i], features, None if mask is None else jnp.asarray(mask))
@@ -129,14 +129,14 @@ def open_source(
     block_rows: int | None = None,
     direction: _directions.Rows | None = None,
 ) -> Source:
-    """Rows of a path, an array or a sequence of blocks, of which little is read yet."""
-    code = name  # of what has a dtype, for a message that says how to convert it
+    """Open a path, an array or a sequence of blocks as a `Source`; reads the first rows only."""
+    code = name  # code for an array with a dtype, for messages that show a conversion
     if isinstance(rows, (str, os.PathLike)):
         code = f"np.load({str(rows)!r})"
         rows = _memory_map(name, Path(rows))
     check_block_rows(block_rows)
     if isinstance(rows, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, whose mask would be lost: give {name}.data, and mask=.")
+        raise TypeError(f"{name} is a masked array, whose mask would be lost: pass {name}.data, and mask=.")
     if isinstance(rows, (np.ndarray, jax.Array)):
         read, sizes = _array_blocks(name, np.asanyarray(rows), block_rows)
     elif hasattr(rows, "__getitem__") and hasattr(rows, "__len__") and not isinstance(rows, Mapping) and len(rows) > 0:
@@ -158,14 +158,14 @@ def open_source(
     dtype, shift = _numbers.computing_dtype(head.dtype), None
     if not _numbers.holds_exactly(dtype, head.dtype):
         if direction is None:
-            # Any row among the others will do as well as their mean, which would have to be read first.
+            # The mean of the first rows serves as well as the mean of all rows, which would need another reading.
             shift = _numbers.mean_row(head, None if mask is None else mask[: len(head)])
         else:
             _checks.refuse_rounding(code, head)
     return Source(name, read, sizes, head.shape[1], head.dtype, dtype, mask, direction, shift)
 
 
-_Blocks = tuple[Callable[[int], np.ndarray], tuple[int, ...]]  # that read a block, and their sizes
+_Blocks = tuple[Callable[[int], np.ndarray], tuple[int, ...]]  # a function that reads a block, and the sizes
 
 
 def _memory_map(name: str, path: Path) -> np.ndarray:
@@ -186,7 +186,7 @@ def _array_blocks(name: str, array: np.ndarray, block_rows: int | None) -> _Bloc
 
 def _sequence_blocks(name: str, blocks: Sequence[Any], block_rows: int | None) -> _Blocks:
     if block_rows is not None:
-        raise ValueError(f"block_rows={block_rows} with a sequence of blocks: {name} has blocks of its own.")
+        raise ValueError(f"block_rows={block_rows} has no effect with a sequence: the arrays of {name} are the blocks.")
     shapes = [np.shape(blocks[i]) for i in range(len(blocks))]
     if any(len(shape) != 2 or 0 in shape or shape[1] != shapes[0][1] for shape in shapes):
         raise ValueError(f"the blocks of {name} must have shapes (n_i, d) with the same d; got {shapes[:5]} ...")
@@ -194,17 +194,17 @@ def _sequence_blocks(name: str, blocks: Sequence[Any], block_rows: int | None) -
 
 
 def check_block_rows(block_rows: Any) -> None:
-    """Raise unless it is a number of rows, or None."""
+    """Raise unless `block_rows` is a number of rows, or None."""
     if block_rows is not None:
         _checks.whole("block_rows", block_rows, of=" of rows")
 
 
-# --- one reading -----------------------------------------------------------------------------------------------------
+# --- statistics ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RowPairs:
-    """Pairs of rows that are read block by block, and what one reading of all rows yields."""
+    """Pairs of rows read block by block, with statistics from a first reading of all rows."""
 
     x: Source
     y: Source | None  # None: x
@@ -212,21 +212,21 @@ class RowPairs:
     scale: Array  # (), a power of two
     inverse: Array
     sample: tuple[Array, Array | None]  # rows of x and of y
-    total: float  # weight of all pairs that count
-    diagonal_sum: float  # of those of a sample with itself, where they count
+    total: float  # total weight of the pairs that count
+    diagonal_sum: float  # weight of the pairs of a sample with itself, if they count
     skip_self: bool
     tile_size: int | None
-    identity: dict[str, Any]  # what a checkpoint is compared by
+    identity: dict[str, Any]  # identifies the features in a checkpoint
 
     @property
     def dtype(self) -> Any:
-        """Of the computation."""
+        """The dtype of the computation."""
         return self.x.dtype
 
     def centered(
         self, x: Array, y: Array | None = None, mask: Array | None = None, mask_y: Array | None = None
     ) -> CenteredFeatures:
-        """Rows against others; None: against themselves."""
+        """Centered features for distances of x to y; y = None: to x."""
         return CenteredFeatures(x, y, mask, mask_y, self.center, self.scale, self.inverse, jnp.ones((), bool))
 
 
@@ -239,7 +239,7 @@ class _Summary(NamedTuple):
 
 
 def _summarize(source: Source) -> _Summary:
-    """Sums, extremes and a checksum of the rows, and a sample of them; raises for nan and inf."""
+    """Sums, extremes, a checksum and a subsample of the rows; raises for nan and inf."""
     count, checksum = 0, 0
     total = np.zeros(source.width)
     least, most = np.full(source.width, np.inf), np.full(source.width, -np.inf)
@@ -266,7 +266,7 @@ def _summarize(source: Source) -> _Summary:
 
 
 def open_pairs(x: Source, y: Source | None, diagonal: Any, plan: Plan) -> RowPairs:
-    """Read all rows once, for what every later visit needs to know; refuses nan and inf."""
+    """Read all rows once, for the statistics that later visits need; raises for nan and inf."""
     _check_sides(x, y, diagonal)
     sides = [x] if y is None else [x, y]
     summaries = [_summarize(side) for side in sides]
@@ -303,11 +303,11 @@ def open_pairs(x: Source, y: Source | None, diagonal: Any, plan: Plan) -> RowPai
 def _check_sides(x: Source, y: Source | None, diagonal: Any) -> None:
     _checks.choice("diagonal", diagonal, ("include", "exclude"))
     if y is not None and diagonal != "include":
-        raise ValueError(f"diagonal={diagonal!r} has no meaning with y: all n m pairs count.")
+        raise ValueError(f"diagonal={diagonal!r} has no meaning with y: all n x m pairs count.")
     for side, least in ((x, 2 if y is None else 1), (y, 1)):
         if side is not None and side.mask is not None and side.num_valid < least:
             raise ValueError(
-                f"the mask of {side.name} leaves {side.num_valid} real sample(s), at least {least} needed."
+                f"the mask of {side.name} leaves {side.num_valid} valid sample(s), at least {least} needed."
             )
     if y is not None and (x.width, x.dtype) != (y.width, y.dtype):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Files on a disk that others may use too: read only if regular, written in one step, locked while a job runs."""
+"""Safe file access: reads regular files only, writes atomically, and locks files while a job runs."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from typing import Any
 import jax
 import numpy as np
 
-# What begins so is not output: locks, and files that are not complete.
+# Prefix of lock files and incomplete files.
 PREFIX = ".jaxalign-"
 
 
 def check_regular(path: Path) -> None:
-    """Raise unless a path leads to a regular file: opening a pipe would wait for a writer, a device never ends."""
+    """Raise unless a path is a regular file: opening a pipe would wait for a writer, and a device may never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         kind = "a folder" if path.is_dir() else "a pipe, socket or device"
-        raise ValueError(f"{path} is {kind}: name a regular file.")
+        raise ValueError(f"{path} is {kind}: pass a regular file.")
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; ValueError for whatever is none."""
+    """The content of a JSON file; raises ValueError for other files."""
     check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply for JSON of jaxalign.") from None
+        raise ValueError(f"{path} is nested too deeply for a JSON file of jaxalign.") from None
 
 
 def json_value(value: Any) -> Any:
-    """A value as JSON holds it: nan and inf as None, a function by its name."""
+    """A value that JSON can hold: nan and inf become None, functions their names."""
     if isinstance(value, Mapping):
         return {str(name): json_value(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -60,7 +60,7 @@ def hash_of(path: Path) -> str:
 
 
 def too_many_files() -> str:
-    """What to say where no more files can be opened."""
+    """The message for the limit of open files."""
     limit = ""
     with contextlib.suppress(ImportError):
         import resource
@@ -68,18 +68,18 @@ def too_many_files() -> str:
         limit = f", {resource.getrlimit(resource.RLIMIT_NOFILE)[0]},"
     return (
         f"the limit of open files{limit} is reached: a .npy file stays open while its rows are in use. Raise the limit "
-        "(ulimit -n 4096), or save the sets in one .npz or .safetensors file."
+        "(ulimit -n 4096), or save the features in one .npz or .safetensors file."
     )
 
 
 def partial_name(path: Path) -> Path:
-    """A name beside a file's, for what is not complete: not to be guessed, so that no link can be planted there."""
+    """A path in the same folder for an incomplete file, with a random name so that nobody can plant a link there."""
     return path.with_name(f"{PREFIX}{_tag(path)}-{secrets.token_hex(8)}.new")
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file in one step, so that a kill leaves the old one or the new one."""
-    # "x" opens nothing that exists. Renaming replaces a link at `path` itself, not the file it leads to.
+    """Write a file atomically, so that a killed process leaves either the old or the new file."""
+    # Mode "x" opens no existing file. Renaming replaces a link at `path` itself, not its target.
     partial = partial_name(path)
     try:
         with partial.open("xb") as file:
@@ -87,17 +87,17 @@ def replace_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException as error:  # a full disk, Ctrl-C: nothing half-written stays
+    except BaseException as error:  # a full disk or Ctrl-C: remove the incomplete file
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:  # under the name that the caller knows
+        if isinstance(error, OSError) and error.errno is not None:  # report the path that the caller passed
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
 @contextlib.contextmanager
 def locked(path: Path | None) -> Generator[None, None, None]:
-    """Keep a file, or a folder and all in it, to one job; the system ends the lock of a process that is killed."""
+    """Lock a file, or a folder with all its files, for one job; the system releases the lock of a killed process."""
     if path is None:
         yield
         return
@@ -106,17 +106,17 @@ def locked(path: Path | None) -> Generator[None, None, None]:
     lock = folder / f"{PREFIX}{'folder' if is_folder else tag}.lock"
     descriptor = _acquire(lock, path)
     try:
-        for leftover in folder.glob(f"{PREFIX}{tag}-*.new"):  # of a process that was killed while it wrote
+        for leftover in folder.glob(f"{PREFIX}{tag}-*.new"):  # of a process that was killed while writing
             leftover.unlink(missing_ok=True)
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+        with contextlib.suppress(OSError):  # Windows does not delete open files
             lock.unlink()
         os.close(descriptor)
 
 
 def _tag(path: Path) -> str:
-    """A short name for a file, whose own may be as long as the file system allows."""
+    """A short tag for a file, because its name may already have the maximal length."""
     return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
 
 
@@ -125,14 +125,14 @@ def _acquire(lock: Path, path: Path) -> int:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             _lock(descriptor)
-            # The last holder removes the file: whoever opened it before that holds a lock that nobody else sees.
+            # The previous holder deletes the lock file. A lock on the deleted file excludes nobody: then try again.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), lock.stat()):
                     return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            wait = "another run is working on it: wait until that ends, or name another"
-            raise BlockingIOError(errno.EAGAIN, wait, str(path)) from None
+            message = "another job is using it: wait until it ends, or use another path"
+            raise BlockingIOError(errno.EAGAIN, message, str(path)) from None
         except BaseException:
             os.close(descriptor)
             raise
@@ -140,7 +140,7 @@ def _acquire(lock: Path, path: Path) -> int:
 
 
 def _lock(descriptor: int) -> None:
-    """Lock an open file; BlockingIOError where another holds it."""
+    """Lock an open file; raises BlockingIOError if another process holds the lock."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -155,5 +155,5 @@ def _lock(descriptor: int) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
-        except OSError:  # a file system without locks: better two jobs at once than none
+        except OSError:  # the file system has no locks: run without one
             return

@@ -1,7 +1,7 @@
-"""The one visit of pairs of blocks: of density, sigma and grids.
+"""Sums over pairs of blocks, for density, sigma and grids.
 
-Two blocks are on the device, and the next one is read while their pairs are visited. What has been summed up is saved
-after every pair of blocks, so that a job that was killed goes on where it was.
+Two blocks are on the device, and the next one is read while their pairs are visited. The sums are saved after every
+pair of blocks, so a job that was killed resumes from there.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from jaxalign.files.checkpoint import Checkpoint, State
 from jaxalign.files.sources import Block, Source, load_block, to_device
 
 Progress = bool | Callable[[Any, int, int], None]
-Reporting = Callable[[int], AbstractContextManager[Callable[[int], Any]]]  # `reporting` of a total
+Reporting = Callable[[int], AbstractContextManager[Callable[[int], Any]]]  # `reporting`, as a function of the total
 
 
 class BlockSums(NamedTuple):
     """Sums over the pairs of two blocks x and y, or of a block with itself."""
 
     totals: Any  # (k,), over all pairs
-    rows: Any = 0  # (rows of x, r), over the pairs of each row
-    columns: Any = 0  # (rows of y, r), over those of each row of y
+    rows: Any = 0  # (rows of x, r), over the pairs of each row of x
+    columns: Any = 0  # (rows of y, r), over the pairs of each row of y
 
 
 def zero_sums(num_totals: int, num_rows: int = 0, width: int = 0) -> State:
     """The state of a visit before its first pair of blocks: float64 `totals` and `rows` as in `BlockSums`.
 
-    `done` counts pairs of blocks, `lost` is what rounding took from the totals.
+    `done` counts pairs of blocks; `lost` compensates the rounding of the totals.
     """
     totals = np.zeros(num_totals)
     return {"done": np.asarray(0), "totals": totals, "lost": totals, "rows": np.zeros((num_rows, width))}
@@ -46,27 +46,27 @@ def visit(
     checkpoint: Checkpoint,
     report: Reporting,
 ) -> State:
-    """Sum over the pairs of blocks that are not in `state` yet.
+    """Add the sums over the pairs of blocks that are not in `state` yet.
 
     Args:
-        sum_pairs: of a block of x with one of y, or with itself (None).
+        sum_pairs: sums over the pairs of a block of x with a block of y, or with itself (None).
         x: representations of the same samples.
-        y: the other side of the pairs; None: x. Each pair of blocks then stands for its mirror image too.
-        state: `zero_sums`, or that of a job that was interrupted; what else it holds is saved with it.
-        checkpoint: to save it in.
-        report: `reporting` of a number of pairs of blocks.
+        y: the other side of the pairs; None: x, where each pair of blocks also counts for its mirror image.
+        state: `zero_sums`, or the state of an interrupted job; other entries are kept and saved.
+        checkpoint: where the state is saved.
+        report: `reporting`, as a function of the number of pairs of blocks.
     """
-    others, blocks = x if y is None else y, range(len(x[0].sizes))
-    rectangle = ((i, j, False) for i in blocks for j in range(len(others[0].sizes)))
+    columns, blocks = x if y is None else y, range(len(x[0].sizes))
+    rectangle = ((i, j, False) for i in blocks for j in range(len(columns[0].sizes)))
     plan = half_ring_of_blocks(len(blocks)) if y is None else rectangle
     plan, done = list(plan), int(state["done"])
     if not 0 <= done <= len(plan):
         raise checkpoint.damaged()
-    columns = read_ahead(others, [j for _, j, _ in plan[done:]])
+    column_blocks = read_ahead(columns, [j for _, j, _ in plan[done:]])
     row: tuple[int, Block] | None = None
-    with report(len(plan)) as show, closing(columns):
+    with report(len(plan)) as show, closing(column_blocks):
         show(done)
-        for (i, j, is_mirrored), column in zip(plan[done:], columns, strict=True):
+        for (i, j, is_mirrored), column in zip(plan[done:], column_blocks, strict=True):
             on_diagonal = y is None and i == j
             if row is None or row[0] != i:
                 row = i, column if on_diagonal else to_device(x, i, load_block(x, i))
@@ -78,7 +78,7 @@ def visit(
 
 
 def read_ahead(sources: Sequence[Source], order: Sequence[int]) -> Generator[Block, None, None]:
-    """Blocks in an order, the next one being read in another thread."""
+    """Blocks in a given order; another thread reads the next one."""
     with ThreadPoolExecutor(1) as pool:
         reading = [pool.submit(load_block, sources, i) for i in order[:1]]
         for k, i in enumerate(order):
@@ -88,7 +88,7 @@ def read_ahead(sources: Sequence[Source], order: Sequence[int]) -> Generator[Blo
 
 
 def _add(state: State, sums: BlockSums, rows: slice, mirrored: slice | None) -> State:
-    """The state with the sums over a pair of blocks, and over its mirror image; `rows` are changed in place."""
+    """Add the sums over a pair of blocks, and over its mirror image, to the state; updates `rows` in place."""
     new = np.asarray(sums.totals, np.float64) * (1 if mirrored is None else 2)
     old, total = state["totals"], state["totals"] + new
     # Compensated sums (Neumaier 1974).
@@ -108,7 +108,7 @@ def totals_of(state: State) -> np.ndarray:
 def reporting(
     progress: Progress, stage: Any, total: int, *, label: str | None = None, unit: str = "block pair"
 ) -> Generator[Callable[[int], Any], None, None]:
-    """A function to call with the number of units that are done, while the stage lasts."""
+    """Yield a function that reports the number of finished units of a stage."""
     if progress is False:
         yield lambda done: None
     elif callable(progress):
@@ -118,7 +118,7 @@ def reporting(
             from tqdm import tqdm
         except ImportError:
             raise ImportError(
-                'progress=True needs tqdm: pip install "jaxalign[cli]", or give a function of (stage, done, total).'
+                'progress=True needs tqdm: pip install "jaxalign[cli]", or pass a function of (stage, done, total).'
             ) from None
         with tqdm(total=total, desc=label or str(stage), unit=unit) as bar:
             yield lambda done: bar.update(done - bar.n)

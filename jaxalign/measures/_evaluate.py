@@ -317,7 +317,7 @@ def check_directions(name: str, x: Array, normalization: str | None, mask: Array
         raise ValueError(f"{name} has one feature: a correlation between samples needs at least 2.")
     if not _checks.is_concrete(x, mask):
         return
-    invalid = _checks.looked_at(lambda x: (x == (x[..., :1] if normalization == "correlation" else 0)).all(-1), x)
+    invalid = _checks.read_on_host(lambda x: (x == (x[..., :1] if normalization == "correlation" else 0)).all(-1), x)
     invalid = invalid if mask is None else invalid & _checks.on_host(mask)
     if invalid.any():
         row, count = int(np.argwhere(invalid)[0][-1]), int(invalid.sum())
