@@ -390,7 +390,7 @@ WHOLE = {
     "k of cknna": lambda k: jaxalign.measures.cknna(X, X[::-1], k),
     "k of nearest_neighbors": lambda k: jaxalign.measures.nearest_neighbors(X, k),
     "folds": lambda k: jaxalign.measures.linear_predictivity(X, X[::-1], folds=k),
-    "num_components": lambda k: jaxalign.measures.svcca(X, X[::-1], num_components=k),
+    "num_components of svcca": lambda k: jaxalign.measures.svcca(X, X[::-1], num_components=k),
     "tile_size": lambda k: jaxalign.solve_sigma(X, density=0.2, plan=Plan(k)).sigma,
     "num_components": lambda k: jaxalign.normalized_cut(X, k, density=0.2).eigenvalues,
     "landmarks of align": lambda k: helpers.align({"a": X}, landmarks=k, density=0.5).landmarks,

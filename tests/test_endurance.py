@@ -142,7 +142,7 @@ def test_only_what_is_surely_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(_memory, "_room", lambda: 1.5 * 4 * 20_000**2)
     _memory.check_room("A", (20_000, 20_000), x, "")
     monkeypatch.setattr(_memory, "_room", lambda: 1.5 * 4 * 20_000**2 - 1)
-    with pytest.raises(MemoryError, match=r"A of shape \(20000, 20000\) would take 2.4 GB"):
+    with pytest.raises(MemoryError, match=r"A of shape \(20000, 20000\) takes 2.4 GB"):
         _memory.check_room("A", (20_000, 20_000), x, "")
     _memory.check_room("A", (2000, 2000), x, "")  # not looked at
     jax.jit(lambda x: _memory.check_room("A", (20_000, 20_000), x, ""))(x)  # nor under a trace
