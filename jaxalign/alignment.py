@@ -364,7 +364,8 @@ def _choose_landmarks(landmarks: Any, key: Array | None, n: int) -> Array:
         number = _checks.whole("landmarks", landmarks, 1, n, most_is="n = ")
         key = jax.random.key(0) if key is None else key
         return jnp.sort(jax.random.choice(key, n, (number,), replace=False))
-    return jnp.asarray(_checks.row_numbers("landmarks", landmarks, n))
+    # A new array: of one that it has seen with 64 bits, jax may return 64 bits with 32 bits too.
+    return jnp.asarray(_checks.row_numbers("landmarks", landmarks, n).astype(np.int32))
 
 
 def farthest_points(features: Mapping[str, Numbers[Data, "n _"]], number: int) -> Int[Array, " m"]:
