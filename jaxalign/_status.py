@@ -11,7 +11,7 @@ class Status(enum.IntEnum):
     The members are integers, so a status can be compared with them inside `jax.jit` too. `message` says what went
     wrong and what to do about it.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxalign
         >>> solve = jax.jit(lambda x: jaxalign.solve_sigma(x, density=0.2))
         >>> solution = solve(jnp.ones((24, 3)))

@@ -74,7 +74,7 @@ def rbf_affinity(
             no sigma.
         MemoryError: n x m does not fit into the memory of the CPU.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> key_a, key_b = jax.random.split(jax.random.key(0))
         >>> clip = jax.random.normal(key_a, (100, 768))

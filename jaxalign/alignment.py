@@ -234,7 +234,7 @@ def align(
             bandwidth="per_row" with decorrelate or with a density of at most 1/m; also the errors of `solve_sigma`,
             with the name of the network.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (200, 16))
         >>> rotated = 0.25 * x[:, ::-1] + 7.0
@@ -384,7 +384,7 @@ def farthest_points(features: Mapping[str, Numbers[Data, "n _"]], number: int) -
     Raises:
         TypeError, ValueError: see `align`.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (200, 16))
         >>> landmarks = jaxalign.alignment.farthest_points({"a": x, "b": -x}, 50)
@@ -439,7 +439,7 @@ def joint_affinity(
     Raises:
         ValueError: different numbers of landmarks; see also `rbf_affinity`.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (60, 8))
         >>> jaxalign.joint_affinity(jaxalign.align({"a": x, "b": -x})).shape
@@ -507,7 +507,7 @@ def correspondence(
             `Alignment.correspondence` leaves landmarks out. Decorrelated and standardized rows of landmarks are
             recognized by their pattern, with a warning.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> a = jax.random.normal(jax.random.key(0), (50, 20))
         >>> float(jaxalign.correspondence(a, 3 * a + 1).top1)

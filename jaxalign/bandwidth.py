@@ -91,7 +91,7 @@ def mean_density(
     Raises:
         TypeError, ValueError: see `solve_sigma`; also sigma not above 0.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxalign
         >>> x = jnp.array([[0.0], [1.0]])
         >>> float(jaxalign.mean_density(x, sigma=1.0))  # (1 + exp(-1/2)) / 2
@@ -174,7 +174,7 @@ def solve_sigma(
             that duplicates exceed; nan or inf; an empty mask. Under a trace, bad values give sigma = nan and a status
             instead. (`jax.jit(checkify.checkify(f, errors=checkify.float_checks))` turns these nans into errors.)
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (200, 16))
         >>> solution = jaxalign.solve_sigma(x, density=0.05)

@@ -64,7 +64,7 @@ def rgb(
             "tsne".
         ImportError: "umap" or "tsne" without the extra.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (90, 5))
         >>> colors = jaxalign.rgb(jaxalign.normalized_cut(x, 4, density=0.3))

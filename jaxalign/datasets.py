@@ -88,7 +88,7 @@ def load_patch_features() -> PatchFeatures:
     Returns:
         Features, photographs and metadata. Every call reads the file and returns new arrays.
 
-    Example:
+    Examples:
         >>> from jaxalign.datasets import load_patch_features
         >>> patches = load_patch_features()
         >>> patches.features["vit-s14 layer 8"].shape
@@ -120,7 +120,7 @@ def load_digit_features() -> DigitFeatures:
     Returns:
         Features, images and metadata. Every call reads the file and returns new arrays.
 
-    Example:
+    Examples:
         >>> from jaxalign.datasets import load_digit_features
         >>> digits = load_digit_features()
         >>> for name, features in digits.features.items():

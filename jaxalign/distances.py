@@ -43,7 +43,7 @@ def squared_distances(
         ValueError: wrong number of dimensions, an empty array, or x and y with different numbers of features.
         MemoryError: n x m does not fit into the memory of the CPU.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxalign
         >>> jaxalign.squared_distances(jnp.array([[0.0, 0.0], [3.0, 4.0]]))
         Array([[ 0., 25.],

@@ -88,7 +88,7 @@ def compare(
         TypeError, ValueError: an unknown measure or option; more than two dimensions without `positions`; and the
             errors of the measure.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (100, 8))
         >>> round(float(jaxalign.compare(x, 2 * x, "rsa", comparison="spearman")), 4)
@@ -268,7 +268,7 @@ def compare_grid(
             names; a checkpoint that is damaged or belongs to another job; and the errors of the measure, which name the
             representation.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, y = jax.random.normal(jax.random.key(0), (2, 100, 8))
         >>> grid = jaxalign.compare_grid({"first": x, "second": x + y, "third": y}, kernel="linear")

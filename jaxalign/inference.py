@@ -187,7 +187,7 @@ def permutation_test(
     Raises:
         TypeError, ValueError: see `jaxalign.compare_grid`; fewer than 1 permutation.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, noise = jax.random.normal(jax.random.key(0), (2, 50, 8))
         >>> test = jaxalign.permutation_test(x, x + noise, key=jax.random.key(1), permutations=999)
@@ -267,7 +267,7 @@ def bootstrap(
         TypeError, ValueError: see `jaxalign.compare`; a measure or estimator that duplicates would bias; fewer than 10
             samples.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, noise = jax.random.normal(jax.random.key(0), (2, 100, 8))
         >>> interval = jaxalign.bootstrap(x, x + noise, kernel="linear", key=jax.random.key(1))
@@ -317,7 +317,7 @@ def paired_difference(
     Raises:
         TypeError, ValueError: see `bootstrap`.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, a, b = jax.random.normal(jax.random.key(0), (3, 200, 8))
         >>> interval = jaxalign.paired_difference((x, x + 0.3 * a), (x, x + b), kernel="linear", key=jax.random.key(1))
@@ -361,7 +361,7 @@ def noise_ceiling(
     Raises:
         TypeError, ValueError: fewer than two subjects; a measure that is not an inner product; see `jaxalign.compare`.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, *noise = jax.random.normal(jax.random.key(0), (5, 60, 8))
         >>> ceiling = jaxalign.noise_ceiling([x + 0.5 * n for n in noise])

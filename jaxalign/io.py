@@ -82,7 +82,7 @@ def read_features(path: str | Path) -> dict[str, FeatureSet]:
             floating-point array with 2 to 4 dimensions.
         ImportError: the package for the format is missing.
 
-    Example:
+    Examples:
         >>> import numpy as np, tempfile, pathlib, jaxalign.io
         >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> for k in (2, 10): np.save(folder / f"layer{k}.npy", np.ones((5, 3), np.float32))

@@ -57,7 +57,7 @@ class RBF(_WithBandwidth):
         diagonal: "exclude" averages over pairs i != j, which does not depend on the number of samples; "include" also
             counts the ones on the diagonal, as `jaxalign.rbf_affinity` does, and needs n > 1 / density.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, y = jax.random.normal(jax.random.key(0), (2, 100, 8))
         >>> wide = jaxalign.kernels.RBF(density=0.5)
@@ -78,7 +78,7 @@ class Laplacian(_WithBandwidth):
         density: see `RBF`.
         diagonal: see `RBF`.
 
-    Example:
+    Examples:
         >>> import jaxalign
         >>> jaxalign.kernels.Laplacian(2.0)
         Laplacian(sigma=2.0)
@@ -90,7 +90,7 @@ class Laplacian(_WithBandwidth):
 class Linear:
     """The kernel of inner products of centered features; it has no bandwidth.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, y = jax.random.normal(jax.random.key(0), (2, 100, 8))
         >>> bool(jaxalign.measures.cka(x, y, jaxalign.kernels.Linear()) == jaxalign.measures.cka(x, y, "linear"))

@@ -94,7 +94,7 @@ class FeatureQueue:
         Raises:
             ValueError: a number below 1.
 
-        Example:
+        Examples:
             >>> import jaxalign
             >>> jaxalign.losses.FeatureQueue.empty(256, 16, 32).x.shape
             (256, 16)
@@ -124,7 +124,7 @@ class FeatureQueue:
         Raises:
             ValueError: shapes that do not fit the queue.
 
-        Example:
+        Examples:
             >>> import jax, jaxalign
             >>> x = jax.random.normal(jax.random.key(0), (32, 16))
             >>> queue = jaxalign.losses.FeatureQueue.empty(256, 16, 16).push(x, 2 * x)
@@ -206,7 +206,7 @@ def alignment_loss(
         TypeError, ValueError: see `jaxalign.measures.hsic`; a reduction that the measure does not have; a batch too
             small for the density (the message names the smallest size).
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> teacher = jax.random.normal(jax.random.key(0), (64, 32))
         >>> student = teacher[:, :8]
@@ -300,7 +300,7 @@ def multi_layer_loss(
     Raises:
         ValueError: names that differ, no layers, a negative weight, or only weights of 0.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> a, b = jax.random.normal(jax.random.key(0), (2, 64, 8))
         >>> total, each = jaxalign.losses.multi_layer_loss({"early": a, "late": a}, {"early": a, "late": b})

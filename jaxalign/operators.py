@@ -77,7 +77,7 @@ def affinity_operator(
     Raises:
         TypeError, ValueError: see `solve_sigma`; also sigma not above 0.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (200, 16))
         >>> a = jaxalign.affinity_operator(x)

@@ -65,7 +65,7 @@ def reduce_pairs(
         TypeError, ValueError: see `jaxalign.solve_sigma`; also if the length of values is not the number of columns,
             or fn is not elementwise.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxalign
         >>> x, y = jax.random.normal(jax.random.key(0), (2, 1000, 3))
         >>> energy = jaxalign.reduce_pairs(jnp.sqrt, x, y + 1) / 1000**2  # the mean distance

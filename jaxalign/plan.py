@@ -50,7 +50,7 @@ class Plan:
         TypeError: mesh is not a mesh, or axis_name not a string. ValueError: tile_size is not a positive integer,
             "auto" or None.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (300, 8))
         >>> tiled = jaxalign.solve_sigma(x, plan=jaxalign.Plan(tile_size=128))

@@ -39,7 +39,7 @@ def affinity(
     Raises:
         ValueError: groups of another length, or for an affinity that is not square.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
         >>> x = jax.random.normal(jax.random.key(0), (60, 8))
         >>> ax = jaxalign.plots.affinity(jaxalign.rbf_affinity(x), groups=jax.numpy.arange(60) % 3)
@@ -95,7 +95,7 @@ def color_panels(
     Raises:
         ValueError: no groups; groups with different networks; colors of another shape; another number of pictures.
 
-    Example:
+    Examples:
         >>> import numpy as np, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
         >>> colors = {"vit": np.random.default_rng(0).random((2, 16, 16, 3))}
         >>> len(jaxalign.plots.color_panels({"before": colors, "after": colors}).axes)
@@ -186,7 +186,7 @@ def matches(
     Raises:
         ValueError: positions and index of different lengths.
 
-    Example:
+    Examples:
         >>> import numpy as np, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
         >>> image = np.zeros((64, 64, 3)); positions = np.argwhere(np.ones((4, 4)))
         >>> left, right = jaxalign.plots.matches(image, image, positions, np.arange(16), (4, 4))
@@ -229,7 +229,7 @@ def match_legend(figure: Any, *, near: float = 2.0) -> None:
     Raises:
         No errors.
 
-    Example:
+    Examples:
         >>> import jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
         >>> import matplotlib.pyplot as plt
         >>> jaxalign.plots.match_legend(plt.figure())
@@ -257,7 +257,7 @@ def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level
     Raises:
         ValueError: a test of other representations.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
         >>> x, y = jax.random.normal(jax.random.key(0), (2, 60, 8))
         >>> ax = jaxalign.plots.grid(jaxalign.compare_grid({"a": x, "b": x + y}, {"c": x, "d": y}))
@@ -307,7 +307,7 @@ def layers(
     Raises:
         ValueError: lines of different lengths; another number of names.
 
-    Example:
+    Examples:
         >>> import numpy as np, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
         >>> ax = jaxalign.plots.layers({"dino": np.linspace(0, 1, 12), "chance": np.zeros(12)}, label="CKA")
         >>> ax.get_ylabel()
@@ -378,7 +378,7 @@ def density(
     Raises:
         ValueError: see `solve_sigma`.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
         >>> ax = jaxalign.plots.density(jax.random.normal(jax.random.key(0), (60, 8)))
         >>> ax.get_xscale()
@@ -419,7 +419,7 @@ def dissimilarities(
     Raises:
         ValueError: different numbers of samples.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
         >>> x, y = jax.random.normal(jax.random.key(0), (2, 40, 8))
         >>> ax = jaxalign.plots.dissimilarities(x, x + y)
@@ -462,7 +462,7 @@ def models(
     Raises:
         ValueError: distances that are not square, or a grid of two different models.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
         >>> x = jax.random.normal(jax.random.key(0), (4, 60, 8))
         >>> compared = jaxalign.compare_grid({name: x[0] + x[k] for k, name in enumerate("abcd")})
@@ -550,7 +550,7 @@ def segments(
     Raises:
         ValueError: labels that are not a map; keep of another shape.
 
-    Example:
+    Examples:
         >>> import numpy as np, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
         >>> ax = jaxalign.plots.segments(np.arange(16).reshape(4, 4) // 4)
     """

@@ -33,7 +33,7 @@ def data_mesh(
     Raises:
         ValueError: devices is empty, or a number that is not an integer from 1 to the number of devices.
 
-    Example:
+    Examples:
         >>> import jaxalign
         >>> mesh = jaxalign.sharding.data_mesh()
         >>> mesh.axis_names

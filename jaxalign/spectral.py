@@ -176,7 +176,7 @@ def normalized_cut(
             an affinity; see also `solve_sigma`.
         TypeError: see `solve_sigma`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxalign
         >>> keys = jax.random.split(jax.random.key(0))
         >>> blobs = jnp.repeat(9 * jax.random.normal(keys[0], (3, 5)), 30, 0) + jax.random.normal(keys[1], (90, 5))
@@ -273,7 +273,7 @@ def kway(
     Raises:
         ValueError: segments out of range; nan or inf (under a trace labels are -1 instead).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxalign
         >>> affinity = jnp.kron(jnp.eye(2), jnp.ones((3, 3)))  # two groups of three
         >>> jaxalign.kway(jaxalign.normalized_cut(affinity, 2)).tolist()

@@ -65,7 +65,7 @@ def solve_sigma(
             job. For nan or inf the message names the row.
         OSError: a file cannot be read or written.
 
-    Example:
+    Examples:
         >>> import numpy as np, jaxalign
         >>> x = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
         >>> streamed = jaxalign.streaming.solve_sigma(x, block_rows=100)
@@ -112,7 +112,7 @@ def mean_density(
     Raises:
         TypeError, ValueError, OSError: see `solve_sigma`; also sigma not above 0.
 
-    Example:
+    Examples:
         >>> import numpy as np, jaxalign
         >>> x = np.array([[0.0], [1.0], [2.0]], np.float32)
         >>> float(jaxalign.streaming.mean_density(x, sigma=1.0, block_rows=2))  # (3 + 4 exp(-1/2) + 2 exp(-2)) / 9

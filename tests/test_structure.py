@@ -182,7 +182,7 @@ def test_docstring_says_what_goes_in_what_comes_out_and_what_goes_wrong(name):
     function = PUBLIC[name]
     doc = inspect.getdoc(function)
     assert doc, f"{name} has no docstring"
-    for section in ("Args:", "Returns:", "Raises:", "Example:"):
+    for section in ("Args:", "Returns:", "Raises:", "Examples:"):
         assert f"\n{section}" in doc, f"{name}: no {section}"
     for parameter in inspect.signature(function).parameters:
         assert f"    {parameter}" in doc, f"{name}: {parameter} is not described"

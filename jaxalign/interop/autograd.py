@@ -40,7 +40,7 @@ def torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
             hashable; numpy or JAX arrays among the arguments; the errors of `fn`.
         RuntimeError: inside `torch.func` transformations (vmap, grad, ...).
 
-    Example:
+    Examples:
         >>> import pytest; torch = pytest.importorskip("torch")
         >>> import jaxalign
         >>> affinity = jaxalign.interop.torch_function(jaxalign.rbf_affinity)

@@ -93,7 +93,7 @@ def capture_features(
         TypeError: a model of an unknown framework; an output that is not a floating-point tensor.
         FileExistsError: `out` already holds a file of that layer.
 
-    Example:
+    Examples:
         >>> import pytest; torch = pytest.importorskip("torch")
         >>> import jaxalign
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2))

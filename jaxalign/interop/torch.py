@@ -31,7 +31,7 @@ def from_torch(tree: Any, *, copy: bool = False) -> Any:
         TypeError: a float64, complex128, int64 or uint64 tensor if JAX uses 32 bits (it would be narrowed); a sparse,
             quantized or meta tensor; a device that JAX does not have.
 
-    Example:
+    Examples:
         >>> import pytest; torch = pytest.importorskip("torch")
         >>> import jaxalign
         >>> jaxalign.interop.from_torch({"features": torch.ones(2, 3)})["features"].shape
@@ -61,7 +61,7 @@ def to_torch(tree: Any, *, copy: bool = False) -> Any:
         TypeError: traced arrays (convert outside jit, grad and vmap), arrays spread over several devices, dtypes that
             torch does not have.
 
-    Example:
+    Examples:
         >>> import pytest; torch = pytest.importorskip("torch")
         >>> import jax.numpy as jnp, jaxalign
         >>> jaxalign.interop.to_torch(jnp.ones((2, 3))).dtype

@@ -45,7 +45,7 @@ def affinity_distance(
     Raises:
         TypeError, ValueError: see `hsic`.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (100, 8))
         >>> float(jaxalign.measures.affinity_distance(x, 5 * x)) < 1e-6

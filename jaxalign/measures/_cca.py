@@ -47,7 +47,7 @@ def cca(
     Raises:
         TypeError, ValueError: see `hsic`; fewer than 2 samples.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, a = jax.random.normal(jax.random.key(0), (100, 8)), jax.random.normal(jax.random.key(1), (8, 8))
         >>> round(float(jaxalign.measures.cca(x, x @ a)), 3)
@@ -82,7 +82,7 @@ def pwcca(
     Raises:
         TypeError, ValueError: see `cca`.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, noise = jax.random.normal(jax.random.key(0), (2, 500, 8))
         >>> float(jaxalign.measures.pwcca(x, x + 0.1 * noise)) > 0.9
@@ -119,7 +119,7 @@ def svcca(
     Raises:
         TypeError, ValueError: see `cca`; num_components is neither a number of directions nor a share.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, noise = jax.random.normal(jax.random.key(0), (2, 100, 8))
         >>> round(float(jaxalign.measures.svcca(x, 2 * x + 1, num_components=3)), 3)

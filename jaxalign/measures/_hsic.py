@@ -67,7 +67,7 @@ def hsic(
         TypeError, ValueError: x and y are not arrays of the same samples; fewer than 4 samples ("biased": 2); sigma is
             not above 0; a density that cannot be reached; nan or inf.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, y = jax.random.normal(jax.random.key(0), (2, 100, 8))
         >>> measures = jaxalign.measures
@@ -113,7 +113,7 @@ def cka(
     Raises:
         TypeError, ValueError: see `hsic`.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, noise = jax.random.normal(jax.random.key(0), (2, 100, 8))
         >>> y = 3 * x[:, ::-1] + 7  # permuted, scaled, shifted: the same geometry
@@ -146,7 +146,7 @@ def minibatch_cka(
         TypeError, ValueError: see `hsic` (the message holds the index of the batch); no batches; batches of different
             widths.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (10, 16, 8))
         >>> round(float(jaxalign.measures.minibatch_cka(zip(x, 2 * x))), 4)
@@ -237,7 +237,7 @@ def distance_correlation(
     Raises:
         TypeError, ValueError: see `hsic`.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (100, 8))
         >>> round(float(jaxalign.measures.distance_correlation(x, -2 * x)), 4)

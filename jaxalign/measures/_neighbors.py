@@ -68,7 +68,7 @@ def nearest_neighbors(
         TypeError, ValueError: see `hsic`; k >= n; for "cosine" and "correlation", a row that has no
             direction.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxalign
         >>> x = jnp.array([[0.0], [1.0], [3.0]])
         >>> jaxalign.measures.nearest_neighbors(x, 1, "euclidean")[:, 0]
@@ -117,7 +117,7 @@ def mutual_knn(
     Raises:
         TypeError, ValueError: see `nearest_neighbors`.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (100, 8))
         >>> float(jaxalign.measures.mutual_knn(x, 2 * x, 5))
@@ -154,7 +154,7 @@ def jaccard(
     Raises:
         TypeError, ValueError: see `nearest_neighbors`.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (100, 8))
         >>> float(jaxalign.measures.jaccard(x, 2 * x, 5))
@@ -195,7 +195,7 @@ def cknna(
     Raises:
         TypeError, ValueError: see `nearest_neighbors`.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (100, 8))
         >>> round(float(jaxalign.measures.cknna(x, 2 * x, 5)), 4)

@@ -50,7 +50,7 @@ def linear_predictivity(
     Raises:
         TypeError, ValueError: see `hsic`; fewer than 2 folds, or than 2 samples per fold; a strength not above 0.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, a = jax.random.normal(jax.random.key(0), (100, 8)), jax.random.normal(jax.random.key(1), (8, 3))
         >>> float(jaxalign.measures.linear_predictivity(x, x @ a)) > 0.99

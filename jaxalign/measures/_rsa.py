@@ -82,7 +82,7 @@ def rdm(
     Raises:
         TypeError, ValueError: see `hsic`; for "correlation" and "cosine", a row that has no direction.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxalign
         >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
         >>> jaxalign.measures.rdm(x, "cosine").round(5)
@@ -133,7 +133,7 @@ def rsa(
     Raises:
         TypeError, ValueError: see `hsic`; for "correlation" and "cosine", a row that has no direction.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (50, 8))
         >>> round(float(jaxalign.measures.rsa(x, 3 * x[:, ::-1] + 1, comparison="spearman")), 4)

@@ -56,7 +56,7 @@ def procrustes(
     Raises:
         TypeError, ValueError: see `hsic`; fewer than 2 samples; "angular" or "similarity" with normalize=False.
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x = jax.random.normal(jax.random.key(0), (100, 8))
         >>> float(jaxalign.measures.procrustes(x, 3 * x[:, ::-1] + 1)) < 1e-3
@@ -102,7 +102,7 @@ def shape_distance(
     Raises:
         TypeError, ValueError: see `procrustes`; alpha outside [0, 1].
 
-    Example:
+    Examples:
         >>> import jax, jaxalign
         >>> x, a = jax.random.normal(jax.random.key(0), (100, 8)), jax.random.normal(jax.random.key(1), (8, 8))
         >>> float(jaxalign.measures.shape_distance(x, x @ a, alpha=0.0)) < 1e-2
