@@ -173,7 +173,7 @@ def permutation_test(
         x: features, shape (n, d1), or a mapping of names to features.
         y: features of the same samples, shape (n, d2), or a mapping.
         measure: a name in `jaxalign.measures.REGISTRY`.
-        key: a key of `jax.random.key`; the same key gives the same permutations.
+        key: a `jax.random.key` for the permutations.
         permutations: m, the number of permutations.
         positions: see `jaxalign.compare`. Positions of one image are dependent, so p-values with "samples" are too
             small: prefer "channels" or "mean".
@@ -251,7 +251,7 @@ def bootstrap(
         x: features, shape (n, d1).
         y: features of the same samples, shape (n, d2).
         measure: a name in `jaxalign.measures.REGISTRY`.
-        key: a key of `jax.random.key`.
+        key: a `jax.random.key` for the resamples.
         resamples: the number of resamples.
         level: nominal coverage of the interval, 0 < level < 1.
         method: "bca", bias-corrected and accelerated (Efron 1987), or "percentile".

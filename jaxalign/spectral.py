@@ -157,7 +157,7 @@ def normalized_cut(
             isolated.
         mask: shape (n,), True marks valid samples.
         landmarks: for "nystroem": the number of landmarks to draw at random (default 512, or n), or their rows.
-        key: key for the random choices of "lobpcg" and "nystroem"; default `jax.random.key(0)`.
+        key: a `jax.random.key` for the random choices of "lobpcg" and "nystroem". None: `jax.random.key(0)`.
         rtol: for "lobpcg": residual |M v - lambda v| relative to 1 + lambda. Default 1e-5, in float64 1e-10.
         plan: how pairs are visited, see `jaxalign.Plan`; with a tile size "lobpcg" never stores the affinity. Only
             "lobpcg" and "nystroem" support a mesh.
