@@ -237,7 +237,7 @@ def test_where_all_samples_are_alike_nothing_moves(measure):
 def test_a_mask_that_leaves_too_few_costs_nothing(measure):
     x, y = (a.astype(np.float32) for a in sets())
     both = jax.jit(jax.value_and_grad(lambda x, mask: loss(measure)(x, y, mask=mask)))
-    for real in range(losses._LEAST[measure]):
+    for real in range(losses._MIN_SAMPLES[measure]):
         value, gradient = both(x, jnp.arange(N) < real)
         assert np.isfinite(value)
         assert (np.asarray(gradient) == 0).all()

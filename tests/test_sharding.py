@@ -352,7 +352,9 @@ def test_without_a_name_rows_are_spread_over_the_axis_that_mesh_takes(rng):
         assert helpers.relative_error(sigma, jaxalign.solve_sigma(x, density=0.2).sigma) < SAME[F32]
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "model"))
     for spread_over in (lambda: shard_rows(x, mesh), lambda: jaxalign.solve_sigma(x, plan=Plan(mesh=mesh))):
-        with pytest.raises(ValueError, match=r"mesh has no axis 'data', its axes are \('rows', 'model'\)\. Name"):
+        with pytest.raises(
+            ValueError, match=r"mesh has no axis 'data', its axes are \('rows', 'model'\)\. Pass .* axis_name="
+        ):
             spread_over()
 
 

@@ -399,16 +399,16 @@ def test_a_checkpoint_of_the_same_job_with_other_contents_is_refused(change, tmp
 
 
 FOREIGN = {
-    "density": (lambda x, **kw: streaming.solve_sigma(x, density=0.3, **kw), {}, ("density", "there 0.3", "here 0.2")),
-    "rtol": (JOBS["solve_sigma"], {"rtol": 1e-4}, ("rtol", "there 0.0001", "here 1e-06")),
-    "task": (JOBS["mean_density"], {}, ("task", "there 'mean_density'", "here 'solve_sigma'")),
+    "density": (lambda x, **kw: streaming.solve_sigma(x, density=0.3, **kw), {}, ("density", "file: 0.3", "now: 0.2")),
+    "rtol": (JOBS["solve_sigma"], {"rtol": 1e-4}, ("rtol", "file: 0.0001", "now: 1e-06")),
+    "task": (JOBS["mean_density"], {}, ("task", "file: 'mean_density'", "now: 'solve_sigma'")),
     "diagonal": (JOBS["solve_sigma"], {"diagonal": "exclude"}, ("diagonal", "'exclude'", "'include'")),
-    "tile_size": (JOBS["solve_sigma"], {"plan": Plan(3)}, ("tile_size", "there 3")),
-    "block_rows": (JOBS["solve_sigma"], {"block_rows": 8}, ("blocks", "there [[8, 8, 8]]", "here [[7, 7, 7, 3]]")),
+    "tile_size": (JOBS["solve_sigma"], {"plan": Plan(3)}, ("tile_size", "file: 3")),
+    "block_rows": (JOBS["solve_sigma"], {"block_rows": 8}, ("blocks", "file: [[8, 8, 8]]", "now: [[7, 7, 7, 3]]")),
     "mask": (JOBS["solve_sigma"], {"mask": np.arange(ROWS) > 2}, ("checksums",)),
-    "y": (JOBS["solve_sigma"], {"y": Y.astype(np.float32)}, ("rows", "there [24, 10]", "here [24]")),
-    "fewer rows": (JOBS["solve_sigma"], {"x": X[:23].astype(np.float32)}, ("rows", "there [23]", "here [24]")),
-    "width": (JOBS["solve_sigma"], {"x": X[:, :4].astype(np.float32)}, ("width", "there 4", "here 5")),
+    "y": (JOBS["solve_sigma"], {"y": Y.astype(np.float32)}, ("rows", "file: [24, 10]", "now: [24]")),
+    "fewer rows": (JOBS["solve_sigma"], {"x": X[:23].astype(np.float32)}, ("rows", "file: [23]", "now: [24]")),
+    "width": (JOBS["solve_sigma"], {"x": X[:, :4].astype(np.float32)}, ("width", "file: 4", "now: 5")),
     "data": (JOBS["solve_sigma"], {"x": np.nextafter(X.astype(np.float32), 9)}, ("checksums",)),
 }
 

@@ -219,7 +219,7 @@ def degenerate(n: int) -> Iterator[Check]:
 
     yield "nan is refused", lambda: refused(lambda: jaxalign.rbf_affinity(broken), "nan", "3"), 0.0
     alike = np.ones((n, 4), np.float32)
-    yield "coincident samples are refused", lambda: refused(lambda: jaxalign.solve_sigma(alike), "coincide"), 0.0
+    yield "duplicates are refused", lambda: refused(lambda: jaxalign.solve_sigma(alike), "duplicates"), 0.0
     yield (
         "nan under jit is nan, with a status",
         lambda: float(int(jax.jit(lambda x: jaxalign.solve_sigma(x).status)(broken)) == 0),

@@ -138,7 +138,8 @@ def sigmas(sizes: tuple[int, ...], d: int, rounds: int) -> Iterator[Result | str
 
 def losses(batches: tuple[int, ...], d: int, rounds: int) -> Iterator[Result | str]:
     """Value and gradient of the alignment loss inside jit, beside torch's."""
-    step = jax.jit(jax.value_and_grad(lambda x, y: alignment_loss(x, y, kernel=RBF(density=DENSITY))))
+    kernel = RBF(density=DENSITY, diagonal="include")  # as the other side counts it
+    step = jax.jit(jax.value_and_grad(lambda x, y: alignment_loss(x, y, kernel=kernel)))
     pairs = {}
     for n in batches:
         x = features(n, d)
