@@ -258,14 +258,11 @@ def align(
         _checks.positive("decorrelate", decorrelate)
     arrays, shifts = _check_features(features)
     n = next(iter(arrays.values())).shape[0]
-    maps = {name: _fit_channels(x, channels) for name, x in arrays.items()}
-    arrays = {name: maps[name](x) for name, x in arrays.items()}
     chosen = _choose_landmarks(landmarks, key, n)
-    queries = _queries(chosen, n) if standardize else None
     rows, sigma, spaces = {}, {}, {}
-    for name, x in arrays.items():
+    for name, array in arrays.items():
         try:
-            block = x[chosen]
+            fitted_channels, x, block = _map_channels(array, chosen, channels)
             if bandwidth == "global":
                 sigma[name] = solve_sigma(block, density=density, diagonal=diagonal).sigma
             else:
@@ -273,23 +270,39 @@ def align(
                 sigma[name] = solve_sigma(x, block, density=density, bandwidth="per_row").sigma
             target = jnp.asarray(density, x.dtype)
             fitted_sigma = sigma[name] if bandwidth == "global" else None
-            space = _Space(maps[name], block, fitted_sigma, target, shift=shifts[name])
+            space = _Space(fitted_channels, block, fitted_sigma, target, shift=shifts[name])
             affinity = rbf_affinity(x, block, sigma[name], bandwidth=bandwidth)
-            # The distance of a landmark to itself is 0, but is rounded when computed between two different arrays.
-            affinity = affinity.at[chosen, jnp.arange(len(chosen))].set(1)
         except (ValueError, TypeError) as error:
             raise type(error)(f"features[{name!r}]: {error}") from error
-        if decorrelate is not None:
-            ridge = decorrelate * jnp.eye(len(chosen), dtype=x.dtype)
-            space = replace(space, cholesky=jnp.linalg.cholesky(affinity[chosen] + ridge))
-        relative = space.decorrelate(affinity)
-        if queries is not None:
-            scored = relative[queries] if len(queries) else relative
-            spread = _spread(scored, rounding=8 * float(jnp.finfo(scored.dtype).eps))
-            space = replace(space, center=jnp.mean(scored, 0, keepdims=True), scale=spread)
-        rows[name] = space.standardize(relative)
-        spaces[name] = space
+        ridge = None if decorrelate is None else jnp.asarray(decorrelate, x.dtype)
+        spaces[name], rows[name] = _fit_rows(space, affinity, chosen, ridge, standardize)
     return Alignment(rows, sigma, chosen, spaces)
+
+
+@partial(jax.jit, static_argnames="channels")
+def _map_channels(x: Array, chosen: Array, channels: Channels | None) -> tuple[_Channels, Array, Array]:
+    """The fitted map of the channels, the mapped features, and those of the landmarks."""
+    fitted = _fit_channels(x, channels)
+    x = fitted(x)
+    return fitted, x, x[chosen]
+
+
+@partial(jax.jit, static_argnames="standardize")
+def _fit_rows(
+    space: _Space, affinity: Array, chosen: Array, ridge: Array | None, standardize: bool
+) -> tuple[_Space, Array]:
+    """The space with what is fitted on the affinity (n, m), and the relative features."""
+    n, m = affinity.shape
+    # The distance of a landmark to itself is 0, but is rounded when computed between two different arrays.
+    affinity = affinity.at[chosen, jnp.arange(m)].set(1)
+    if ridge is not None:
+        space = replace(space, cholesky=jnp.linalg.cholesky(affinity[chosen] + ridge * jnp.eye(m, dtype=ridge.dtype)))
+    relative = space.decorrelate(affinity)
+    if standardize:
+        scored = relative[_queries(chosen, n)] if m < n else relative
+        spread = _spread(scored, rounding=8 * float(jnp.finfo(scored.dtype).eps))
+        space = replace(space, center=jnp.mean(scored, 0, keepdims=True), scale=spread)
+    return space, space.standardize(relative)
 
 
 def _check_density_per_row(density: Any, block: Array) -> None:
@@ -356,6 +369,11 @@ def _check_features(features: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     return arrays, shifts
 
 
+@partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: Array, n: int, number: int) -> Array:
+    return jnp.sort(jax.random.choice(key, n, (number,), replace=False))
+
+
 def _choose_landmarks(landmarks: Any, key: Array | None, n: int) -> Array:
     """Indices of the landmarks, shape (m,)."""
     if landmarks is None:
@@ -363,7 +381,7 @@ def _choose_landmarks(landmarks: Any, key: Array | None, n: int) -> Array:
     if isinstance(landmarks, (int, np.integer)) and not isinstance(landmarks, bool):
         number = _checks.whole("landmarks", landmarks, 1, n, most_is="n = ")
         key = jax.random.key(0) if key is None else key
-        return jnp.sort(jax.random.choice(key, n, (number,), replace=False))
+        return _draw(key, n, number)
     # A new array: of one that it has seen with 64 bits, jax may return 64 bits with 32 bits too.
     return jnp.asarray(_checks.row_numbers("landmarks", landmarks, n).astype(np.int32))
 
