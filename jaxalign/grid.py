@@ -94,7 +94,7 @@ def compare(
         >>> round(float(jaxalign.compare(x, 2 * x, "rsa", comparison="spearman")), 4)
         1.0
     """
-    how = {name: options.pop(name) for name in ("plan",) if name in options}
+    how = {"plan": options.pop("plan")} if "plan" in options else {}
     entry = specified(measure, options)[0]
     check_how(entry, how)
     x, y = check_positions({"x": x, "y": y}, positions).values()
@@ -333,7 +333,7 @@ def _compare_in_memory(task: GridTask, measure: PairMeasure | SummaryMeasure) ->
         assert kernel is not None
         assert target is not None
         sigma = []
-        with reporting(task.progress, "sigma", len(features), unit="set") as show:
+        with reporting(task.progress, "sigma", len(features), unit="representation") as show:
             for name, x in zip(task.names, features, strict=True):
                 rtol = check_rtol(None, x.dtype)
                 solution, status = solve_bandwidth_jit(x, mask, target, function, rtol, single_plan)

@@ -134,7 +134,7 @@ def with_bandwidth(options: dict[str, Any]) -> RBF | Laplacian | None:
     """The kernel with a bandwidth among the options of a measure, or None."""
     for name in ("kernel", "metric"):
         value = options.get(name)
-        value = RBF() if value == "rbf" else Laplacian() if value == "laplacian" else value
+        value = NAMED[value]() if isinstance(value, str) and value in NAMED else value
         if isinstance(value, (RBF, Laplacian)):
             return value
     return None

@@ -125,7 +125,7 @@ class Summaries:
 
     def _summarize(self, k: int) -> Any:
         x, name, function = self.load(k), self.task.names[k], self.measure.function
-        kernel = None if self.task.kernel is None else for_representations(self.task.kernel, k)
+        kernel = None if self.task.kernel is None else self.task.bandwidth_of(k)
         plan = resolve_plan(self.task.plan, x, None)
         sigmas, target = check_function([name], (x,), self.mask, kernel, function, plan)
         sigma = None if sigmas is None else sigmas[0]
