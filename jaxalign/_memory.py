@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from jaxalign import _checks
+from jaxalign import _arrays
 
 # Smaller arrays are allocated without a check.
 _UNCHECKED_BYTES = 2**28
@@ -31,7 +31,7 @@ def check_room(what: str, shape: Sequence[int], x: Array, way_out: str) -> None:
     Checked on CPUs only, where JAX would hang or the system would kill the process; other devices raise by themselves.
     """
     needed = _PEAK_FACTOR * math.prod(shape) * x.dtype.itemsize
-    if needed < _UNCHECKED_BYTES or not _checks.is_concrete(x):
+    if needed < _UNCHECKED_BYTES or not _arrays.is_concrete(x):
         return
     if any(device.platform != "cpu" for device in x.devices()):
         return

@@ -36,6 +36,11 @@ def holds_exactly(target: Any, dtype: Any) -> bool:
     return dtype.itemsize <= np.dtype(target).itemsize
 
 
+def is_wide(dtype: Any) -> bool:
+    """Whether a dtype is wider than the dtype of the computation."""
+    return not holds_exactly(computing_dtype(dtype), dtype)
+
+
 def mean_row(rows: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     """The mean over the finite valid rows of (..., n, d), shape (..., 1, d), in float64 or wider; 0 without such rows.
 

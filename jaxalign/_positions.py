@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks
 
 Positions = Literal["samples", "channels", "mean"]
 
@@ -33,7 +33,7 @@ def rows_of(values: Any, positions: Positions) -> Any:
 
 def check_positions(named: Mapping[str, Any], positions: Positions | None) -> dict[str, Any]:
     """Representations as rows (n, d); raises if `positions` is missing, or has no effect."""
-    arrays = {name: _checks.numbers(name, value) for name, value in named.items()}
+    arrays = {name: _arrays.numbers(name, value) for name, value in named.items()}
     if positions is None:
         for name, value in arrays.items():
             if value.ndim != 2:

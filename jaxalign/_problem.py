@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks, _features
+from jaxalign._repr import shown
 from jaxalign._status import Status
 from jaxalign._typing import AnyArray
 from jaxalign.plan import STORED, Plan
@@ -46,19 +47,19 @@ def check_problem(
     status only.
     """
     _checks.choice("diagonal", diagonal, ("include", "exclude"))
-    x, y = _checks.feature_pair(x, y, min_rows=1 if local_rows else 2, mask=mask, mask_y=mask_y)
+    x, y = _features.feature_pair(x, y, min_rows=1 if local_rows else 2, mask=mask, mask_y=mask_y)
     if y is None and mask_y is not None:
         raise ValueError("mask_y needs y: without y, mask applies to both sides.")
     if y is not None and diagonal != "include":
         raise ValueError(
-            f"diagonal={_checks.shown(diagonal)} has no meaning with y: all n x m pairs count. Leave diagonal out, "
+            f"diagonal={shown(diagonal)} has no meaning with y: all n x m pairs count. Leave diagonal out, "
             "or leave y out to compare x with itself."
         )
-    mask = _checks.row_mask("mask", mask, x.shape[:-1])
-    mask_y = None if y is None else _checks.row_mask("mask_y", mask_y, y.shape[:-1])
+    mask = _features.row_mask("mask", mask, x.shape[:-1])
+    mask_y = None if y is None else _features.row_mask("mask_y", mask_y, y.shape[:-1])
     for name, value, min_samples in (("mask", mask, 2 if y is None else 1), ("mask_y", mask_y, 1)):
-        if value is not None and throw and _checks.is_concrete(value) and not local_rows:
-            counts = _checks.on_host(value).sum(-1)
+        if value is not None and throw and _arrays.is_concrete(value) and not local_rows:
+            counts = _arrays.on_host(value).sum(-1)
             if (counts < min_samples).any():
                 raise ValueError(
                     f"{name} leaves {int(counts.min())} valid sample(s), at least {min_samples} needed: "
@@ -82,12 +83,12 @@ def check_density(
         if problem.mask is None or plan.rows_are_local or not _may_read(problem.mask, throw):
             counts = plan.total_rows(problem.x.shape[-2])  # an upper bound: the number of valid samples is unknown
         else:
-            counts = _checks.on_host(problem.mask).sum(-1)
+            counts = _arrays.on_host(problem.mask).sum(-1)
         floor = 1 / np.asarray(counts, np.float64)
-        infeasible = np.broadcast_arrays(_checks.on_host(density) <= floor)[0]
+        infeasible = np.broadcast_arrays(_arrays.on_host(density) <= floor)[0]
         if infeasible.any():
             n = np.broadcast_to(counts, infeasible.shape)[infeasible].min()
-            lowest = float(np.min(_checks.on_host(density)))
+            lowest = float(np.min(_arrays.on_host(density)))
             raise ValueError(
                 f"density = {lowest} cannot be reached with n = {n} samples: the ones on the diagonal alone give "
                 f"1/n = {1 / n:.4g}. Ask for a density above that, leave the diagonal out of the mean with "
@@ -98,7 +99,7 @@ def check_density(
 
 def is_default(density: Any) -> bool:
     """Whether the density is the default; a traced density counts as the default."""
-    if not _checks.is_concrete(density):
+    if not _arrays.is_concrete(density):
         return True
     return np.ndim(density) == 0 and bool(np.float32(density) == np.float32(DENSITY))
 
@@ -106,12 +107,10 @@ def is_default(density: Any) -> bool:
 def check_unused(sigma: Any, density: Any, diagonal: Any) -> None:
     """Raise if density or diagonal are passed together with sigma, where they have no effect."""
     if not is_default(density):
-        raise ValueError(
-            f"density={_checks.shown(density)} has no effect with sigma={_checks.shown(sigma)}. Leave one of them out."
-        )
+        raise ValueError(f"density={shown(density)} has no effect with sigma={shown(sigma)}. Leave one of them out.")
     if diagonal != "include":
         raise ValueError(
-            f"diagonal={_checks.shown(diagonal)} has no effect with sigma={_checks.shown(sigma)}, which is not solved "
+            f"diagonal={shown(diagonal)} has no effect with sigma={shown(sigma)}, which is not solved "
             "for. Leave it out."
         )
 
@@ -140,7 +139,7 @@ def check_sigma(sigma: Any, problem: Problem, bandwidth: Any, *, throw: bool = T
 
 def _may_read(value: Any, throw: bool) -> bool:
     """Whether a value may be read: it is concrete, and on the host unless `throw` permits waiting for a device."""
-    return _checks.is_concrete(value) and (throw or not isinstance(value, jax.Array))
+    return _arrays.is_concrete(value) and (throw or not isinstance(value, jax.Array))
 
 
 def check_rtol(rtol: float | None, dtype: Any) -> float:
@@ -153,20 +152,25 @@ def check_rtol(rtol: float | None, dtype: Any) -> float:
     return float(rtol)
 
 
+def check_finite(problem: Problem) -> None:
+    """Raise on nan or inf in concrete x and y, and on numbers so small that distances are 0."""
+    _features.finite_rows("x", problem.x, problem.mask, differences=True)
+    if problem.y is not None:
+        _features.finite_rows("y", problem.y, problem.mask_y, differences=True)
+
+
 def explain_failure(status: Array, problem: Problem) -> None:
     """Raise a ValueError for a failed status, naming the row of any nan or inf. Under a trace do nothing."""
-    if _checks.is_concrete(status) and _checks.on_host(status).any():
-        _checks.finite_rows("x", problem.x, problem.mask, differences=True)
-        if problem.y is not None:
-            _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
+    if _arrays.is_concrete(status) and _arrays.on_host(status).any():
+        check_finite(problem)
         raise_if_failed(status)
 
 
 def raise_if_failed(status: Array) -> None:
     """Raise a ValueError for the first status that is not `CONVERGED`. Under a trace do nothing."""
-    if not _checks.is_concrete(status):
+    if not _arrays.is_concrete(status):
         return
-    values = _checks.on_host(status)
+    values = _arrays.on_host(status)
     if values.any():
         index = tuple(int(i) for i in np.argwhere(values != Status.CONVERGED)[0])
         position = f" (at index {index} of {values.shape})" if index else ""

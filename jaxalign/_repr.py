@@ -1,4 +1,4 @@
-"""Short reprs of results: class, shapes and main numbers in a few lines, never a whole array."""
+"""Short reprs, never of a whole array: results, as class, shapes and main numbers; any value, for a message."""
 
 from __future__ import annotations
 
@@ -115,3 +115,26 @@ def _wrapped(name: str, parts: list[str]) -> str:
             lines.append("")
         lines[-1] += f"{part}, "
     return f"{name}(\n" + "\n".join(f"    {text.rstrip()}" for text in lines) + "\n)"
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its repr, shortened if it is long."""
+    return _Short().repr(value)
+
+
+class _Short(reprlib.Repr):
+    """A short repr; arrays with more than a few entries show their dtype and shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxdict = 3, 200, 200, self.maxlist
+
+    def repr1(self, x: Any, level: int) -> str:
+        shape = getattr(x, "shape", None)
+        if not isinstance(shape, tuple) or isinstance(x, np.generic):
+            return super().repr1(x, level)
+        if not isinstance(x, (np.ndarray, jax.Array)):  # an array of another library, whose repr may be long
+            return f"{type(x).__name__} of shape {tuple(shape)}"
+        if x.size > self.maxlist or isinstance(x, Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return f"{x.dtype} array of shape {shape}"
+        return repr(x.item()) if isinstance(x, np.ndarray) and x.ndim == 0 else super().repr1(x, level)

@@ -17,7 +17,7 @@ class _Convertible(Protocol):
     def __array__(self) -> np.ndarray: ...
 
 
-# Whatever `jaxalign._checks.numbers` takes: arrays, lists, and what numpy makes an array of, as a DataFrame.
+# Whatever `jaxalign._arrays.numbers` takes: arrays, lists, and what numpy makes an array of, as a DataFrame.
 Data = AnyArray | list[Any] | tuple[Any, ...] | _Convertible
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks, _features
 from jaxalign._directions import less_row_mean
 from jaxalign._linalg import matmul, power_of_two, products, root, scaled, unit
-from jaxalign._repr import short_repr
+from jaxalign._repr import short_repr, shown
 from jaxalign._typing import AnyArray, Data, Numbers
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
@@ -83,7 +83,7 @@ class _Space:
     cholesky: Array | None = None  # (m, m) lower Cholesky factor of A_LL + lambda I
     center: Array | None = None  # (1, m) mean and standard deviation of the columns
     scale: Array | None = None
-    shift: _checks.Shift | None = None  # subtracted from the features before the map of the channels
+    shift: _features.Shift | None = None  # subtracted from the features before the map of the channels
 
     def affinity(self, x: Array) -> Array:
         """Affinity of samples to the landmarks; x has passed the map of the channels."""
@@ -150,7 +150,7 @@ class Alignment:
             ValueError, TypeError: x_new has another number of features; see also `rbf_affinity`.
         """
         space = self.spaces[self._checked(name)]
-        x = _checks.shifted_features("x_new", x_new, space.shift)
+        x = _features.shifted_features("x_new", x_new, space.shift)
         if x.ndim != 2 or x.shape[-1] != space.landmarks.shape[-1]:
             raise ValueError(f"x_new must have shape (k, {space.landmarks.shape[-1]}) for {name!r}; got {x.shape}.")
         return space.standardize(space.decorrelate(space.affinity(space.channels(x))))
@@ -311,8 +311,8 @@ def _check_density_per_row(density: Any, block: Array) -> None:
     _checks.density_value(density)
     m = block.shape[0]
     # Compare in the dtype of the computation: float32(0.05) is above 1/20, but not above float32(1/20).
-    if _checks.is_concrete(density) and _checks.on_host(density).astype(block.dtype) <= np.asarray(1 / m, block.dtype):
-        target = float(_checks.on_host(density))
+    if _arrays.is_concrete(density) and _arrays.on_host(density).astype(block.dtype) <= np.asarray(1 / m, block.dtype):
+        target = float(_arrays.on_host(density))
         least = math.floor((1 + float(jnp.finfo(block.dtype).eps)) / target) + 1
         raise ValueError(
             f'density = {target} cannot be reached with {m} landmarks and bandwidth="per_row": the affinity of a '
@@ -357,15 +357,15 @@ def _check_features(features: Any) -> tuple[dict[str, Array], dict[str, Any]]:
         raise ValueError("features is empty: pass the features of at least one network, {name: array}.")
     arrays, shifts = {}, {}
     for name, value in features.items():
-        array, shifts[name] = _checks.centered_features(f"features[{name!r}]", value, min_rows=2)
+        array, shifts[name] = _features.centered_features(f"features[{name!r}]", value, min_rows=2)
         if array.ndim != 2:
             raise ValueError(f"features[{name!r}] must have shape (n, d); got {array.shape}.")
         way_out = "Remove these samples from every network."
-        _checks.finite_rows(f"features[{name!r}]", array, way_out=way_out, differences=True)
+        _features.finite_rows(f"features[{name!r}]", array, way_out=way_out, differences=True)
         arrays[name] = array
     counts = {name: array.shape[0] for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"all networks must have the same samples in the same order; got n = {_checks.shown(counts)}.")
+        raise ValueError(f"all networks must have the same samples in the same order; got n = {shown(counts)}.")
     return arrays, shifts
 
 
@@ -464,7 +464,7 @@ def joint_affinity(
         (120, 120)
     """
     parts = list(alignment.features.values()) if isinstance(alignment, Alignment) else list(alignment)
-    rows = [_checks.features(f"alignment[{k}]", part) for k, part in enumerate(parts)]
+    rows = [_features.features(f"alignment[{k}]", part) for k, part in enumerate(parts)]
     widths = {row.shape[-1] for row in rows}
     if len(widths) != 1 or any(row.ndim != 2 for row in rows):
         raise ValueError(
@@ -532,8 +532,8 @@ def correspondence(
         1.0
     """
     a, b, metric, csls = _check_rows(a, b, metric, csls)
-    if _checks.is_concrete(a, b):
-        ones, least, most = _checks.read_on_host(_landmark_facts, a, b)
+    if _arrays.is_concrete(a, b):
+        ones, least, most = _arrays.read_on_host(_landmark_facts, a, b)
         positions = np.argwhere(ones)
         if len(positions) and least >= 0 and most == 1:
             row, column = (int(i) for i in positions[0][-2:])
@@ -542,7 +542,7 @@ def correspondence(
                 "which reveals the match. Score samples that are not landmarks, "
                 "as alignment.correspondence(name_a, name_b) does."
             )
-        if a.ndim == 2 and _MIN_COLUMNS <= a.shape[1] <= a.shape[0] and _checks.read_on_host(_contains_landmarks, a, b):
+        if a.ndim == 2 and _MIN_COLUMNS <= a.shape[1] <= a.shape[0] and _arrays.read_on_host(_contains_landmarks, a, b):
             warnings.warn(
                 f"the rows seem to include all {a.shape[1]} landmarks, whose entries for themselves reveal their "
                 "matches. Score samples that are not landmarks, as alignment.correspondence(name_a, name_b) does.",
@@ -580,14 +580,14 @@ def _contains_landmarks(a: Array, b: Array) -> Array:
 
 def _check_rows(a: Any, b: Any, metric: Metric, csls: int | None) -> tuple[Array, Array, Metric, int | None]:
     _checks.choice("metric", metric, ("correlation", "cosine", "euclidean"))
-    a, b = _checks.features("a", a, min_rows=2), _checks.features("b", b, min_rows=2)
+    a, b = _features.features("a", a, min_rows=2), _features.features("b", b, min_rows=2)
     if a.shape != b.shape:
         raise ValueError(f"a and b must have the same shape, row i of both is sample i; got {a.shape} and {b.shape}.")
     n = a.shape[-2]
     if csls is not None:
         csls = _checks.whole("csls", csls, 1, n, of=" of neighbors", most_is="n = ", otherwise=", or None")
     for name, rows in (("a", a), ("b", b)):
-        _checks.finite_rows(name, rows, way_out="Remove these samples from both.")
+        _features.finite_rows(name, rows, way_out="Remove these samples from both.")
     return a, b, metric, csls
 
 

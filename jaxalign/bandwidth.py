@@ -11,12 +11,12 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxalign import _checks
 from jaxalign._problem import (
     Bandwidth,
     Diagonal,
     Problem,
     check_density,
+    check_finite,
     check_problem,
     check_rtol,
     check_sigma,
@@ -101,9 +101,7 @@ def mean_density(
     problem = check_problem(x, y, mask, mask_y, diagonal, local_rows=plan.rows_are_local)
     plan = resolve_plan(plan, problem.x, problem.y)
     bandwidths, per_row = check_sigma(sigma, problem, bandwidth), bandwidth == "per_row"
-    _checks.finite_rows("x", problem.x, problem.mask, differences=True)
-    if problem.y is not None:
-        _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
+    check_finite(problem)
     return _mean_density(problem.x, problem.y, bandwidths, problem.mask, problem.mask_y, diagonal, per_row, plan)
 
 

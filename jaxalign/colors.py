@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxalign import _checks
+from jaxalign import _checks, _features
 from jaxalign._linalg import matmul, unit
 from jaxalign._typing import Data, Numbers
 from jaxalign.spectral import NormalizedCut, signs
@@ -88,13 +88,13 @@ def rgb(
 
 
 def _rows(name: str, value: Any, num_components: int) -> Array:
-    rows = value.eigenvectors if isinstance(value, NormalizedCut) else _checks.features(name, value)
+    rows = value.eigenvectors if isinstance(value, NormalizedCut) else _features.features(name, value)
     if rows.ndim != 2 or rows.shape[1] < 3 or rows.shape[0] < 3:
         raise ValueError(
             f"{name} must have at least three samples and three columns (pass num_components=3 or more to the cut); "
             f"got shape {rows.shape}."
         )
-    _checks.finite_rows(name, rows, way_out="Colors need finite rows: leave such rows out.")
+    _features.finite_rows(name, rows, way_out="Colors need finite rows: leave such rows out.")
     return rows[:, :num_components]
 
 

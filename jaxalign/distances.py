@@ -8,7 +8,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxalign import _checks
+from jaxalign import _features
 from jaxalign._memory import check_stored
 from jaxalign._typing import Data, Numbers
 from jaxalign.core.devices import ROWS_SECOND_LAST, batched, in_auto_mode
@@ -49,7 +49,7 @@ def squared_distances(
         Array([[ 0., 25.],
                [25.,  0.]], dtype=float32)
     """
-    x, y = _checks.feature_pair(x, y)
+    x, y = _features.feature_pair(x, y)
     check_stored("the distances", x, y)
     return _squared_distances(x, y, precision)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks, _features
 from jaxalign._positions import Positions, check_positions
 from jaxalign._problem import check_rtol
 from jaxalign._repr import describe, short_repr
@@ -314,7 +314,7 @@ def _compare_in_memory(task: GridTask, measure: PairMeasure | SummaryMeasure) ->
     """Compare arrays in memory: in one pass over the pairs, or cell by cell."""
     center = depends_on_differences(measure)
     named = [
-        (name, _checks.features(name, value, center=center, mask=task.mask))
+        (name, _features.features(name, value, center=center, mask=task.mask))
         for name, value in zip(task.names, task.features, strict=True)
     ]
     if isinstance(measure, PairMeasure) and measure.function.normalization is None:
@@ -323,7 +323,7 @@ def _compare_in_memory(task: GridTask, measure: PairMeasure | SummaryMeasure) ->
     if isinstance(measure, SummaryMeasure):
         summaries = Summaries(task, measure, lambda k: features[k], mask)
         values = compare_cells(summaries, Checkpoint(None, "compare_grid", {}))
-        num_samples = task.num_samples if mask is None else int(_checks.on_host(mask).sum())
+        num_samples = task.num_samples if mask is None else int(_arrays.on_host(mask).sum())
         return GridResult(values, np.full(len(features), np.nan), num_samples)
     plan = resolve_plan(task.plan, features[0], None, representations=len(features))
     function, kernel = measure.function, task.kernel

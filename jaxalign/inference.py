@@ -21,12 +21,12 @@ from jax import lax
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks
 from jaxalign._linalg import matmul
 from jaxalign._memory import check_room
 from jaxalign._positions import Positions, check_positions
 from jaxalign._problem import check_rtol
-from jaxalign._repr import short_repr
+from jaxalign._repr import short_repr, shown
 from jaxalign.io import named_sets
 from jaxalign.kernels import with_bandwidth
 from jaxalign.measures._centering import CENTERINGS, Centering
@@ -384,8 +384,8 @@ def noise_ceiling(
     matrices, _ = pair_matrices(sets, filled, specification, names)
     gram = jnp.einsum("aij,bij->ab", matrices, matrices, precision=lax.Precision.HIGHEST)
     sizes = jnp.sqrt(jnp.diagonal(gram))
-    if _checks.is_concrete(sizes):  # under a trace the result is nan, 0 / 0
-        constant = np.flatnonzero(_checks.on_host(sizes) == 0)
+    if _arrays.is_concrete(sizes):  # under a trace the result is nan, 0 / 0
+        constant = np.flatnonzero(_arrays.on_host(sizes) == 0)
         if constant.size:
             raise ValueError(f"{names[constant[0]]} does not vary: leave it out.")
     cosines = gram / sizes[:, None] / sizes[None, :]
@@ -427,7 +427,7 @@ def _valid_samples(
     )
     if mask is None:
         return sets
-    kept = np.flatnonzero(_checks.on_host(mask))
+    kept = np.flatnonzero(_arrays.on_host(mask))
     return tuple(features[kept] for features in sets)
 
 
@@ -678,7 +678,7 @@ def _resampled(
     resamples = _checks.whole("resamples", resamples, 2)
     _checks.choice("method", method, ("bca", "percentile"))
     if not isinstance(level, (float, np.floating)) or not 0 < level < 1:
-        raise ValueError(f"level must lie strictly between 0 and 1; got {_checks.shown(level)}.")
+        raise ValueError(f"level must lie strictly between 0 and 1; got {shown(level)}.")
     names = ["x", "y"] if len(sets) == 2 else ["first[0]", "first[1]", "second[0]", "second[1]"]
     ready = _valid_samples(names, list(sets), positions, mask, missing, specification)
     n = ready[0].shape[0]

@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign import _checks
+from jaxalign import _arrays
 from jaxalign._memory import check_bytes
 from jaxalign._positions import Positions, rows_of
-from jaxalign._repr import short_repr
+from jaxalign._repr import short_repr, shown
 from jaxalign.files.readers import READERS, read_arrays
 
 # The longest name of an output file, in characters.
@@ -121,14 +121,14 @@ def named_sets(argument: str, features: Any) -> dict[str, Any]:
     else:
         pairs = list(features) if isinstance(features, Iterable) else [()]  # pyright: ignore[reportAssignmentType]
         if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
-            got = _checks.shown(features)
+            got = shown(features)
             raise TypeError(f"{argument} must be a mapping, pairs of (name, array), or a folder; got {got}.")
     if not pairs:
         raise ValueError(f"{argument} is empty: at least one representation is needed.")
     arrays: dict[str, Any] = {}
     for name, value in pairs:
         if not isinstance(name, str):
-            raise TypeError(f"{argument}: names must be strings; got {_checks.shown(name)}.")
+            raise TypeError(f"{argument}: names must be strings; got {shown(name)}.")
         if name in arrays:
             raise ValueError(f"{argument}: the name {name!r} occurs twice; names must differ.")
         arrays[name] = _array_of(argument, name, value)
@@ -148,7 +148,7 @@ def _array_of(argument: str, name: str, value: Any) -> Any:
             )
     if isinstance(value, FeatureSet):
         value = value.values
-    return _checks.numbers(label, value)
+    return _arrays.numbers(label, value)
 
 
 def _of_file(path: Path, *, alone: bool) -> Iterator[FeatureSet]:

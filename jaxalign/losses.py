@@ -26,10 +26,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks, _features
 from jaxalign._linalg import unit
 from jaxalign._problem import check_rtol
-from jaxalign._repr import short_repr
+from jaxalign._repr import short_repr, shown
 from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.affinity import rbf_affinity
 from jaxalign.core.bandwidth import CONVERGED, is_bandwidth
@@ -132,14 +132,14 @@ class FeatureQueue:
             32
         """
         capacity = self.valid.shape[0]
-        x, y = _checks.features("x", x), _checks.features("y", y)
+        x, y = _features.features("x", x), _features.features("y", y)
         for name, value, kept in (("x", x, self.x), ("y", y, self.y)):
             if value.ndim != 2 or value.shape[1] != kept.shape[1]:
                 raise ValueError(f"{name} must have shape (n, {kept.shape[1]}) to fit the queue; got {value.shape}.")
         n = x.shape[0]
         if y.shape[0] != n:
             raise ValueError(f"x and y must hold the same samples, row by row: {n} and {y.shape[0]} rows.")
-        valid = _checks.row_mask("mask", mask, (n,))
+        valid = _features.row_mask("mask", mask, (n,))
         valid = jnp.ones(n, bool) if valid is None else valid
         last = slice(max(0, n - capacity), n)
         number = n - last.start
@@ -220,14 +220,14 @@ def alignment_loss(
     _checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if measure == "cka" and reduction != "mean":
         raise ValueError(
-            f'reduction={_checks.shown(reduction)}: "cka" is one number for all samples: use "mean", or '
+            f'reduction={shown(reduction)}: "cka" is one number for all samples: use "mean", or '
             'a measure with one value per sample, "affinity", "kl" or "infonce".'
         )
     if measure != "infonce" and landmarks is not None:
-        got = _checks.shown(landmarks)
+        got = shown(landmarks)
         raise ValueError(f'landmarks={got} is an option of measure="infonce": leave it out for {measure!r}.')
     if measure != "infonce" and temperature != _TEMPERATURE:
-        got = _checks.shown(temperature)
+        got = shown(temperature)
         raise ValueError(f'temperature={got} is an option of measure="infonce": leave it out for {measure!r}.')
     kernel, function = _check_kernel(kernel, measure, stop_gradient_sigma)
     plan = check_plan(plan)
@@ -266,7 +266,7 @@ def _check_kernel(kernel: Any, measure: Measure, constant_sigma: bool) -> tuple[
     if measure != "cka" and not isinstance(kernel, RBF):
         raise ValueError(
             f'measure={measure!r} compares RBF affinities: kernel must be "rbf" or a jaxalign.kernels.RBF; got '
-            f'{_checks.shown(kernel)}. measure="cka" supports any kernel.'
+            f'{shown(kernel)}. measure="cka" supports any kernel.'
         )
     function = kernel_function(kernel)
     if constant_sigma and not function.solves:
@@ -312,14 +312,14 @@ def multi_layer_loss(
             raise TypeError(f"{name} must be features by name, {{'layer': array}}; got {type(layers).__name__}.")
     missing = sorted(set(x) ^ set(y))
     if missing or not x:
-        raise ValueError(f"x and y must name the same layers, at least one; not in both: {_checks.shown(missing)}.")
+        raise ValueError(f"x and y must name the same layers, at least one; not in both: {shown(missing)}.")
     weights = dict.fromkeys(x, 1.0) if weights is None else weights
     unknown = sorted(set(weights) - set(x))
     if unknown:
-        layers = _checks.shown(sorted(x))
-        raise ValueError(f"weights has layers that x does not have: {_checks.shown(unknown)}. x has {layers}.")
+        layers = shown(sorted(x))
+        raise ValueError(f"weights has layers that x does not have: {shown(unknown)}. x has {layers}.")
     if any(w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
-        raise ValueError(f"weights must be at least 0, and not all 0; got {_checks.shown(dict(weights))}.")
+        raise ValueError(f"weights must be at least 0, and not all 0; got {shown(dict(weights))}.")
     each = {name: loss(x[name], y[name]) for name in x if weights.get(name, 0.0) > 0}
     total = sum(weights[name] * value for name, value in each.items())
     return total / sum(weights.values()), each
@@ -457,11 +457,11 @@ def _no_log_sums(like: Any) -> Any:
 def _min_landmarks(x: Array, kernel: RBF) -> int:
     """The smallest number of landmarks for which the ones on the diagonal alone are below the density."""
     density = kernel.density
-    if kernel.diagonal == "exclude" or not _checks.is_concrete(density):
+    if kernel.diagonal == "exclude" or not _arrays.is_concrete(density):
         return 0
     _checks.parameter("density", density, x.dtype, x.shape[:-2], "the batch dimensions of the features")
     _checks.density_value(density)
-    return math.floor(1 / float(np.min(_checks.on_host(density)))) + 1
+    return math.floor(1 / float(np.min(_arrays.on_host(density)))) + 1
 
 
 def _landmarks(landmarks: int | None, n: int, queue: FeatureQueue | None, minimum: int, devices: int) -> int:
@@ -486,7 +486,7 @@ def _check_landmarks(density: Any, minimum: int, counts: Any, devices: int) -> N
     count = int(np.min(counts))
     if count >= minimum:
         return
-    target = float(np.min(_checks.on_host(density)))
+    target = float(np.min(_arrays.on_host(density)))
     batch = devices * (-(-minimum // devices) + _queries(devices))
     raise ValueError(
         f'density = {target} cannot be reached with {count} landmarks, which measure="infonce" uses here: the ones on '
@@ -530,8 +530,8 @@ def _contrast(
     landmark_features = tuple(all_devices(take(a, last), -2) for a in (x, y))
     landmark_mask = None if mask_last is None else all_devices(mask_last, -1)
     known = None if has_queue else landmark_mask
-    is_known = known is not None and _checks.is_concrete(known)
-    counts = _checks.on_host(known).sum(-1) if is_known else landmark_features[0].shape[-2]
+    is_known = known is not None and _arrays.is_concrete(known)
+    counts = _arrays.on_host(known).sum(-1) if is_known else landmark_features[0].shape[-2]
     _check_landmarks(kernel.density, min_landmarks, counts, devices)
     sigmas, target = check_function(("x", "y"), landmark_features, known, kernel, function, STORED)
     sample_mask = jnp.ones(x.shape[:-1], bool) if mask is None else mask

@@ -13,12 +13,13 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks
 from jaxalign._linalg import matmul
 from jaxalign._problem import (
     Bandwidth,
     Diagonal,
     check_density,
+    check_finite,
     check_problem,
     check_rtol,
     check_sigma,
@@ -103,9 +104,7 @@ def affinity_operator(
         check_unused(sigma, density, diagonal)
         bandwidths = jnp.asarray(check_sigma(sigma, problem, bandwidth, throw=throw))
         if throw:
-            _checks.finite_rows("x", problem.x, problem.mask, differences=True)
-            if problem.y is not None:
-                _checks.finite_rows("y", problem.y, problem.mask_y, differences=True)
+            check_finite(problem)
     return AffinityOperator(
         *problem[:4],
         bandwidths,
@@ -242,8 +241,8 @@ class AffinityOperator:
                 "For a boolean mask write np.flatnonzero(mask)."
             )
         n = self.shape[-2]
-        if _checks.is_concrete(numbers):
-            host = _checks.on_host(numbers)
+        if _arrays.is_concrete(numbers):
+            host = _arrays.on_host(numbers)
             if not -n <= host.min() <= host.max() < n:
                 raise ValueError(f"index ranges from {host.min()} to {host.max()}, but there are {n} rows.")
         return _rows(self, jnp.asarray(numbers, jnp.int32) % n)

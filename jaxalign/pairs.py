@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks
 from jaxalign._linalg import matmul
 from jaxalign._problem import check_problem
+from jaxalign._repr import shown
 from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.core import reduce
 from jaxalign.core.bandwidth import pairs_of
@@ -74,7 +75,7 @@ def reduce_pairs(
         (2.83, (1000,))
     """
     if not callable(fn):
-        raise TypeError(f"fn must be a function of an array of squared distances; got {_checks.shown(fn)}.")
+        raise TypeError(f"fn must be a function of an array of squared distances; got {shown(fn)}.")
     plan = check_plan(plan)
     problem = check_problem(x, y, mask, mask_y, "include", local_rows=plan.rows_are_local)
     x, y, mask, mask_y, _ = problem
@@ -94,7 +95,7 @@ def reduce_pairs(
             raise ValueError(f"values has shape {values.shape}; expected (..., {m}) or (..., {m}, k) for {m} columns.")
         values = jnp.broadcast_to(values, (*x.shape[:-2], *values.shape[-2:]))
     options: dict[str, Any] = {"fn": fn, "per_row": per_row, "self_pairs": self_pairs, "plan": plan}
-    if _checks.is_concrete(x, y, mask, mask_y, values):
+    if _arrays.is_concrete(x, y, mask, mask_y, values):
         sums = _reduce_jit(x, y, mask, mask_y, values, **options)
     else:  # fn may close over tracers, which must not enter the cache of compiled programs
         sums = jax.jit(partial(_reduce, **options))(x, y, mask, mask_y, values)

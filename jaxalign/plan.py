@@ -11,8 +11,9 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks
 from jaxalign._memory import free_memory
+from jaxalign._repr import shown
 
 TileSize = int | Literal["auto"] | None
 
@@ -69,7 +70,7 @@ class Plan:
             rows = _checks.whole("tile_size", size, of=" of rows", otherwise=", 'auto', or None for all pairs at once")
             object.__setattr__(self, "tile_size", rows)
         if axis_name is not None and not isinstance(axis_name, str):
-            raise TypeError(f"axis_name must be the name of one axis; got {_checks.shown(axis_name)}.")
+            raise TypeError(f"axis_name must be the name of one axis; got {shown(axis_name)}.")
         if mesh is not None and not isinstance(mesh, (Mesh, AbstractMesh)):
             raise TypeError(
                 f"mesh must be a jax.sharding.Mesh, not traced; got {type(mesh).__name__}. "
@@ -106,9 +107,7 @@ def check_plan(plan: Any, *, local_rows: bool = True) -> Plan:
     if plan is None:
         return AUTO
     if not isinstance(plan, Plan):
-        raise TypeError(
-            f"plan must be a jaxalign.Plan, such as jaxalign.Plan(tile_size=1024); got {_checks.shown(plan)}."
-        )
+        raise TypeError(f"plan must be a jaxalign.Plan, such as jaxalign.Plan(tile_size=1024); got {shown(plan)}.")
     if plan.rows_are_local and not local_rows:
         raise ValueError(
             f"Plan(axis_name={plan.axis_name!r}) without a mesh is not supported by this function: call it outside "
@@ -177,7 +176,7 @@ def _find_mesh(
         mesh, axis_name = shardings[0]
         return mesh, axis_name, mesh.shape[axis_name]
     names = mesh.axis_names
-    if isinstance(mesh, AbstractMesh) and jax.sharding.get_abstract_mesh().empty and _checks.is_concrete(x):
+    if isinstance(mesh, AbstractMesh) and jax.sharding.get_abstract_mesh().empty and _arrays.is_concrete(x):
         raise ValueError(
             "mesh is an AbstractMesh, which has no devices: pass a jax.sharding.Mesh (jaxalign.sharding.data_mesh()), "
             "or call within jax.set_mesh."
@@ -212,7 +211,7 @@ def _is_bound(axis_name: str) -> bool:
 
 def _row_sharding(a: Array) -> tuple[Mesh | AbstractMesh, str] | None:
     """The mesh and axis over which the rows of an array are already sharded, if known."""
-    sharding = a.sharding if _checks.is_concrete(a) else jax.typeof(a).sharding
+    sharding = a.sharding if _arrays.is_concrete(a) else jax.typeof(a).sharding
     if not isinstance(sharding, NamedSharding) or len(sharding.spec) < a.ndim - 1:
         return None
     axis = sharding.spec[a.ndim - 2]

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
-from jaxalign import _checks, _draw
+from jaxalign import _draw, _features
 from jaxalign._typing import AnyArray, Data, Numbers
 from jaxalign.bandwidth import Diagonal, mean_density, solve_sigma
 from jaxalign.grid import ComparisonGrid
@@ -484,7 +484,7 @@ def models(
     for argument, entries in (("names", names), ("groups", groups)):
         if entries is not None and len(entries) != m:
             raise ValueError(f"{argument} must have one entry per model; got {len(entries)} for {m} models.")
-    _checks.finite_rows("compared", distances.astype(np.float32), way_out="Leave such models out.")
+    _features.finite_rows("compared", distances.astype(np.float32), way_out="Leave such models out.")
     distances = (distances + distances.T) / 2
     np.fill_diagonal(distances, 0)
     centering = np.eye(m) - 1 / m

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks, _features
 from jaxalign._typing import AnyArray
 from jaxalign.plan import default_axis
 
@@ -71,11 +71,11 @@ def shard_rows(
         TypeError: x is not an array of numbers.
         ValueError: the mesh has no such axis; the number of rows is not divisible, or differs between processes.
     """
-    array = _checks.numbers("x", x)
+    array = _arrays.numbers("x", x)
     if array.ndim < 2:
         raise TypeError(f"x must be an array of shape (..., n, d); got shape {array.shape}.")
     # Only float64 without x64 is converted, and without a shift: the mean would differ between processes.
-    x = _checks.features("x", array) if array.dtype.itemsize > 4 and array.dtype.kind == "f" else array
+    x = _features.features("x", array) if array.dtype.itemsize > 4 and array.dtype.kind == "f" else array
     if jax.process_count() > 1:
         rows = np.asarray(multihost_utils.process_allgather(np.int32(x.shape[-2]))).ravel()
         if (rows != rows[0]).any():

@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks, _features
 from jaxalign._linalg import matmul, unit
 from jaxalign._problem import check_unused
 from jaxalign._repr import short_repr
@@ -81,7 +81,7 @@ class NormalizedCut:
     sigma: Float[Array, "..."] | None = None
     projection: Float[Array, "m k"] | None = None
     weights: Float[Array, "m 1"] | None = None
-    shift: _checks.Shift | None = None
+    shift: _features.Shift | None = None
 
     def __repr__(self) -> str:
         return short_repr(self, omit=("basis", "basis_mask", "projection", "weights", "shift"))
@@ -111,7 +111,7 @@ class NormalizedCut:
                 "transform needs features and one sigma, but this cut is of an affinity or has one sigma per row. Cut "
                 "features with one sigma instead."
             )
-        rows = _checks.shifted_features("x_new", x_new, self.shift)
+        rows = _features.shifted_features("x_new", x_new, self.shift)
         if rows.ndim != 2 or rows.shape[-1] != self.basis.shape[-1]:
             raise ValueError(f"x_new must have shape (q, {self.basis.shape[-1]}); got {rows.shape}.")
         dtype = np.promote_types(rows.dtype, self.basis.dtype)
@@ -203,12 +203,12 @@ def normalized_cut(
             )
         is_features = False
     else:
-        numbers = _checks.numbers("x", x)
+        numbers = _arrays.numbers("x", x)
         # Only features may be shifted; a square matrix is an affinity unless kind="features".
         if kind == "features" or (kind == "auto" and numbers.ndim == 2 and numbers.shape[0] != numbers.shape[1]):
-            x, shift = _checks.centered_features("x", numbers, min_rows=2, mask=mask)
+            x, shift = _features.centered_features("x", numbers, min_rows=2, mask=mask)
         else:
-            x = _checks.features("x", numbers, min_rows=2)
+            x = _features.features("x", numbers, min_rows=2)
         if x.ndim != 2:
             raise ValueError(f"x must have shape (n, d) or (n, n); got {x.shape}. Use jax.vmap for a batch.")
         n = x.shape[0]
@@ -218,7 +218,7 @@ def normalized_cut(
         raise ValueError("sigma, bandwidth, mask and a mesh are options of features: leave them out for an affinity.")
     if sigma is not None:
         check_unused(sigma, density, diagonal)
-    mask = _checks.row_mask("mask", mask, (n,))
+    mask = _features.row_mask("mask", mask, (n,))
     if k > n:
         raise ValueError(f"num_components = {k}, but there are only n = {n} samples.")
     if method == "nystroem":
@@ -279,13 +279,13 @@ def kway(
         >>> jaxalign.kway(jaxalign.normalized_cut(affinity, 2)).tolist()
         [0, 0, 0, 1, 1, 1]
     """
-    vectors = cut.eigenvectors if isinstance(cut, NormalizedCut) else _checks.features("cut", cut)
+    vectors = cut.eigenvectors if isinstance(cut, NormalizedCut) else _features.features("cut", cut)
     if vectors.ndim != 2:
         raise ValueError(f"eigenvectors must have shape (n, k); got {vectors.shape}.")
     number = vectors.shape[1] if segments is None else _checks.whole("segments", segments)
     if number > vectors.shape[1]:
         raise ValueError(f"segments = {number}, but there are only {vectors.shape[1]} eigenvectors.")
-    _checks.finite_rows("cut", vectors, way_out="Cut again without such samples.")
+    _features.finite_rows("cut", vectors, way_out="Cut again without such samples.")
     present = cut.degrees > 0 if isinstance(cut, NormalizedCut) else jnp.any(vectors[:, :number] != 0, 1)
     present &= jnp.isfinite(vectors).all()
     return _kway(vectors[:, :number], present, _checks.whole("steps", steps))
@@ -302,15 +302,15 @@ def _is_features(x: Array, kind: Kind) -> bool:
         return True
     if not square:
         raise ValueError(f"an affinity must be square; got shape {x.shape}.")
-    if not _checks.is_concrete(x):
+    if not _arrays.is_concrete(x):
         if kind == "auto":
             raise ValueError(
                 f"a traced matrix of shape {x.shape} may be features or an affinity: "
                 'pass kind="features" or "affinity".'
             )
         return False
-    _checks.finite_rows("x", x, way_out="An affinity has finite entries.")
-    symmetric, negative = (bool(fact) for fact in _checks.read_on_host(_facts, x))
+    _features.finite_rows("x", x, way_out="An affinity has finite entries.")
+    symmetric, negative = (bool(fact) for fact in _arrays.read_on_host(_facts, x))
     if symmetric and not negative:
         return False
     defect = "has negative entries" if negative else "is not symmetric"
@@ -360,7 +360,7 @@ def _cut(source: Source, key: Array, k: int, method: str, rtol: float | None) ->
     """The cut of an affinity or an operator."""
     accuracy = rtol if rtol is not None else 1e-10 if source.dtype == jnp.float64 else 1e-5
     vectors, values, degrees, residual = _eigenpairs(source, key, k, method, float(accuracy))
-    if method == "lobpcg" and _checks.is_concrete(residual) and not float(jnp.max(residual)) <= 20 * accuracy:
+    if method == "lobpcg" and _arrays.is_concrete(residual) and not float(jnp.max(residual)) <= 20 * accuracy:
         warnings.warn(
             f"the eigenvectors did not reach rtol = {accuracy:g} in {_STEPS} steps; their largest residual is "
             f"{float(jnp.max(residual)):.2g}. Use fewer or more components (close eigenvalues converge slowly), or "
@@ -488,10 +488,10 @@ def _from_landmarks(
     plan: Plan,
 ) -> NormalizedCut:
     n = x.shape[0]
-    valid = _checks.row_mask("mask", mask, (n,))
+    valid = _features.row_mask("mask", mask, (n,))
     if bandwidth != "global":
         raise ValueError('method="nystroem" has one sigma: pass bandwidth="global".')
-    if valid is not None and not _checks.is_concrete(valid):
+    if valid is not None and not _arrays.is_concrete(valid):
         raise ValueError('method="nystroem" draws landmarks among the valid samples, so mask= must not be traced.')
     rows = np.arange(n) if valid is None else np.flatnonzero(np.asarray(valid))
     if landmarks is None or isinstance(landmarks, (int, np.integer)):

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import Plan, _checks, inference, io, losses, measures, plots
+from jaxalign import Plan, inference, io, losses, measures, plots
+from jaxalign._repr import shown
 from jaxalign.interop import capture_features
 from jaxalign.interop._networks import _describe
 from jaxalign.kernels import RBF
@@ -228,6 +229,10 @@ SHOWS = {
         "got 2.0 at index 7",
     ),
     "sigmas": (lambda: jaxalign.mean_density(X, sigma=np.arange(-3, 9.0), bandwidth="per_row"), "got -3.0 at index 0"),
+    "sigmas of valid rows": (
+        lambda: jaxalign.mean_density(X[None], sigma=np.arange(12.0)[::-1], bandwidth="per_row", mask=~MASK[None]),
+        "got 0.0 at index (0, 11)",
+    ),
 }  # fmt: skip
 
 
@@ -246,7 +251,7 @@ def test_a_short_value_is_shown_as_it_is():
         ([1, "b"], "[1, 'b']"), (np.arange(3), "array([0, 1, 2])"), ({"a": X}, "{'a': float32 array of shape (12, 3)}"),
         (frame, "DataFrame of shape (2000, 50)"), (list(range(99)), "[0, 1, 2, 3, 4, 5, ...]"),
     ):  # fmt: skip
-        assert _checks.shown(value) == words
+        assert shown(value) == words
 
 
 # --- masks: as if the others were not there ---------------------------------------------------------------------------

@@ -545,8 +545,8 @@ def test_without_throw_nothing_is_read(name, rng, monkeypatch):
     x = jnp.asarray(rng.normal(size=(ROWS, WIDTH)), jnp.float32)
     options = {"density": jnp.float32(0.2), "mask": jnp.asarray(MASK)}
     expected = WITHOUT_THROW[name](x, **options)
-    monkeypatch.setattr(jaxalign._checks, "on_host", fail)
-    monkeypatch.setattr(jaxalign._checks, "read_on_host", fail)
+    monkeypatch.setattr(jaxalign._arrays, "on_host", fail)
+    monkeypatch.setattr(jaxalign._arrays, "read_on_host", fail)
     np.testing.assert_array_equal(WITHOUT_THROW[name](x, **options), expected)
     if name != "solve_sigma":
         assert np.isfinite(WITHOUT_THROW[name](x, sigma=jnp.float32(2.0))).all()

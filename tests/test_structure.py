@@ -22,7 +22,8 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 # A module imports from lower layers only. What a layer is for stands in the docstring of its module.
 LAYERS = [
     {"_linalg", "_numbers", "_repr", "_status", "_typing", "_version"},
-    {"_checks"},
+    {"_arrays"},
+    {"_checks", "_features"},
     {"_memory", "_positions"},
     {"plan"},
     {"core", "sharding"},

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign import _checks
+from jaxalign._repr import shown
 from jaxalign._version import __version__
 from jaxalign.files.readers import open_npz
 from jaxalign.files.storage import check_regular, locked, replace_file
@@ -59,7 +59,7 @@ class Checkpoint:
             raise self.damaged() from None
         keys = [key for key in {**self._identity, **identity} if identity.get(key) != self._identity.get(key)]
         different = ", ".join(
-            f"{key} (file: {_checks.shown(identity.get(key))}, now: {_checks.shown(self._identity.get(key))})"
+            f"{key} (file: {shown(identity.get(key))}, now: {shown(self._identity.get(key))})"
             for key in (keys[:1] if "format" in keys else keys)
         )
         raise ValueError(f"checkpoint {self.path} belongs to another job; it differs in {different}. {_WAY_OUT}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxalign import _checks
+from jaxalign import _checks, _features
 from jaxalign.core.bandwidth import gamma_of
 from jaxalign.core.features import CenteredFeatures
 from jaxalign.core.reduce import reduce_both_sides, reduce_pairs
@@ -64,7 +64,7 @@ def compare_files(
 
 def _complete(task: GridTask, block_rows: int) -> tuple[np.ndarray | None, list[int]]:
     """The mask of valid samples, and the representations without missing values in them."""
-    mask = _checks.row_mask("mask", task.mask, (task.num_samples,))
+    mask = _features.row_mask("mask", task.mask, (task.num_samples,))
     mask, numbers = None if mask is None else np.asarray(mask), list(range(len(task.names)))
     if task.missing == "raise":  # raises when all rows are read
         return mask, numbers

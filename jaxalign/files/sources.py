@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxalign import _checks, _directions, _numbers
+from jaxalign import _arrays, _checks, _directions, _features, _numbers
 from jaxalign._linalg import power_of_two
 from jaxalign.core.bandwidth import SUBSAMPLE
 from jaxalign.core.features import CenteredFeatures
@@ -154,14 +154,14 @@ def open_source(
             raise ValueError(
                 f"the mask of {name} must be boolean of shape {(sum(sizes),)}; got {mask.dtype} {mask.shape}."
             )
-    _checks.numbers(code, head)
+    _arrays.numbers(code, head)
     dtype, shift = _numbers.computing_dtype(head.dtype), None
-    if not _numbers.holds_exactly(dtype, head.dtype):
+    if _numbers.is_wide(head.dtype):
         if direction is None:
             # The mean of the first rows serves as well as the mean of all rows, which would need another reading.
             shift = _numbers.mean_row(head, None if mask is None else mask[: len(head)])
         else:
-            _checks.refuse_rounding(code, head)
+            _features.refuse_rounding(code, head)
     return Source(name, read, sizes, head.shape[1], head.dtype, dtype, mask, direction, shift)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _checks
+from jaxalign._repr import shown
 from jaxalign.io import natural
 
 Run = Callable[[Any], dict[str, np.ndarray]]  # from a batch to the output of each recorded layer
@@ -69,7 +69,7 @@ def _select_tensor(layer: str, value: Any, output: Any, is_tensor: Callable[[Any
             value = value[output]
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(
-                f"layer {layer!r} has no part {_checks.shown(output)} in its output, {_describe(value)} ({error}): "
+                f"layer {layer!r} has no part {shown(output)} in its output, {_describe(value)} ({error}): "
                 "choose another part with output=."
             ) from None
     if isinstance(value, Mapping):  # includes the outputs of transformers

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _checks
+from jaxalign._repr import shown
 from jaxalign.files.storage import partial_name
 from jaxalign.files.visit import Progress, reporting
 from jaxalign.interop import _networks
@@ -111,7 +112,7 @@ def capture_features(
     _checks.whole("prefix_tokens", prefix_tokens, 0)
     if grid is not None:
         if len(grid) != 2:
-            raise ValueError(f"grid must be (rows, columns); got {_checks.shown(grid)}.")
+            raise ValueError(f"grid must be (rows, columns); got {shown(grid)}.")
         grid = (_checks.whole("grid", grid[0]), _checks.whole("grid", grid[1]))
     selected = _select(layers, network.names, type(model).__name__)
     batches, total = _batches(inputs, _checks.whole("batch_size", batch_size))
@@ -172,9 +173,7 @@ def _one_layer(layer: Any, full: Mapping[str, str]) -> str:
 def _matching(pattern: Any, full: Mapping[str, str]) -> list[str]:
     """The layers whose name, or whose name in results, matches a pattern; `full` is {name in results: layer}."""
     if not isinstance(pattern, str):
-        raise TypeError(
-            f"layers must be names or patterns; got {_checks.shown(pattern)} of type {type(pattern).__name__}."
-        )
+        raise TypeError(f"layers must be names or patterns; got {shown(pattern)} of type {type(pattern).__name__}.")
     names = list(full.values())
     for labels in (names, full):
         if pattern in labels:

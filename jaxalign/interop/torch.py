@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _checks
-from jaxalign._numbers import ALLOWED, error_of_narrowing
+from jaxalign import _arrays
+from jaxalign._numbers import ALLOWED, error_of_narrowing, is_wide
 
 
 def from_torch(tree: Any, *, copy: bool = False) -> Any:
@@ -90,7 +90,7 @@ def _array(torch: Any, tensor: Any, copy: bool) -> jax.Array:
             f"only dense tensors convert; got layout {tensor.layout}, dtype {tensor.dtype} on {tensor.device}. "
             "Write tensor.to_dense() for a sparse one, tensor.dequantize() for a quantized one."
         )
-    code = None if _checks.x64_enabled() else _narrow(torch, tensor)
+    code = _narrow(torch, tensor) if is_wide(np.float64) else None
     if code is not None:
         raise TypeError(
             f"the tensor is {tensor.dtype}, but JAX uses 32 bits and would narrow it silently. "
@@ -136,7 +136,7 @@ def _narrow(torch: Any, tensor: Any) -> str | None:
 
 
 def _tensor(torch: Any, array: jax.Array, copy: bool) -> Any:
-    if not _checks.is_concrete(array):
+    if not _arrays.is_concrete(array):
         raise TypeError(f"a traced array has no values yet: {array}. Convert outside jit, grad and vmap.")
     if len(array.devices()) > 1:
         raise TypeError(

@@ -12,7 +12,7 @@ from jaxalign import _checks
 from jaxalign._linalg import root
 from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.kernels import Kernel, kernel_of
-from jaxalign.measures._evaluate import Missing, PairMeasure, evaluate
+from jaxalign.measures._evaluate import Missing, PairMeasure, cached, evaluate
 from jaxalign.measures._pair_sums import InnerProducts, PairFunction, kernel_function
 from jaxalign.plan import Plan
 
@@ -56,7 +56,7 @@ def affinity_distance(
     return evaluate(measure, x, y, kernel, mask=mask, missing=missing, plan=plan)
 
 
-@_checks.cached
+@cached
 def affinity_distance_measure(function: PairFunction, result: Any) -> PairMeasure:
     """The measure behind `affinity_distance`."""
     if not function.needs_sigma:

@@ -19,7 +19,7 @@ from jaxalign import _checks
 from jaxalign._linalg import bounded, matmul, transposed
 from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.core.features import centered_columns
-from jaxalign.measures._evaluate import Context, Missing, SummaryMeasure, evaluate
+from jaxalign.measures._evaluate import Context, Missing, SummaryMeasure, cached, evaluate
 from jaxalign.measures._spectra import ALL, Keep, leading, narrowed, nuclear_norm
 
 
@@ -128,20 +128,20 @@ def svcca(
     return evaluate(svcca_measure(num_components, result), x, y, mask=mask, missing=missing)
 
 
-@_checks.cached
+@cached
 def cca_measure(result: Any) -> SummaryMeasure:
     """The measure behind `cca`."""
     _checks.choice("result", result, ("mean", "mean_squared"))
     return SummaryMeasure("cca", partial(_directions, keep=ALL), partial(_correlation, squared=result != "mean"), 2)
 
 
-@_checks.cached
+@cached
 def pwcca_measure() -> SummaryMeasure:
     """The measure behind `pwcca`."""
     return SummaryMeasure("pwcca", partial(_directions, keep=ALL), _weighted, 2)
 
 
-@_checks.cached
+@cached
 def svcca_measure(num_components: Any, result: Any) -> SummaryMeasure:
     """The measure behind `svcca`."""
     _checks.choice("result", result, ("mean", "mean_squared"))

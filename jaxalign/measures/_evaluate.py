@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from functools import lru_cache, partial, wraps
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks, _features
 from jaxalign._memory import check_stored
 from jaxalign._problem import check_density, check_problem, check_rtol, raise_if_failed
 from jaxalign.core.bandwidth import CONVERGED, NON_FINITE, is_bandwidth
@@ -23,6 +23,8 @@ from jaxalign.measures._centering import Centering
 from jaxalign.measures._pair_sums import InnerProducts, PairFunction, pair_products_jit
 from jaxalign.plan import Plan, check_plan, check_single_device, resolve_plan
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Missing = Literal["raise", "omit", "propagate"]
 # The advice on missing samples in functions without the option `missing`.
 MASK_ADVICE = "Leave such samples out with mask=."
@@ -93,6 +95,21 @@ class SummaryMeasure:
         return self.long_name or self.name
 
 
+def cached(fn: Callable[P, T]) -> Callable[P, T]:
+    """`fn` with its results cached by options; unhashable options go straight to `fn`, which rejects them."""
+    remembered = lru_cache(typed=True)(fn)  # 1 and 1.0 may differ
+
+    @wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            hash((args, tuple(kwargs.values())))
+        except TypeError:
+            return fn(*args, **kwargs)
+        return remembered(*args, **kwargs)  # type: ignore[arg-type]
+
+    return call
+
+
 def depends_on_differences(measure: PairMeasure | SummaryMeasure) -> bool:
     """Whether a measure depends only on differences of rows, not on their directions from the origin."""
     return measure.function.normalization is None
@@ -113,7 +130,7 @@ def check_representations(
     `center`: each representation may be shifted, as the measure depends on differences of its rows alone.
     """
     _checks.choice("missing", missing, ("raise", "omit", "propagate"))
-    features = [_checks.features(name, value, center=center, mask=mask) for name, value in named]
+    features = [_features.features(name, value, center=center, mask=mask) for name, value in named]
     n = features[0].shape[-2]
     for (name, _), x in zip(named, features, strict=True):
         if x.shape[-2] != n:
@@ -127,16 +144,16 @@ def check_representations(
         raise ValueError(f"batch dimensions do not broadcast: {shapes}.") from None
     dtype = np.result_type(*(x.dtype for x in features))
     features = [jnp.broadcast_to(x, batch + x.shape[-2:]).astype(dtype) for x in features]
-    mask = _checks.row_mask("mask", mask, (*batch, n))
+    mask = _features.row_mask("mask", mask, (*batch, n))
     if missing == "raise":
         for (name, _), x in zip(named, features, strict=True):
-            _checks.finite_rows(name, x, mask, way_out=advice, differences=True)
+            _features.finite_rows(name, x, mask, way_out=advice, differences=True)
     if missing == "omit":
         for finite in [jnp.isfinite(x).all(-1) for x in features]:
             mask = finite if mask is None else mask & finite
     counts = np.asarray(n)
-    if mask is not None and _checks.is_concrete(mask):
-        counts = _checks.on_host(mask).sum(-1)
+    if mask is not None and _arrays.is_concrete(mask):
+        counts = _arrays.on_host(mask).sum(-1)
     if (counts < min_samples).any():
         reason = " were passed"
         if mask is not None:
@@ -226,7 +243,7 @@ def compute_products(
 
 def explain_status(name: str, status: Array | None) -> None:
     """Raise if a sigma does not exist. Under a trace, and for nan features, the measure is nan instead."""
-    if status is None or not _checks.is_concrete(status):
+    if status is None or not _arrays.is_concrete(status):
         return
     try:
         raise_if_failed(jnp.where(status == NON_FINITE, CONVERGED, status))
@@ -315,10 +332,10 @@ def check_directions(name: str, x: Array, normalization: str | None, mask: Array
         return
     if normalization == "correlation" and x.shape[-1] < 2:
         raise ValueError(f"{name} has one feature: a correlation between samples needs at least 2.")
-    if not _checks.is_concrete(x, mask):
+    if not _arrays.is_concrete(x, mask):
         return
-    invalid = _checks.read_on_host(lambda x: (x == (x[..., :1] if normalization == "correlation" else 0)).all(-1), x)
-    invalid = invalid if mask is None else invalid & _checks.on_host(mask)
+    invalid = _arrays.read_on_host(lambda x: (x == (x[..., :1] if normalization == "correlation" else 0)).all(-1), x)
+    invalid = invalid if mask is None else invalid & _arrays.on_host(mask)
     if invalid.any():
         row, count = int(np.argwhere(invalid)[0][-1]), int(invalid.sum())
         defect = "has the same value everywhere" if normalization == "correlation" else "is 0 everywhere"

@@ -20,12 +20,12 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxalign import _checks
+from jaxalign import _checks, _features
 from jaxalign._linalg import arccos, bounded
 from jaxalign._typing import AnyArray, Data, Mask, Numbers
 from jaxalign.kernels import Kernel, kernel_of
 from jaxalign.measures._centering import CENTERINGS
-from jaxalign.measures._evaluate import Missing, PairMeasure, check_representations, compute_products, evaluate
+from jaxalign.measures._evaluate import Missing, PairMeasure, cached, check_representations, compute_products, evaluate
 from jaxalign.measures._pair_sums import InnerProducts, PairFunction, correlation, kernel_function
 from jaxalign.plan import AUTO, Plan, resolve_plan
 
@@ -180,7 +180,7 @@ def _check_batch(k: int, batch: Any, min_samples: int, widths: tuple[int, ...]) 
     """The pair of features of a batch; messages name the batch."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"minibatch_cka: batch {k} must be a pair (x, y) of features; got {type(batch).__name__}.")
-    features = [_checks.features(f"batch {k}: {name}", a, center=True) for name, a in zip("xy", batch, strict=True)]
+    features = [_features.features(f"batch {k}: {name}", a, center=True) for name, a in zip("xy", batch, strict=True)]
     for name, a, width in zip("xy", features, widths or (None, None), strict=True):
         if a.ndim != 2:
             raise ValueError(
@@ -250,7 +250,7 @@ def distance_correlation(
 # --- specifications: hashable, as programs are compiled for them -----------------------------------------------------
 
 
-@_checks.cached
+@cached
 def hsic_measure(function: PairFunction, estimator: Any) -> PairMeasure:
     """The measure behind `hsic`."""
     _checks.choice("estimator", estimator, tuple(_MIN_SAMPLES))
@@ -259,7 +259,7 @@ def hsic_measure(function: PairFunction, estimator: Any) -> PairMeasure:
     return PairMeasure("hsic", function, CENTERINGS[estimator], finish, _MIN_SAMPLES[estimator])
 
 
-@_checks.cached
+@cached
 def cka_measure(function: PairFunction, estimator: Any, result: Any = "similarity") -> PairMeasure:
     """The measure behind `cka`."""
     _checks.choice("estimator", estimator, tuple(_MIN_SAMPLES))
@@ -270,7 +270,7 @@ def cka_measure(function: PairFunction, estimator: Any, result: Any = "similarit
     return PairMeasure("cka", function, CENTERINGS[estimator], finish, _MIN_SAMPLES[estimator])
 
 
-@_checks.cached
+@cached
 def distance_correlation_measure(estimator: Any, squared: bool) -> PairMeasure:
     """The measure behind `distance_correlation`."""
     _checks.choice("estimator", estimator, ("debiased", "biased"))

@@ -28,6 +28,7 @@ from jaxalign.measures._evaluate import (
     Context,
     Missing,
     SummaryMeasure,
+    cached,
     check_directions,
     check_representations,
     evaluate,
@@ -207,7 +208,7 @@ def cknna(
 # --- specifications --------------------------------------------------------------------------------------------------
 
 
-@_checks.cached
+@cached
 def mutual_knn_measure(k: Any, metric: Any) -> SummaryMeasure:
     """The measure behind `mutual_knn`."""
     k = _check_k(k)
@@ -218,7 +219,7 @@ def mutual_knn_measure(k: Any, metric: Any) -> SummaryMeasure:
     )
 
 
-@_checks.cached
+@cached
 def jaccard_measure(k: Any, metric: Any) -> SummaryMeasure:
     """The measure behind `jaccard`."""
     k = _check_k(k)
@@ -229,7 +230,7 @@ def jaccard_measure(k: Any, metric: Any) -> SummaryMeasure:
     )
 
 
-@_checks.cached
+@cached
 def cknna_measure(k: Any) -> SummaryMeasure:
     """The measure behind `cknna`."""
     k = _check_k(k)

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import matmul, transposed
+from jaxalign._repr import shown
 from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.core.features import centered_columns
-from jaxalign.measures._evaluate import Context, Missing, SummaryMeasure, evaluate
+from jaxalign.measures._evaluate import Context, Missing, SummaryMeasure, cached, evaluate
 from jaxalign.measures._spectra import ALL, kept, narrowed
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
@@ -59,13 +60,13 @@ def linear_predictivity(
     return evaluate(linear_predictivity_measure(folds, strengths), x, y, mask=mask, missing=missing)
 
 
-@_checks.cached
+@cached
 def linear_predictivity_measure(folds: Any, strengths: Any) -> SummaryMeasure:
     """The measure behind `linear_predictivity`."""
     folds = _checks.whole("folds", folds, 2)
     is_sequence = isinstance(strengths, (tuple, list)) and len(strengths) > 0
     if not is_sequence or not all(isinstance(s, (int, float, np.number)) and 0 < s < float("inf") for s in strengths):
-        raise ValueError(f"strengths must be a tuple of finite numbers above 0; got {_checks.shown(strengths)}.")
+        raise ValueError(f"strengths must be a tuple of finite numbers above 0; got {shown(strengths)}.")
     combine = partial(_r_squared, folds=folds, strengths=tuple(map(float, strengths)))
     name = f"linear_predictivity with folds = {folds}"
     return SummaryMeasure("linear_predictivity", _centered, combine, 2 * folds, long_name=name)

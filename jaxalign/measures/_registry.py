@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxalign import _checks
+from jaxalign._repr import shown
 from jaxalign.kernels import kernel_of
 from jaxalign.measures import _affinities, _cca, _hsic, _neighbors, _predictivity, _rsa, _shape
 from jaxalign.measures._evaluate import PairMeasure, SummaryMeasure
@@ -177,8 +177,7 @@ def find(measure: Any) -> Entry:
     if isinstance(measure, str) and measure in REGISTRY:
         return REGISTRY[measure]
     raise ValueError(
-        f"measure must be one of {', '.join(map(repr, REGISTRY))}; got {_checks.shown(measure)}."
-        f"{closest(measure, REGISTRY)}"
+        f"measure must be one of {', '.join(map(repr, REGISTRY))}; got {shown(measure)}.{closest(measure, REGISTRY)}"
     )
 
 

@@ -35,6 +35,7 @@ from jaxalign.measures._evaluate import (
     Missing,
     PairMeasure,
     SummaryMeasure,
+    cached,
     check_function,
     check_representations,
     evaluate,
@@ -144,7 +145,7 @@ def rsa(
     return evaluate(measure, x, y, kernel, mask=mask, missing=missing, plan=plan)
 
 
-@_checks.cached
+@cached
 def rsa_measure(function: PairFunction, comparison: Any) -> PairMeasure | SummaryMeasure:
     """The measure behind `rsa`."""
     _checks.choice("comparison", comparison, (*_COMPARISONS, "spearman", "kendall"))

@@ -17,9 +17,10 @@ from jaxtyping import Array, Float
 
 from jaxalign import _checks
 from jaxalign._linalg import bounded, matmul, root, transposed, unit
+from jaxalign._repr import shown
 from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.core.features import scaled_columns
-from jaxalign.measures._evaluate import Context, Missing, SummaryMeasure, evaluate
+from jaxalign.measures._evaluate import Context, Missing, SummaryMeasure, cached, evaluate
 from jaxalign.measures._spectra import leading, narrowed, nuclear_norm
 
 Result = Literal["distance", "angular", "similarity"]
@@ -111,17 +112,17 @@ def shape_distance(
     return evaluate(shape_distance_measure(alpha, normalize, result), x, y, mask=mask, missing=missing)
 
 
-@_checks.cached
+@cached
 def procrustes_measure(normalize: Any, result: Any) -> SummaryMeasure:
     """The measure behind `procrustes`."""
     return _measure("procrustes", 1.0, normalize, result)
 
 
-@_checks.cached
+@cached
 def shape_distance_measure(alpha: Any, normalize: Any, result: Any) -> SummaryMeasure:
     """The measure behind `shape_distance`."""
     if not (isinstance(alpha, (int, float, np.number)) and 0 <= alpha <= 1):
-        raise ValueError(f"alpha must be a number from 0 (CCA) to 1 (Procrustes); got {_checks.shown(alpha)}.")
+        raise ValueError(f"alpha must be a number from 0 (CCA) to 1 (Procrustes); got {shown(alpha)}.")
     return _measure("shape_distance", float(alpha), normalize, result)
 
 

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import io, sharding, streaming
-from jaxalign._checks import x64_enabled
 from jaxalign._memory import check_bytes
+from jaxalign._numbers import is_wide
 from jaxalign._version import __version__
 from jaxalign.alignment import PUBLISHED, Alignment, align
 from jaxalign.bandwidth import mean_density, solve_sigma
@@ -97,7 +97,7 @@ def read(paths: list[Path], positions: io.Positions) -> Input:
 
 def _as_floats(name: str, stored: io.FeatureSet, values: Any) -> Any:
     """Features as float32 or float64. Without --x64 the library centers float64 features before it narrows them."""
-    if values.dtype == np.float64 and not x64_enabled():
+    if values.dtype == np.float64 and is_wide(values.dtype):
         largest = max(float(np.abs(part).max()) for part in np.split(values, range(65536, len(values), 65536)))
         if largest > float(np.finfo(np.float32).max):
             raise ValueError(
