@@ -169,6 +169,10 @@ _ENTRIES = (
     ),
 )  # fmt: skip
 
+# Options that other packages have, and those here.
+_ELSEWHERE = {"unbiased": "estimator", "debiased": "estimator", "n_neighbors": "k", "method": "comparison"}
+_PERMUTATIONS = ("n_permutations", "num_permutations", "n_perm")
+
 REGISTRY: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 
 
@@ -188,7 +192,10 @@ def specified(measure: Any, options: dict[str, Any]) -> tuple[Entry, dict[str, A
     known = entry.options
     for name in options:
         if name not in known:
-            hint = closest(name, known)
+            other = _ELSEWHERE.get(name)
+            hint = f" Did you mean {other!r}?" if other in known else closest(name, known)
+            if name in _PERMUTATIONS:
+                hint = " The number of permutations is the argument 'permutations' of permutation_test."
             if name in ("sigma", "density", "diagonal") and "kernel" in known:
                 hint = f" It is an option of the kernel: kernel=jaxalign.kernels.RBF({name}=...)."
             raise TypeError(
