@@ -28,7 +28,7 @@ class Status(enum.IntEnum):
     INFEASIBLE = (
         2,
         "Too many samples are duplicates: the share of pairs at zero distance is not below the density, so no sigma "
-        "reaches it. Remove duplicate samples, or ask for a larger density.",
+        "reaches it. Remove duplicate samples, or use a larger density.",
     )
     NON_FINITE = 3, "The features hold nan or inf. Remove these samples, or exclude them with a mask."
     BAD_DENSITY = 4, "The density is not between 0 and 1. Use one above 0 and below 1."

@@ -255,8 +255,8 @@ def compare_grid(
             representations. Pairwise measures hold two blocks in memory and read a third; others hold as many whole
             representations as fit in 1 GB, at least two.
         checkpoint: a file for finished parts. If it exists, the job resumes from it; it is removed at the end. A
-            checkpoint with other features or options raises. (A kernel that is a function is identified by its name and a
-            few of its values.)
+            checkpoint with other features or options raises. (A kernel that is a function is identified by its name and
+            a few of its values.)
         progress: True shows a progress bar (needs tqdm); or a function of (stage, done, total).
         options: options of the measure. The sigma of a kernel is one number, or one per representation.
 

@@ -171,7 +171,7 @@ _ENTRIES = (
 
 # Options that other packages have, and those here.
 _ELSEWHERE = {"unbiased": "estimator", "debiased": "estimator", "n_neighbors": "k", "method": "comparison"}
-_PERMUTATIONS = ("n_permutations", "num_permutations", "n_perm")
+_ARGUMENTS = {"n_permutations": "permutations", "num_permutations": "permutations", "n_resamples": "resamples"}
 
 REGISTRY: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 
@@ -194,8 +194,8 @@ def specified(measure: Any, options: dict[str, Any]) -> tuple[Entry, dict[str, A
         if name not in known:
             other = _ELSEWHERE.get(name)
             hint = f" Did you mean {other!r}?" if other in known else closest(name, known)
-            if name in _PERMUTATIONS:
-                hint = " The number of permutations is the argument 'permutations' of permutation_test."
+            if name in _ARGUMENTS:
+                hint = f" Did you mean the argument {_ARGUMENTS[name]!r}?"
             if name in ("sigma", "density", "diagonal") and "kernel" in known:
                 hint = f" It is an option of the kernel: kernel=jaxalign.kernels.RBF({name}=...)."
             raise TypeError(
