@@ -199,7 +199,7 @@ def draw_figure(first: np.ndarray, seconds: dict[str, np.ndarray], outcomes: dic
 
 def caption(score: Score) -> str:
     """A score as text."""
-    return f"point {100 * score.point:.0f} %, cluster {100 * score.cluster:.0f} %"
+    return f"point {100 * score.point:.0f}%, cluster {100 * score.cluster:.0f}%"
 
 
 def draw_set(axes: Axes, points: np.ndarray, title: str) -> None:

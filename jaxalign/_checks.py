@@ -18,10 +18,10 @@ from jaxalign._repr import shown
 from jaxalign._typing import AnyArray
 
 
-def choice(name: str, value: Any, valid: Sequence[Any]) -> None:
-    """Raise unless `value` is one of `valid`."""
+def choice(name: str, value: Any, valid: Sequence[Any], hint: str = "") -> None:
+    """Raise unless `value` is one of `valid`; the message ends with `hint`."""
     if not any(value is option or (isinstance(value, str) and value == option) for option in valid):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}; got {shown(value)}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}; got {shown(value)}.{hint}")
 
 
 def whole(

@@ -68,11 +68,16 @@ def check_problem(
     return Problem(x, y, mask, mask_y, diagonal)
 
 
+def _number_hint(bandwidth: Any) -> str:
+    """' A number is passed as sigma.', or an empty string."""
+    return " A number is passed as sigma." if isinstance(bandwidth, float) else ""
+
+
 def check_density(
     density: Any, problem: Problem, bandwidth: Any, plan: Plan = STORED, *, throw: bool = True
 ) -> AnyArray:
     """The density as an array (...); raises if no sigma can reach it."""
-    _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
+    _checks.choice("bandwidth", bandwidth, ("global", "per_row"), _number_hint(bandwidth))
     target = _checks.parameter(
         "density", density, problem.x.dtype, problem.batch, "the batch dimensions of the features"
     )
@@ -91,8 +96,8 @@ def check_density(
             lowest = float(np.min(_arrays.on_host(density)))
             raise ValueError(
                 f"density = {lowest} cannot be reached with n = {n} samples: the ones on the diagonal alone give "
-                f"1/n = {1 / n:.4g}. Ask for a density above that, leave the diagonal out of the mean with "
-                f'diagonal="exclude", or give at least {math.floor(1 / lowest) + 1} samples.'
+                f"1/n = {1 / n:.4g}. Use a density above that, leave the diagonal out of the mean with "
+                f'diagonal="exclude", or pass at least {math.floor(1 / lowest) + 1} samples.'
             )
     return target
 
@@ -117,7 +122,7 @@ def check_unused(sigma: Any, density: Any, diagonal: Any) -> None:
 
 def check_sigma(sigma: Any, problem: Problem, bandwidth: Any, *, throw: bool = True) -> AnyArray:
     """The sigma of the caller as an array (...), or (..., n) with one sigma per row."""
-    _checks.choice("bandwidth", bandwidth, ("global", "per_row"))
+    _checks.choice("bandwidth", bandwidth, ("global", "per_row"), _number_hint(bandwidth))
     n, batch, shape = problem.x.shape[-2], problem.batch, np.shape(sigma)
     per_row = bandwidth == "per_row"
     if per_row and shape[-1:] != (n,):

@@ -18,7 +18,7 @@ class Status(enum.IntEnum):
         >>> jaxalign.Status(int(solution.status)).name, bool(solution.status == jaxalign.Status.INFEASIBLE)
         ('INFEASIBLE', True)
         >>> jaxalign.Status.BAD_DENSITY.message
-        'The density is not between 0 and 1. Ask for one above 0 and below 1.'
+        'The density is not between 0 and 1. Use one above 0 and below 1.'
     """
 
     message: str
@@ -28,10 +28,10 @@ class Status(enum.IntEnum):
     INFEASIBLE = (
         2,
         "Too many samples are duplicates: the share of pairs at zero distance is not below the density, so no sigma "
-        "reaches it. Remove duplicate samples, or ask for a larger density.",
+        "reaches it. Remove duplicate samples, or use a larger density.",
     )
     NON_FINITE = 3, "The features hold nan or inf. Remove these samples, or exclude them with a mask."
-    BAD_DENSITY = 4, "The density is not between 0 and 1. Ask for one above 0 and below 1."
+    BAD_DENSITY = 4, "The density is not between 0 and 1. Use one above 0 and below 1."
     NO_SAMPLES = 5, "The mask leaves too few valid samples to form a pair. Mark at least two samples as valid."
 
     def __new__(cls, code: int, message: str) -> Status:

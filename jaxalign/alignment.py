@@ -316,7 +316,7 @@ def _check_density_per_row(density: Any, block: Array) -> None:
         least = math.floor((1 + float(jnp.finfo(block.dtype).eps)) / target) + 1
         raise ValueError(
             f'density = {target} cannot be reached with {m} landmarks and bandwidth="per_row": the affinity of a '
-            f"landmark to itself alone gives its row 1/m = {1 / m:.4g}. Ask for a density above that, use at least "
+            f"landmark to itself alone gives its row 1/m = {1 / m:.4g}. Use a density above that, use at least "
             f'{least} landmarks, or bandwidth="global" with diagonal="exclude".'
         )
 

@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo", _command("show_demo"),
         "align real networks on the shipped features",
         "Align four real networks on digits and on photographs (their features ship with the library), print\n"
-        "how well held-out samples correspond, and draw figures. Half a minute on two cores, less the next time.",
+        "how well held-out samples correspond, and draw figures. About a minute on two cores, less the next time.",
         "jaxalign demo --out figures",
     )  # fmt: skip
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the figures (default: ./demo)")

@@ -1,6 +1,6 @@
 """Statistics of comparisons: permutation tests, bootstrap intervals, paired differences and noise ceilings.
 
-A measure by pairs is the normalized inner product of the centered pair matrices F, G of two representations, which are
+A pairwise measure is the normalized inner product of the centered pair matrices F, G of two representations, which are
 stored (n x n). Permuting the samples of one representation permutes the rows and columns of its matrix; resampling
 weights its pairs.
 """
@@ -162,7 +162,7 @@ def permutation_test(
 ) -> PermutationTest:
     """Test whether two representations are more similar than chance, by permuting the samples of one.
 
-    For measures by pairs, one matrix product computes a table of k permutations of x by k permutations of y, both with
+    For pairwise measures, one matrix product computes a table of k permutations of x by k permutations of y, both with
     the identity, k^2 > m: thousands of permutations cost little more than a few dozen. The null is m random entries of
     the table, without the observed one. Any two entries belong to independent, uniform permutations, so the Monte Carlo
     error is that of m independent permutations. Under the null the observed value is as likely as any other entry, so
@@ -349,7 +349,7 @@ def noise_ceiling(
 
     Args:
         subjects: the features of at least two subjects, shape (n, d), of the same samples.
-        measure: a measure by pairs: cka, rsa (not spearman and kendall), distance_correlation.
+        measure: a pairwise measure: cka, rsa (not spearman and kendall), distance_correlation.
         positions: see `permutation_test`.
         mask: see `permutation_test`.
         missing: see `jaxalign.compare`.

@@ -339,7 +339,7 @@ def _with_queue(x: Array, y: Array, mask: Array | None, queue: FeatureQueue) -> 
     return x, y, jnp.concatenate((mask, queue.valid))
 
 
-# --- losses by pairs --------------------------------------------------------------------------------------------------
+# --- pairwise losses --------------------------------------------------------------------------------------------------
 
 
 @partial(jax.jit, static_argnames=("measure", "reduction", "function", "n", "plan"))

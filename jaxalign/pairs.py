@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxalign import _arrays, _checks
@@ -76,6 +77,8 @@ def reduce_pairs(
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function of an array of squared distances; got {shown(fn)}.")
+    if isinstance(fn, np.ufunc):
+        raise TypeError(f"fn must be a function of JAX arrays: use the function {fn.__name__!r} of jax.numpy.")
     plan = check_plan(plan)
     problem = check_problem(x, y, mask, mask_y, "include", local_rows=plan.rows_are_local)
     x, y, mask, mask_y, _ = problem

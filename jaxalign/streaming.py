@@ -53,8 +53,8 @@ def solve_sigma(
         block_rows: rows per block; three blocks are in memory. None: 256 MB, at most 65536 rows. Not with a sequence,
             whose arrays are the blocks.
         plan: `jaxalign.Plan(tile_size=...)` for the tiles within a pair of blocks.
-        checkpoint: a file to save progress to, and to resume from if it exists. Removed at the end. A checkpoint of
-            other features or options is rejected.
+        checkpoint: a file to save progress to, and to resume from if it exists. Removed at the end. A checkpoint
+            with other features or options is rejected.
         progress: True shows a bar (needs tqdm); or a function of (pass, block pairs done, block pairs per pass).
 
     Returns:

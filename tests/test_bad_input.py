@@ -359,6 +359,8 @@ def test_unknown_diagonal(function, diagonal):
 def test_unknown_bandwidth(solve, bandwidth):
     with refused(ValueError, "bandwidth must be one of 'global', 'per_row'; got", repr(bandwidth)):
         solve(X, density=0.2, bandwidth=bandwidth)
+    with refused(ValueError, "got 0.5. A number is passed as sigma."):
+        solve(X, density=0.2, bandwidth=0.5)
 
 
 def test_a_zero_diagonal_needs_one_side():

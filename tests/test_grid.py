@@ -251,6 +251,7 @@ def test_bad_input(x64, tmp_path):
         (tmp_path / "none", {}, "no file or folder"),
         (sets, {"measure": "ckaa"}, "measure must be one of.*Did you mean 'cka'"),
         (sets, {"kernal": "linear"}, "no option 'kernal'.*Did you mean 'kernel'"),
+        (sets, {"unbiased": True}, "no option 'unbiased'.*Did you mean 'estimator'"),
         (sets, {"kernel": "cubic"}, "kernel must be one of"),
         (sets, {"kernel": RBF((1.0, 2.0))}, "one for each of the 3 representations"),
         (sets, {"kernel": RBF(-1.0)}, "sigma must be finite and above 0"),

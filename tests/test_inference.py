@@ -245,6 +245,7 @@ def test_bad_input(x64):
         (lambda: permutation_test(x, y[:10], key=KEY), "40 and 10 rows"),
         (lambda: permutation_test({}, y, key=KEY), "x is empty"),
         (lambda: permutation_test(x, y, "kca", key=KEY), "Did you mean 'cka'"),
+        (lambda: permutation_test(x, y, key=KEY, n_permutations=9), "Did you mean the argument 'permutations'"),
         (lambda: permutation_test(x[:3], y[:3], key=KEY), "cka needs at least 4 samples"),
         (lambda: permutation_test(x[None], y, key=KEY), r"x must have shape \(n, d\)"),
         (lambda: bootstrap(x, y, key=KEY, level=1.0), "level must lie strictly"),

@@ -296,7 +296,7 @@ EXPECTED: dict[str, dict[str, Value]] = {
         "ncut_fn(x, n_eig=k, sigma=s)": of_x(lambda x: normalized_eigenvalues(x, K)),
     },
 }
-EXPECTED["A CKA"] = {
+EXPECTED["CKA packages"] = {
     "linear CKA, biased": BIASED,
     "linear CKA, unbiased (Nguyen et al. 2021)": DEBIASED,
 }
@@ -324,7 +324,7 @@ NOT_COMPARED = {
     "pairwise_distances(train_data)", "get_extractor(...).extract_features(...)", "calibrate_layers(xs, ys, sim)",
     "eval_bootstrap_pattern, eval_fixed", "cv_noise_ceiling, boot_noise_ceiling", "find_sigma(x)",
     "Ncut(k).fit(x).transform(new)", "kway_ncut(eigvec)", "tsne_color(eigvec), umap_color(eigvec)",
-    "the same over minibatches", "CKA(model1, model2, layers...) with hooks", "a mean m of the affinity",
+    "the same over minibatches", "CKA(model1, model2, layers...) with hooks", "a mean affinity of m",
     "scipy.linalg.orthogonal_procrustes(x, y)[1]",
 }  # fmt: skip
 CALIBRATION = (

@@ -122,6 +122,7 @@ def test_close_pairs_keep_their_digits_far_from_the_others(rng):
     ("options", "message"),
     [
         ({"fn": "rbf"}, "fn must be a function"),
+        ({"fn": np.sqrt}, "use the function 'sqrt' of jax.numpy"),
         ({"fn": lambda d: jnp.sum(d)}, "elementwise"),
         ({"y": np.ones((3, WIDTH), np.float32), "self_pairs": False}, "self_pairs=False has no meaning"),
         ({"values": np.ones(N), "per_row": True}, "per_row=True has no effect"),

@@ -127,7 +127,7 @@ def _check_reachable(density: float, pairs: RowPairs) -> None:
         n = f"n = {pairs.diagonal_sum:.0f}"
         raise ValueError(
             f"density = {density} cannot be reached with {n} samples: the ones on the diagonal alone "
-            f'give {least:.4g}. Ask for a density above that, or leave the diagonal out with diagonal="exclude".'
+            f'give {least:.4g}. Use a density above that, or leave the diagonal out with diagonal="exclude".'
         )
 
 

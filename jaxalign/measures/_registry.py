@@ -169,6 +169,10 @@ _ENTRIES = (
     ),
 )  # fmt: skip
 
+# Options that other packages have, and those here.
+_ELSEWHERE = {"unbiased": "estimator", "debiased": "estimator", "n_neighbors": "k", "method": "comparison"}
+_ARGUMENTS = {"n_permutations": "permutations", "num_permutations": "permutations", "n_resamples": "resamples"}
+
 REGISTRY: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 
 
@@ -187,7 +191,10 @@ def specified(measure: Any, options: dict[str, Any]) -> tuple[Entry, dict[str, A
     known = entry.options
     for name in options:
         if name not in known:
-            hint = closest(name, known)
+            other = _ELSEWHERE.get(name)
+            hint = f" Did you mean {other!r}?" if other in known else closest(name, known)
+            if name in _ARGUMENTS:
+                hint = f" Did you mean the argument {_ARGUMENTS[name]!r}?"
             if name in ("sigma", "density", "diagonal") and "kernel" in known:
                 hint = f" It is an option of the kernel: kernel=jaxalign.kernels.RBF({name}=...)."
             raise TypeError(

@@ -360,7 +360,7 @@ def info(options: dict[str, Any]) -> Result:
             rows.append((io.printable(name), shape, dtype, missing_cell, sigma_cell))
     header = ("name", "shape", "dtype", "rows with nan or inf", f"sigma at density {options['density']:g}")
     text = format_table(header, rows)
-    text += f"\n\nsigma from the first {max(part['rows used for sigma'] for part in data)} rows at most"
+    text += f"\n\nsigma from at most the first {max(part['rows used for sigma'] for part in data)} rows"
     text += "".join(f"\n{note}." for note in notes)
     for part in data:
         if part["sigma error"]:

@@ -127,7 +127,7 @@ def sections(sizes: Sizes) -> dict[str, Iterator[Result | str]]:
 
 
 def affinities(sizes: Sizes) -> Iterator[Result | str]:
-    """The auto-scaled affinity, stored, of one set and of a batch of sets."""
+    """The auto-scaled affinity, stored, of one representation and of a batch."""
     x = make_features(sizes.n, sizes.d)
     jx = jnp.asarray(x)
     sigma = float(jaxalign.solve_sigma(jx, density=DENSITY).sigma)
@@ -156,7 +156,7 @@ def affinities(sizes: Sizes) -> Iterator[Result | str]:
         jsets, tsets = jnp.asarray(sets), torch.from_numpy(sets)
         batch = floor.affinity(sizes.set_n, sizes.set_d, sizes.sets)
         yield compare(
-            f"batch of {sizes.sets} sets: times faster than a torch loop that bisects",
+            f"batch of {sizes.sets} representations: times faster than a torch loop that bisects",
             ("jaxalign", lambda: jaxalign.rbf_affinity(jsets, density=DENSITY)),
             ("torch", lambda: rivals.loop_of_bisections(tsets, DENSITY)),
             sizes.slow_rounds,
@@ -167,7 +167,7 @@ def affinities(sizes: Sizes) -> Iterator[Result | str]:
         )
 
         yield compare(
-            f"batch of {sizes.sets} sets: times faster than the published torch loop",
+            f"batch of {sizes.sets} representations: times faster than the published torch loop",
             ("jaxalign", lambda: jaxalign.rbf_affinity(jsets, density=DENSITY)),
             ("torch", lambda: rivals.loop_as_published(tsets, DENSITY)),
             sizes.slow_rounds,
@@ -178,7 +178,7 @@ def affinities(sizes: Sizes) -> Iterator[Result | str]:
         )
 
     small = jnp.asarray(make_features(sizes.set_n, sizes.set_d))
-    case = f"one set, n = {sizes.set_n}, d = {sizes.set_d}, compiled"
+    case = f"one representation, n = {sizes.set_n}, d = {sizes.set_d}, compiled"
     work = floor.affinity(sizes.set_n, sizes.set_d)
     call = lambda: jaxalign.rbf_affinity(small, density=DENSITY)  # noqa: E731
     yield milliseconds(case, call, sizes.calls, target=2.0, work=work)

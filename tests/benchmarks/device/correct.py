@@ -73,7 +73,7 @@ def affinities(n: int) -> Iterator[Check]:
         ("sigma given", (x,), {"sigma": 4.0}),
         ("auto-scaled", (x,), {}),
         ("with other samples", (x, y), {}),
-        ("a sigma per row", (x,), {"bandwidth": "per_row"}),
+        ("one sigma per row", (x,), {"bandwidth": "per_row"}),
         ("masked", (x,), {"mask": np.arange(n) % 5 > 0}),
     )
     for name, sides, options in pairs:
@@ -217,9 +217,9 @@ def degenerate(n: int) -> Iterator[Check]:
             return float(not all(word in str(error) for word in words))
         return 1.0
 
-    yield "nan is refused", lambda: refused(lambda: jaxalign.rbf_affinity(broken), "nan", "3"), 0.0
+    yield "nan is rejected", lambda: refused(lambda: jaxalign.rbf_affinity(broken), "nan", "3"), 0.0
     alike = np.ones((n, 4), np.float32)
-    yield "duplicates are refused", lambda: refused(lambda: jaxalign.solve_sigma(alike), "duplicates"), 0.0
+    yield "duplicates are rejected", lambda: refused(lambda: jaxalign.solve_sigma(alike), "duplicates"), 0.0
     yield (
         "nan under jit is nan, with a status",
         lambda: float(int(jax.jit(lambda x: jaxalign.solve_sigma(x).status)(broken)) == 0),

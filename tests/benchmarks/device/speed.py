@@ -171,13 +171,14 @@ def batch(sets: int, n: int, d: int, rounds: int) -> Iterator[Result | str]:
     yield COMPILED
     tx = torch_array(x)
     if tx is None:
-        yield milliseconds(f"batch of {sets} sets ({n}, {d}), auto-scaled", ours[1], rounds, work=work)
+        yield milliseconds(f"batch of {sets} representations ({n}, {d}), auto-scaled", ours[1], rounds, work=work)
         yield NO_TORCH
         return
     for name, rival in (("all at once", rivals.careful_auto_batch), ("in a loop", rivals.loop_of_bisections)):
         few = rounds if rival is rivals.careful_auto_batch else 2
         theirs = ("torch", finished(lambda rival=rival: rival(tx, DENSITY)))
-        yield compare(f"batch of {sets} sets ({n}, {d}), auto-scaled / torch {name}", ours, theirs, few, work=work)
+        case = f"batch of {sets} representations ({n}, {d}), auto-scaled / torch {name}"
+        yield compare(case, ours, theirs, few, work=work)
 
 
 def grid(layers: int, n: int, d: int, rounds: int) -> Iterator[Result | str]:
