@@ -73,7 +73,7 @@ def permuting(n: int, d: int, permutations: int, rounds: int) -> Iterator[Result
     took = np.array([seconds(own) for _ in range(max(3, rounds))])
     for name, rival, target in (
         ("numpy loop", rivals.permuted_cka, 20.0),
-        ("numpy loop, centred once", rivals.permuted_cka_cached, None),
+        ("numpy loop, centered once", rivals.permuted_cka_cached, None),
     ):
         # Each permutation costs the same, so a part of them is timed.
         theirs = seconds(lambda rival=rival: rival(k, m, some)) * permutations / len(some)
