@@ -11,6 +11,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
+WIDE = "---\nhide: [toc]\n---"  # without the table of contents, 120 characters of code fit
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -18,11 +19,11 @@ def on_files(files: Files, config: Any) -> Files:
     for path in sorted((ROOT / "examples").glob("*.py")):
         source = path.read_text()
         title = (ast.get_docstring(ast.parse(source)) or path.stem).splitlines()[0].rstrip(".")
-        content = f"# {path.stem}\n\n{title}.\n\n````python\n{source}````\n"
+        content = f"{WIDE}\n\n# {path.stem}\n\n{title}.\n\n````python\n{source}````\n"
         files.append(File.generated(config, f"examples/{path.stem}.md", content=content))
     for path in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")):
         cells = ((cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text())["cells"])
-        parts = [text if kind == "markdown" else f"````python\n{text}\n````" for kind, text in cells]
+        parts = [WIDE] + [text if kind == "markdown" else f"````python\n{text}\n````" for kind, text in cells]
         files.append(File.generated(config, f"examples/notebooks/{path.stem}.md", content="\n\n".join(parts) + "\n"))
     for name, path in (("changelog", ROOT / "CHANGELOG.md"), ("data", ROOT / "jaxalign" / "data" / "README.md")):
         files.append(File.generated(config, f"{name}.md", content=path.read_text()))

@@ -144,7 +144,7 @@ def draw(runs: dict[str, list[Run]]) -> Figure:
         values = np.array([[s.neighbors for _, s in run.scores] for run in of_method])
         ax.plot(steps, values.mean(0), color=color, label=name)
         ax.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
-    ax.set(xlabel="step", ylabel=f"share of {NEIGHBORS} nearest neighbors in common, held out", ylim=(0, None))
+    ax.set(xlabel="step", ylabel=f"fraction of {NEIGHBORS} neighbors shared", ylim=(0, None), title="held-out digits")
     ax.legend(frameon=False)
     return figure
 

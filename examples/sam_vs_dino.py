@@ -1,6 +1,6 @@
 """SAM and DINO on the same images: the same colors for the same parts, and the best match of each patch.
 
-    python examples/sam_vs_dino.py               # shipped features: a boundary detector and a ViT trained as DINOv2
+    python examples/sam_vs_dino.py               # shipped features: a text detector and a ViT trained as DINOv2
     python examples/sam_vs_dino.py --pretrained  # SAM ViT-B and DINOv2 ViT-S, from the Hugging Face hub
     python examples/sam_vs_dino.py --pretrained --images portrait.jpg street.jpg
 
@@ -37,7 +37,7 @@ class Patches(NamedTuple):
 def shipped() -> Patches:
     """Shipped features of two similar networks: a detector of text boundaries and a vision transformer."""
     data = jaxalign.datasets.load_patch_features()
-    names = {"boundary detector": "pp-ocrv4 stride 16", "ViT-S/14": "vit-s14 layer 8"}
+    names = {"text detector": "pp-ocrv4 stride 16", "ViT-S/14": "vit-s14 layer 8"}
     return Patches({name: data.features[key] for name, key in names.items()}, np.asarray(data.pictures))
 
 
@@ -103,7 +103,7 @@ def main(patches: Patches, out: Path) -> dict[str, float]:
     print(f"{a} and {b}: {len(queries)} held-out patches of {number} images")
     print(f"  matched with themselves, among the {len(queries) // number} of their image: {top1:.1%}")
     for when, score in scores.items():
-        print(f"  agreement of colors {when} alignment: {score.value:.3f} (p = {score.p_value:.3f})")
+        print(f"  color agreement {when} alignment: {score.value:.3f} (p = {score.p_value:.3f})")
 
     out.mkdir(parents=True, exist_ok=True)
     shape = (number, *GRID, 3)

@@ -176,7 +176,7 @@ def draw_figure(first: np.ndarray, seconds: dict[str, np.ndarray], outcomes: dic
     figure = Figure(figsize=(2.05 * (1 + len(seconds)) + 0.8, 2.2 * (1 + len(affinity_methods))), layout="constrained")
     axes = figure.subplots(1 + len(affinity_methods), 1 + len(seconds))
     any_outcome = next(iter(outcomes.values()))
-    draw_set(axes[0, 0], first, "first set")
+    draw_set(axes[0, 0], first, "original")
     axes[0, 0].set_ylabel("coordinates\n(dot: query, ring: landmark)", fontsize=8.5)
     for column, (name, second) in enumerate(seconds.items(), 1):
         draw_set(axes[0, column], second, name)
@@ -188,10 +188,10 @@ def draw_figure(first: np.ndarray, seconds: dict[str, np.ndarray], outcomes: dic
             image = draw_affinity(axes[row, column], outcomes[name][method].second)
             axes[row, column].set_xlabel(caption(outcomes[name][method].score), fontsize=8.5)
     bar = figure.colorbar(image, ax=axes[1:, :], shrink=0.4, aspect=30, pad=0.01)
-    bar.set_label("affinity of a query (row) to a landmark (column)")
+    bar.set_label("affinity of queries (rows) to landmarks (columns)")
     figure.suptitle(
-        "Relative features of the first set (left) and of five second sets made from it: "
-        "a method is robust to a change if the matrix stays the same along its row",
+        "Affinities of the original points (left) and of five transformed copies: a method is robust if they agree "
+        "along its row.\nBelow each copy: queries matched with the same point, and with the same cluster",
         fontsize=11,
     )
     return figure

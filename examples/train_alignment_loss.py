@@ -183,15 +183,16 @@ def draw(runs: dict[str, list[Run]], seed: int) -> Figure:
         run = of_method[0]
         for k, loss in enumerate(("cross-entropy", "alignment loss")):
             row[0].plot(run.losses[:, k], label=loss, color=COLORS[k], linewidth=1)
-        row[0].set(title=f"{name}", xlabel="step", ylabel="loss", ylim=(0, None))
+        row[0].set(title=name, xlabel="step", ylabel="loss", ylim=(0, None))
         row[0].legend(frameon=False)
         for ax, (network, layers) in zip(row[1:], run.parameters.items(), strict=True):
             features = np.asarray(forward(layers, getattr(held_out, network))[0])
             features = features - features.mean(0)
             plane = features @ np.linalg.svd(features, full_matrices=False)[2][:2].T
             ax.scatter(*plane.T, c=[COLORS[k] for k in held_out.label], s=8)
-            ax.set(title=f"features of the {network} network", xticks=[], yticks=[], aspect="equal")
-        row[2].set_xlabel(f"CKA {run.after.cka:.2f}, shared neighbors {run.after.neighbors:.2f}")
+            ax.set(title=f"{network} network, held-out features", xticks=[], yticks=[], xlabel="PC 1", ylabel="PC 2")
+            ax.set_aspect("equal", adjustable="datalim")
+        row[2].set_xlabel(f"PC 1\nCKA {run.after.cka:.2f}, shared neighbors {run.after.neighbors:.2f}")
     return figure
 
 

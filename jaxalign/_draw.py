@@ -46,7 +46,7 @@ def heat_map(
 ) -> Any:
     """Draw values as colors, with numbers if there is room; the first row is on top, as in a table.
 
-    If `significant` is known, numbers of other cells are in brackets; without room for numbers, those cells have a dot.
+    If `significant` is known, other numbers are in parentheses; without room for numbers, those cells have a dot.
     """
     # Inches: cells wide enough for their numbers, and room for the longest names.
     rows, columns = list(map(text, rows)), list(map(text, columns))

@@ -167,8 +167,8 @@ class Alignment:
             csls: see `correspondence`.
 
         Returns:
-            `Correspondence` over `queries`: entry k of `index` and `rank` belongs to sample queries[k], and entries of
-            `index` are positions in `queries`.
+            A `Correspondence` over `queries`. Entry k of `index` and `rank` belongs to sample queries[k], and entries
+            of `index` are positions in `queries`.
 
         Raises:
             KeyError: unknown name.

@@ -182,7 +182,7 @@ def permutation_test(
         options: options of the measure.
 
     Returns:
-        A `PermutationTest`. p-values are one-sided: small if the representations are more similar than chance.
+        A `PermutationTest`. p-values are one-sided, small if the representations are more similar than chance.
 
     Raises:
         TypeError, ValueError: see `jaxalign.compare_grid`; fewer than 1 permutation.

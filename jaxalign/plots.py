@@ -44,7 +44,7 @@ def affinity(
         >>> x = jax.random.normal(jax.random.key(0), (60, 8))
         >>> ax = jaxalign.plots.affinity(jaxalign.rbf_affinity(x), groups=jax.numpy.arange(60) % 3)
         >>> ax.get_title()
-        'mean 0.050'
+        'mean affinity 0.050'
     """
     from matplotlib.colors import PowerNorm
 
@@ -68,8 +68,8 @@ def affinity(
             ax.axhline(edge, color="white", lw=0.4)
             ax.axvline(edge, color="white", lw=0.4)
     image = ax.imshow(values, norm=PowerNorm(0.5, 0, 1), cmap="viridis", interpolation="nearest")
-    ax.figure.colorbar(image, ax=ax, label="affinity")
-    ax.set_title(f"mean {values.mean():.3f}", fontsize=10)
+    ax.figure.colorbar(image, ax=ax, label="affinity (square-root scale)")
+    ax.set_title(f"mean affinity {values.mean():.3f}", fontsize=10)
     return ax
 
 
@@ -101,6 +101,8 @@ def color_panels(
         >>> len(jaxalign.plots.color_panels({"before": colors, "after": colors}).axes)
         4
     """
+    from matplotlib.textpath import TextPath
+
     if not groups:
         raise ValueError("groups is empty: pass at least one group of networks.")
     networks = list(next(iter(groups.values())))
@@ -126,12 +128,14 @@ def color_panels(
     (count,) = counts
     lines = len(networks) + (images is not None)
     labels = {name: name if "\n" in name else name.replace(" ", "\n", 1) for name in networks}
-    beside = 0.15 + max(0.085 * len(part) for label in labels.values() for part in label.split("\n"))  # inches
+    parts = (part for label in labels.values() for part in label.split("\n"))
+    beside = 0.15 + max(TextPath((0, 0), part or "-", size=8).get_extents().width for part in parts) / 72  # inches
+    above = 0.42 if scores else 0.3
     if figure is None:
-        figure = _draw.pyplot().figure(figsize=(1.15 * count * len(groups) + beside + 0.05, 1.15 * lines + 0.5))
+        figure = _draw.pyplot().figure(figsize=(1.15 * count * len(groups) + beside + 0.05, 1.15 * lines + above))
     # Without a layout engine, which is slow for many axes and leaves gaps within blocks.
     width, height = figure.get_size_inches()
-    left, top, gap = beside / width, 1 - (0.5 if scores else 0.3) / height, 0.12 / width
+    left, top, gap = beside / width, 1 - above / height, 0.12 / width
     step = ((1 - left - 0.05 / width) - gap * (len(groups) - 1)) / (count * len(groups)), (top - 0.03 / height) / lines
     for g, (group, members) in enumerate(arrays.items()):
         start = left + g * (count * step[0] + gap)
@@ -149,7 +153,7 @@ def color_panels(
                 figure.text(
                     left - 0.08 / width,
                     y,
-                    name if "\n" in name else name.replace(" ", "\n", 1),
+                    labels[name],
                     ha="right",
                     va="center",
                     fontsize=8,
@@ -236,8 +240,8 @@ def match_legend(figure: Any, *, near: float = 2.0) -> None:
     """
     from matplotlib.lines import Line2D
 
-    off = f"at most {'two' if near == 2 else f'{near:g}'} patch{'' if near == 1 else 'es'} off"
-    meaning = {_draw.BLUE: "the same patch", _draw.ORANGE: off, _draw.VERMILION: "elsewhere"}
+    off = f"within {near:g} patch{'' if near == 1 else 'es'}"
+    meaning = {_draw.BLUE: "correct match", _draw.ORANGE: off, _draw.VERMILION: "farther off"}
     handles = [Line2D([], [], color=color, lw=2, label=label) for color, label in meaning.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
 
@@ -247,7 +251,7 @@ def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level
 
     Args:
         compared: a grid from `compare_grid`.
-        test: a `permutation_test` of the same representations: values that are not significant are in brackets.
+        test: a `permutation_test` of the same representations: values that are not significant are in parentheses.
         level: family-wise error rate: values with `test.corrected` above it are not significant.
         ax: axes to draw into.
 
@@ -272,7 +276,7 @@ def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level
                 f"{compared.columns}."
             )
         significant = np.asarray(test.corrected) <= level
-    note = "" if test is None else f"\n(in brackets: p > {level:g})"
+    note = "" if test is None else f"\n(in parentheses: p > {level:g})"
     return _draw.heat_map(
         np.asarray(compared.values),
         compared.rows,
@@ -395,8 +399,8 @@ def density(
     ax.axvline(sigma, color="0.5", lw=0.8, ls=":")
     ax.plot(sigma, target, "o", color=_draw.VERMILION, ms=7, label=f"sigma = {sigma:.4g} at density {target:g}")
     if diagonal == "include":
-        ax.axhline(1 / len(np.asarray(x)), color=_draw.ORANGE, lw=0.8, label="the diagonal alone")
-    ax.set(xlabel="sigma, in units of the features", ylabel="mean affinity", ylim=(-0.02, 1.02))
+        ax.axhline(1 / len(np.asarray(x)), color=_draw.ORANGE, lw=0.8, label="diagonal alone (1/n)")
+    ax.set(xlabel="sigma (units of the features)", ylabel="density (mean affinity)", ylim=(-0.02, 1.02))
     ax.legend(frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
@@ -431,11 +435,12 @@ def dissimilarities(
     a, b = a[upper], b[upper]
     ax = _draw.axes(ax, (3.8, 3.6))
     if len(a) > 3000:
-        ax.hexbin(a, b, gridsize=60, bins="log", cmap="viridis", mincnt=1, linewidths=0)
+        bins = ax.hexbin(a, b, gridsize=60, bins="log", cmap="viridis", mincnt=1, linewidths=0)
+        ax.figure.colorbar(bins, ax=ax, label="pairs per bin")
     else:
         ax.plot(a, b, ".", color=_draw.BLUE, ms=3, alpha=0.5)
     ax.set(xlabel=f"dissimilarity in {names[0]}", ylabel=f"dissimilarity in {names[1]}")
-    ax.set_title(f"Pearson {np.corrcoef(a, b)[0, 1]:.3f} over {len(a)} pairs", fontsize=10)
+    ax.set_title(f"Pearson r = {np.corrcoef(a, b)[0, 1]:.3f}, {len(a)} pairs", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -453,7 +458,8 @@ def models(
         compared: a grid of a model with itself, or distances, shape (m, m). The distance of a similarity is its arc
             cosine, which is a metric for CKA (Williams et al. 2021).
         names: names of the points. Default: those of the grid.
-        groups: shape (m,), group of each point: points of a group have one color and are joined by a line in order.
+        groups: shape (m,), group of each point: points of a group have one color and are joined by a line in order. A
+            name that starts with its group is drawn without it.
         ax: axes to draw into.
 
     Returns:
@@ -497,11 +503,12 @@ def models(
         rows = np.array([member == group for member in members])
         ax.plot(*places[rows].T, "-" if groups is not None else "", color=color, lw=0.8, alpha=0.5)
         ax.plot(*places[rows].T, "o", color=color, ms=7, mec="white", label=_draw.text(group))
-    for place, below, name in zip(places, _crowded(places), names if names is not None else range(m), strict=True):
+    names = range(m) if names is None else names
+    for place, below, name, group in zip(places, _crowded(places), names, members, strict=True):
         left = place[0] > np.median(places[:, 0])  # names are outside of their points, and below one another
         offset = (-6 if left else 6, -3 - 8 * below)
         ax.annotate(
-            _draw.text(name),
+            _draw.text(str(name).removeprefix(f"{group} ")),
             place,
             xytext=offset,
             textcoords="offset points",
@@ -512,7 +519,7 @@ def models(
         ax.legend(frameon=False, fontsize=8)
     ax.set_aspect("equal", "datalim")
     ax.margins(0.3)
-    ax.set_title(f"{share:.0%} of the squared distances", fontsize=10)
+    ax.set_title(f"classical MDS: {share:.0%} of squared distances", fontsize=10)
     ax.set_xticks([])
     ax.set_yticks([])
     return ax

@@ -69,7 +69,8 @@ class NormalizedCut:
         eigenvalues: shape (k,), largest first, at most 1.
         degrees: row sums of A, shape (n,).
         residual: |D^-1/2 A D^-1/2 v - lambda v| of each eigenpair, shape (k,); nan for "nystroem".
-        basis, basis_mask, sigma, projection, weights, shift: used by `transform`; None for a cut of an affinity.
+        basis: rows that `transform` compares new samples with; with basis_mask, sigma, projection, weights and shift.
+            None for a cut of an affinity.
     """
 
     eigenvectors: Float[Array, "n k"]

@@ -84,14 +84,14 @@ def table():
     def number(end):
         return {float("inf"): "∞", -float("inf"): "-∞", 2**0.5: "√2", np.pi / 2: "π/2"}.get(end, f"{end:g}")
 
-    head = ["measure", "direction", "range", *INVARIANCES, "symmetric", "differentiable", "source"]
+    head = ["measure", "direction", "range", "invariant to", "symmetric", "differentiable", "source"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for label, name, options in rows():
         entry = REGISTRY[name]
-        found = ["yes" if is_invariant(name, invariance, **options) else "" for invariance in INVARIANCES]
-        ends = " to ".join(number(end) for end in entry.range_with(options))
+        found = ", ".join(invariance for invariance in INVARIANCES if is_invariant(name, invariance, **options))
+        ends = "\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}".join(number(end) for end in entry.range_with(options))
         symmetric = "yes" if is_symmetric(name, **options) else ""
-        cells = [label, entry.direction_with(options), ends, *found, symmetric, entry.differentiable, entry.source]
+        cells = [label, entry.direction_with(options), ends, found, symmetric, entry.differentiable, entry.source]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -207,7 +207,7 @@ def test_affinity_draws_its_entries():
     np.testing.assert_array_equal(ax.get_xticks(), [9.5, 29.5, 49.5])
     np.testing.assert_array_equal(ax.get_yticks(), [9.5, 29.5, 49.5])
     assert [list(line.get_xdata()) for line in ax.lines] == [[0, 1], [19.5, 19.5], [0, 1], [39.5, 39.5]]
-    told = [f"mean {expected.mean():.3f}", "affinity", *"012", *"012"]
+    told = [f"mean affinity {expected.mean():.3f}", "affinity (square-root scale)", *"012", *"012"]
     check_text(ax.figure, told, ax.figure.axes[1].yaxis)
     matplotlib.pyplot.close(ax.figure)
 
@@ -247,7 +247,7 @@ def test_matches_draw_lines_between_what_matches():
         assert matplotlib.colors.to_hex(line.get_edgecolor()).upper() == color
     assert len(colors) == 3
     meaning = {text.get_text(): line.get_color() for text, line in zip(*legend_parts(figure.legends[0]), strict=True)}
-    assert meaning == {"the same patch": "#0072B2", "at most two patches off": "#E69F00", "elsewhere": "#D55E00"}
+    assert meaning == {"correct match": "#0072B2", "within 2 patches": "#E69F00", "farther off": "#D55E00"}
     check_text(figure, meaning)
     matplotlib.pyplot.close(figure)
 
@@ -269,7 +269,7 @@ def test_a_grid_draws_its_values_with_their_numbers():
     np.testing.assert_array_equal(ax.get_xticks(), range(4))
     np.testing.assert_array_equal(ax.get_yticks(), range(4))
     names = list(sets())
-    told = [*numbers.values(), *names, *names, "cka (similarity)\n(in brackets: p > 0.05)"]
+    told = [*numbers.values(), *names, *names, "cka (similarity)\n(in parentheses: p > 0.05)"]
     check_text(figure, told, bar.yaxis)
     dark = [text.get_color() for text in ax.texts if compared.values[text.get_position()[::-1]] < 0.3]
     assert set(dark) == {"white"}  # readable where the image is dark
@@ -310,9 +310,9 @@ def test_density_draws_the_curve_and_the_solution():
     np.testing.assert_allclose(target.get_ydata(), 0.05)
     np.testing.assert_allclose(sigma.get_xdata(), solved, rtol=1e-4)
     np.testing.assert_allclose(diagonal.get_ydata(), 1 / 60)
-    told = [f"sigma = {solved:.4g} at density 0.05", "the diagonal alone"]
+    told = [f"sigma = {solved:.4g} at density 0.05", "diagonal alone (1/n)"]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == told
-    check_text(figure, [*told, "sigma, in units of the features", "mean affinity"], ax.xaxis, ax.yaxis)
+    check_text(figure, [*told, "sigma (units of the features)", "density (mean affinity)"], ax.xaxis, ax.yaxis)
     matplotlib.pyplot.close(figure)
 
 
@@ -324,7 +324,7 @@ def test_dissimilarities_draw_a_point_for_each_pair():
         reference_measures.rdm(sets()[name].astype(np.float64), "sqeuclidean")[upper] for name in ("layer 0", "layer 2")
     ]
     np.testing.assert_allclose(ax.lines[0].get_data(), expected, atol=1e-5)
-    title = f"Pearson {np.corrcoef(*expected)[0, 1]:.3f} over {60 * 59 // 2} pairs"
+    title = f"Pearson r = {np.corrcoef(*expected)[0, 1]:.3f}, {60 * 59 // 2} pairs"
     check_text(figure, [title, "dissimilarity in dino", "dissimilarity in clip"], ax.xaxis, ax.yaxis)
     matplotlib.pyplot.close(figure)
 
@@ -343,7 +343,7 @@ def test_models_are_points_with_names():
     share = np.linalg.eigvalsh(-centering @ distances**2 @ centering / 2)
     best = np.maximum(share[-2:], 0).sum()
     np.testing.assert_allclose(squared.sum() / (2 * 4), best, rtol=1e-5)
-    title = f"{best / np.abs(share).sum():.0%} of the squared distances"
+    title = f"classical MDS: {best / np.abs(share).sum():.0%} of squared distances"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
     check_text(figure, [title, *sets(), "a", "b"])
     matplotlib.pyplot.close(figure)
@@ -386,7 +386,7 @@ def test_the_first_row_of_a_grid_is_on_top_as_in_the_report():
 
 
 @pytest.mark.slow
-def test_what_is_not_beyond_chance_stands_in_brackets():
+def test_what_is_not_beyond_chance_stands_in_parentheses():
     some = {"signal": sets()["layer 0"], "noise": np.random.default_rng(5).normal(size=(60, 6)).astype(np.float32)}
     other = {"target": sets()["layer 1"]}
     test = jaxalign.permutation_test(some, other, key=jax.random.key(0), permutations=99, kernel=RBF(density=0.2))
@@ -398,12 +398,12 @@ def test_what_is_not_beyond_chance_stands_in_brackets():
 
 
 @pytest.mark.parametrize(
-    ("how", "told"), [({}, "two patches"), ({"near": 1.0}, "1 patch"), ({"near": 1.5}, "1.5 patches")]
+    ("how", "told"), [({}, "2 patches"), ({"near": 1.0}, "1 patch"), ({"near": 1.5}, "1.5 patches")]
 )
 def test_the_legend_of_matches_tells_what_is_near(how, told):
     figure = matplotlib.figure.Figure()
     plots.match_legend(figure, **how)
-    assert figure.legends[0].get_texts()[1].get_text() == f"at most {told} off"
+    assert figure.legends[0].get_texts()[1].get_text() == f"within {told}"
 
 
 def test_classical_scaling_shows_a_plane_as_it_is():
@@ -412,7 +412,7 @@ def test_classical_scaling_shows_a_plane_as_it_is():
     ax = plots.models(distances, names=list("abcdef"))
     drawn = np.stack([text.xy for text in ax.texts])
     np.testing.assert_allclose(np.linalg.norm(drawn[:, None] - drawn[None], axis=-1), distances, atol=1e-6)
-    assert ax.get_title().startswith("100%")
+    assert ax.get_title() == "classical MDS: 100% of squared distances"
     matplotlib.pyplot.close(ax.figure)
 
 

@@ -838,9 +838,10 @@ def _colors_of_best(
     pair = (x.arrays[compared.rows[i]], (y or x).arrays[compared.columns[j]])
     number = len(images.shown)
     features = {}
-    for letter, stored in zip("AB", pair, strict=True):
+    sides = [_short(path.name) for path in (options["x"], options["y"] or options["x"])]
+    for side, stored in zip(sides if sides[0] != sides[1] else "AB", pair, strict=True):
         rows = stored.values[:number].reshape(-1, stored.values.shape[-1])
-        features[f"{letter} {io.printable(stored.name)}"] = _as_floats(stored.name, stored, rows)
+        features[f"{side}\n{io.printable(stored.name)}"] = _as_floats(stored.name, stored, rows)
     grid = pair[0].grid or ()
     checkerboard = np.argwhere(np.ones(grid)).sum(1) % 2 == 0
     candidates = np.flatnonzero(np.tile(checkerboard, number))

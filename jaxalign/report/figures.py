@@ -36,7 +36,7 @@ def correspondences(report: PatchReport, k: int, a: str, b: str, number: int = 2
     rows, image = report.rows[k], report.data.pictures[k]
     positions = report.data.positions[report.data.picture_index == k][rows.queries]
     figure = Figure(figsize=(10.4, 9.6), layout="constrained")
-    methods = {"Before: variance-scaled RBF": VARIANCE, "After: decorrelated auto-scaled RBF": DECORRELATED}
+    methods = {"Before (variance-scaled RBF)": VARIANCE, "After (decorrelated auto-scaled RBF)": DECORRELATED}
     upper, lower = figure.add_gridspec(2, 1)
     parts = [figure.add_subfigure(upper), figure.add_subfigure(lower)]
     for (title, method), part in zip(methods.items(), parts, strict=True):
@@ -46,7 +46,7 @@ def correspondences(report: PatchReport, k: int, a: str, b: str, number: int = 2
         for ax, name in zip(axes, (a, b), strict=True):
             ax.set_title(name, fontsize=11)
         part.suptitle(
-            f"{title}: {float(score.top1):.0%} of {len(rows.queries)} held-out patches match themselves",
+            f"{title}: {float(score.top1):.0%} of {len(rows.queries)} held-out patches matched correctly",
             fontsize=13,
             fontweight="bold",
         )
@@ -54,7 +54,7 @@ def correspondences(report: PatchReport, k: int, a: str, b: str, number: int = 2
     return figure
 
 
-def matched_digits(report: DigitReport, a: str, b: str, number: int = 14) -> Figure:
+def matched_digits(report: DigitReport, a: str, b: str, number: int = 10) -> Figure:
     """Held-out digits in one network, and their match in another network by each method."""
     rows, data = report.rows, report.data
     labels = data.labels[rows.queries]
@@ -87,7 +87,7 @@ def matched_digits(report: DigitReport, a: str, b: str, number: int = 14) -> Fig
 
     for k, query in enumerate(shown):
         draw(axes[0, k], images[query], "0.5")
-    label(axes[0, 0], f"query in\n{a}")
+    label(axes[0, 0], f"query:\n{a}")
     for line, (name, (method, csls)) in enumerate(methods.items(), 1):
         score = compiled_correspondence(rows.by_method[method][a], rows.by_method[method][b], csls)
         index = np.asarray(score.index)
@@ -98,10 +98,10 @@ def matched_digits(report: DigitReport, a: str, b: str, number: int = 14) -> Fig
         label(axes[line, 0], f"{name.removesuffix(' (as published)')}\ntop-1 {float(score.top1):.2f}")
     handles = [
         Line2D([], [], color=color, lw=3, label=text)
-        for color, text in ((RIGHT, "the same sample"), (NEAR, "another of the same class"), (WRONG, "another class"))
+        for color, text in ((RIGHT, "correct match"), (NEAR, "other sample, same class"), (WRONG, "other class"))
     ]
     figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False)
-    figure.suptitle(f"Matches in {b}, among {len(labels)} held-out digits", fontsize=13)
+    figure.suptitle(f"Best match in {b}, of {len(labels)} held-out digits", fontsize=13)
     return figure
 
 
@@ -120,13 +120,13 @@ def affinities(report: DigitReport, a: str, b: str) -> Figure:
             mappable = ax.imshow(
                 np.asarray(affinity), norm=PowerNorm(0.5, 0, 1), cmap="viridis", interpolation="nearest"
             )
-            ax.set_title(f"{name}\n{title}: mean {float(affinity.mean()):.3f}", fontsize=11)
+            ax.set_title(f"{name}\n{title}, mean {float(affinity.mean()):.3f}", fontsize=11)
             ax.set_xticks(np.arange(10) * 30 + 15, [str(k) for k in range(10)])
             ax.set_yticks(np.arange(10) * 30 + 15, [str(k) for k in range(10)])
             ax.tick_params(length=0)
     assert mappable is not None
-    figure.colorbar(mappable, ax=axes, shrink=0.6, label="affinity (square-root color scale)")
-    figure.suptitle("300 digits, sorted by class", fontsize=13)
+    figure.colorbar(mappable, ax=axes, shrink=0.6, label="affinity (square-root scale)")
+    figure.suptitle("Affinities of 300 digits, sorted by class", fontsize=13)
     return figure
 
 

@@ -50,14 +50,14 @@ _PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 1.5rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; border-bottom: 1px solid var(--line); }
 table { border-collapse: collapse; } th, td { padding: .2rem .6rem; text-align: left; border-bottom: 1px solid var(--soft); }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid; }
 .wide { overflow-x: auto; } img { max-width: 100%; background: #fff; border-radius: 4px; }
 svg { font: 11px system-ui, sans-serif; } svg text { fill: currentColor; } svg .cell { cursor: crosshair; }
 svg .cell:hover, svg .cell.on { stroke: currentColor; stroke-width: 2; }
 #tip { position: fixed; pointer-events: none; background: #222; color: #fff; padding: .35rem .6rem; border-radius: 4px; font-size: 13px; max-width: 24rem; white-space: pre-line; overflow-wrap: anywhere; }
 #tip[hidden] { display: none; } code { overflow-wrap: anywhere; } label { margin-right: 1rem; }
-pre { overflow-x: auto; background: var(--soft); padding: .6rem; border-radius: 4px; font-size: 12px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem; border-radius: 4px; font-size: 12px; }
 </style></head><body>
 <h1>@@TITLE@@</h1>
 <p id="summary"></p>@@NOTES@@
@@ -149,17 +149,17 @@ function table() {
     const th = document.createElement("th"), button = document.createElement("button");
     button.textContent = name + (sorted.key === key ? (sorted.down ? " ▾" : " ▴") : "");
     button.addEventListener("click", () => { sorted = {key, down: sorted.key === key ? !sorted.down : key > 1}; table(); });
-    th.append(button); head.append(th);
+    if (key > 1) th.className = "number"; th.append(button); head.append(th);
   });
   out.replaceChildren(head, ...matches.map(cells => {
     const tr = document.createElement("tr");
-    cells.forEach(cell => { const td = document.createElement("td"); if (typeof cell === "number") { td.className = "number"; td.textContent = cell.toPrecision(4); } else td.textContent = cell; tr.append(td); });
+    cells.forEach(cell => { const td = document.createElement("td"); if (typeof cell === "number") { td.className = "number"; td.textContent = Number(cell.toPrecision(4)); } else td.textContent = cell; tr.append(td); });
     return tr;
   }));
 }
 document.getElementById("summary").textContent = `${data.samples} samples, ${rows.length} x ${columns.length} layers, ${data.measure} (${data.direction})` +
   (stats ? `; p-values from ${stats.permutations} permutations of ${stats.samples} samples, corrected for ${rows.length * columns.length} comparisons` : "") +
-  (data.itself ? "" : `. Rows are of ${short(0)}, columns of ${short(1)}`) + ". Brighter cells are more similar; hover or tab for values.";
+  (data.itself ? "" : `. Rows are of ${short(0)}, columns of ${short(1)}`) + (low > high ? "." : `. Brighter cells are more similar (values from ${low.toPrecision(3)} to ${high.toPrecision(3)}); hover or tab for details.`);
 document.getElementById("significance").hidden = !stats;
 document.getElementById("provenance").textContent = JSON.stringify({options: data.options, sigma: data.sigma, ...data.provenance}, null, 1);
 for (const id of ["order", "fade"]) document.getElementById(id).addEventListener("change", draw);

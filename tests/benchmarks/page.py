@@ -17,6 +17,7 @@ COMPILED_COLUMNS = (
     *("program", "for", "compile s", "temporaries MB", "in / out MB", "GB", "GFlop", "launches", "host reads"),
     "collectives",
 )
+NO_BREAK = "\N{NO-BREAK SPACE}"
 ONLY_CUDA = ("launches", "host reads")
 
 
@@ -27,7 +28,8 @@ def row(result: dict[str, Any]) -> str:
     target = "" if result["target"] is None else f"{result['bound']} {result['target']:g}{unit}"
     verdict = {None: "", True: "met", False: "**missed**"}[result["met"]]
     times = "" if result["times_floor"] is None else f"{result['times_floor']:.3g}"
-    cells = (result["case"], f"{result['value']:.3g}{unit}", spread, target, verdict, result["detail"], times)
+    numbers = (cell.replace(" ", NO_BREAK) for cell in (f"{result['value']:.3g}{unit}", spread, target))
+    cells = (result["case"], *numbers, verdict, result["detail"], times)
     return "| " + " | ".join(cells) + " |"
 
 
