@@ -24,17 +24,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxalign import _arrays, _checks, _features
+from jaxalign._channels import ChannelMap, Channels, column_spread, fit_channels
 from jaxalign._directions import less_row_mean
-from jaxalign._linalg import matmul, power_of_two, products, root, scaled, unit
+from jaxalign._linalg import power_of_two, products, scaled, unit
 from jaxalign._repr import short_repr, shown
 from jaxalign._typing import AnyArray, Data, Numbers
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import Bandwidth, Diagonal, solve_sigma
-from jaxalign.core.features import center_features, centered_columns
+from jaxalign.core.features import centered_columns
 from jaxalign.core.features import diagonal as on_diagonal
 from jaxalign.distances import squared_distances
 
-Channels = Literal["standardize", "whiten"]
 Metric = Literal["correlation", "cosine", "euclidean"]
 
 # Thresholds of `_contains_landmarks`: the smallest number of columns, and the smallest correlation of mirror images.
@@ -48,25 +48,6 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
 standardized columns so that scores are comparable."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("center", "scale", "factor"), meta_fields=())
-@dataclass(frozen=True)
-class _Channels:
-    """The fitted affine map of the channels of a network; unused parts are None."""
-
-    center: Array | None = None  # (1, d)
-    scale: Array | None = None  # (1, d) standard deviations; for whitening (1, 1), the unit of the covariance
-    factor: Array | None = None  # (d, d) lower Cholesky factor of the shrunk covariance
-
-    def __call__(self, x: Array) -> Array:
-        if self.center is not None:
-            x = x - self.center
-        if self.scale is not None:
-            x = x / self.scale
-        if self.factor is not None:
-            x = jax.scipy.linalg.solve_triangular(self.factor, x.T, lower=True).T
-        return x
-
-
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("channels", "landmarks", "sigma", "density", "cholesky", "center", "scale", "shift"),
@@ -76,7 +57,7 @@ class _Channels:
 class _Space:
     """The fitted parameters of a network, from which new samples are transformed; unused ones are None."""
 
-    channels: _Channels
+    channels: ChannelMap
     landmarks: Array  # (m, d) after the map of the channels
     sigma: Array | None  # None for bandwidth="per_row", where sigma is solved for each row
     density: Array
@@ -280,9 +261,9 @@ def align(
 
 
 @partial(jax.jit, static_argnames="channels")
-def _map_channels(x: Array, chosen: Array, channels: Channels | None) -> tuple[_Channels, Array, Array]:
+def _map_channels(x: Array, chosen: Array, channels: Channels | None) -> tuple[ChannelMap, Array, Array]:
     """The fitted map of the channels, the mapped features, and those of the landmarks."""
-    fitted = _fit_channels(x, channels)
+    fitted = fit_channels(x, channels)
     x = fitted(x)
     return fitted, x, x[chosen]
 
@@ -300,7 +281,7 @@ def _fit_rows(
     relative = space.decorrelate(affinity)
     if standardize:
         scored = relative[_queries(chosen, n)] if m < n else relative
-        spread = _spread(scored, rounding=8 * float(jnp.finfo(scored.dtype).eps))
+        spread = column_spread(scored, rounding=8 * float(jnp.finfo(scored.dtype).eps))
         space = replace(space, center=jnp.mean(scored, 0, keepdims=True), scale=spread)
     return space, space.standardize(relative)
 
@@ -319,29 +300,6 @@ def _check_density_per_row(density: Any, block: Array) -> None:
             f"landmark to itself alone gives its row 1/m = {1 / m:.4g}. Use a density above that, use at least "
             f'{least} landmarks, or bandwidth="global" with diagonal="exclude".'
         )
-
-
-def _fit_channels(x: Array, channels: Channels | None) -> _Channels:
-    if channels is None:
-        return _Channels()
-    features = center_features(x)
-    if channels == "standardize":
-        return _Channels(features.center, _spread(x, rounding=0.0))
-    x = centered_columns(x, None)  # in scaled units
-    covariance = matmul(x.T, x) / x.shape[0]
-    shrinkage = jnp.trace(covariance) / x.shape[1]
-    shrinkage = jnp.where(shrinkage > 0, shrinkage, 1)
-    # Any root of the inverse gives the same distances; the Cholesky factor is differentiable at equal eigenvalues too.
-    factor = jnp.linalg.cholesky(covariance + shrinkage * jnp.eye(x.shape[1], dtype=x.dtype))
-    return _Channels(features.center, features.scale[None, None], factor)
-
-
-def _spread(x: Array, rounding: float) -> Array:
-    """Standard deviation of each column, shape (1, d); 1 where it is below `rounding` times the largest entry."""
-    noise = rounding * jnp.max(jnp.abs(x), 0, keepdims=True)
-    x, size = scaled(x - center_features(x).center, 0)
-    std = root(jnp.mean((x - jnp.mean(x, 0, keepdims=True)) ** 2, 0, keepdims=True)) * size
-    return jnp.where(std > noise, std, 1)
 
 
 def _queries(landmarks: Array, n: int) -> Array:

@@ -32,9 +32,9 @@ def resident_after_trimming() -> float:
 
 
 # MB: what is compiled is dropped beyond the first, and the session fails beyond the second.
-PLENTY, TOO_MUCH = 1300, 2000
+PLENTY, TOO_MUCH = 1300, 2400
 # MB that have to come on top of what the last time left, or each test would drop the programs of the test before.
-MORE = 300
+MORE = 200
 # A compiled program maps a few pieces of memory, of which Linux lets a process have 65530 by default; with more of them
 # the compiler crashes.
 MANY_MAPS = 30_000
