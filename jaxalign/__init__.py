@@ -33,6 +33,9 @@ from jaxalign.inference import bootstrap as bootstrap
 from jaxalign.inference import noise_ceiling as noise_ceiling
 from jaxalign.inference import paired_difference as paired_difference
 from jaxalign.inference import permutation_test as permutation_test
+from jaxalign.matching import Matching as Matching
+from jaxalign.matching import MatchScore as MatchScore
+from jaxalign.matching import match as match
 from jaxalign.operators import AffinityOperator as AffinityOperator
 from jaxalign.operators import affinity_operator as affinity_operator
 from jaxalign.pairs import reduce_pairs as reduce_pairs

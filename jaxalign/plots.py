@@ -503,12 +503,12 @@ def models(
         rows = np.array([member == group for member in members])
         ax.plot(*places[rows].T, "-" if groups is not None else "", color=color, lw=0.8, alpha=0.5)
         ax.plot(*places[rows].T, "o", color=color, ms=7, mec="white", label=_draw.text(group))
-    names = range(m) if names is None else names
+    names = list(map(str, range(m))) if names is None else names
     for place, below, name, group in zip(places, _crowded(places), names, members, strict=True):
         left = place[0] > np.median(places[:, 0])  # names are outside of their points, and below one another
         offset = (-6 if left else 6, -3 - 8 * below)
         ax.annotate(
-            _draw.text(str(name).removeprefix(f"{group} ")),
+            _draw.text(name.removeprefix(f"{group} ")),
             place,
             xytext=offset,
             textcoords="offset points",

@@ -24,7 +24,7 @@ LAYERS = [
     {"_linalg", "_numbers", "_repr", "_status", "_typing", "_version"},
     {"_arrays"},
     {"_checks", "_features"},
-    {"_memory", "_positions"},
+    {"_known_pairs", "_memory", "_positions"},
     {"plan"},
     {"core", "sharding"},
     {"_channels", "_directions", "_problem"},

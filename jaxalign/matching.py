@@ -1,0 +1,491 @@
+"""Matching: which samples of different networks are the same, from a few known pairs.
+
+`match` starts from landmarks, scores all pairs by the evidence of `_evidence`, takes other networks as bridges, and
+repeats with the pairs it is confident of as further landmarks. No map is trained, and samples need not be in the same
+order or of the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations, permutations
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxalign import _arrays, _checks, _evidence, _features, _memory
+from jaxalign._channels import Channels, fit_channels
+from jaxalign._known_pairs import Names, both_directions, known_pairs, refuse_contradictions, same_size
+from jaxalign._repr import short_repr, shown
+from jaxalign._typing import AnyArray, Data, Mask, Numbers
+from jaxalign.affinity import rbf_affinity
+from jaxalign.alignment import Alignment
+from jaxalign.bandwidth import solve_sigma
+
+Method = Literal["search", "one_to_one"]
+Landmarks = int | Sequence[int] | Int[AnyArray, "m *k"] | Mapping[Names, Any]
+
+# Rounds of rounds="auto", at most, and the rounds without a rise of the mean confidence after which they stop.
+_MOST_ROUNDS, _PATIENCE, _RISE = 40, 3, 1e-3
+# Held-out landmarks must be found again by this many standard errors better than chance, or their networks count as
+# unrelated (one pair in 740 by chance).
+_RELATED = 3.0
+# The kernel is expanded over this many samples for each component.
+_INDUCING = 4
+
+
+class MatchScore(NamedTuple):
+    """How well a matching agrees with the truth, on the samples that are not landmarks and have a partner.
+
+    Attributes:
+        top1: fraction whose best candidate is the true partner.
+        recall: fraction matched, above the threshold, to their true partner.
+        precision: fraction of the matches above the threshold that are right, also counting samples without a partner;
+            nan if there are none.
+    """
+
+    top1: float
+    recall: float
+    precision: float
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("candidate", "confidence", "mutual", "landmarks", "landmark_rank", "history"),
+    meta_fields=("min_confidence",),
+)
+@dataclass(frozen=True, repr=False)
+class Matching:
+    """The samples that are the same in several networks, the result of `match`.
+
+    Dictionaries are indexed by ordered pairs of names (a, b).
+
+    Attributes:
+        candidate: index in b of the most probable partner of each sample of a, shape (n_a,); -1: none.
+        confidence: probability that the candidate is the partner, shape (n_a,), 0 to 1; 1 for landmarks.
+        mutual: whether the candidate's own candidate in a is this sample, shape (n_a,).
+        landmarks: the known pairs, shape (m, 2).
+        landmark_rank: mean rank of held-out landmarks among all samples of the other network, 0 (best) to 1; 0.5 by
+            chance. Networks whose landmarks are not found again get no matches from each other.
+        history: mean confidence over all pairs of networks after each round, shape (rounds + 1,).
+        min_confidence: the confidence from which a mutual candidate counts as a match.
+    """
+
+    candidate: dict[Names, Int[np.ndarray, " n_a"]]
+    confidence: dict[Names, Float[np.ndarray, " n_a"]]
+    mutual: dict[Names, Bool[np.ndarray, " n_a"]]
+    landmarks: dict[Names, Int[np.ndarray, "m 2"]]
+    landmark_rank: dict[Names, float]
+    history: Float[np.ndarray, " rounds"]
+    min_confidence: float
+
+    def __repr__(self) -> str:
+        matched = {pair: len(self.pairs(*pair)) for pair in self.candidate if pair[0] < pair[1]}
+        return short_repr(self, omit=("candidate", "mutual", "landmarks", "confidence"), matched=shown(matched))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the networks."""
+        return tuple(dict.fromkeys(a for a, _ in self.candidate))
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds of self-training."""
+        return len(self.history) - 1
+
+    def partners(self, a: str, b: str) -> Int[np.ndarray, " n_a"]:
+        """The partner in b of each sample of a, or -1 where no candidate is mutual and above the threshold."""
+        pair = self._checked(a, b)
+        matched = self.mutual[pair] & (self.confidence[pair] >= self.min_confidence)
+        return np.where(matched, self.candidate[pair], -1)
+
+    def pairs(self, a: str, b: str) -> Int[np.ndarray, "k 2"]:
+        """The matches as indices into the samples of a and of b, landmarks included, in the order of a."""
+        partners = self.partners(a, b)
+        matched = np.flatnonzero(partners >= 0)
+        return np.stack([matched, partners[matched]], 1)
+
+    def tracks(self) -> Int[np.ndarray, "t k"]:
+        """Samples followed through all networks, consistent across them.
+
+        Matches are joined in the order of their confidence; one that would put two samples of the same network into a
+        track is left out.
+
+        Returns:
+            Sample indices, shape (number of tracks, number of networks), in the order of `names`; -1 where a track has
+            no sample. Every track has at least two.
+        """
+        edges = [
+            (-self.confidence[a, b][i], (a, int(i)), (b, int(j)))
+            for a, b in combinations(self.names, 2)
+            for i, j in self.pairs(a, b)
+        ]
+        track_of: dict[tuple[str, int], dict[str, int]] = {}  # of each sample: the sample of each network
+        for _, *nodes in sorted(edges):
+            first, second = (track_of.setdefault(node, dict([node])) for node in nodes)
+            if set(first).isdisjoint(second):
+                first.update(second)
+                track_of.update(dict.fromkeys(second.items(), first))
+        tracks = {id(track): track for track in track_of.values() if len(track) > 1}.values()
+        rows = sorted([track.get(name, -1) for name in self.names] for track in tracks)
+        return np.asarray(rows, np.int64).reshape(-1, len(self.names))
+
+    def score(self, truth: Landmarks | None = None) -> MatchScore:
+        """Compare with known partners, on average over all ordered pairs of networks.
+
+        Args:
+            truth: the true pairs, in any form that `match` accepts for landmarks. None: sample i is the same in all
+                networks.
+
+        Returns:
+            `MatchScore`; see `scores` for each pair of networks.
+        """
+        return MatchScore(*(float(np.mean(part)) for part in zip(*self.scores(truth).values(), strict=True)))
+
+    def scores(self, truth: Landmarks | None = None) -> dict[Names, MatchScore]:
+        """`score` for each ordered pair of networks that has landmarks or true pairs."""
+        sizes = {name: len(self.candidate[name, other]) for name in self.names for other in self.names if name != other}
+        if truth is None:
+            truth = np.arange(same_size(sizes, "truth=None"))
+        scores = {}
+        for (a, b), pairs in both_directions(known_pairs("truth", truth, sizes, jax.random.key(0), least=1)).items():
+            partner = np.full(sizes[a], -1)
+            partner[pairs[:, 0]] = pairs[:, 1]
+            queries = np.ones(sizes[a], bool)
+            if (a, b) in self.landmarks:
+                queries[self.landmarks[a, b][:, 0]] = False
+            has_partner, matched = queries & (partner >= 0), self.partners(a, b)
+            right = matched == partner
+            scores[a, b] = MatchScore(
+                _mean((self.candidate[a, b] == partner)[has_partner]),
+                _mean(right[has_partner]),
+                _mean(right[queries & (matched >= 0)]),
+            )
+        return scores
+
+    def to_pandas(self) -> Any:
+        """A table with a row for each sample of each ordered pair of networks; needs pandas."""
+        import pandas as pd
+
+        parts = []
+        for (a, b), candidate in self.candidate.items():
+            known = np.zeros(len(candidate), bool)
+            known[self.landmarks[a, b][:, 0] if (a, b) in self.landmarks else []] = True
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "a": a,
+                        "b": b,
+                        "sample": np.arange(len(candidate)),
+                        "candidate": candidate,
+                        "confidence": self.confidence[a, b],
+                        "mutual": self.mutual[a, b],
+                        "matched": self.partners(a, b) >= 0,
+                        "landmark": known,
+                    }
+                )
+            )
+        return pd.concat(parts, ignore_index=True)
+
+    def _checked(self, a: str, b: str) -> Names:
+        if (a, b) not in self.candidate:
+            raise KeyError(f"there is no pair of networks {(a, b)!r}; the names are {shown(self.names)}.")
+        return a, b
+
+
+def match(
+    features: Mapping[str, Numbers[Data, "_ _"]] | Alignment,
+    *,
+    landmarks: Landmarks | None = None,
+    method: Method = "search",
+    bridges: bool = True,
+    rounds: int | Literal["auto"] = "auto",
+    mask: Mapping[str, Mask[Data, " _"]] | None = None,
+    key: Array | None = None,
+    min_confidence: float = 0.7,
+    prior: float = 0.9,
+    density: float = 0.93,
+    ridge: float = 0.02,
+    channels: Channels | None = "standardize",
+    num_components: int = 256,
+) -> Matching:
+    """Find the same samples in several networks, from a few known pairs.
+
+    The evidence for a pair is a log-likelihood ratio under regularized kernel CCA on the known pairs (Bach and Jordan,
+    2005; see docs/pages/matching.md). Sinkhorn iterations with a dustbin turn it into probabilities of a partial
+    one-to-one assignment. Every other network is a bridge: a pair is also supported by P_ac P_cb. Pairs that are each
+    other's best candidate then count as known pairs, weighted by their confidence, and the next round starts; a pair is
+    never scored by a model that contains it.
+
+    Args:
+        features: features by network name, shape (n_k, d_k). Samples may differ in number and order. An `Alignment`:
+            its relative features and landmarks.
+        landmarks: the known pairs. Indices, shape (m,): samples that are the same in all networks; shape
+            (m, number of networks): the index of the same sample in each network; a mapping from (a, b) to indices of
+            shape (m, 2): known pairs of each pair of networks, of which some may be missing. A number: this many random
+            samples, if sample i is the same in all networks. At least 3 per pair; 15 or more are advisable.
+        method: "search": every sample gets its most probable partner. "one_to_one": linear assignment on the same
+            probabilities, so that no partner is used twice.
+        bridges: use other networks as bridges.
+        rounds: number of rounds of self-training; "auto": until the mean confidence stops rising.
+        mask: valid samples by network name, shape (n_k,); others get no partner. Networks may be missing.
+        key: a `jax.random.key` for the division of known pairs into folds, and for a number of random landmarks. None:
+            `jax.random.key(0)`.
+        min_confidence: the confidence from which a mutual candidate counts as a match, 0 to 1.
+        prior: prior probability that a sample has a partner, 0 < prior < 1.
+        density: the mean affinity of different samples of a network, see `solve_sigma`: how wide the kernel is.
+        ridge: lambda > 0, added to the diagonal of the covariances.
+        channels: see `align`.
+        num_components: rank of the kernel features.
+
+    Returns:
+        `Matching` with `.pairs(a, b)`, `.tracks()`, `.score(truth)` and `.to_pandas()`.
+
+    Raises:
+        TypeError, ValueError: fewer than two networks, nan or inf in valid rows, landmarks that are out of range,
+            repeated, contradictory or fewer than 3.
+        MemoryError: probabilities of all pairs of samples do not fit into memory.
+
+    Examples:
+        >>> import jax, jaxalign
+        >>> x = jax.random.normal(jax.random.key(0), (200, 8))
+        >>> shuffled = 3 * x[::-1, ::-1] + 1
+        >>> known = {("a", "b"): [(i, 199 - i) for i in range(20)]}
+        >>> matching = jaxalign.match({"a": x, "b": shuffled}, landmarks=known)
+        >>> matching.pairs("a", "b")[100].tolist()
+        [100, 99]
+    """
+    _checks.choice("method", method, ("search", "one_to_one"))
+    _checks.choice("channels", channels, (None, "standardize", "whiten"))
+    if rounds != "auto":
+        _checks.whole("rounds", rounds, 0, otherwise=', or "auto"')
+    if key is not None:
+        _checks.random_key(key)
+    for name, value in {"min_confidence": min_confidence, "prior": prior, "density": density}.items():
+        if not 0 <= float(value) <= 1 or (name != "min_confidence" and float(value) in (0, 1)):
+            raise ValueError(f"{name} must be a number between 0 and 1; got {shown(value)}.")
+    _checks.positive("ridge", _checks.parameter("ridge", ridge, jnp.float32, (), "one number"))
+    key = jax.random.key(0) if key is None else key
+    if isinstance(features, Alignment):
+        landmarks = np.asarray(features.landmarks) if landmarks is None else landmarks
+        features = features.features
+    networks = _check_networks(features, mask)
+    sizes = {name: network.size for name, network in networks.items()}
+    known = known_pairs("landmarks", landmarks, sizes, key, least=3)
+    refuse_contradictions(known)
+    _check_memory(networks)
+    problem = _set_up(networks, known, bridges, prior, density, ridge, channels, num_components)
+    rank = _evidence.landmark_ranks(problem)
+    problem, ranks = _drop_unrelated(problem, rank)
+    matches, probabilities, history = _run(problem, rounds, key)
+    if method == "one_to_one":
+        matches = _assign(problem, probabilities)
+    return _collect(networks, known, ranks, matches, history, float(min_confidence))
+
+
+class _Network(NamedTuple):
+    """The valid samples of a network, in an order that does not depend on that of the user."""
+
+    x: Array  # (number of valid samples, d)
+    order: np.ndarray  # their indices
+    size: int  # number of samples, valid or not
+
+
+def _check_networks(features: Any, mask: Any) -> dict[str, _Network]:
+    if not isinstance(features, Mapping):
+        raise TypeError(f"features must be a mapping from names to arrays; got {type(features).__name__}.")
+    if len(features) < 2:
+        raise ValueError(f"at least two networks are needed; got {shown(tuple(features))}.")
+    for name in mask or {}:
+        if name not in features:
+            raise ValueError(f"mask has the name {name!r}; the names of the networks are {shown(tuple(features))}.")
+    networks = {}
+    for name, value in features.items():
+        label = f"features[{name!r}]"
+        array = _arrays.array(label, value)
+        if not _arrays.is_concrete(array):
+            raise TypeError(f"{label} must not be traced: match decides on the host when to stop. Call it outside jit.")
+        if array.ndim != 2:
+            raise ValueError(f"{label} must have shape (n, d); got {array.shape}.")
+        rows = np.ascontiguousarray(_arrays.on_host(array))
+        valid = _features.row_mask(f"mask[{name!r}]", (mask or {}).get(name), rows.shape[:1])
+        valid = np.ones(len(rows), bool) if valid is None else np.asarray(valid)
+        # Sorting by content makes the result independent of the order of the samples, to the last digit.
+        order = np.flatnonzero(valid)
+        if rows.shape[1]:
+            content = rows[order].view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0]
+            order = order[np.argsort(content, kind="stable")]
+        x = _features.features(label, rows[order], min_rows=4, center=True)
+        _features.finite_rows(label, x, way_out="Leave these samples out with mask=.", differences=True)
+        networks[name] = _Network(x, order, len(rows))
+    return networks
+
+
+def _check_memory(networks: Mapping[str, _Network]) -> None:
+    n, number = max(len(network.order) for network in networks.values()), len(networks)
+    # Per pair of networks: probabilities for rows and columns and their average; for all: directed ones.
+    arrays = 3 * number * (number - 1) // 2 + number**2
+    _memory.check_bytes(
+        f"match keeps {arrays} arrays of {n} x {n} probabilities, {4 * arrays * n**2 / 1e9:.3g} GB",
+        4 * arrays * n**2,
+        "Match a part of the samples, or fewer networks at a time.",
+    )
+
+
+def _set_up(
+    networks: Mapping[str, _Network],
+    known: Mapping[Names, np.ndarray],
+    bridges: bool,
+    prior: float,
+    density: float,
+    ridge: float,
+    channels: Channels | None,
+    num_components: int,
+) -> _evidence.Problem:
+    num_components = _checks.whole("num_components", num_components, 1)
+    sizes = [len(network.order) for network in networks.values()]
+    n, rank = max(sizes), min(num_components, *sizes)
+    phi = [
+        jnp.pad(_kernel_features(name, network.x, channels, density, rank), ((0, n - len(network.order)), (0, 0)))
+        for name, network in networks.items()
+    ]
+    names, dtype = list(networks), phi[0].dtype
+    pairs = list(combinations(range(len(names)), 2))
+    partner, weight = np.zeros((len(pairs), n), np.int32), np.zeros((len(pairs), n), dtype)
+    for p, (a, b) in enumerate(combinations(names, 2)):
+        if (a, b) in known:
+            places = np.stack([_places(networks[name])[known[a, b][:, k]] for k, name in enumerate((a, b))])
+            i, j = places[:, (places >= 0).all(0)]
+            partner[p, i], weight[p, i] = j, 1
+    others = [[c for c in range(len(names)) if c not in pair] if bridges else [] for pair in pairs]
+    return _evidence.Problem(
+        jnp.stack(phi),
+        jnp.asarray(np.arange(n)[None] < np.asarray(sizes)[:, None]),
+        _evidence.Pairs(jnp.asarray(partner), jnp.asarray(weight)),
+        jnp.asarray(pairs, jnp.int32),
+        jnp.asarray(np.asarray(others, np.int32).reshape(len(pairs), -1)),
+        jnp.ones(len(pairs), dtype),
+        jnp.asarray(ridge, dtype),
+        jnp.asarray(prior, dtype),
+    )
+
+
+def _places(network: _Network) -> np.ndarray:
+    """The position of each sample in the order of the network, -1 for samples that are not valid."""
+    places = np.full(network.size, -1)
+    places[network.order] = np.arange(len(network.order))
+    return places
+
+
+def _kernel_features(name: str, x: Array, channels: Channels | None, density: float, rank: int) -> Array:
+    """Kernel features (n, rank) of a network, from a kernel whose bandwidth is solved on the inducing samples."""
+    n = x.shape[0]
+    number = min(n, _INDUCING * rank)
+    x = _apply_channels(x, channels)
+    inducing = x[np.linspace(0, n - 1, number).round().astype(int)]
+    try:
+        sigma = solve_sigma(inducing, density=density, diagonal="exclude").sigma
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"features[{name!r}]: {error}") from error
+    return _evidence.kernel_features(rbf_affinity(inducing, sigma=sigma), rbf_affinity(x, inducing, sigma), rank)
+
+
+@partial(jax.jit, static_argnames="channels")
+def _apply_channels(x: Array, channels: Channels | None) -> Array:
+    return fit_channels(x, channels)(x)
+
+
+def _drop_unrelated(problem: _evidence.Problem, rank: Array) -> tuple[_evidence.Problem, np.ndarray]:
+    """The problem without the evidence of networks whose held-out landmarks are found no better than by chance."""
+    ranks = np.asarray(rank)
+    number = np.asarray(jnp.sum(problem.landmarks.weight > 0, -1))
+    # A rank is uniform on 0 .. 1 by chance, with variance 1 / 12.
+    related = (number == 0) | ((0.5 - ranks) * np.sqrt(12 * number) >= _RELATED)
+    return problem._replace(related=jnp.asarray(related, problem.phi.dtype)), np.where(number > 0, ranks, np.nan)
+
+
+def _run(
+    problem: _evidence.Problem, rounds: int | Literal["auto"], key: Array
+) -> tuple[_evidence.Matches, Array, np.ndarray]:
+    """The matches and probabilities after the last round, or the best one, and the mean confidence after each."""
+    pairs, history, best = problem.landmarks, [], 0
+    result = None
+    for number in range((_MOST_ROUNDS if rounds == "auto" else rounds) + 1):
+        matches, probabilities = _evidence.run_round(problem, pairs, jax.random.fold_in(key, number))
+        history.append(float(jnp.mean(matches.confidence_ab)))
+        if rounds != "auto" or result is None or history[-1] > history[best] + _RISE:
+            result, best = (matches, probabilities), number
+        elif number - best >= _PATIENCE:
+            break
+        pairs = _evidence.next_pairs(problem.landmarks, matches)
+    assert result is not None
+    return *result, np.asarray(history[: best + 1])
+
+
+def _assign(problem: _evidence.Problem, probabilities: Array) -> _evidence.Matches:
+    """The linear assignment with the largest sum of probabilities, for every pair of networks."""
+    from scipy.optimize import linear_sum_assignment  # comes with jax, but importing it takes time
+
+    number, n, _ = probabilities.shape
+    sizes = np.asarray(jnp.sum(problem.valid, 1))
+    partner = np.full((2, number, n), -1, np.int32)
+    confidence = np.zeros((2, number, n), probabilities.dtype)
+    for p, (a, b) in enumerate(np.asarray(problem.network)):
+        matrix = np.asarray(probabilities[p])[: sizes[a], : sizes[b]]
+        i, j = linear_sum_assignment(matrix, maximize=True)
+        partner[0, p, i], partner[1, p, j] = j, i
+        confidence[0, p, i] = confidence[1, p, j] = matrix[i, j]
+    return _evidence.Matches(*map(jnp.asarray, (partner[0], confidence[0], partner[1], confidence[1])))
+
+
+def _collect(
+    networks: Mapping[str, _Network],
+    known: Mapping[Names, np.ndarray],
+    ranks: np.ndarray,
+    matches: _evidence.Matches,
+    history: np.ndarray,
+    min_confidence: float,
+) -> Matching:
+    """The result, in the user's order of samples."""
+    partner_ab, confidence_ab, partner_ba, confidence_ba = map(np.asarray, matches)
+    best, rank = {}, {}
+    for p, (a, b) in enumerate(combinations(networks, 2)):
+        best[a, b] = _in_user_order(networks[a], networks[b], partner_ab[p], confidence_ab[p])
+        best[b, a] = _in_user_order(networks[b], networks[a], partner_ba[p], confidence_ba[p])
+        rank[a, b] = rank[b, a] = float(ranks[p])
+    directions = list(permutations(networks, 2))
+    candidate = {pair: best[pair][0] for pair in directions}
+    mutual = {
+        (a, b): (values >= 0) & (candidate[b, a][values] == np.arange(len(values)))
+        for (a, b), values in candidate.items()
+    }
+    return Matching(
+        candidate=candidate,
+        confidence={pair: best[pair][1] for pair in directions},
+        mutual=mutual,
+        landmarks=both_directions(known),
+        landmark_rank={pair: rank[pair] for pair in directions},
+        history=history,
+        min_confidence=min_confidence,
+    )
+
+
+def _in_user_order(
+    a: _Network, b: _Network, partner: np.ndarray, probability: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates and confidences of the samples of a, in the order and with the indices of the user."""
+    partner, probability = partner[: len(a.order)], np.clip(probability[: len(a.order)], 0, 1)
+    found = (partner >= 0) & (partner < len(b.order)) & (probability > 0)
+    candidate, confidence = np.full(a.size, -1), np.zeros(a.size)
+    candidate[a.order] = np.where(found, b.order[np.where(found, partner, 0)], -1)
+    confidence[a.order] = np.where(found, probability, 0)
+    return candidate, confidence
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")

@@ -1,0 +1,345 @@
+"""Matching: the evidence against independent densities, the equations of the assignment, and the result as used."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+import jaxalign
+from jaxalign import _evidence
+from jaxalign.matching import Matching
+
+NAMES = ("a", "b", "c")
+
+
+def views(rng, n=160, d=6, names=NAMES, noise=0.05):
+    """The same samples in several networks: random smooth maps of a shared latent variable."""
+    latent = rng.normal(size=(n, d))
+    return {
+        name: (np.tanh(latent @ rng.normal(size=(d, 3 * d)) / 2) + noise * rng.normal(size=(n, 3 * d))).astype(
+            np.float32
+        )
+        for name in names
+    }
+
+
+def shuffle(features, rng):
+    """Each network's samples in an order of its own, and the place of each sample."""
+    orders = {name: rng.permutation(len(x)) for name, x in features.items()}
+    return {name: x[orders[name]] for name, x in features.items()}, {k: np.argsort(v) for k, v in orders.items()}
+
+
+def pairs_of(places, samples, names=NAMES):
+    return {(a, b): np.stack([places[a][samples], places[b][samples]], 1) for a, b in itertools.combinations(names, 2)}
+
+
+def gaussian_evidence(x, y, known, ridge, shrinkage=0.98):
+    """log p(x, y) - log p(x) - log p(y) of all rows, by scipy's densities, in float64."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    (i, j), r = known.T, x.shape[1]
+    a, b, cross = x[i].T @ x[i] + ridge * np.eye(r), y[j].T @ y[j] + ridge * np.eye(r), shrinkage * x[i].T @ y[j]
+    joint = np.block([[a, cross], [cross.T, b]]) / len(known)
+    rows = np.concatenate([np.repeat(x, len(y), 0), np.tile(y, (len(x), 1))], 1)
+    together = scipy.stats.multivariate_normal(np.zeros(2 * r), joint).logpdf(rows).reshape(len(x), len(y))
+    alone = [scipy.stats.multivariate_normal(np.zeros(r), c / len(known)).logpdf(z) for c, z in ((a, x), (b, y))]
+    return together - alone[0][:, None] - alone[1][None]
+
+
+def known_pairs(known, n):
+    partner, weight = np.zeros(n, np.int32), np.zeros(n, np.float32)
+    partner[known[:, 0]], weight[known[:, 0]] = known[:, 1], 1
+    return _evidence.Pairs(jnp.asarray(partner), jnp.asarray(weight))
+
+
+def test_evidence_is_the_likelihood_ratio_of_a_joint_gaussian(rng):
+    x, y = (rng.normal(size=(20, 3)).astype(np.float32) for _ in "xy")
+    known = np.stack([np.arange(12), rng.permutation(12)], 1)
+    folds = jnp.zeros(20, int), jnp.ones(20, int)  # nothing known is in fold 1: columns see all pairs
+    _, columns = _evidence.likelihood_ratios(
+        jnp.asarray(x), jnp.asarray(y), known_pairs(known, 20), folds, jnp.float32(0.5), jnp.float32(1)
+    )
+    np.testing.assert_allclose(columns, gaussian_evidence(x, y, known, 0.5), rtol=1e-4, atol=1e-4)  # float32
+
+
+def test_a_row_is_scored_without_the_known_pairs_of_its_fold(rng):
+    x, y = (rng.normal(size=(20, 3)).astype(np.float32) for _ in "xy")
+    known = np.stack([np.arange(16), np.arange(16)], 1)
+    folds = jnp.asarray(np.arange(20) % 2)
+    rows, columns = _evidence.likelihood_ratios(
+        jnp.asarray(x), jnp.asarray(y), known_pairs(known, 20), (folds, folds), jnp.float32(0.5), jnp.float32(1)
+    )
+    for fold in range(2):
+        expected = gaussian_evidence(x, y, known[known[:, 0] % 2 != fold], 0.5)
+        np.testing.assert_allclose(rows[fold::2], expected[fold::2], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(columns[:, fold::2], expected[:, fold::2], rtol=1e-4, atol=1e-4)
+
+
+def test_both_samples_of_a_known_pair_are_in_one_fold_and_landmarks_in_none(rng):
+    partner = jnp.asarray(rng.permutation(40))
+    weight = jnp.asarray((np.arange(40) < 30).astype(np.float32))
+    of_a, of_b = _evidence.draw_folds(jax.random.key(0), _evidence.Pairs(partner, weight), jnp.arange(40) < 10)
+    assert (of_a[:30] == of_b[partner[:30]]).all()
+    assert (of_a[:10] == _evidence.FOLDS).all()
+    assert (of_a[10:] < _evidence.FOLDS).all()
+
+
+@pytest.mark.parametrize("null", [2.0, 4.0, 6.0])
+def test_partial_assignment_solves_its_equations(null, rng):
+    evidence = rng.normal(size=(12, 9)).astype(np.float32)
+    p = np.asarray(_evidence.partial_assignment(jnp.asarray(evidence), jnp.float32(null)), np.float64)
+    # P = u exp(E) v, where u and v are what is left for the dustbins, divided by exp(null / 2).
+    u, v = (1 - p.sum(1)) * np.exp(-null / 2), (1 - p.sum(0)) * np.exp(-null / 2)
+    np.testing.assert_allclose(p, u[:, None] * np.exp(evidence) * v[None], rtol=2e-3)  # 15 iterations
+    assert (p >= 0).all()
+    assert (p.sum(1) <= 1 + 1e-6).all()
+    assert (p.sum(0) <= 1 + 1e-3).all()
+
+
+def test_without_a_dustbin_the_assignment_is_doubly_stochastic(rng):
+    evidence = jnp.asarray(rng.normal(size=(10, 10)).astype(np.float32))
+    p = _evidence.partial_assignment(evidence, jnp.float32(-40))
+    np.testing.assert_allclose(p.sum(0), 1, atol=1e-3)
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+
+
+def test_kernel_features_give_the_centered_kernel(rng):
+    x = jnp.asarray(rng.normal(size=(30, 4)).astype(np.float32))
+    kernel = jaxalign.rbf_affinity(x, density=0.5)
+    phi = np.asarray(_evidence.kernel_features(kernel, kernel, 29))
+    centering = np.eye(30) - 1 / 30
+    np.testing.assert_allclose(phi @ phi.T, centering @ np.asarray(kernel) @ centering, atol=1e-5)
+
+
+def test_the_same_samples_are_found_in_any_order_and_shuffling_changes_nothing_else(rng):
+    features = views(rng)
+    straight = jaxalign.match(features, landmarks=np.arange(20))
+    assert straight.score().top1 > 0.95
+    mixed, places = shuffle(features, rng)
+    matching = jaxalign.match(mixed, landmarks=pairs_of(places, np.arange(20)))
+    for a, b in straight.candidate:
+        np.testing.assert_array_equal(matching.candidate[a, b][places[a]], places[b][straight.candidate[a, b]])
+        np.testing.assert_array_equal(matching.confidence[a, b][places[a]], straight.confidence[a, b])
+    assert matching.score(np.stack([places[name] for name in NAMES], 1)) == pytest.approx(straight.score())
+
+
+def test_rounds_and_bridges_find_more(rng):
+    features = views(rng, n=240, noise=0.3)
+    plain, bridged, trained = (
+        jaxalign.match(features, landmarks=np.arange(16), **options).score().top1
+        for options in ({"bridges": False, "rounds": 0}, {"rounds": 0}, {})
+    )
+    assert plain < bridged < trained
+
+
+def test_networks_of_different_size_share_what_they_share(rng):
+    features = views(rng, n=200)
+    part = {"a": features["a"][:150], "b": features["b"], "c": features["c"][:180]}
+    matching = jaxalign.match(part, landmarks=np.arange(25))
+    assert matching.candidate["b", "a"].shape == (200,)
+    score = matching.scores({("a", "b"): np.stack([np.arange(150)] * 2, 1)})["a", "b"]
+    assert score.top1 > 0.95
+    assert score.precision > 0.95
+    without_partner = matching.partners("b", "a")[150:]
+    assert (without_partner >= 0).mean() < 0.1
+
+
+def test_a_network_of_noise_and_unrelated_features_get_no_matches(rng):
+    features = views(rng)
+    features["c"] = rng.normal(size=features["c"].shape).astype(np.float32)
+    matching = jaxalign.match(features, landmarks=np.arange(20))
+    assert matching.score().recall > 0.3  # a and b; two of six directions
+    assert matching.scores()["a", "b"].recall > 0.9
+    assert len(matching.pairs("a", "c")) == len(matching.pairs("c", "b")) == 20  # the landmarks
+    assert matching.landmark_rank["a", "b"] < 0.1 < 0.3 < matching.landmark_rank["a", "c"] < 0.7
+
+
+def test_two_networks_meet_over_a_third_without_common_landmarks(rng):
+    features, known = views(rng), np.stack([np.arange(25)] * 2, 1)
+    matching = jaxalign.match(features, landmarks={("a", "b"): known, ("c", "b"): known[5:]})
+    assert matching.scores(np.arange(160))["a", "c"].top1 > 0.9
+    assert np.isnan(matching.landmark_rank["a", "c"])
+
+
+def test_forms_of_landmarks_are_equivalent(rng):
+    features, chosen = views(rng, n=60), np.arange(3, 23)
+    forms = [
+        chosen,
+        list(map(int, chosen)),
+        np.stack([chosen] * 3, 1),
+        {
+            ("b", "a"): np.stack([chosen] * 2, 1),
+            ("a", "c"): np.stack([chosen] * 2, 1),
+            ("b", "c"): np.stack([chosen] * 2, 1),
+        },
+    ]
+    first, *others = (jaxalign.match(features, landmarks=form, rounds=1) for form in forms)
+    for other in others:
+        for pair, values in first.candidate.items():
+            np.testing.assert_array_equal(values, other.candidate[pair])
+    number = jaxalign.match(features, landmarks=20, rounds=0, key=jax.random.key(1))
+    assert number.landmarks["a", "b"].shape == (20, 2)
+
+
+def test_an_alignment_brings_its_landmarks(rng):
+    alignment = jaxalign.align(views(rng), landmarks=60)
+    matching = jaxalign.match(alignment)
+    np.testing.assert_array_equal(matching.landmarks["a", "b"][:, 0], alignment.landmarks)
+    assert matching.score().top1 > 0.9
+
+
+def test_masked_samples_take_no_part(rng):
+    features = views(rng)
+    valid = np.arange(160) % 8 != 7
+    masked = jaxalign.match(
+        {**features, "a": np.where(valid[:, None], features["a"], np.nan)},
+        landmarks=np.arange(7),
+        mask={"a": valid},
+        rounds=1,
+    )
+    left_out = jaxalign.match({**features, "a": features["a"][valid]}, landmarks=np.arange(7), rounds=1)
+    assert (masked.candidate["a", "b"][~valid] == -1).all()
+    assert not masked.confidence["a", "b"][~valid].any()
+    np.testing.assert_array_equal(masked.candidate["a", "b"][valid], left_out.candidate["a", "b"])
+    np.testing.assert_array_equal(masked.candidate["b", "a"], np.flatnonzero(valid)[left_out.candidate["b", "a"]])
+
+
+def test_one_to_one_uses_no_partner_twice(rng):
+    features = views(rng, n=100, noise=1.0)
+    matching = jaxalign.match(
+        {**features, "a": features["a"][:80]}, landmarks=np.arange(15), method="one_to_one", rounds=1
+    )
+    for (a, b), candidate in matching.candidate.items():
+        chosen = candidate[candidate >= 0]
+        assert len(chosen) == len(np.unique(chosen)) == min(len(candidate), len(matching.candidate[b, a]))
+        assert matching.mutual[a, b].sum() == len(chosen)
+    search = jaxalign.match({**features, "a": features["a"][:80]}, landmarks=np.arange(15), rounds=1)
+    assert len(np.unique(search.candidate["b", "c"])) < 100
+
+
+def test_tracks_are_consistent(rng):
+    features = views(rng)
+    matching = jaxalign.match(features, landmarks=np.arange(20))
+    tracks = matching.tracks()
+    assert tracks.shape[1] == 3
+    assert ((tracks >= 0).sum(1) >= 2).all()
+    for column in tracks.T:
+        assert len(np.unique(column[column >= 0])) == (column >= 0).sum()
+    complete = tracks[(tracks >= 0).all(1)]
+    assert len(complete) > 120
+    assert (complete == complete[:, :1]).mean() > 0.95
+
+
+def by_hand(candidate, confidence, landmarks, min_confidence=0.5):
+    mutual = {(a, b): candidate[b, a][values] == np.arange(len(values)) for (a, b), values in candidate.items()}
+    return Matching(candidate, confidence, mutual, landmarks, {}, np.zeros(1), min_confidence)
+
+
+def test_scores_count_what_they_say():
+    candidate = {("a", "b"): np.array([0, 1, 3, 2, 4]), ("b", "a"): np.array([0, 1, 3, 2, 4])}
+    confidence = {pair: np.array([1.0, 0.9, 0.9, 0.4, 0.3]) for pair in candidate}
+    known = {pair: np.array([[0, 0]]) for pair in candidate}
+    score = by_hand(candidate, confidence, known).scores()["a", "b"]
+    # Queries 1 .. 4: candidates of 1 and 4 are right; above 0.5 are 1 (right) and 2 (wrong).
+    assert score == (0.5, 0.25, 0.5)
+    only = by_hand(candidate, confidence, known).scores({("a", "b"): np.array([[1, 1], [2, 2]])})["a", "b"]
+    assert only == (0.5, 0.5, 0.5)
+
+
+def test_a_track_never_holds_two_samples_of_a_network():
+    # a0 = b0 and b0 = c0, but a1 = c0 with the least confidence.
+    candidate = {
+        ("a", "b"): np.array([0, 1]), ("b", "a"): np.array([0, 1]), ("b", "c"): np.array([0, 1]),
+        ("c", "b"): np.array([0, 1]), ("a", "c"): np.array([1, 0]), ("c", "a"): np.array([1, 0]),
+    }  # fmt: skip
+    confidence = {pair: np.full(2, 0.6 if "a" in pair and "c" in pair else 0.9) for pair in candidate}
+    assert by_hand(candidate, confidence, {}).tracks().tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
+def test_the_result_prints_shortly_and_becomes_a_table(rng):
+    matching = jaxalign.match(views(rng, n=60), landmarks=np.arange(20), rounds=0)
+    assert len(repr(matching)) < 600
+    assert "matched" in repr(matching)
+    pandas = pytest.importorskip("pandas")
+    table = matching.to_pandas()
+    assert isinstance(table, pandas.DataFrame)
+    assert len(table) == 6 * 60
+    assert table.landmark.sum() == 6 * 20
+    assert (table.confidence[table.landmark] == 1).all()
+    assert matching.names == NAMES
+    assert matching.rounds == 0
+
+
+X = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+TWO = {"a": X, "b": X[:, ::-1]}
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "error", "message"),
+    [
+        (TWO, {}, ValueError, "landmarks are needed"),
+        (X, {"landmarks": 5}, TypeError, "mapping"),
+        ({"a": X}, {"landmarks": 5}, ValueError, "at least two networks"),
+        (TWO, {"landmarks": [0, 1]}, ValueError, "2 pairs, at least 3"),
+        (TWO, {"landmarks": [0, 1, 30]}, ValueError, "0 to 29"),
+        (TWO, {"landmarks": [0, 1, 1]}, ValueError, "sample 1 occurs 2 times"),
+        (TWO, {"landmarks": [[0, 0], [1, 2], [3, 2]]}, ValueError, "one partner in each network"),
+        (TWO, {"landmarks": np.eye(3)}, ValueError, r"shape \(m, 2\)"),
+        (TWO, {"landmarks": {("a", "x"): [[0, 0]] * 3}}, ValueError, "use two of the names"),
+        (TWO, {"landmarks": {("a", "b"): [[0, 0]]}}, ValueError, "1 pairs, at least 3"),
+        (TWO, {"landmarks": 2}, ValueError, "from 3 to n = 30"),
+        ({"a": X, "b": X[:20]}, {"landmarks": 5}, ValueError, "same samples in all networks"),
+        ({"a": X, "b": np.where(np.arange(30)[:, None] == 4, np.nan, X)}, {"landmarks": 5}, ValueError, "mask="),
+        (TWO, {"landmarks": 5, "mask": {"x": np.ones(30, bool)}}, ValueError, "'x'"),
+        (TWO, {"landmarks": 5, "method": "greedy"}, ValueError, "one_to_one"),
+        (TWO, {"landmarks": 5, "rounds": -1}, ValueError, "auto"),
+        (TWO, {"landmarks": 5, "prior": 1.0}, ValueError, "prior"),
+        (TWO, {"landmarks": 5, "ridge": 0}, ValueError, "ridge"),
+        (TWO, {"landmarks": 5, "min_confidence": 2}, ValueError, "min_confidence"),
+        (TWO, {"landmarks": 5, "num_components": 0}, ValueError, "num_components"),
+        (TWO, {"landmarks": 5, "key": 3}, TypeError, "jax.random.key"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("unchecked_types")
+def test_bad_input(features, options, error, message):
+    with pytest.raises(error, match=message):
+        jaxalign.match(features, **options)
+
+
+def test_contradictory_landmarks_are_refused():
+    features, known = {**TWO, "c": X}, np.stack([np.arange(5)] * 2, 1)
+    wrong = np.array([[0, 9], *known[1:]])
+    with pytest.raises(ValueError, match="contradict each other: 'a' 0 = 'b' 0 = 'c' 0, but 'a' 0 = 'c' 9"):
+        jaxalign.match(features, landmarks={("a", "b"): known, ("b", "c"): known, ("a", "c"): wrong})
+
+
+def test_traced_features_are_refused():
+    with pytest.raises(TypeError, match="outside jit"):
+        jax.jit(lambda x: jaxalign.match({"a": x, "b": X}, landmarks=np.arange(5)).history)(X)
+
+
+def test_an_unknown_pair_of_names():
+    matching = jaxalign.match(TWO, landmarks=np.arange(10), rounds=0)
+    with pytest.raises(KeyError, match="'a', 'b'"):
+        matching.pairs("a", "z")
+
+
+def test_both_dtypes(dtype, rng):
+    features = {name: x.astype(dtype) for name, x in views(rng, n=80).items()}
+    matching = jaxalign.match(features, landmarks=np.arange(20), rounds=2)
+    assert matching.score().top1 > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "one_to_one", "search"), [(300, 0.92, 0.90), (100, 0.85, 0.83), (50, 0.70, 0.68), (30, 0.64, 0.62)]
+)
+def test_digits_are_found_from_few_landmarks(number, one_to_one, search):
+    features = jaxalign.datasets.load_digit_features().features
+    landmarks = np.random.default_rng(7).permutation(1000)[:number]
+    for method, least in (("search", search), ("one_to_one", one_to_one)):
+        assert jaxalign.match(features, landmarks=landmarks, method=method).score().top1 > least
