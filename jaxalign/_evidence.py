@@ -73,13 +73,11 @@ class _Model(NamedTuple):
     constant: Array
 
 
-def _inverse(a: Array) -> Array:
-    """Inverse of a symmetric positive definite matrix."""
-    return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(a), True), jnp.eye(a.shape[0], dtype=a.dtype))
-
-
-def _log_determinant(a: Array) -> Array:
-    return 2 * jnp.sum(jnp.log(jnp.diagonal(jnp.linalg.cholesky(a))))
+def _inverse(a: Array) -> tuple[Array, Array]:
+    """Inverse and log-determinant of a symmetric positive definite matrix."""
+    factor = jnp.linalg.cholesky(a)
+    inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(a.shape[0], dtype=a.dtype))
+    return inverse, 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
 
 
 class _Moments(NamedTuple):
@@ -104,17 +102,15 @@ def _fit(moments: _Moments, ridge: Array, related: Array) -> _Model:
     """
     identity = ridge * jnp.eye(moments.aa.shape[0], dtype=moments.aa.dtype)
     a, b, cross = moments.aa + identity, moments.bb + identity, _SHRINKAGE * related * moments.ab
-    inverse_a, inverse_b = _inverse(a), _inverse(b)
+    (inverse_a, volume_a), (inverse_b, _) = _inverse(a), _inverse(b)
     onto_b = matmul(cross, inverse_b)  # regression of phi_a on phi_b
-    residual = a - matmul(onto_b, cross.T)
-    precision_a = _inverse(residual)
-    precision_b = _inverse(b - matmul(matmul(cross.T, inverse_a), cross))
+    precision_a, volume = _inverse(a - matmul(onto_b, cross.T))
     count = jnp.maximum(moments.weight, 1)
     return _Model(
         cross=count * matmul(precision_a, onto_b),
         quadratic_a=count / 2 * (precision_a - inverse_a),
-        quadratic_b=count / 2 * (precision_b - inverse_b),
-        constant=(_log_determinant(a) - _log_determinant(residual)) / 2,
+        quadratic_b=count / 2 * matmul(onto_b.T, matmul(precision_a, onto_b)),  # J_bb - C_b^-1, by Woodbury's identity
+        constant=(volume_a - volume) / 2,
     )
 
 

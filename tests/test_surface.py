@@ -46,7 +46,7 @@ SYNONYMS = {
 }  # fmt: skip
 # Defaults that differ, and why.
 DEFAULTS = {
-    "density": {"align": "tuned for decorrelated rows"},
+    "density": {"align": "tuned for decorrelated rows", "match": "tuned for kernel CCA"},
     "kernel": {"minibatch_cka": "a bandwidth per batch would differ from batch to batch"},
     "measure": {"noise_ceiling": "named after the representational similarity of subjects"},
     "metric": {
@@ -58,7 +58,7 @@ DEFAULTS = {
         "shape_distance": "as published", "affinity_distance": "two norms", "procrustes": "two norms",
         "cca": "of correlations", "svcca": "of correlations",
     },
-    "method": {"normalized_cut": "by size", "rgb": "of colors"},
+    "method": {"normalized_cut": "by size", "rgb": "of colors", "match": "of assignments"},
     "key": {"permutation_test": "is required", "bootstrap": "is required", "paired_difference": "is required"},
 }  # fmt: skip
 

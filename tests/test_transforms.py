@@ -234,7 +234,7 @@ ONE_ARRAY = {
     "rdm": jaxalign.measures.rdm,
     "rdm of cosines": lambda x: jaxalign.measures.rdm(x, "cosine"),
 }
-ON_HOST = {"compare_grid"}  # its values are numpy's
+ON_HOST = {"compare_grid", "match"}  # their values are numpy's
 
 
 def test_every_public_function_is_in_the_tables():
