@@ -280,11 +280,10 @@ def match(
     refuse_contradictions(known)
     _check_memory(networks)
     problem = _set_up(networks, known, bridges, prior, density, ridge, channels, num_components)
-    rank = _evidence.landmark_ranks(problem)
-    problem, ranks = _drop_unrelated(problem, rank)
+    problem, ranks = _drop_unrelated(problem)
     matches, probabilities, history = _run(problem, rounds, key)
     if method == "one_to_one":
-        matches = _assign(problem, probabilities)
+        matches = assign(problem, probabilities)
     return _collect(networks, known, ranks, matches, history, float(min_confidence))
 
 
@@ -400,9 +399,9 @@ def _apply_channels(x: Array, channels: Channels | None) -> Array:
     return fit_channels(x, channels)(x)
 
 
-def _drop_unrelated(problem: _evidence.Problem, rank: Array) -> tuple[_evidence.Problem, np.ndarray]:
+def _drop_unrelated(problem: _evidence.Problem) -> tuple[_evidence.Problem, np.ndarray]:
     """The problem without the evidence of networks whose held-out landmarks are found no better than by chance."""
-    ranks = np.asarray(rank)
+    ranks = np.asarray(_evidence.landmark_ranks(problem))
     number = np.asarray(jnp.sum(problem.landmarks.weight > 0, -1))
     # A rank is uniform on 0 .. 1 by chance, with variance 1 / 12.
     related = (number == 0) | ((0.5 - ranks) * np.sqrt(12 * number) >= _RELATED)
@@ -427,7 +426,7 @@ def _run(
     return *result, np.asarray(history[: best + 1])
 
 
-def _assign(problem: _evidence.Problem, probabilities: Array) -> _evidence.Matches:
+def assign(problem: _evidence.Problem, probabilities: Array) -> _evidence.Matches:
     """The linear assignment with the largest sum of probabilities, for every pair of networks."""
     from scipy.optimize import linear_sum_assignment  # comes with jax, but importing it takes time
 
