@@ -1,7 +1,7 @@
-"""The command line: demo, info, compare, align, grid, ncut. Needs the extra [cli]; figures need [viz].
+"""The command line: demo, info, compare, align, match, grid, ncut. Needs the extra [cli]; figures need [viz].
 
 This module defines the options and the exit codes: 0 success, 1 could not write, 2 invalid input, 130 stopped by
-Ctrl-C. The commands themselves are in `jaxalign.report.commands`.
+Ctrl-C. The commands themselves are in `jaxalign.report`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import ast
 import contextlib
 import errno
+import importlib
 import json
 import os
 import re
@@ -195,8 +196,34 @@ def _parser() -> argparse.ArgumentParser:
     align.add_argument(
         "--published", action="store_true", help="the published method: plain auto-scaled rows, density 0.05"
     )
-    _add_common_options(align, density=None, tiles=False)
+    _add_common_options(align, None, default="0.7, or 0.05 with --published", tiles=False)
     _add_output_options(align)
+
+    match = add(
+        "match", _command("match_files", "matches"), "the same samples in several representations, from known pairs",
+        "Find the same samples in representations whose samples may differ in order and number, from a few known\n"
+        "pairs. Write matches.csv (candidates and confidences), tracks.csv (samples through all representations) and\n"
+        "match.json. The file of landmarks has a row per known sample: its index, from 0, in each input.",
+        "  jaxalign match clip.npy dino.npy sam.npy --landmarks pairs.csv --out matches/\n"
+        "  jaxalign match clip.npy dino.npy --landmarks pairs.csv --method one_to_one --out matches/",
+    )  # fmt: skip
+    match.add_argument("inputs", nargs="+", type=Path, help="files or folders")
+    match.add_argument(
+        "--landmarks", required=True, metavar="FILE|NUMBER",
+        help="a .csv file of known pairs, or a number of random landmarks if all representations hold the same samples",
+    )  # fmt: skip
+    match.add_argument(
+        "--method", choices=("search", "one_to_one"), default="search",
+        help="each sample by itself, or no partner used twice (default: search)",
+    )  # fmt: skip
+    match.add_argument(
+        "--rounds", type=_rounds, help="rounds of self-training (default: until confidence stops rising)"
+    )
+    match.add_argument(
+        "--min-confidence", type=_probability, default=0.7, help="confidence of a match, 0 to 1 (default: 0.7)"
+    )
+    _add_common_options(match, 0.93, default="0.93", tiles=False)
+    _add_output_options(match)
 
     grid = add(
         "grid", _command("grid_files"), "compare all layers of one or two models: JSON, figures, a report page",
@@ -245,8 +272,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common_options(parser: argparse.ArgumentParser, density: float | None = 0.05, *, tiles: bool = True) -> None:
-    default = f"{density}" if density else "0.7, or 0.05 with --published"
+def _add_common_options(
+    parser: argparse.ArgumentParser, density: float | None = 0.05, *, default: str = "0.05", tiles: bool = True
+) -> None:
     parser.add_argument("--density", type=_density, default=density, help=f"target mean affinity (default: {default})")
     parser.add_argument(
         "--positions", choices=("samples", "channels", "mean"), default="samples",
@@ -315,6 +343,14 @@ def _count(text: str) -> int:
     return _number(text, int, lambda value: value >= 1, "a whole number, 1 or more")
 
 
+def _rounds(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def _probability(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
 def _density(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < 1, "a number between 0 and 1")
 
@@ -322,8 +358,8 @@ def _density(text: str) -> float:
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def _command(name: str) -> Callable[[dict[str, Any]], int]:
-    """A command of `jaxalign.report.commands`, followed by printing its result."""
+def _command(name: str, module: str = "commands") -> Callable[[dict[str, Any]], int]:
+    """A command of a module of `jaxalign.report`, followed by printing its result."""
 
     def run(options: dict[str, Any]) -> int:
         import jax
@@ -334,8 +370,8 @@ def _command(name: str) -> Callable[[dict[str, Any]], int]:
         if options.get("x64"):
             jax.config.update("jax_enable_x64", True)
         from jaxalign.files.storage import json_value
-        from jaxalign.report import commands
 
+        commands = importlib.import_module(f"jaxalign.report.{module}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # from plotting libraries
             result = getattr(commands, name)(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import html.parser
@@ -98,6 +99,61 @@ def run_info(capsys, folder, positions):
     """The lines that it prints."""
     assert run("info", folder, "--density", "0.5", "--positions", positions, "--rows", "6") == 0
     return [line.removesuffix(".") for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.fixture
+def shuffled(models):
+    """Two files of the samples of a layer, the second in reverse order, and a table of known pairs."""
+    np.save(models / "b.npy", np.load(models / "b" / "layer2.npy")[::-1])
+    (models / "pairs.csv").write_text("b, layer2\n" + "".join(f"{59 - i},{i}\n" for i in range(20)))
+    return models
+
+
+def test_match(shuffled, capsys):
+    out = shuffled / "matches"
+    inputs = shuffled / "a" / "layer2.npy", shuffled / "b.npy"
+    assert run("match", *inputs, "--landmarks", shuffled / "pairs.csv", "--out", out) == 0
+    assert "layer2 | b" in capsys.readouterr().out
+    a, b = map(np.load, inputs)
+    known = np.stack([np.arange(20), 59 - np.arange(20)], 1)
+    expected = jaxalign.match({"layer2": a, "b": b}, landmarks=known)
+    with (out / "matches.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["a"] == "layer2"]
+    np.testing.assert_array_equal([int(row["candidate"]) for row in rows], expected.candidate["layer2", "b"])
+    np.testing.assert_allclose(
+        [float(row["confidence"]) for row in rows], expected.confidence["layer2", "b"], atol=1e-4
+    )
+    tracks = np.loadtxt(out / "tracks.csv", delimiter=",", skiprows=1, dtype=int)
+    np.testing.assert_array_equal(tracks, expected.tracks())
+    record = json.loads((out / "match.json").read_text())
+    assert record["pairs"]["layer2 | b"]["matches"] == len(expected.pairs("layer2", "b")) >= 20
+    assert run("match", *inputs, "--landmarks", "20", "--rounds", "0", "--force", "--out", out) == 0
+
+
+def test_layers_of_a_model_share_the_samples_of_their_landmarks(models):
+    (models / "pairs.csv").write_text("".join(f"{i},{i}\n" for i in range(20)))
+    both = models / "a", models / "b"
+    assert run("match", *both, "--landmarks", models / "pairs.csv", "--rounds", 0, "--out", models / "out") == 0
+    record = json.loads((models / "out" / "match.json").read_text())
+    assert len(record["pairs"]) == 15  # of six layers
+    assert {facts["landmarks"] for facts in record["pairs"].values()} == {20}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("0,1,2\n", "sample 1 is '0,1,2'"),
+        ("0,1\n2,-1\n", "sample 2 is '2,-1'"),
+        ("x,b\n0,1\n", "expected layer2, b"),
+        ("0,0\n1,1\n", "2 pairs, at least 3"),
+        ("0,0\n1,1\n60,2\n", "0 to 59"),
+    ],
+)
+def test_a_table_of_landmarks_that_does_not_fit(content, message, shuffled, capsys):
+    (shuffled / "pairs.csv").write_text(content)
+    inputs = shuffled / "a" / "layer2.npy", shuffled / "b.npy"
+    assert run("match", *inputs, "--landmarks", shuffled / "pairs.csv", "--out", shuffled / "out") == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -376,7 +432,7 @@ def test_a_killed_grid_goes_on(tmp_path):
 
 
 def test_help_has_examples(capsys):
-    for command in ("info", "compare", "align", "grid", "ncut"):
+    for command in ("info", "compare", "align", "match", "grid", "ncut"):
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])
         assert stopped.value.code == 0

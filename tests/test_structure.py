@@ -40,7 +40,7 @@ LAYERS = [
     {"colors"},
 ]
 # On top, for whoever does not only compute: the order among these is theirs.
-OUTER = {"_draw", "cli", "plots", "report", "interop", "datasets"}
+OUTER = {"__main__", "_draw", "cli", "plots", "report", "interop", "datasets"}
 HEAVY = (
     "torch",
     "flax",

@@ -124,7 +124,7 @@ def _check_fits(name: str, nbytes: int, way_out: str) -> None:
     check_bytes(f"{io.printable(name)} takes {nbytes / 1e9:.3g} GB of memory", nbytes, f"{way_out}.")
 
 
-def _in_memory(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def in_memory(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Representations as arrays, not memory maps; raises if one does not fit into memory."""
     for name, values in rows.items():
         _check_fits(name, values.nbytes, "Use fewer samples; `jaxalign grid` reads .npy files block by block")
@@ -383,7 +383,7 @@ def compare_files(options: dict[str, Any]) -> Result:
     names = [io.printable(name) for part in inputs for name in part.rows]
     same_samples({"x": x, "y": y})
     measure_options = _measure_options(options)
-    first, second = (_in_memory({name: rows}) for name, rows in zip(names, (x, y), strict=True))
+    first, second = (in_memory({name: rows}) for name, rows in zip(names, (x, y), strict=True))
     compared = compare_grid(first, second, options["measure"], plan=Plan(options["tile_size"]), **measure_options)
     value = float(np.asarray(compared.values)[0, 0])
     data: dict[str, Any] = {"x": names[0], "y": names[1], "measure": options["measure"], "value": value, "n": len(x)}
@@ -400,7 +400,7 @@ def compare_files(options: dict[str, Any]) -> Result:
         text += f"\np = {float(test.p_value):.4g} from {options['permutations']} permutations"
         text += f" of {len(subset)} samples" if len(subset) < len(x) else ""
     data["provenance"] = provenance(options, *inputs)
-    return Result(data, _with_notes(text, tuple(data["provenance"]["notes"])))
+    return Result(data, with_notes(text, tuple(data["provenance"]["notes"])))
 
 
 def align_files(options: dict[str, Any]) -> Result:
@@ -418,7 +418,7 @@ def _align(inputs: Input, n: int, out: Path, options: Mapping[str, Any]) -> Resu
     if options["bandwidth"] == "per_row":
         how["decorrelate"] = None  # decorrelation needs one sigma
     alignment = align(
-        _in_memory(inputs.rows),
+        in_memory(inputs.rows),
         landmarks=max(1, min(300, n // 2)) if options["landmarks"] is None else options["landmarks"],
         key=jax.random.key(options["seed"]), bandwidth=options["bandwidth"],
         **how,
@@ -445,13 +445,12 @@ def _align(inputs: Input, n: int, out: Path, options: Mapping[str, Any]) -> Resu
         "correspondence of held-out samples": pairs, "provenance": provenance({**options, **how}, inputs),
     }  # fmt: skip
     write_manifest(out / "alignment.json", data, files)
-    text = (
-        f"{len(names)} representations, {n} samples, {len(landmarks)} landmarks: relative features in {_shown(out)}\n"
-    )
+    counts = f"{len(names)} representations, {n} samples, {len(landmarks)} landmarks"
+    text = f"{counts}: relative features in {shown_path(out)}\n"
     if pairs:
         rows = [(io.printable(name), *(f"{v:.3f}" for v in scores.values())) for name, scores in pairs.items()]
         text += "\n" + format_table((f"{held_out} held-out samples", "top-1", "top-5", "MRR"), rows)
-    return Result(data, _with_notes(text, inputs.notes))
+    return Result(data, with_notes(text, inputs.notes))
 
 
 def cut_files(options: dict[str, Any]) -> Result:
@@ -473,7 +472,7 @@ def _cut(inputs: Input, images: Images | None, out: Path, options: Mapping[str, 
     }
     k = options["num_components"]
     if len(names) == 1:
-        (x,) = _in_memory(inputs.rows).values()
+        (x,) = in_memory(inputs.rows).values()
         n = len(x)
         method: dict[str, Any] = {"method": "nystroem"} if n > 200_000 else {"bandwidth": options["bandwidth"]}
         cut = normalized_cut(
@@ -482,7 +481,7 @@ def _cut(inputs: Input, images: Images | None, out: Path, options: Mapping[str, 
     else:
         n = same_samples(inputs.rows)
         num_landmarks = min(options["landmarks"], n // 2)
-        alignment = align(_in_memory(inputs.rows), landmarks=num_landmarks, key=jax.random.key(options["seed"]))
+        alignment = align(in_memory(inputs.rows), landmarks=num_landmarks, key=jax.random.key(options["seed"]))
         cut = normalized_cut(
             alignment, k, density=options["density"], bandwidth=options["bandwidth"], plan=Plan(options["tile_size"])
         )
@@ -513,8 +512,8 @@ def _cut(inputs: Input, images: Images | None, out: Path, options: Mapping[str, 
     files.append(write_manifest(out / "cut.json", data, files))
     values = " ".join(f"{v:.3f}" for v in np.asarray(cut.eigenvalues)[:10])
     text = f"{len(names)} representation(s) of {n} samples, {k} eigenvectors; eigenvalues {values}\n"
-    text += f"{len(files)} files in {_shown(out)}"
-    return Result(data, _with_notes(text, inputs.notes))
+    text += f"{len(files)} files in {shown_path(out)}"
+    return Result(data, with_notes(text, inputs.notes))
 
 
 def grid_files(options: dict[str, Any]) -> Result:
@@ -536,7 +535,7 @@ def grid_files(options: dict[str, Any]) -> Result:
         data = _finished(out, job) if options["resume"] else None
         if data is None:
             data = _grid(x, y, images, n, job, out, options, measure_options)
-    return Result(data, _with_notes(_grid_text(data, out), tuple(job["notes"])))
+    return Result(data, with_notes(_grid_text(data, out), tuple(job["notes"])))
 
 
 def _grid(
@@ -613,7 +612,7 @@ def _grid_text(data: Mapping[str, Any], out: Path) -> str:
             cells.append(f"{statistics['corrected'][i][j]:.4g}")
     text = format_table(header, rows)
     text += f"\n\n{samples} samples, {len(data['rows']) * len(data['columns'])} comparisons. "
-    text += f"Report: {_shown(out)}report.html"
+    text += f"Report: {shown_path(out)}report.html"
     if statistics is not None and statistics["samples"] < samples:
         text += f"\np-values from {statistics['permutations']} permutations of {statistics['samples']} of the samples"
     return text
@@ -749,11 +748,13 @@ def _subset(n: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).choice(n, TEST_SAMPLES, replace=False))
 
 
-def _shown(out: Path) -> str:
+def shown_path(out: Path) -> str:
+    """The output folder as text."""
     return f"{io.printable(str(out))}/"
 
 
-def _with_notes(text: str, notes: tuple[str, ...]) -> str:
+def with_notes(text: str, notes: tuple[str, ...]) -> str:
+    """The text of a result with the first notes on its inputs."""
     lines = [*notes[:3], *([f"{len(notes) - 3} more like these"] if len(notes) > 3 else [])]
     return text + "".join(f"\nnote: {note}" for note in lines)
 
