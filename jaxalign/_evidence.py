@@ -196,12 +196,15 @@ def partial_assignment(evidence: Array, null: Array) -> Array:
     return jnp.exp(evidence + normalize(column, 1) + column)
 
 
-def _known_matrix(landmarks: Pairs) -> tuple[Array, Array]:
-    """Landmark pairs as a matrix (n, n) of 0 and 1, and the pairs that they leave possible."""
+def _known_matrix(problem: Problem, p: Array) -> tuple[Array, Array]:
+    """Landmarks of the networks of pair p, a matrix (n, n) of 0 and 1, and the pairs of samples they leave possible."""
+    a, b = problem.network[p]
+    landmarks = jax.tree.map(lambda values: values[p], problem.landmarks)
     n = landmarks.partner.shape[-1]
     columns = jnp.where(landmarks.weight > 0, landmarks.partner, n)
     one_hot = jax.nn.one_hot(columns, n, dtype=landmarks.weight.dtype)
-    return one_hot, ~(jnp.any(one_hot > 0, 1)[:, None] | jnp.any(one_hot > 0, 0)[None])
+    rows, columns = problem.valid[a] & ~jnp.any(one_hot > 0, 1), problem.valid[b] & ~jnp.any(one_hot > 0, 0)
+    return one_hot, rows[:, None] & columns[None]
 
 
 def _direct(problem: Problem, pairs: Pairs, key: Array, p: Array) -> tuple[Array, Array]:
@@ -209,8 +212,7 @@ def _direct(problem: Problem, pairs: Pairs, key: Array, p: Array) -> tuple[Array
     a, b = problem.network[p]
     own = jax.tree.map(lambda values: values[p], pairs)
     folds = draw_folds(jax.random.fold_in(key, p), own, problem.landmarks.weight[p] > 0)
-    one_hot, possible = _known_matrix(jax.tree.map(lambda values: values[p], problem.landmarks))
-    possible &= problem.valid[a][:, None] & problem.valid[b][None]
+    one_hot, possible = _known_matrix(problem, p)
     rows, columns = (jnp.sum(jnp.any(possible, axis), dtype=problem.phi.dtype) for axis in (1, 0))
     null = jnp.log(jnp.sqrt(jnp.maximum(rows * columns, 1)) * (1 - problem.prior) / problem.prior)
 
@@ -254,8 +256,12 @@ def run_round(problem: Problem, pairs: Pairs, key: Array) -> tuple[Matches, Arra
 
         carry = add((jnp.zeros((n, n), rows.dtype), jnp.zeros((), rows.dtype)), directed[a, b])
         carry = add(carry, directed[b, a].T)
-        total, weight = lax.scan(bridge, carry, problem.bridges[p])[0]
-        return total / jnp.maximum(weight, jnp.finfo(rows.dtype).tiny)
+        if problem.bridges.size:  # without a compiler, jax has no scan over nothing
+            carry = lax.scan(bridge, carry, problem.bridges[p])[0]
+        total, weight = carry
+        # Landmarks stay what they are, whatever the other networks say of them.
+        one_hot, possible = _known_matrix(problem, p)
+        return jnp.where(possible, total / jnp.maximum(weight, jnp.finfo(rows.dtype).tiny), one_hot)
 
     probabilities = lax.map(average, jnp.arange(number))
     return best_candidates(probabilities), probabilities
@@ -305,7 +311,8 @@ def landmark_ranks(problem: Problem) -> Array:
             """Mean rank of the entry of the true partner in each row; ties count half."""
             above = jnp.where(candidates[None], jnp.sign(evidence - true[:, None]) + 1, 0) / 2
             others = jnp.sum(candidates, dtype=evidence.dtype) - 1
-            return jnp.mean((jnp.sum(above, 1) - 0.5) / jnp.maximum(others, 1), where=known)
+            ranks = (jnp.sum(above, 1) - 0.5) / jnp.maximum(others, 1)
+            return jnp.sum(jnp.where(known, ranks, 0)) / jnp.maximum(jnp.sum(known, dtype=ranks.dtype), 1)
 
         true = jnp.take_along_axis(rows, own.partner[:, None], 1)[:, 0]
         rank_in_b = rank(rows, problem.valid[b])

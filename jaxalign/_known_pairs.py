@@ -22,6 +22,8 @@ def known_pairs(label: str, value: Any, sizes: Mapping[str, int], key: Array, *,
     if value is None:
         raise ValueError(f"{label} are needed: indices of samples that are known to be the same.")
     if isinstance(value, Mapping):
+        if not value:
+            raise ValueError(f"{label} is empty: pass pairs for at least two of the names {shown(tuple(names))}.")
         pairs: dict[Names, np.ndarray] = {}
         for ab, part in value.items():
             if not (isinstance(ab, tuple) and len(ab) == 2 and set(ab) <= set(names) and ab[0] != ab[1]):
@@ -38,7 +40,7 @@ def known_pairs(label: str, value: Any, sizes: Mapping[str, int], key: Array, *,
         number = _checks.whole(label, value, least, n, most_is="n = ")
         value = np.sort(np.asarray(jax.random.choice(key, n, (number,), replace=False)))
     table = np.asarray(_arrays.array(label, value))
-    if table.ndim == 1:
+    if table.ndim == 1 and np.issubdtype(table.dtype, np.integer):
         table = np.repeat(table[:, None], len(names), 1)
     table = _index_table(label, table, list(sizes.values()), least)
     columns = dict(zip(names, table.T, strict=True))
@@ -51,6 +53,7 @@ def _index_table(label: str, value: Any, sizes: Sequence[int], least: int) -> np
     if table.ndim != 2 or table.shape[1] != len(sizes) or not np.issubdtype(table.dtype, np.integer):
         raise ValueError(
             f"{label} must be indices of shape (m, {len(sizes)}); got shape {table.shape}, dtype {table.dtype}."
+            + (f" For a mask write np.flatnonzero({label})." if table.dtype == bool else "")
         )
     if len(table) < least:
         raise ValueError(f"{label} has {len(table)} pairs, at least {least} are needed.")

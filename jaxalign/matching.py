@@ -32,6 +32,8 @@ Landmarks = int | Sequence[int] | Int[AnyArray, "m *k"] | Mapping[Names, Any]
 
 # Rounds of rounds="auto", at most, and the rounds without a rise of the mean confidence after which they stop.
 _MOST_ROUNDS, _PATIENCE, _RISE = 40, 3, 1e-3
+# Samples of a network and known pairs of two networks, at least.
+_LEAST_SAMPLES, _LEAST_LANDMARKS = 4, 3
 # Held-out landmarks must be found again by this many standard errors better than chance, or their networks count as
 # unrelated (one pair in 740 by chance).
 _RELATED = 3.0
@@ -85,7 +87,7 @@ class Matching:
     min_confidence: float
 
     def __repr__(self) -> str:
-        matched = {pair: len(self.pairs(*pair)) for pair in self.candidate if pair[0] < pair[1]}
+        matched = {pair: len(self.pairs(*pair)) for pair in combinations(self.names, 2)}
         return short_repr(self, omit=("candidate", "mutual", "landmarks", "confidence"), matched=shown(matched))
 
     @property
@@ -126,7 +128,7 @@ class Matching:
             for i, j in self.pairs(a, b)
         ]
         track_of: dict[tuple[str, int], dict[str, int]] = {}  # of each sample: the sample of each network
-        for _, *nodes in sorted(edges):
+        for _, *nodes in sorted(edges, key=lambda edge: edge[0]):
             first, second = (track_of.setdefault(node, dict([node])) for node in nodes)
             if set(first).isdisjoint(second):
                 first.update(second)
@@ -136,7 +138,9 @@ class Matching:
         return np.asarray(rows, np.int64).reshape(-1, len(self.names))
 
     def score(self, truth: Landmarks | None = None) -> MatchScore:
-        """Compare with known partners, on average over all ordered pairs of networks.
+        """Compare with known partners, on average over all ordered pairs of networks where a fraction is not nan.
+
+        Samples that were masked count as not found: leave them out of the truth.
 
         Args:
             truth: the true pairs, in any form that `match` accepts for landmarks. None: sample i is the same in all
@@ -145,7 +149,8 @@ class Matching:
         Returns:
             `MatchScore`; see `scores` for each pair of networks.
         """
-        return MatchScore(*(float(np.mean(part)) for part in zip(*self.scores(truth).values(), strict=True)))
+        parts = np.asarray(list(self.scores(truth).values())).T
+        return MatchScore(*(_mean(part[~np.isnan(part)]) for part in parts))
 
     def scores(self, truth: Landmarks | None = None) -> dict[Names, MatchScore]:
         """`score` for each ordered pair of networks that has landmarks or true pairs."""
@@ -179,8 +184,8 @@ class Matching:
             parts.append(
                 pd.DataFrame(
                     {
-                        "a": a,
-                        "b": b,
+                        "a": [a] * len(candidate),
+                        "b": [b] * len(candidate),
                         "sample": np.arange(len(candidate)),
                         "candidate": candidate,
                         "confidence": self.confidence[a, b],
@@ -233,7 +238,8 @@ def match(
             probabilities, so that no partner is used twice.
         bridges: use other networks as bridges.
         rounds: number of rounds of self-training; "auto": until the mean confidence stops rising.
-        mask: valid samples by network name, shape (n_k,); others get no partner. Networks may be missing.
+        mask: valid samples by network name, shape (n_k,); others get no partner, and landmarks among them are left out.
+            Networks may be missing.
         key: a `jax.random.key` for the division of known pairs into folds, and for a number of random landmarks. None:
             `jax.random.key(0)`.
         min_confidence: the confidence from which a mutual candidate counts as a match, 0 to 1.
@@ -262,11 +268,13 @@ def match(
     """
     _checks.choice("method", method, ("search", "one_to_one"))
     _checks.choice("channels", channels, (None, "standardize", "whiten"))
+    _checks.choice("bridges", bridges, (True, False))
     if rounds != "auto":
         _checks.whole("rounds", rounds, 0, otherwise=', or "auto"')
     if key is not None:
         _checks.random_key(key)
     for name, value in {"min_confidence": min_confidence, "prior": prior, "density": density}.items():
+        _checks.parameter(name, value, jnp.float32, (), "one number")
         if not 0 <= float(value) <= 1 or (name != "min_confidence" and float(value) in (0, 1)):
             raise ValueError(f"{name} must be a number between 0 and 1; got {shown(value)}.")
     _checks.positive("ridge", _checks.parameter("ridge", ridge, jnp.float32, (), "one number"))
@@ -276,12 +284,18 @@ def match(
         features = features.features
     networks = _check_networks(features, mask)
     sizes = {name: network.size for name, network in networks.items()}
-    known = known_pairs("landmarks", landmarks, sizes, key, least=3)
+    known = known_pairs("landmarks", landmarks, sizes, key, least=_LEAST_LANDMARKS)
     refuse_contradictions(known)
+    known = {ab: _valid_pairs(networks, ab, pairs) for ab, pairs in known.items()}
     _check_memory(networks)
     problem = _set_up(networks, known, bridges, prior, density, ridge, channels, num_components)
     problem, ranks = _drop_unrelated(problem)
     matches, probabilities, history = _run(problem, rounds, key)
+    known_ranks = [rank for rank, ab in zip(ranks, combinations(networks, 2), strict=True) if ab in known]
+    if not np.isfinite([*history, *known_ranks]).all():
+        raise ValueError(
+            f"ridge = {shown(ridge)} is too small for covariances in {problem.phi.dtype}; use a larger one."
+        )
     if method == "one_to_one":
         matches = assign(problem, probabilities)
     return _collect(networks, known, ranks, matches, history, float(min_confidence))
@@ -300,13 +314,15 @@ def _check_networks(features: Any, mask: Any) -> dict[str, _Network]:
         raise TypeError(f"features must be a mapping from names to arrays; got {type(features).__name__}.")
     if len(features) < 2:
         raise ValueError(f"at least two networks are needed; got {shown(tuple(features))}.")
+    if mask is not None and not isinstance(mask, Mapping):
+        raise TypeError(f"mask must be a mapping from names to arrays; got {shown(mask)}.")
     for name in mask or {}:
         if name not in features:
             raise ValueError(f"mask has the name {name!r}; the names of the networks are {shown(tuple(features))}.")
     networks = {}
     for name, value in features.items():
         label = f"features[{name!r}]"
-        array = _arrays.array(label, value)
+        array = _arrays.numbers(label, value)
         if not _arrays.is_concrete(array):
             raise TypeError(f"{label} must not be traced: match decides on the host when to stop. Call it outside jit.")
         if array.ndim != 2:
@@ -314,12 +330,14 @@ def _check_networks(features: Any, mask: Any) -> dict[str, _Network]:
         rows = np.ascontiguousarray(_arrays.on_host(array))
         valid = _features.row_mask(f"mask[{name!r}]", (mask or {}).get(name), rows.shape[:1])
         valid = np.ones(len(rows), bool) if valid is None else np.asarray(valid)
+        if len(rows) >= _LEAST_SAMPLES > valid.sum():
+            raise ValueError(f"mask[{name!r}] leaves {valid.sum()} sample(s), at least {_LEAST_SAMPLES} are needed.")
         # Sorting by content makes the result independent of the order of the samples, to the last digit.
         order = np.flatnonzero(valid)
         if rows.shape[1]:
             content = rows[order].view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0]
             order = order[np.argsort(content, kind="stable")]
-        x = _features.features(label, rows[order], min_rows=4, center=True)
+        x = _features.features(label, rows[order], min_rows=_LEAST_SAMPLES, center=True)
         _features.finite_rows(label, x, way_out="Leave these samples out with mask=.", differences=True)
         networks[name] = _Network(x, order, len(rows))
     return networks
@@ -348,19 +366,17 @@ def _set_up(
 ) -> _evidence.Problem:
     num_components = _checks.whole("num_components", num_components, 1)
     sizes = [len(network.order) for network in networks.values()]
-    n, rank = max(sizes), min(num_components, *sizes)
-    phi = [
-        jnp.pad(_kernel_features(name, network.x, channels, density, rank), ((0, n - len(network.order)), (0, 0)))
-        for name, network in networks.items()
-    ]
+    n, rank = max(sizes), min(num_components, max(sizes))
+    phi = [_kernel_features(name, network.x, channels, density, rank) for name, network in networks.items()]
+    # Features that are 0 change no evidence.
+    phi = [jnp.pad(part, ((0, n - part.shape[0]), (0, rank - part.shape[1]))) for part in phi]
     names, dtype = list(networks), phi[0].dtype
     pairs = list(combinations(range(len(names)), 2))
     partner, weight = np.zeros((len(pairs), n), np.int32), np.zeros((len(pairs), n), dtype)
     for p, (a, b) in enumerate(combinations(names, 2)):
         if (a, b) in known:
             places = np.stack([_places(networks[name])[known[a, b][:, k]] for k, name in enumerate((a, b))])
-            i, j = places[:, (places >= 0).all(0)]
-            partner[p, i], weight[p, i] = j, 1
+            partner[p, places[0]], weight[p, places[0]] = places[1], 1
     others = [[c for c in range(len(names)) if c not in pair] if bridges else [] for pair in pairs]
     return _evidence.Problem(
         jnp.stack(phi),
@@ -381,17 +397,30 @@ def _places(network: _Network) -> np.ndarray:
     return places
 
 
+def _valid_pairs(networks: Mapping[str, _Network], ab: Names, pairs: np.ndarray) -> np.ndarray:
+    """The known pairs of two networks without those of samples that are not valid."""
+    valid = pairs[np.all([_places(networks[name])[pairs[:, k]] >= 0 for k, name in enumerate(ab)], 0)]
+    if len(valid) < _LEAST_LANDMARKS:
+        raise ValueError(
+            f"mask leaves {len(valid)} landmarks of {ab!r}, at least {_LEAST_LANDMARKS} are needed. Add valid pairs, "
+            "or pass a mapping without an entry for this pair of networks."
+        )
+    return valid
+
+
 def _kernel_features(name: str, x: Array, channels: Channels | None, density: float, rank: int) -> Array:
-    """Kernel features (n, rank) of a network, from a kernel whose bandwidth is solved on the inducing samples."""
+    """Kernel features of a network, (n, rank) or (n, n), from a kernel of solved bandwidth on the inducing samples."""
     n = x.shape[0]
+    rank = min(rank, n)
     number = min(n, _INDUCING * rank)
     x = _apply_channels(x, channels)
     inducing = x[np.linspace(0, n - 1, number).round().astype(int)]
     try:
         sigma = solve_sigma(inducing, density=density, diagonal="exclude").sigma
+        block, rows = rbf_affinity(inducing, sigma=sigma), rbf_affinity(x, inducing, sigma)
     except (ValueError, TypeError) as error:
         raise type(error)(f"features[{name!r}]: {error}") from error
-    return _evidence.kernel_features(rbf_affinity(inducing, sigma=sigma), rbf_affinity(x, inducing, sigma), rank)
+    return _evidence.kernel_features(block, rows, rank)
 
 
 @partial(jax.jit, static_argnames="channels")
@@ -413,10 +442,10 @@ def _run(
 ) -> tuple[_evidence.Matches, Array, np.ndarray]:
     """The matches and probabilities after the last round, or the best one, and the mean confidence after each."""
     pairs, history, best = problem.landmarks, [], 0
-    result = None
+    valid, result = problem.valid[problem.network[:, 0]], None
     for number in range((_MOST_ROUNDS if rounds == "auto" else rounds) + 1):
         matches, probabilities = _evidence.run_round(problem, pairs, jax.random.fold_in(key, number))
-        history.append(float(jnp.mean(matches.confidence_ab)))
+        history.append(float(jnp.mean(matches.confidence_ab, where=valid)))
         if rounds != "auto" or result is None or history[-1] > history[best] + _RISE:
             result, best = (matches, probabilities), number
         elif number - best >= _PATIENCE:

@@ -212,6 +212,39 @@ def test_masked_samples_take_no_part(rng):
     np.testing.assert_array_equal(masked.candidate["b", "a"], np.flatnonzero(valid)[left_out.candidate["b", "a"]])
 
 
+def test_landmarks_are_matches_whatever_other_networks_say(rng):
+    features, known = views(rng, n=60, noise=0.6), np.stack([np.arange(15)] * 2, 1)
+    parts = {("a", "b"): known, ("b", "c"): known + 15, ("a", "c"): known + 30}
+    for landmarks in (parts, np.arange(60)):  # the second leaves no queries
+        matching = match(features, landmarks=landmarks, rounds=0, min_confidence=1.0)
+        for pair, pairs in matching.landmarks.items():
+            np.testing.assert_array_equal(matching.partners(*pair)[pairs[:, 0]], pairs[:, 1])
+
+
+def test_landmarks_that_are_masked_are_left_out(rng):
+    features, valid = views(rng, n=60), np.arange(60) >= 5
+    matching = match(features, landmarks=np.arange(20), mask={"a": valid}, rounds=0)
+    assert matching.landmarks["a", "b"][:, 0].tolist() == list(range(5, 20))
+    assert len(matching.landmarks["b", "c"]) == 20
+    with pytest.raises(ValueError, match=r"mask leaves 2 landmarks of \('a', 'b'\), at least 3"):
+        match(features, landmarks=np.arange(7), mask={"a": valid})
+
+
+def test_a_small_network_changes_nothing_between_others(rng):
+    features, known = views(rng, n=60), np.stack([np.arange(20)] * 2, 1)
+    features["c"] = features["c"][:8]
+    three = match(features, landmarks={("a", "b"): known, ("b", "c"): known[:8]}, bridges=False, rounds=0)
+    two = match({name: features[name] for name in "ab"}, landmarks=known, rounds=0)
+    np.testing.assert_array_equal(three.candidate["a", "b"], two.candidate["a", "b"])
+    np.testing.assert_allclose(three.confidence["a", "b"], two.confidence["a", "b"], atol=1e-3)
+
+
+def test_history_is_the_mean_confidence_of_the_samples(rng):
+    features = views(rng, n=60, names="ab")
+    matching = match({**features, "a": features["a"][:20]}, landmarks=np.arange(10), rounds=0)
+    assert matching.history[0] == pytest.approx(matching.confidence["a", "b"].mean(), rel=1e-5)
+
+
 def test_one_to_one_uses_no_partner_twice(rng):
     features = views(rng, n=100, noise=1.0)
     matching = match({**features, "a": features["a"][:80]}, landmarks=np.arange(15), method="one_to_one", rounds=1)
@@ -252,6 +285,12 @@ def test_scores_count_what_they_say():
     assert only == (0.5, 0.5, 0.5)
 
 
+def test_a_pair_of_networks_without_matches_does_not_hide_the_precision_of_others():
+    candidate = {("a", "b"): np.array([0, 1]), ("b", "a"): np.array([0, 1])}
+    confidence = {("a", "b"): np.array([0.9, 0.9]), ("b", "a"): np.array([0.1, 0.1])}
+    assert by_hand(candidate, confidence, {}).score() == (1, 0.5, 1)
+
+
 def test_a_track_never_holds_two_samples_of_a_network():
     # a0 = b0 and b0 = c0, but a1 = c0 with the least confidence.
     candidate = {
@@ -274,6 +313,35 @@ def test_the_result_prints_shortly_and_becomes_a_table(rng):
     assert (table.confidence[table.landmark] == 1).all()
     assert matching.names == NAMES
     assert matching.rounds == 0
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_names_of_any_kind(rng):
+    pytest.importorskip("pandas")
+    x, y = views(rng, n=40, names="ab").values()
+    matching = jaxalign.match({("layer", 1): x, 2: y}, landmarks=np.arange(20), rounds=0, num_components=8)
+    assert "matched" in repr(matching)
+    assert matching.tracks().shape[1] == 2
+    assert len(matching.to_pandas()) == 80
+
+
+def test_a_table_with_a_column_of_another_dtype(rng):
+    pandas, features = pytest.importorskip("pandas"), views(rng, n=40, names="ab")
+    table = pandas.DataFrame(features["a"]).assign(flag=np.arange(40) < 20)
+    matching = match({**features, "a": table}, landmarks=np.arange(20), rounds=0, num_components=8)
+    assert matching.landmark_rank["a", "b"] < 0.3
+
+
+def test_nothing_is_nan_on_the_way(rng):
+    features, known = views(rng, n=40), np.stack([np.arange(20)] * 2, 1)
+    with jax.debug_nans(True):
+        matching = match(features, landmarks={("a", "b"): known}, rounds=0, num_components=8)
+    assert np.isnan(matching.landmark_rank["a", "c"])
+
+
+def test_two_networks_without_a_compiler():
+    with jax.disable_jit():
+        assert match(TWO, landmarks=np.arange(10), rounds=0, num_components=4).history.shape == (1,)
 
 
 X = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
@@ -303,6 +371,15 @@ TWO = {"a": X, "b": X[:, ::-1]}
         (TWO, {"landmarks": 5, "ridge": 0}, ValueError, "ridge"),
         (TWO, {"landmarks": 5, "min_confidence": 2}, ValueError, "min_confidence"),
         (TWO, {"landmarks": 5, "num_components": 0}, ValueError, "num_components"),
+        (TWO, {"landmarks": {}}, ValueError, "landmarks is empty"),
+        (TWO, {"landmarks": np.arange(30) < 5}, ValueError, r"shape \(30,\), dtype bool"),
+        (TWO, {"landmarks": 5, "mask": np.ones(30, bool)}, TypeError, "mask must be a mapping"),
+        (TWO, {"landmarks": 5, "mask": {"a": np.arange(30) < 3}}, ValueError, r"mask\['a'\] leaves 3"),
+        (TWO, {"landmarks": 5, "prior": "high"}, TypeError, "prior must be a real number"),
+        (TWO, {"landmarks": 5, "density": [0.5, 0.6]}, ValueError, "density of shape"),
+        (TWO, {"landmarks": 5, "bridges": "no"}, ValueError, "bridges must be one of"),
+        (TWO, {"landmarks": 10, "ridge": 1e-12}, ValueError, "ridge = 1e-12 is too small"),
+        ({**TWO, "a": np.ma.masked_array(X)}, {"landmarks": 5}, TypeError, "masked array"),
         (TWO, {"landmarks": 5, "key": 3}, TypeError, "jax.random.key"),
     ],
 )  # fmt: skip

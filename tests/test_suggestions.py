@@ -276,6 +276,11 @@ ROWS = {
         "align({'a': X}, landmarks=landmarks, density=0.2)",
         {"np.flatnonzero(landmarks)": "align({'a': X}, landmarks={}, density=0.2)"}, named(landmarks=MASK),
     ),
+    "a mask of known samples": Row(
+        "jaxalign.match({'a': X, 'b': Y}, landmarks=landmarks)",
+        {"np.flatnonzero(landmarks)": "jaxalign.match({'a': X, 'b': Y}, landmarks={}, num_components=8, rounds=0)"},
+        named(landmarks=MASK),
+    ),
     "nan": Row("solve(x)", {"mask=": "solve(x, {}mask)"}, named(x=HOLES)),
     "nan in a loss": Row("losses.alignment_loss(x, X)", {"mask=": "losses.alignment_loss(x, X, {}mask)"},
                          named(x=HOLES)),
