@@ -33,7 +33,7 @@ Landmarks = int | Sequence[int] | Int[AnyArray, "m *k"] | Mapping[Names, Any]
 # Rounds of rounds="auto", at most, and the rounds without a rise of the mean confidence after which they stop.
 _MOST_ROUNDS, _PATIENCE, _RISE = 40, 3, 1e-3
 # Samples of a network and known pairs of two networks, at least.
-_LEAST_SAMPLES, _LEAST_LANDMARKS = 4, 3
+_LEAST_SAMPLES, _LEAST_LANDMARKS = 4, 4  # three landmarks cannot be told from chance
 # Held-out landmarks must be found again by this many standard errors better than chance, or their networks count as
 # unrelated (one pair in 740 by chance).
 _RELATED = 3.0
@@ -233,7 +233,7 @@ def match(
         landmarks: the known pairs. Indices, shape (m,): samples that are the same in all networks; shape
             (m, number of networks): the index of the same sample in each network; a mapping from (a, b) to indices of
             shape (m, 2): known pairs of each pair of networks, of which some may be missing. A number: this many random
-            samples, if sample i is the same in all networks. At least 3 per pair; 15 or more are advisable.
+            samples, if sample i is the same in all networks. At least 4 per pair; 15 or more are advisable.
         method: "search": every sample gets its most probable partner. "one_to_one": linear assignment on the same
             probabilities, so that no partner is used twice.
         bridges: use other networks as bridges.
@@ -254,7 +254,7 @@ def match(
 
     Raises:
         TypeError, ValueError: fewer than two networks, nan or inf in valid rows, landmarks that are out of range,
-            repeated, contradictory or fewer than 3.
+            repeated, contradictory or fewer than 4.
         MemoryError: probabilities of all pairs of samples do not fit into memory.
 
     Examples:

@@ -145,8 +145,8 @@ def test_layers_of_a_model_share_the_samples_of_their_landmarks(models):
         ("0,1,2\n", "sample 1 is '0,1,2'"),
         ("0,1\n2,-1\n", "sample 2 is '2,-1'"),
         ("x,b\n0,1\n", "expected layer2, b"),
-        ("0,0\n1,1\n", "2 pairs, at least 3"),
-        ("0,0\n1,1\n60,2\n", "0 to 59"),
+        ("0,0\n1,1\n", "2 pairs, at least 4"),
+        ("0,0\n1,1\n2,2\n60,3\n", "0 to 59"),
     ],
 )
 def test_a_table_of_landmarks_that_does_not_fit(content, message, shuffled, capsys):

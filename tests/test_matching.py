@@ -226,7 +226,7 @@ def test_landmarks_that_are_masked_are_left_out(rng):
     matching = match(features, landmarks=np.arange(20), mask={"a": valid}, rounds=0)
     assert matching.landmarks["a", "b"][:, 0].tolist() == list(range(5, 20))
     assert len(matching.landmarks["b", "c"]) == 20
-    with pytest.raises(ValueError, match=r"mask leaves 2 landmarks of \('a', 'b'\), at least 3"):
+    with pytest.raises(ValueError, match=r"mask leaves 2 landmarks of \('a', 'b'\), at least 4"):
         match(features, landmarks=np.arange(7), mask={"a": valid})
 
 
@@ -354,14 +354,14 @@ TWO = {"a": X, "b": X[:, ::-1]}
         (TWO, {}, ValueError, "landmarks are needed"),
         (X, {"landmarks": 5}, TypeError, "mapping"),
         ({"a": X}, {"landmarks": 5}, ValueError, "at least two networks"),
-        (TWO, {"landmarks": [0, 1]}, ValueError, "2 pairs, at least 3"),
-        (TWO, {"landmarks": [0, 1, 30]}, ValueError, "0 to 29"),
-        (TWO, {"landmarks": [0, 1, 1]}, ValueError, "sample 1 occurs 2 times"),
-        (TWO, {"landmarks": [[0, 0], [1, 2], [3, 2]]}, ValueError, "one partner in each network"),
+        (TWO, {"landmarks": [0, 1]}, ValueError, "2 pairs, at least 4"),
+        (TWO, {"landmarks": [0, 1, 2, 30]}, ValueError, "0 to 29"),
+        (TWO, {"landmarks": [0, 1, 1, 2]}, ValueError, "sample 1 occurs 2 times"),
+        (TWO, {"landmarks": [[0, 0], [1, 2], [3, 2], [4, 4]]}, ValueError, "one partner in each network"),
         (TWO, {"landmarks": np.eye(3)}, ValueError, r"shape \(m, 2\)"),
         (TWO, {"landmarks": {("a", "x"): [[0, 0]] * 3}}, ValueError, "use two of the names"),
-        (TWO, {"landmarks": {("a", "b"): [[0, 0]]}}, ValueError, "1 pairs, at least 3"),
-        (TWO, {"landmarks": 2}, ValueError, "from 3 to n = 30"),
+        (TWO, {"landmarks": {("a", "b"): [[0, 0]]}}, ValueError, "1 pairs, at least 4"),
+        (TWO, {"landmarks": 2}, ValueError, "from 4 to n = 30"),
         ({"a": X, "b": X[:20]}, {"landmarks": 5}, ValueError, "same samples in all networks"),
         ({"a": X, "b": np.where(np.arange(30)[:, None] == 4, np.nan, X)}, {"landmarks": 5}, ValueError, "mask="),
         (TWO, {"landmarks": 5, "mask": {"x": np.ones(30, bool)}}, ValueError, "'x'"),
