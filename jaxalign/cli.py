@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rounds", type=_rounds, help="rounds of self-training (default: until confidence stops rising)"
     )
     match.add_argument(
-        "--min-confidence", type=_probability, default=0.7, help="confidence of a match, 0 to 1 (default: 0.7)"
+        "--min-confidence", type=_probability, default=0.75, help="confidence of a match, 0 to 1 (default: 0.75)"
     )
     _add_common_options(match, 0.93, default="0.93", tiles=False)
     _add_output_options(match)

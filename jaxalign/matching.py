@@ -212,7 +212,7 @@ def match(
     rounds: int | Literal["auto"] = "auto",
     mask: Mapping[str, Mask[Data, " _"]] | None = None,
     key: Array | None = None,
-    min_confidence: float = 0.7,
+    min_confidence: float = 0.75,
     prior: float = 0.9,
     density: float = 0.93,
     ridge: float = 0.02,

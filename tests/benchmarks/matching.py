@@ -26,7 +26,7 @@ from jaxalign import matching
 DIGITS = jaxalign.datasets.load_digit_features().features
 NAMES, N = tuple(DIGITS), 1000
 NUMBERS = (300, 100, 50, 30, 15)
-THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 
 
 def mixed(samples: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
