@@ -270,9 +270,9 @@ def run_round(problem: Problem, pairs: Pairs, key: Array) -> tuple[Matches, Arra
 def best_candidates(probabilities: Array) -> Matches:
     """The most probable partner of every row and every column, and its probability."""
     return Matches(
-        jnp.argmax(probabilities, 2),
+        jnp.argmax(probabilities, 2).astype(jnp.int32),
         jnp.max(probabilities, 2),
-        jnp.argmax(probabilities, 1),
+        jnp.argmax(probabilities, 1).astype(jnp.int32),
         jnp.max(probabilities, 1),
     )
 
@@ -290,7 +290,7 @@ def next_pairs(landmarks: Pairs, matches: Matches) -> Pairs:
 def mutual(matches: Matches) -> Array:
     """Whether each sample of a is the best candidate of its best candidate, shape (P, n)."""
     back = jnp.take_along_axis(matches.partner_ba, matches.partner_ab, -1)
-    return (back == jnp.arange(back.shape[-1])[None]) & (matches.confidence_ab > 0)
+    return (back == jnp.arange(back.shape[-1], dtype=back.dtype)[None]) & (matches.confidence_ab > 0)
 
 
 @jax.jit
