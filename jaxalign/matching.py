@@ -338,7 +338,7 @@ def _check_networks(features: Any, mask: Any) -> dict[str, _Network]:
             content = rows[order].view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0]
             order = order[np.argsort(content, kind="stable")]
         x = _features.features(label, rows[order], min_rows=_LEAST_SAMPLES, center=True)
-        _features.finite_rows(label, x, way_out="Leave these samples out with mask=.", differences=True)
+        _features.finite_rows(label, x, way_out="Leave these samples out with a mask.", differences=True)
         networks[name] = _Network(x, order, len(rows))
     return networks
 

@@ -363,7 +363,7 @@ TWO = {"a": X, "b": X[:, ::-1]}
         (TWO, {"landmarks": {("a", "b"): [[0, 0]]}}, ValueError, "1 pairs, at least 4"),
         (TWO, {"landmarks": 2}, ValueError, "from 4 to n = 30"),
         ({"a": X, "b": X[:20]}, {"landmarks": 5}, ValueError, "same samples in all networks"),
-        ({"a": X, "b": np.where(np.arange(30)[:, None] == 4, np.nan, X)}, {"landmarks": 5}, ValueError, "mask="),
+        ({"a": X, "b": np.where(np.arange(30)[:, None] == 4, np.nan, X)}, {"landmarks": 5}, ValueError, "with a mask"),
         (TWO, {"landmarks": 5, "mask": {"x": np.ones(30, bool)}}, ValueError, "'x'"),
         (TWO, {"landmarks": 5, "method": "greedy"}, ValueError, "one_to_one"),
         (TWO, {"landmarks": 5, "rounds": -1}, ValueError, "auto"),
