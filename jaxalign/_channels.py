@@ -35,7 +35,15 @@ class ChannelMap:
         return x
 
 
-def fit_channels(x: Array, channels: Channels | None) -> ChannelMap:
+@partial(jax.jit, static_argnames="channels")
+def map_channels(x: Array, chosen: Array, channels: Channels | None) -> tuple[ChannelMap, Array, Array]:
+    """The fitted map of the channels, the mapped features, and those of the chosen samples."""
+    fitted = _fit_channels(x, channels)
+    x = fitted(x)
+    return fitted, x, x[chosen]
+
+
+def _fit_channels(x: Array, channels: Channels | None) -> ChannelMap:
     """The map of the channels that makes x (n, d) centered with unit variances, or white."""
     if channels is None:
         return ChannelMap()

@@ -133,32 +133,23 @@ def likelihood_ratios(
     partners = y[pairs.partner]
     total = _moments(x, partners, pairs.weight)
 
-    def without(fold: Array) -> _Model:
-        part = _moments(x, partners, jnp.where(folds[0] == fold, pairs.weight, 0))
-        return _fit(jax.tree.map(jnp.subtract, total, part), ridge, related)
-
     def quadratic(rows: Array, form: Array) -> Array:
         return jnp.sum(matmul(rows, form) * rows, -1)
 
-    def step(carry: tuple[Array, ...], fold: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
-        model = without(fold)
+    def step(carry: tuple[Array, Array], fold: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        part = _moments(x, partners, jnp.where(folds[0] == fold, pairs.weight, 0))
+        model = _fit(jax.tree.map(jnp.subtract, total, part), ridge, related)
+        of_rows, of_columns = carry
+        of_rows = jnp.where((folds[0] == fold)[:, None], matmul(x, model.cross), of_rows)
+        of_columns = jnp.where((folds[1] == fold)[:, None], matmul(y, model.cross.T), of_columns)
         c, d = quadratic(x, model.quadratic_a), quadratic(y, model.quadratic_b) - model.constant
-        of_rows, of_columns, c_rows, d_columns = carry
-        in_rows, in_columns = folds[0] == fold, folds[1] == fold
-        carry = (
-            jnp.where(in_rows[:, None], matmul(x, model.cross), of_rows),
-            jnp.where(in_columns[:, None], matmul(y, model.cross.T), of_columns),
-            jnp.where(in_rows, c, c_rows),
-            jnp.where(in_columns, d, d_columns),
-        )
-        return carry, (c, d)
+        return (of_rows, of_columns), (c, d)
 
-    zero = jnp.zeros(x.shape[0], x.dtype)
-    (of_rows, of_columns, c_rows, d_columns), (c, d) = lax.scan(
-        step, (jnp.zeros_like(x), jnp.zeros_like(y), zero, zero), jnp.arange(FOLDS)
-    )
-    rows = matmul(of_rows, y.T) - c_rows[:, None] - d[folds[0]]
-    columns = matmul(x, of_columns.T) - c[folds[1]].T - d_columns[None]
+    (of_rows, of_columns), (c, d) = lax.scan(step, (jnp.zeros_like(x), jnp.zeros_like(y)), jnp.arange(FOLDS))
+    # c and d, (FOLDS, n), by the model of the row's fold and by that of the column's.
+    each = jnp.arange(x.shape[0])
+    rows = matmul(of_rows, y.T) - c[folds[0], each][:, None] - d[folds[0]]
+    columns = matmul(x, of_columns.T) - c[folds[1]].T - d[folds[1], each][None]
     return rows, columns
 
 

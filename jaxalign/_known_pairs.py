@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array
 
 from jaxalign import _arrays, _checks
 from jaxalign._repr import shown
@@ -16,7 +14,7 @@ from jaxalign._repr import shown
 Names = tuple[str, str]
 
 
-def known_pairs(label: str, value: Any, sizes: Mapping[str, int], key: Array, *, least: int) -> dict[Names, np.ndarray]:
+def known_pairs(label: str, value: Any, sizes: Mapping[str, int], *, least: int) -> dict[Names, np.ndarray]:
     """Known pairs (m, 2) of every pair of networks, a before b, from any of the forms that `match` accepts."""
     names = list(sizes)
     if value is None:
@@ -35,10 +33,6 @@ def known_pairs(label: str, value: Any, sizes: Mapping[str, int], key: Array, *,
                 raise ValueError(f"{label} has entries for {ab!r} in both orders: use one.")
             pairs[ab] = table
         return pairs
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        n = same_size(sizes, f"a number of {label}")
-        number = _checks.whole(label, value, least, n, most_is="n = ")
-        value = np.sort(np.asarray(jax.random.choice(key, n, (number,), replace=False)))
     table = np.asarray(_arrays.array(label, value))
     if table.ndim == 1 and np.issubdtype(table.dtype, np.integer):
         table = np.repeat(table[:, None], len(names), 1)
@@ -66,6 +60,7 @@ def _index_table(label: str, value: Any, sizes: Sequence[int], least: int) -> np
 
 
 def same_size(sizes: Mapping[str, int], what: str) -> int:
+    """The number of samples, the same in all networks."""
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{what} needs the same samples in all networks; got n = {shown(dict(sizes))}. Pass indices.")
     return next(iter(sizes.values()))
@@ -88,4 +83,5 @@ def refuse_contradictions(known: Mapping[Names, np.ndarray]) -> None:
 
 
 def both_directions(pairs: Mapping[Names, np.ndarray]) -> dict[Names, np.ndarray]:
+    """Pairs (m, 2) of a and b, and the same pairs as those of b and a."""
     return {**pairs, **{(b, a): table[:, ::-1] for (a, b), table in pairs.items()}}

@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxalign import _arrays, _checks, _features
-from jaxalign._channels import ChannelMap, Channels, column_spread, fit_channels
+from jaxalign._channels import ChannelMap, Channels, column_spread, map_channels
 from jaxalign._directions import less_row_mean
 from jaxalign._linalg import power_of_two, products, scaled, unit
 from jaxalign._repr import short_repr, shown
@@ -243,7 +243,7 @@ def align(
     rows, sigma, spaces = {}, {}, {}
     for name, array in arrays.items():
         try:
-            fitted_channels, x, block = _map_channels(array, chosen, channels)
+            fitted_channels, x, block = map_channels(array, chosen, channels)
             if bandwidth == "global":
                 sigma[name] = solve_sigma(block, density=density, diagonal=diagonal).sigma
             else:
@@ -258,14 +258,6 @@ def align(
         ridge = None if decorrelate is None else jnp.asarray(decorrelate, x.dtype)
         spaces[name], rows[name] = _fit_rows(space, affinity, chosen, ridge, standardize)
     return Alignment(rows, sigma, chosen, spaces)
-
-
-@partial(jax.jit, static_argnames="channels")
-def _map_channels(x: Array, chosen: Array, channels: Channels | None) -> tuple[ChannelMap, Array, Array]:
-    """The fitted map of the channels, the mapped features, and those of the landmarks."""
-    fitted = fit_channels(x, channels)
-    x = fitted(x)
-    return fitted, x, x[chosen]
 
 
 @partial(jax.jit, static_argnames="standardize")
@@ -328,7 +320,8 @@ def _check_features(features: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _draw(key: Array, n: int, number: int) -> Array:
+def draw_landmarks(key: Array, n: int, number: int) -> Array:
+    """Random samples, as indices in order, shape (number,)."""
     return jnp.sort(jax.random.choice(key, n, (number,), replace=False))
 
 
@@ -339,7 +332,7 @@ def _choose_landmarks(landmarks: Any, key: Array | None, n: int) -> Array:
     if isinstance(landmarks, (int, np.integer)) and not isinstance(landmarks, bool):
         number = _checks.whole("landmarks", landmarks, 1, n, most_is="n = ")
         key = jax.random.key(0) if key is None else key
-        return _draw(key, n, number)
+        return draw_landmarks(key, n, number)
     # A new array: of one that it has seen with 64 bits, jax may return 64 bits with 32 bits too.
     return jnp.asarray(_checks.row_numbers("landmarks", landmarks, n).astype(np.int32))
 

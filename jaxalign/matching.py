@@ -19,12 +19,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _arrays, _checks, _evidence, _features, _memory
-from jaxalign._channels import Channels, fit_channels
+from jaxalign._channels import Channels, map_channels
 from jaxalign._known_pairs import Names, both_directions, known_pairs, refuse_contradictions, same_size
 from jaxalign._repr import short_repr, shown
 from jaxalign._typing import AnyArray, Data, Mask, Numbers
 from jaxalign.affinity import rbf_affinity
-from jaxalign.alignment import Alignment
+from jaxalign.alignment import Alignment, draw_landmarks
 from jaxalign.bandwidth import solve_sigma
 
 Method = Literal["search", "one_to_one"]
@@ -58,7 +58,7 @@ class MatchScore(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("candidate", "confidence", "mutual", "landmarks", "landmark_rank", "history"),
+    data_fields=("candidate", "confidence", "landmarks", "landmark_rank", "history"),
     meta_fields=("min_confidence",),
 )
 @dataclass(frozen=True, repr=False)
@@ -70,7 +70,6 @@ class Matching:
     Attributes:
         candidate: index in b of the most probable partner of each sample of a, shape (n_a,); -1: none.
         confidence: probability that the candidate is the partner, shape (n_a,), 0 to 1; 1 for landmarks.
-        mutual: whether the candidate's own candidate in a is this sample, shape (n_a,).
         landmarks: the known pairs, shape (m, 2).
         landmark_rank: mean rank of held-out landmarks among all samples of the other network, 0 (best) to 1; 0.5 by
             chance. Networks whose landmarks are not found again get no matches from each other.
@@ -80,7 +79,6 @@ class Matching:
 
     candidate: dict[Names, Int[np.ndarray, " n_a"]]
     confidence: dict[Names, Float[np.ndarray, " n_a"]]
-    mutual: dict[Names, Bool[np.ndarray, " n_a"]]
     landmarks: dict[Names, Int[np.ndarray, "m 2"]]
     landmark_rank: dict[Names, float]
     history: Float[np.ndarray, " rounds"]
@@ -88,12 +86,17 @@ class Matching:
 
     def __repr__(self) -> str:
         matched = {pair: len(self.pairs(*pair)) for pair in combinations(self.names, 2)}
-        return short_repr(self, omit=("candidate", "mutual", "landmarks", "confidence"), matched=shown(matched))
+        return short_repr(self, omit=("candidate", "landmarks", "confidence"), matched=shown(matched))
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the networks."""
         return tuple(dict.fromkeys(a for a, _ in self.candidate))
+
+    @property
+    def mutual(self) -> dict[Names, Bool[np.ndarray, " n_a"]]:
+        """Whether the candidate's own candidate in a is the sample itself, shape (n_a,), by ordered pair of names."""
+        return {pair: self._is_mutual(*pair) for pair in self.candidate}
 
     @property
     def rounds(self) -> int:
@@ -103,7 +106,7 @@ class Matching:
     def partners(self, a: str, b: str) -> Int[np.ndarray, " n_a"]:
         """The partner in b of each sample of a, or -1 where no candidate is mutual and above the threshold."""
         pair = self._checked(a, b)
-        matched = self.mutual[pair] & (self.confidence[pair] >= self.min_confidence)
+        matched = self._is_mutual(a, b) & (self.confidence[pair] >= self.min_confidence)
         return np.where(matched, self.candidate[pair], -1)
 
     def pairs(self, a: str, b: str) -> Int[np.ndarray, "k 2"]:
@@ -143,8 +146,8 @@ class Matching:
         Samples that were masked count as not found: leave them out of the truth.
 
         Args:
-            truth: the true pairs, in any form that `match` accepts for landmarks. None: sample i is the same in all
-                networks.
+            truth: the true pairs, indices or a mapping as `match` accepts for landmarks. None: sample i is the same in
+                all networks.
 
         Returns:
             `MatchScore`; see `scores` for each pair of networks.
@@ -158,12 +161,10 @@ class Matching:
         if truth is None:
             truth = np.arange(same_size(sizes, "truth=None"))
         scores = {}
-        for (a, b), pairs in both_directions(known_pairs("truth", truth, sizes, jax.random.key(0), least=1)).items():
+        for (a, b), pairs in both_directions(known_pairs("truth", truth, sizes, least=1)).items():
             partner = np.full(sizes[a], -1)
             partner[pairs[:, 0]] = pairs[:, 1]
-            queries = np.ones(sizes[a], bool)
-            if (a, b) in self.landmarks:
-                queries[self.landmarks[a, b][:, 0]] = False
+            queries = ~self._is_landmark(a, b)
             has_partner, matched = queries & (partner >= 0), self.partners(a, b)
             right = matched == partner
             scores[a, b] = MatchScore(
@@ -179,8 +180,6 @@ class Matching:
 
         parts = []
         for (a, b), candidate in self.candidate.items():
-            known = np.zeros(len(candidate), bool)
-            known[self.landmarks[a, b][:, 0] if (a, b) in self.landmarks else []] = True
             parts.append(
                 pd.DataFrame(
                     {
@@ -189,13 +188,25 @@ class Matching:
                         "sample": np.arange(len(candidate)),
                         "candidate": candidate,
                         "confidence": self.confidence[a, b],
-                        "mutual": self.mutual[a, b],
+                        "mutual": self._is_mutual(a, b),
                         "matched": self.partners(a, b) >= 0,
-                        "landmark": known,
+                        "landmark": self._is_landmark(a, b),
                     }
                 )
             )
         return pd.concat(parts, ignore_index=True)
+
+    def _is_mutual(self, a: str, b: str) -> np.ndarray:
+        """Whether each sample of a is the candidate of its candidate in b."""
+        forward, back = self.candidate[a, b], self.candidate[b, a]
+        return (forward >= 0) & (back[forward] == np.arange(len(forward)))
+
+    def _is_landmark(self, a: str, b: str) -> np.ndarray:
+        """Whether the partner in b of each sample of a was known."""
+        known = np.zeros(len(self.candidate[a, b]), bool)
+        if (a, b) in self.landmarks:
+            known[self.landmarks[a, b][:, 0]] = True
+        return known
 
     def _checked(self, a: str, b: str) -> Names:
         if (a, b) not in self.candidate:
@@ -284,7 +295,10 @@ def match(
         features = features.features
     networks = _check_networks(features, mask)
     sizes = {name: network.size for name, network in networks.items()}
-    known = known_pairs("landmarks", landmarks, sizes, key, least=_LEAST_LANDMARKS)
+    if isinstance(landmarks, (int, np.integer)) and not isinstance(landmarks, bool):
+        n = same_size(sizes, "a number of landmarks")
+        landmarks = draw_landmarks(key, n, _checks.whole("landmarks", landmarks, _LEAST_LANDMARKS, n, most_is="n = "))
+    known = known_pairs("landmarks", landmarks, sizes, least=_LEAST_LANDMARKS)
     refuse_contradictions(known)
     known = {ab: _valid_pairs(networks, ab, pairs) for ab, pairs in known.items()}
     _check_memory(networks)
@@ -413,19 +427,14 @@ def _kernel_features(name: str, x: Array, channels: Channels | None, density: fl
     n = x.shape[0]
     rank = min(rank, n)
     number = min(n, _INDUCING * rank)
-    x = _apply_channels(x, channels)
-    inducing = x[np.linspace(0, n - 1, number).round().astype(int)]
+    chosen = jnp.asarray(np.linspace(0, n - 1, number).round().astype(np.int32))
+    _, x, inducing = map_channels(x, chosen, channels)
     try:
         sigma = solve_sigma(inducing, density=density, diagonal="exclude").sigma
         block, rows = rbf_affinity(inducing, sigma=sigma), rbf_affinity(x, inducing, sigma)
     except (ValueError, TypeError) as error:
         raise type(error)(f"features[{name!r}]: {error}") from error
     return _evidence.kernel_features(block, rows, rank)
-
-
-@partial(jax.jit, static_argnames="channels")
-def _apply_channels(x: Array, channels: Channels | None) -> Array:
-    return fit_channels(x, channels)(x)
 
 
 def _drop_unrelated(problem: _evidence.Problem) -> tuple[_evidence.Problem, np.ndarray]:
@@ -487,15 +496,9 @@ def _collect(
         best[b, a] = _in_user_order(networks[b], networks[a], partner_ba[p], confidence_ba[p])
         rank[a, b] = rank[b, a] = float(ranks[p])
     directions = list(permutations(networks, 2))
-    candidate = {pair: best[pair][0] for pair in directions}
-    mutual = {
-        (a, b): (values >= 0) & (candidate[b, a][values] == np.arange(len(values)))
-        for (a, b), values in candidate.items()
-    }
     return Matching(
-        candidate=candidate,
+        candidate={pair: best[pair][0] for pair in directions},
         confidence={pair: best[pair][1] for pair in directions},
-        mutual=mutual,
         landmarks=both_directions(known),
         landmark_rank={pair: rank[pair] for pair in directions},
         history=history,

@@ -270,8 +270,7 @@ def test_tracks_are_consistent(rng):
 
 
 def by_hand(candidate, confidence, landmarks, min_confidence=0.5):
-    mutual = {(a, b): candidate[b, a][values] == np.arange(len(values)) for (a, b), values in candidate.items()}
-    return Matching(candidate, confidence, mutual, landmarks, {}, np.zeros(1), min_confidence)
+    return Matching(candidate, confidence, landmarks, {}, np.zeros(1), min_confidence)
 
 
 def test_scores_count_what_they_say():
