@@ -20,8 +20,9 @@ import pytest
 
 # numba compiles parts of the packages that results are compared with, and keeps them beside their source: processes
 # that do so at the same time read each other's half-written programs, and abort.
+# Workers inherit the environment of the process that starts them, so each sets a folder of its own.
 worker = f"{getpass.getuser()}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxalign-numba-{worker}"))
+os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"jaxalign-numba-{worker}")
 
 # Test processes run side by side: threads of OpenMP (torch, scikit-learn) in each would wait for each other's turn.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
