@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxalign import _arrays, _checks, _evidence, _features, _memory
+from jaxalign import _arrays, _candidates, _checks, _evidence, _features, _memory, _rounds
 from jaxalign._channels import Channels, map_channels
 from jaxalign._known_pairs import Names, both_directions, known_pairs, refuse_contradictions, same_size
 from jaxalign._repr import short_repr, shown
@@ -31,7 +31,7 @@ Method = Literal["search", "one_to_one"]
 Landmarks = int | Sequence[int] | Int[AnyArray, "m *k"] | Mapping[Names, Any]
 
 # Rounds of rounds="auto", at most, and the rounds without a rise of the mean confidence after which they stop.
-_MOST_ROUNDS, _PATIENCE, _RISE = 40, 3, 1e-3
+_MOST_ROUNDS, _PATIENCE, _RISE = 40, 2, 1e-3
 # Samples of a network and known pairs of two networks, at least.
 _LEAST_SAMPLES, _LEAST_LANDMARKS = 4, 4  # three landmarks cannot be told from chance
 # Held-out landmarks must be found again by this many standard errors better than chance, or their networks count as
@@ -69,7 +69,8 @@ class Matching:
 
     Attributes:
         candidate: index in b of the most probable partner of each sample of a, shape (n_a,); -1: none.
-        confidence: probability that the candidate is the partner, shape (n_a,), 0 to 1; 1 for landmarks.
+        confidence: probability that the candidate is the partner, on average over bridges, shape (n_a,), 0 to 1; 1 for
+            landmarks.
         landmarks: the known pairs, shape (m, 2).
         landmark_rank: mean rank of held-out landmarks among all samples of the other network, 0 (best) to 1; 0.5 by
             chance. Networks whose landmarks are not found again get no matches from each other.
@@ -233,10 +234,11 @@ def match(
     """Find the same samples in several networks, from a few known pairs.
 
     The evidence for a pair is a log-likelihood ratio under regularized kernel CCA on the known pairs (Bach and Jordan,
-    2005; see docs/pages/matching.md). Sinkhorn iterations with a dustbin turn it into probabilities of a partial
-    one-to-one assignment. Every other network is a bridge: a pair is also supported by P_ac P_cb. Pairs that are each
-    other's best candidate then count as known pairs, weighted by their confidence, and the next round starts; a pair is
-    never scored by a model that contains it.
+    2005; see docs/pages/matching.md). Each sample keeps its 32 best candidates, and Sinkhorn iterations with a dustbin
+    turn their evidence into probabilities of a partial one-to-one assignment. Every other network is a bridge: a pair
+    is also supported by P_ac P_cb. Pairs that are each other's best candidate then count as known pairs, weighted by
+    their probability, and the next round starts; a pair is never scored by a model that contains it. Time is quadratic
+    in the number of samples, memory is linear.
 
     Args:
         features: features by network name, shape (n_k, d_k). Samples may differ in number and order. An `Alignment`:
@@ -246,7 +248,7 @@ def match(
             shape (m, 2): known pairs of each pair of networks, of which some may be missing. A number: this many random
             samples, if sample i is the same in all networks. At least 4 per pair; 15 or more are advisable.
         method: "search": every sample gets its most probable partner. "one_to_one": linear assignment on the same
-            probabilities, so that no partner is used twice.
+            probabilities, so that no partner is used twice and some samples stay without one.
         bridges: use other networks as bridges.
         rounds: number of rounds of self-training; "auto": until the mean confidence stops rising.
         mask: valid samples by network name, shape (n_k,); others get no partner, and landmarks among them are left out.
@@ -266,7 +268,7 @@ def match(
     Raises:
         TypeError, ValueError: fewer than two networks, nan or inf in valid rows, landmarks that are out of range,
             repeated, contradictory or fewer than 4.
-        MemoryError: probabilities of all pairs of samples do not fit into memory.
+        MemoryError: kernel features and candidates do not fit into memory.
 
     Examples:
         >>> import jax, jaxalign
@@ -301,18 +303,19 @@ def match(
     known = known_pairs("landmarks", landmarks, sizes, least=_LEAST_LANDMARKS)
     refuse_contradictions(known)
     known = {ab: _valid_pairs(networks, ab, pairs) for ab, pairs in known.items()}
-    _check_memory(networks)
+    num_components = _checks.whole("num_components", num_components, 1)
+    _check_memory(networks, num_components)
     problem = _set_up(networks, known, bridges, prior, density, ridge, channels, num_components)
-    problem, ranks = _drop_unrelated(problem)
-    matches, probabilities, history = _run(problem, rounds, key)
+    problem, ranks = _drop_unrelated(problem, key)
+    proposals, history = _run(problem, rounds, key)
     known_ranks = [rank for rank, ab in zip(ranks, combinations(networks, 2), strict=True) if ab in known]
     if not np.isfinite([*history, *known_ranks]).all():
         raise ValueError(
             f"ridge = {shown(ridge)} is too small for covariances in {problem.phi.dtype}; use a larger one."
         )
     if method == "one_to_one":
-        matches = assign(problem, probabilities)
-    return _collect(networks, known, ranks, matches, history, float(min_confidence))
+        proposals = assign(problem, proposals)
+    return _collect(networks, known, ranks, proposals, history, float(min_confidence))
 
 
 class _Network(NamedTuple):
@@ -357,13 +360,15 @@ def _check_networks(features: Any, mask: Any) -> dict[str, _Network]:
     return networks
 
 
-def _check_memory(networks: Mapping[str, _Network]) -> None:
+def _check_memory(networks: Mapping[str, _Network], num_components: int) -> None:
     n, number = max(len(network.order) for network in networks.values()), len(networks)
-    # Per pair of networks: probabilities for rows and columns and their average; for all: directed ones.
-    arrays = 3 * number * (number - 1) // 2 + number**2
+    # Kernel features, gathered by fold for one pair of networks at a time; columns and values of candidates, of all
+    # ordered pairs, in a round and after it; tiles of evidence.
+    numbers = n * ((number + 8) * num_components + 8 * number**2 * _candidates.CANDIDATES + 4 * _evidence.TILE)
     _memory.check_bytes(
-        f"match keeps {arrays} arrays of {n} x {n} probabilities, {4 * arrays * n**2 / 1e9:.3g} GB",
-        4 * arrays * n**2,
+        f"match keeps {_candidates.CANDIDATES} candidates of {n} samples for {number} x {number} networks, "
+        f"{4 * numbers / 1e9:.3g} GB",
+        4 * numbers,
         "Match a part of the samples, or fewer networks at a time.",
     )
 
@@ -377,22 +382,21 @@ def _set_up(
     ridge: float,
     channels: Channels | None,
     num_components: int,
-) -> _evidence.Problem:
-    num_components = _checks.whole("num_components", num_components, 1)
+) -> _rounds.Problem:
     sizes = [len(network.order) for network in networks.values()]
-    n, rank = max(sizes), min(num_components, max(sizes))
+    n, rank = _evidence.padded_size(max(sizes)), min(num_components, max(sizes))
     phi = [_kernel_features(name, network.x, channels, density, rank) for name, network in networks.items()]
     # Features that are 0 change no evidence.
     phi = [jnp.pad(part, ((0, n - part.shape[0]), (0, rank - part.shape[1]))) for part in phi]
     names, dtype = list(networks), phi[0].dtype
+    shape = (len(names), len(names), n)
+    partner, weight = np.zeros(shape, np.int32), np.zeros(shape, dtype)
+    for (a, b), table in both_directions(known).items():
+        i, j = (_places(networks[name])[table[:, k]] for k, name in enumerate((a, b)))
+        partner[names.index(a), names.index(b), i], weight[names.index(a), names.index(b), i] = j, 1
     pairs = list(combinations(range(len(names)), 2))
-    partner, weight = np.zeros((len(pairs), n), np.int32), np.zeros((len(pairs), n), dtype)
-    for p, (a, b) in enumerate(combinations(names, 2)):
-        if (a, b) in known:
-            places = np.stack([_places(networks[name])[known[a, b][:, k]] for k, name in enumerate((a, b))])
-            partner[p, places[0]], weight[p, places[0]] = places[1], 1
     others = [[c for c in range(len(names)) if c not in pair] if bridges else [] for pair in pairs]
-    return _evidence.Problem(
+    return _rounds.Problem(
         jnp.stack(phi),
         jnp.asarray(np.arange(n)[None] < np.asarray(sizes)[:, None]),
         _evidence.Pairs(jnp.asarray(partner), jnp.asarray(weight)),
@@ -437,70 +441,85 @@ def _kernel_features(name: str, x: Array, channels: Channels | None, density: fl
     return _evidence.kernel_features(block, rows, rank)
 
 
-def _drop_unrelated(problem: _evidence.Problem) -> tuple[_evidence.Problem, np.ndarray]:
+def _drop_unrelated(problem: _rounds.Problem, key: Array) -> tuple[_rounds.Problem, np.ndarray]:
     """The problem without the evidence of networks whose held-out landmarks are found no better than by chance."""
-    ranks = np.asarray(_evidence.landmark_ranks(problem))
-    number = np.asarray(jnp.sum(problem.landmarks.weight > 0, -1))
+    a, b = np.asarray(problem.network).T
+    number = np.asarray(jnp.sum(problem.landmarks.weight > 0, -1))[a, b]
+    ranks = np.asarray(_rounds.landmark_ranks(problem, key, int(number.max())))
     # A rank is uniform on 0 .. 1 by chance, with variance 1 / 12.
     related = (number == 0) | ((0.5 - ranks) * np.sqrt(12 * number) >= _RELATED)
     return problem._replace(related=jnp.asarray(related, problem.phi.dtype)), np.where(number > 0, ranks, np.nan)
 
 
-def _run(
-    problem: _evidence.Problem, rounds: int | Literal["auto"], key: Array
-) -> tuple[_evidence.Matches, Array, np.ndarray]:
-    """The matches and probabilities after the last round, or the best one, and the mean confidence after each."""
-    pairs, history, best = problem.landmarks, [], 0
-    valid, result = problem.valid[problem.network[:, 0]], None
+def _run(problem: _rounds.Problem, rounds: int | Literal["auto"], key: Array) -> tuple[_rounds.Proposals, np.ndarray]:
+    """The proposals of the last round, or of the best one, and the mean confidence after each."""
+    pairs, history, best, result = problem.landmarks, [], 0, None
+    a, b = problem.network.T
     for number in range((_MOST_ROUNDS if rounds == "auto" else rounds) + 1):
-        matches, probabilities = _evidence.run_round(problem, pairs, jax.random.fold_in(key, number))
-        history.append(float(jnp.mean(matches.confidence_ab, where=valid)))
+        proposals = _rounds.run_round(problem, pairs, jax.random.fold_in(key, number))
+        history.append(float(jnp.mean(proposals.confidence[a, b, :, 0], where=problem.valid[a])))
         if rounds != "auto" or result is None or history[-1] > history[best] + _RISE:
-            result, best = (matches, probabilities), number
+            result, best = proposals, number
         elif number - best >= _PATIENCE:
             break
-        pairs = _evidence.next_pairs(problem.landmarks, matches)
+        pairs = _rounds.next_pairs(problem.landmarks, proposals)
     assert result is not None
-    return *result, np.asarray(history[: best + 1])
+    return result, np.asarray(history[: best + 1])
 
 
-def assign(problem: _evidence.Problem, probabilities: Array) -> _evidence.Matches:
-    """The linear assignment with the largest sum of probabilities, for every pair of networks."""
-    from scipy.optimize import linear_sum_assignment  # comes with jax, but importing it takes time
+def assign(problem: _rounds.Problem, proposals: _rounds.Proposals) -> _rounds.Proposals:
+    """The partial assignment with the largest sum of weights, for every pair of networks, as first proposals."""
+    column, weight, confidence = (np.array(values) for values in proposals)
+    sizes = np.asarray(jnp.sum(problem.valid, 1)).tolist()
+    for a, b in np.asarray(problem.network).tolist():
+        (i, k), (j, m) = np.nonzero(weight[a, b] > 0), np.nonzero(weight[b, a] > 0)
+        ends = np.concatenate([[i, column[a, b, i, k]], [column[b, a, j, m], j]], 1)
+        gain, probability = (np.concatenate([v[a, b, i, k], v[b, a, j, m]]) for v in (weight, confidence))
+        (i, j), once = np.unique(ends, return_index=True, axis=1)
+        chosen = _assignment(i, j, gain[once], sizes[a], sizes[b])
+        for pair, first, second in (((a, b), i[chosen], j[chosen]), ((b, a), j[chosen], i[chosen])):
+            confidence[pair][:, 0] = 0
+            column[pair][first, 0], confidence[pair][first, 0] = second, probability[once][chosen]
+    return _rounds.Proposals(*map(jnp.asarray, (column, weight, confidence)))
 
-    number, n, _ = probabilities.shape
-    sizes = np.asarray(jnp.sum(problem.valid, 1))
-    partner = np.full((2, number, n), -1, np.int32)
-    confidence = np.zeros((2, number, n), probabilities.dtype)
-    for p, (a, b) in enumerate(np.asarray(problem.network)):
-        matrix = np.asarray(probabilities[p])[: sizes[a], : sizes[b]]
-        i, j = linear_sum_assignment(matrix, maximize=True)
-        partner[0, p, i], partner[1, p, j] = j, i
-        confidence[0, p, i] = confidence[1, p, j] = matrix[i, j]
-    return _evidence.Matches(*map(jnp.asarray, (partner[0], confidence[0], partner[1], confidence[1])))
+
+def _assignment(i: np.ndarray, j: np.ndarray, gain: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Which of the edges (i, j) are in the matching with the largest sum of gains > 0."""
+    from scipy import sparse  # comes with jax, but importing it takes time
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+    # Every row and column may stay alone with a stand-in of its own, and the stand-ins of a pair take each other. All
+    # costs are 1 more than they should be, as scipy takes a cost of 0 for no edge.
+    n, alone_i, alone_j = rows + columns, np.arange(rows), np.arange(columns)
+    first = np.concatenate([i, alone_i, rows + alone_j, rows + j])
+    second = np.concatenate([j, columns + alone_i, alone_j, columns + i])
+    cost = np.concatenate([2 - gain.astype(np.float64), np.full(n, 1.5), np.ones(len(i))])
+    _, chosen = min_weight_full_bipartite_matching(sparse.csr_array((cost, (first, second)), (n, n)))
+    return np.flatnonzero(chosen[i] == j)
 
 
 def _collect(
     networks: Mapping[str, _Network],
     known: Mapping[Names, np.ndarray],
     ranks: np.ndarray,
-    matches: _evidence.Matches,
+    proposals: _rounds.Proposals,
     history: np.ndarray,
     min_confidence: float,
 ) -> Matching:
     """The result, in the user's order of samples."""
-    partner_ab, confidence_ab, partner_ba, confidence_ba = map(np.asarray, matches)
+    column, confidence = (np.asarray(values[..., 0]) for values in (proposals.column, proposals.confidence))
+    number = {name: k for k, name in enumerate(networks)}
     best, rank = {}, {}
-    for p, (a, b) in enumerate(combinations(networks, 2)):
-        best[a, b] = _in_user_order(networks[a], networks[b], partner_ab[p], confidence_ab[p])
-        best[b, a] = _in_user_order(networks[b], networks[a], partner_ba[p], confidence_ba[p])
-        rank[a, b] = rank[b, a] = float(ranks[p])
-    directions = list(permutations(networks, 2))
+    for a, b in permutations(networks, 2):
+        ends = number[a], number[b]
+        best[a, b] = _in_user_order(networks[a], networks[b], column[ends], confidence[ends])
+    for (a, b), value in zip(combinations(networks, 2), ranks.tolist(), strict=True):
+        rank[a, b] = rank[b, a] = value
     return Matching(
-        candidate={pair: best[pair][0] for pair in directions},
-        confidence={pair: best[pair][1] for pair in directions},
+        candidate={pair: first for pair, (first, _) in best.items()},
+        confidence={pair: values for pair, (_, values) in best.items()},
         landmarks=both_directions(known),
-        landmark_rank={pair: rank[pair] for pair in directions},
+        landmark_rank=rank,
         history=history,
         min_confidence=min_confidence,
     )
