@@ -27,6 +27,7 @@ class Sizes:
     grid: tuple[int, int, int] = (12, 10_000, 768)  # layers, n, d
     permutations: tuple[int, int] = (10_000, 1000)  # how many, n
     cut: tuple[int, int] = (4096, 384)
+    matches: tuple[int, int, int] = (50_000, 5, 300)  # samples, networks, landmarks
     memory: tuple[tuple[str, int, int], ...] = (
         ("affinity", 16_384, 768),
         ("sigma", 1_000_000, 64),
@@ -52,6 +53,7 @@ QUICK = Sizes(
     grid=(2, 300, 16),
     permutations=(100, 64),
     cut=(256, 16),
+    matches=(200, 3, 50),
     memory=(("sigma", 3000, 16),),
     rounds=2,
     slow_rounds=1,
@@ -73,6 +75,7 @@ def parts(sizes: Sizes) -> dict[str, Iterator[Result | str]]:
         "permutations": speed.permutations(*sizes.permutations, sizes.slow_rounds),
         "cut": speed.cut(*sizes.cut, sizes.slow_rounds),
         "memory": memory.run(sizes.memory),
+        "matches": speed.matches(*sizes.matches),
         "several": speed.several(sizes.sigma[0], sizes.sigma_width, sizes.slow_rounds),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from jaxalign.losses import alignment_loss
 
 from .. import floor, rivals
 from ..cuts import blobs
+from ..matching import smooth_views
 from ..timing import Result, compare, milliseconds, seconds
 
 DENSITY = 0.05
@@ -257,6 +259,25 @@ def cut(n: int, d: int, rounds: int) -> Iterator[Result | str]:
 
     for name, rival in (("eigh", lambda: torch.linalg.eigh(normalized())[1][:, -20:]), ("lobpcg", lobpcg)):
         yield compare(f"cut, n = {n}, d = {d}, 20 vectors / torch {name}", ours, ("torch", finished(rival)), rounds)
+
+
+def matches(n: int, networks: int, landmarks: int) -> Iterator[Result | str]:
+    """One round of `match` after the landmarks; compiled by a first call with as many samples and no rounds."""
+    views = smooth_views(n, networks)
+
+    def own(rounds: int) -> jaxalign.Matching:
+        return jaxalign.match(views, landmarks=np.arange(landmarks), rounds=rounds)
+
+    own(0)
+    yield COMPILED
+    times = []
+    for rounds in (0, 1):
+        start = time.perf_counter()
+        matching = own(rounds)
+        times.append(time.perf_counter() - start)
+    case = f"match, {networks} networks of {n} samples, {landmarks} landmarks"
+    detail = f"{times[1]:.3g} s with one round, top-1 {matching.score().top1:.4f}"
+    yield Result(f"{case}: a round", times[1] - times[0], "s", times[1] - times[0], times[1] - times[0], detail=detail)
 
 
 def several(n: int, d: int, rounds: int) -> Iterator[Result | str]:
