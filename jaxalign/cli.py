@@ -151,9 +151,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = add(
         "demo", _command("show_demo"),
         "align real networks on the shipped features",
-        "Align four real networks on digits and on photographs (their features ship with the library), print\n"
-        "how well held-out samples correspond, and draw figures. About a minute on two cores, less the next time.",
+        "Align four real networks on digits and on photographs (their features ship with the library), and match\n"
+        "shuffled digits from a few known ones. Print how well held-out samples correspond, and draw figures.\n"
+        "A few minutes on two cores, longer with more numbers of landmarks.",
         "jaxalign demo --out figures",
+    )  # fmt: skip
+    demo.add_argument(
+        "--landmarks", type=_demo_landmarks, nargs="+", default=[30], metavar="NUMBER",
+        help="match the shuffled digits from these numbers of known ones (default: 30)",
     )  # fmt: skip
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the figures (default: ./demo)")
     demo.add_argument("--force", action="store_true", help="overwrite the files of an earlier run")
@@ -345,6 +350,11 @@ def _count(text: str) -> int:
 
 def _rounds(text: str) -> int:
     return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def _demo_landmarks(text: str) -> int:
+    # `match` needs 4 known digits, and some of the 1000 are left to find.
+    return _number(text, int, lambda value: 4 <= value <= 900, "a whole number from 4 to 900")
 
 
 def _probability(text: str) -> float:

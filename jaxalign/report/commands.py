@@ -309,22 +309,27 @@ def show_demo(options: dict[str, Any]) -> Result:
     start = time.perf_counter()
     with (
         output_folder(options["out"], (), force=options["force"]) as out,
-        tqdm(total=demo.steps() + 1, disable=options["quiet"], unit="step", dynamic_ncols=True) as bar,
+        tqdm(
+            total=demo.steps(options["landmarks"]) + 1, disable=options["quiet"], unit="step", dynamic_ncols=True
+        ) as bar,
     ):
 
         def tick(text: str) -> None:
             bar.set_description(text)
             bar.update()
 
-        # In two threads: most of the time is compilation, which uses one core.
+        # In two threads: most of the time is compilation, which uses one core. Matches take longest.
         with ThreadPoolExecutor(2) as pool:
-            futures = pool.submit(demo.report_digits, tick), pool.submit(demo.report_patches, tick)
-            digits, patches = futures[0].result(), futures[1].result()
+            of_matches = pool.submit(demo.report_matches, options["landmarks"], tick)
+            of_digits, of_patches = pool.submit(demo.report_digits, tick), pool.submit(demo.report_patches, tick)
+            digits, patches, matches = of_digits.result(), of_patches.result(), of_matches.result()
         tick("figures")
-        paths = figures.save_all(digits, patches, out)
+        paths = figures.save_all(digits, patches, matches, out)
         bar.set_description("done")
-    scores = {"digits": digits.scores, "patches": patches.scores, "controls": patches.controls}
-    text = f"\n{tables.demo_text(digits, patches)}\n\n{time.perf_counter() - start:.0f} s. Figures:"
+    scores = {
+        "digits": digits.scores, "patches": patches.scores, "controls": patches.controls, "matches": matches.scores,
+    }  # fmt: skip
+    text = f"\n{tables.demo_text(digits, patches, matches)}\n\n{time.perf_counter() - start:.0f} s. Figures:"
     return Result({"scores": scores, "files": [path.name for path in paths]}, "\n  ".join([text, *map(str, paths)]))
 
 
