@@ -36,7 +36,7 @@ def largest(scores: Array, k: int = CANDIDATES) -> Candidates:
     members = scores.reshape(scores.shape[0], -1, BUCKETS)
     value, bucket = lax.top_k(jnp.max(members, 1), k)
     member = jnp.argmax(jnp.take_along_axis(members, bucket[:, None], 2), 1)
-    return Candidates((member * BUCKETS + bucket).astype(jnp.int32), value)
+    return Candidates((member.astype(bucket.dtype) * BUCKETS + bucket).astype(jnp.int32), value)
 
 
 def spread(candidates: Candidates, width: int) -> Array:

@@ -104,16 +104,16 @@ def order_by_fold(key: Array, pairs: Pairs) -> tuple[Array, Array]:
 
     Known pairs come first, at the same places in both, so that folds are of equal size and have equally many.
     """
-    n = pairs.partner.shape[0]
-    known, places = pairs.weight > 0, jnp.arange(n)
+    n, dtype = pairs.partner.shape[0], pairs.partner.dtype
+    known, places = pairs.weight > 0, jnp.arange(n, dtype=dtype)
     known_b = jnp.zeros(n, bool).at[jnp.where(known, pairs.partner, n)].set(True, mode="drop")
 
     def shuffled(key: Array, first: Array) -> Array:
-        order = jax.random.permutation(key, n)
+        order = jax.random.permutation(key, places)
         return order[jnp.argsort(~first[order], stable=True)]
 
     order_a, order_b = map(shuffled, jax.random.split(key), (known, known_b))
-    return order_a, jnp.where(places < jnp.sum(known), pairs.partner[order_a], order_b)
+    return order_a, jnp.where(places < jnp.sum(known, dtype=dtype), pairs.partner[order_a], order_b)
 
 
 def by_fold(values: Array) -> Array:

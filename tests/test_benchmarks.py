@@ -24,7 +24,7 @@ def test_device_benchmark(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     sections = json.loads((tmp_path / "device.json").read_text())["sections"]
     assert next(iter(sections)) == "device_correct"
-    assert len(sections) == 10
+    assert len(sections) == 11
     assert all(result["met"] for result in sections["device_correct"]["results"])
     assert not any(remark.startswith("FAILED") for part in sections.values() for remark in part["remarks"])
 
