@@ -32,6 +32,8 @@ Landmarks = int | Sequence[int] | Int[AnyArray, "m *k"] | Mapping[Names, Any]
 
 # Rounds of rounds="auto", at most, and the rounds without a rise of the mean confidence after which they stop.
 _MOST_ROUNDS, _PATIENCE, _RISE = 40, 2, 1e-3
+# They also stop when this fraction of the candidates is that of the round before.
+_SETTLED = 0.999
 # Samples of a network and known pairs of two networks, at least.
 _LEAST_SAMPLES, _LEAST_LANDMARKS = 4, 4  # three landmarks cannot be told from chance
 # Held-out landmarks must be found again by this many standard errors better than chance, or their networks count as
@@ -250,7 +252,8 @@ def match(
         method: "search": every sample gets its most probable partner. "one_to_one": linear assignment on the same
             probabilities, so that no partner is used twice and some samples stay without one.
         bridges: use other networks as bridges.
-        rounds: number of rounds of self-training; "auto": until the mean confidence stops rising.
+        rounds: number of rounds of self-training; "auto": until the mean confidence stops rising or
+            candidates stop changing.
         mask: valid samples by network name, shape (n_k,); others get no partner, and landmarks among them are left out.
             Networks may be missing.
         key: a `jax.random.key` for the division of known pairs into folds, and for a number of random landmarks. None:
@@ -453,7 +456,7 @@ def _drop_unrelated(problem: _rounds.Problem, key: Array) -> tuple[_rounds.Probl
 
 def _run(problem: _rounds.Problem, rounds: int | Literal["auto"], key: Array) -> tuple[_rounds.Proposals, np.ndarray]:
     """The proposals of the last round, or of the best one, and the mean confidence after each."""
-    pairs, history, best, result = problem.landmarks, [], 0, None
+    pairs, history, best, result, last = problem.landmarks, [], 0, None, None
     a, b = problem.network.T
     for number in range((_MOST_ROUNDS if rounds == "auto" else rounds) + 1):
         proposals = _rounds.run_round(problem, pairs, jax.random.fold_in(key, number))
@@ -462,6 +465,14 @@ def _run(problem: _rounds.Problem, rounds: int | Literal["auto"], key: Array) ->
             result, best = proposals, number
         elif number - best >= _PATIENCE:
             break
+        candidate = proposals.column[a, b, :, 0]
+        if (
+            rounds == "auto"
+            and last is not None
+            and float(jnp.mean(candidate == last, where=problem.valid[a])) > _SETTLED
+        ):
+            break
+        last = candidate
         pairs = _rounds.next_pairs(problem.landmarks, proposals)
     assert result is not None
     return result, np.asarray(history[: best + 1])
