@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-# Candidates kept of each row, of which as many are the first step of a path; columns are a multiple of `BUCKETS`.
+# Candidates that are kept of each row; how many of these are steps of a path; columns are a multiple of `BUCKETS`.
 CANDIDATES, STEPS, BUCKETS = 32, 16, 128
 # Iterations of the partial assignment; after these, marginals are off by less than 1e-3 on the shipped features.
 _SINKHORN_STEPS = 15
@@ -27,16 +27,16 @@ class Candidates(NamedTuple):
     value: Array
 
 
-def largest(scores: Array, k: int = CANDIDATES) -> Candidates:
-    """The k largest scores of each row, scores (t, m), m a multiple of `BUCKETS`.
+def largest(scores: Array) -> Candidates:
+    """The `CANDIDATES` largest scores of each row, scores (t, m), m a multiple of `BUCKETS`.
 
     Columns are dealt to buckets, of which each gives its largest score: the first candidate is exact, another is missed
-    where it shares a bucket with a better one, k / BUCKETS / 2 of them on average.
+    where it shares a bucket with a better one, an eighth of them on average.
     """
     members = scores.reshape(scores.shape[0], -1, BUCKETS)
-    value, bucket = lax.top_k(jnp.max(members, 1), k)
+    value, bucket = lax.top_k(jnp.max(members, 1), CANDIDATES)
     member = jnp.argmax(jnp.take_along_axis(members, bucket[:, None], 2), 1)
-    return Candidates((member.astype(bucket.dtype) * BUCKETS + bucket).astype(jnp.int32), value)
+    return Candidates(member.astype(jnp.int32) * BUCKETS + bucket, value)
 
 
 def spread(candidates: Candidates, width: int) -> Array:

@@ -37,13 +37,14 @@ class Problem(NamedTuple):
     ridge: Array  # lambda
     prior: Array  # prior probability that a sample has a partner
 
-    def queries(self, a: Array, b: Array) -> Array:
-        """The samples of a whose partner in b is searched, (n,)."""
-        return self.valid[a] & (self.landmarks.weight[a, b] == 0)
+    @property
+    def queries(self) -> Array:
+        """The samples of each network whose partner in each other is searched, (K, K, n)."""
+        return self.valid[:, None] & (self.landmarks.weight == 0)
 
     def null(self, a: Array, b: Array) -> Array:
         """Log prior odds against any one candidate."""
-        rows, columns = (jnp.maximum(jnp.sum(self.queries(*ab), dtype=self.phi.dtype), 1) for ab in ((a, b), (b, a)))
+        rows, columns = (jnp.maximum(jnp.sum(self.queries[ab], dtype=self.phi.dtype), 1) for ab in ((a, b), (b, a)))
         return jnp.log(jnp.sqrt(rows * columns) * (1 - self.prior) / self.prior)
 
 
@@ -80,7 +81,7 @@ def _direct(problem: Problem, pairs: Pairs, key: Array, p: Array) -> tuple[Candi
 
 def _one_way(problem: Problem, models: _evidence.Model, order: Array, a: Array, b: Array) -> Candidates:
     """Candidates in b of all samples of a, with their probabilities, from the evidence of the two networks alone."""
-    rows, columns = problem.queries(a, b), problem.queries(b, a)
+    rows, columns = problem.queries[a, b], problem.queries[b, a]
 
     def visit(evidence: Array, number: Array) -> tuple[Candidates, Array, Array]:
         evidence = jnp.where(rows[number][:, None] & columns[None], evidence, NEVER)
@@ -114,10 +115,8 @@ def run_round(problem: Problem, pairs: Pairs, key: Array) -> Proposals:
     information: the mean over queries of the largest probability, multiplied over its steps.
     """
     direct = _all_ordered(problem, lambda p: _direct(problem, pairs, key, p))
-    networks = jnp.arange(problem.valid.shape[0])
-    queries = jax.vmap(lambda a: jax.vmap(lambda b: problem.queries(a, b))(networks))(networks)
-    number = jnp.maximum(jnp.sum(queries, -1, dtype=problem.phi.dtype), 1)
-    weight = jnp.sum(direct.value[..., 0], -1, where=queries) / number
+    number = jnp.maximum(jnp.sum(problem.queries, -1, dtype=problem.phi.dtype), 1)
+    weight = jnp.sum(direct.value[..., 0], -1, where=problem.queries) / number
     return _all_ordered(problem, lambda p: _average(problem, direct, weight, p))
 
 
@@ -151,7 +150,7 @@ def _average(problem: Problem, direct: Candidates, weight: Array, p: Array) -> t
 
 def _sharpened(problem: Problem, average: Candidates, a: Array, b: Array) -> Array:
     """Partial assignment of averages over paths to the power `_AGREEMENT`, (n, k)."""
-    rows, columns = problem.queries(a, b), problem.queries(b, a)
+    rows, columns = problem.queries[a, b], problem.queries[b, a]
     log_number = jnp.log(jnp.maximum(jnp.sum(columns, dtype=average.value.dtype), 1))
 
     def evidence(value: Array) -> Array:
@@ -172,7 +171,7 @@ def _over_paths(
 ) -> tuple[Candidates, Array]:
     """Candidates in b of the samples of a with weighted sums over paths as seen from a, and the sum of weights."""
     n = problem.valid.shape[1]
-    columns = problem.queries(b, a)
+    queries, columns = problem.queries[a, b], problem.queries[b, a]
 
     def tile(rows: Array) -> Candidates:
         scores = weight[a, b] * spread(_at(direct, a, b, rows), n)
@@ -183,7 +182,7 @@ def _over_paths(
 
         if problem.bridges.size:  # without a compiler, jax has no scan over nothing
             scores = lax.scan(bridge, scores, problem.bridges[p])[0]
-        return largest(jnp.where(problem.queries(a, b)[rows][:, None] & columns[None], scores, 0))
+        return largest(jnp.where(queries[rows][:, None] & columns[None], scores, 0))
 
     found = lax.map(tile, jnp.arange(n).reshape(-1, BUCKETS))
     bridges = problem.bridges[p]

@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         "align real networks on the shipped features",
         "Align four real networks on digits and on photographs (their features ship with the library), and match\n"
         "shuffled digits from a few known ones. Print how well held-out samples correspond, and draw figures.\n"
-        "A few minutes on two cores, longer with more numbers of landmarks.",
+        "About a minute on two cores, longer with more numbers of landmarks.",
         "jaxalign demo --out figures",
     )  # fmt: skip
     demo.add_argument(

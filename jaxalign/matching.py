@@ -456,23 +456,16 @@ def _drop_unrelated(problem: _rounds.Problem, key: Array) -> tuple[_rounds.Probl
 
 def _run(problem: _rounds.Problem, rounds: int | Literal["auto"], key: Array) -> tuple[_rounds.Proposals, np.ndarray]:
     """The proposals of the last round, or of the best one, and the mean confidence after each."""
-    pairs, history, best, result, last = problem.landmarks, [], 0, None, None
+    pairs, history, best, result = problem.landmarks, [], 0, None
     a, b = problem.network.T
     for number in range((_MOST_ROUNDS if rounds == "auto" else rounds) + 1):
         proposals = _rounds.run_round(problem, pairs, jax.random.fold_in(key, number))
         history.append(float(jnp.mean(proposals.confidence[a, b, :, 0], where=problem.valid[a])))
         if rounds != "auto" or result is None or history[-1] > history[best] + _RISE:
             result, best = proposals, number
-        elif number - best >= _PATIENCE:
+        same = jnp.mean(proposals.column[a, b, :, 0] == pairs.partner[a, b], where=problem.valid[a])
+        if rounds == "auto" and (number - best >= _PATIENCE or float(same) > _SETTLED):
             break
-        candidate = proposals.column[a, b, :, 0]
-        if (
-            rounds == "auto"
-            and last is not None
-            and float(jnp.mean(candidate == last, where=problem.valid[a])) > _SETTLED
-        ):
-            break
-        last = candidate
         pairs = _rounds.next_pairs(problem.landmarks, proposals)
     assert result is not None
     return result, np.asarray(history[: best + 1])

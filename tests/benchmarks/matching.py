@@ -16,7 +16,7 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from datetime import date
 from itertools import combinations, permutations
 from pathlib import Path
@@ -27,7 +27,7 @@ import numpy as np
 
 import jaxalign
 from jaxalign import matching
-from jaxalign.report.demo import PATCH_NETWORKS, POSITION
+from jaxalign.report.demo import PATCH_NETWORKS, POSITION, shuffled
 
 DIGITS = jaxalign.datasets.load_digit_features().features
 NAMES, N = tuple(DIGITS), 1000
@@ -56,14 +56,12 @@ def print_scale(queries: int, networks: int = 5, landmarks: int = 300) -> None:
     print(f"{matching.rounds} rounds, {matching.score()}, confidence {matching.history.round(4)}")
 
 
-def mixed(
-    samples: dict[str, np.ndarray], rng: np.random.Generator, source: Mapping[str, np.ndarray] = DIGITS
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Features of the samples of each network in a random order, and the index of sample i in each network, or -1."""
-    features, places = {}, np.full((len(source[next(iter(samples))]), len(samples)), -1)
+def mixed(samples: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Features of the samples of each network in a random order, and the index of digit i in each network, or -1."""
+    features, places = {}, np.full((N, len(samples)), -1)
     for k, (name, chosen) in enumerate(samples.items()):
         order = rng.permutation(chosen)
-        features[name] = np.asarray(source[name])[order]
+        features[name] = np.asarray(DIGITS[name])[order]
         places[order, k] = np.arange(len(order))
     return features, places
 
@@ -96,7 +94,7 @@ def accuracy(number: int, draw: int, *, parts: bool) -> dict[str, tuple[float, f
     """Top-1 of the default; with `parts` also with bridges and rounds enabled one by one, and of two networks alone."""
     rng = np.random.default_rng(draw)
     chosen = rng.permutation(N)[:number]
-    features, places = mixed(dict.fromkeys(NAMES, np.arange(N)), rng)
+    features, places = shuffled(DIGITS, rng)
     true, landmarks = truth(places), places[chosen]
     results = {"bridges and rounds": both_methods(features, landmarks, true)}
     if not parts:
@@ -149,7 +147,7 @@ def baselines(number: int, draw: int, rounds: int = 10) -> dict[str, tuple[float
     rng = np.random.default_rng(draw)
     chosen, rest = np.split(rng.permutation(N), [number])
     linear = {name: standardized(np.asarray(DIGITS[name], np.float64)) for name in NAMES}
-    kernel = {name: standardized(nystrom(x), scale=False) for name, x in linear.items()}
+    kernel = {name: nystrom(x) for name, x in linear.items()}
     results = {}
     for name, fit, features in (("kernel CCA", canonical_directions, kernel), ("ridge map", ridge_map, linear)):
         for how_many in (0, rounds):
@@ -170,10 +168,10 @@ def baselines(number: int, draw: int, rounds: int = 10) -> dict[str, tuple[float
     return results
 
 
-def standardized(x: np.ndarray, *, scale: bool = True) -> np.ndarray:
+def standardized(x: np.ndarray) -> np.ndarray:
     """Centered channels, of unit variance."""
     x = x - x.mean(0)
-    return x / np.where(x.std(0) > 0, x.std(0), 1) if scale else x
+    return x / np.where(x.std(0) > 0, x.std(0), 1)
 
 
 def nystrom(x: np.ndarray) -> np.ndarray:
@@ -235,8 +233,8 @@ def patch_run(
     features: dict, positions: np.ndarray, landmarks: np.ndarray, rng: np.random.Generator, **options: object
 ) -> dict[tuple[str, str], list[float]]:
     """Top-1, found within 1.5 patches, right above the threshold, and matched, by ordered pair of networks."""
-    shuffled, places = mixed(dict.fromkeys(features, np.arange(len(positions))), rng, features)
-    found = jaxalign.match(shuffled, landmarks=places[landmarks], **options)
+    mixed_up, places = shuffled(features, rng)
+    found = jaxalign.match(mixed_up, landmarks=places[landmarks], **options)
     queries, place = np.setdiff1d(np.arange(len(positions)), landmarks), dict(zip(features, places.T, strict=True))
     results = {}
     for a, b in permutations(features, 2):
