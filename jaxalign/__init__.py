@@ -26,10 +26,12 @@ from jaxalign.distances import squared_distances as squared_distances
 from jaxalign.grid import ComparisonGrid as ComparisonGrid
 from jaxalign.grid import compare as compare
 from jaxalign.grid import compare_grid as compare_grid
+from jaxalign.inference import Calibration as Calibration
 from jaxalign.inference import Interval as Interval
 from jaxalign.inference import NoiseCeiling as NoiseCeiling
 from jaxalign.inference import PermutationTest as PermutationTest
 from jaxalign.inference import bootstrap as bootstrap
+from jaxalign.inference import calibrate as calibrate
 from jaxalign.inference import noise_ceiling as noise_ceiling
 from jaxalign.inference import paired_difference as paired_difference
 from jaxalign.inference import permutation_test as permutation_test
@@ -40,6 +42,8 @@ from jaxalign.operators import AffinityOperator as AffinityOperator
 from jaxalign.operators import affinity_operator as affinity_operator
 from jaxalign.pairs import reduce_pairs as reduce_pairs
 from jaxalign.plan import Plan as Plan
+from jaxalign.scaling import ScalingCurve as ScalingCurve
+from jaxalign.scaling import scaling_curve as scaling_curve
 from jaxalign.spectral import NormalizedCut as NormalizedCut
 from jaxalign.spectral import kway as kway
 from jaxalign.spectral import normalized_cut as normalized_cut

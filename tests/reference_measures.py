@@ -79,6 +79,19 @@ def cka(x: np.ndarray, y: np.ndarray, *, sigma: Any = None, estimator: str = "de
     return hsic_of(k, m, estimator) / np.sqrt(hsic_of(k, k, estimator) * hsic_of(m, m, estimator))
 
 
+def cka_of_sampled_channels(x: np.ndarray, y: np.ndarray) -> float:
+    """Linear CKA whose <K, K> is a mean over pairs of different channels (Chun et al. 2025), channel by channel."""
+
+    def self_product(x: np.ndarray) -> float:
+        kernels = [np.outer(z, z) for z in (x - x.mean(0)).T]
+        d = len(kernels)
+        pairs = [(q, r) for q in range(d) for r in range(d) if q != r]
+        return sum(hsic_of(kernels[q], kernels[r], "debiased") for q, r in pairs) * d / (d - 1)
+
+    cross = hsic_of(x @ x.T, y @ y.T, "debiased")
+    return cross / np.sqrt(self_product(x) * self_product(y))
+
+
 def rdm(x: np.ndarray, metric: str, density: float = 0.05, diagonal: str = "exclude") -> np.ndarray:
     """Dissimilarities."""
     if metric == "sqeuclidean":

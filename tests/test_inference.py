@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -11,9 +14,17 @@ import reference_measures as reference
 import scipy.stats
 
 import jaxalign
-from jaxalign import bootstrap, compare, noise_ceiling, paired_difference, permutation_test
-from jaxalign.inference import _permuted_products
-from jaxalign.measures._centering import CENTERINGS
+from jaxalign import (
+    _null,
+    _permutations,
+    _resampling,
+    bootstrap,
+    calibrate,
+    compare,
+    noise_ceiling,
+    paired_difference,
+    permutation_test,
+)
 
 KEY = jax.random.key(0)
 
@@ -37,30 +48,83 @@ OTHERS = {"affinity_distance": {}, "mutual_knn": {"k": 4}, "procrustes": {}, "rs
 
 
 @pytest.mark.parametrize("case", [*PRODUCTS, *OTHERS])
-def test_values_of_permutations_are_those_of_shuffled_samples(x64, case):
+def test_values_of_permutations_are_those_of_exchanged_groups(x64, case):
     name, options = case.split()[0], {**PRODUCTS, **OTHERS}[case]
-    x, y, _ = sets()
-    test = permutation_test(x, y, name, key=KEY, permutations=3, **options)
+    x, y, _ = sets(30)
+    groups = np.arange(30) % 3
+    test = permutation_test(x, y, name, key=KEY, permutations=99, groups=groups, **options)
     helpers.assert_close(test.value, compare(x, y, name, **options), 1e-11)
-    if case in PRODUCTS:  # the table of 2 permutations of x and 2 of y: what is shuffled shows in it
-        table, choice = jax.random.split(KEY)
-        first, second = jax.random.split(table)
-        p, s = (np.asarray(jax.random.permutation(jax.random.split(k, 1)[0], 40)) for k in (second, first))
-        shuffled = [(x, y[p]), (x[s], y), (x[s], y[p])]
-        shuffled = [shuffled[k] for k in np.asarray(jax.random.permutation(choice, 3))]
-    else:
-        shuffled = [(x, y[np.asarray(jax.random.permutation(k, 40))]) for k in jax.random.split(KEY, 3)]
-    expected = [compare(a, b, name, **options) for a, b in shuffled]
-    helpers.assert_close(test.null, np.asarray(expected), 1e-11)
+    assert test.smallest_p_value == 1 / 6  # all permutations of three groups are used, once
+    orders = [np.reshape(np.arange(30).reshape(10, 3)[:, list(p)], -1) for p in itertools.permutations(range(3))]
+    expected = [compare(x, y[order], name, **options) for order in orders[1:]]
+    helpers.assert_close(np.sort(test.null), np.sort(np.asarray(expected)), 1e-11)
 
 
-def test_the_table_of_permutations_in_pieces(x64, monkeypatch):
-    x, y, _ = sets()
-    matrices = jnp.asarray(np.stack([reference.kernel_matrix(a, "linear") for a in (x, y)]))
-    whole = _permuted_products(matrices[:1], matrices[1:], KEY, 3)
-    monkeypatch.setattr(jaxalign.inference, "_GATHERED", 7 * 3 * 2 * 40)
-    _permuted_products.clear_cache()
-    helpers.assert_close(_permuted_products(matrices[:1], matrices[1:], KEY, 3), whole, 1e-12)
+@pytest.mark.parametrize(("number", "size"), [(5, 1), (6, 1), (5, 3), (6, 2)])
+def test_shifts_of_groups_are_permutations_of_groups(x64, number, size, rng):
+    n = number * size
+    x, y = ((a + a.swapaxes(1, 2)).astype(float) for a in (rng.normal(size=(k, n, n)) for k in (2, 3)))
+    groups = rng.permutation(np.repeat(np.arange(number), size))
+    exchange = _permutations.GroupExchange.of(groups, n)
+    assert exchange.is_regular
+    assert exchange.number == math.factorial(number)
+    products = np.asarray(_permutations.permuted_products(jnp.asarray(x), jnp.asarray(y), exchange, KEY, 60))
+    assert products.shape == (61, 2, 3)
+    helpers.assert_close(products[0], np.einsum("lij,mij->lm", x, y), 1e-12)
+    orders = np.asarray(exchange.orders(KEY, 1000))
+    assert len(np.unique(orders, axis=0)) == exchange.number
+    np.testing.assert_array_equal(np.sort(orders, 1), np.broadcast_to(np.arange(n), orders.shape))
+    # Every group moves as a whole, its samples in order.
+    members = [np.flatnonzero(groups == k) for k in range(number)]
+    for order in orders[:20]:
+        assert {tuple(order[m]) for m in members} == {tuple(m) for m in members}
+    every = np.stack([np.einsum("lij,mij->lm", x, y[:, o][:, :, o]) for o in orders])
+    nearest = np.abs(products[:, None] - every[None]).max((2, 3))
+    assert (nearest.min(1) < 1e-10).all()
+    assert len(np.unique(nearest.argmin(1))) > 30  # of 61 draws out of 120 or 720
+
+
+def test_offsets_in_pieces_add_up_to_the_same(x64, monkeypatch, rng):
+    x, y = ((a + a.T)[None] for a in rng.normal(size=(2, 24, 24)))
+    exchange = _permutations.GroupExchange.of(np.arange(24) // 2, 24)
+    call = lambda: _permutations.permuted_products(jnp.asarray(x), jnp.asarray(y), exchange, KEY, 50)  # noqa: E731
+    whole = call()
+    monkeypatch.setattr(_permutations, "_GATHERED", 5 * 6 * 2 * 2 * 12)
+    _permutations._products_of_shifts.clear_cache()
+    helpers.assert_close(call(), whole, 1e-12)
+    _permutations._products_of_shifts.clear_cache()
+
+
+def test_groups_of_different_size_are_exchanged_within_a_size(x64):
+    groups = np.repeat([0, 1, 2, 3, 4, 5], [2, 3, 2, 3, 2, 1])
+    exchange = _permutations.GroupExchange.of(groups, 13)
+    assert exchange.number == 12
+    assert not exchange.is_regular
+    for number in (5, 100):
+        orders = np.asarray(exchange.orders(KEY, number))
+        assert len(orders) == min(number + 1, 12)
+        np.testing.assert_array_equal(orders[0], np.arange(13))
+        for order in orders:
+            assert order[12] == 12
+            assert {tuple(order[m]) for m in ([0, 1], [5, 6], [10, 11])} == {(0, 1), (5, 6), (10, 11)}
+            assert {tuple(order[m]) for m in ([2, 3, 4], [7, 8, 9])} == {(2, 3, 4), (7, 8, 9)}
+
+
+@pytest.mark.parametrize(("shape", "moves"), [((4, 4), 128), ((3, 5), 60), ((1, 5), 10), ((2, 2), 8)])
+def test_moves_of_a_grid_keep_neighbors(shape, moves):
+    grid = _permutations.GridMoves(1, *shape)
+    orders = np.unique(np.asarray(grid.orders(KEY, 3000)), axis=0)
+    assert len(orders) == grid.number == moves
+    number = np.arange(math.prod(shape)).reshape(shape)
+    neighbors = {
+        frozenset(p) for axis in (0, 1) for p in zip(np.ravel(number), np.ravel(np.roll(number, 1, axis)), strict=True)
+    }
+    for order in orders:
+        assert {frozenset(order[list(pair)]) for pair in neighbors} == neighbors
+    two = np.asarray(_permutations.GridMoves(2, *shape).orders(KEY, 50))
+    half = math.prod(shape)
+    assert (two[:, :half] < half).all()
+    assert (two[:, :half] + half != two[:, half:]).any()  # each image has a move of its own
 
 
 @pytest.mark.slow
@@ -77,12 +141,37 @@ def test_p_values_count_what_is_at_least_as_extreme(x64):
     helpers.assert_close(distance.p_value, counted, 1e-15)
 
 
-@pytest.mark.slow
-def test_equal_sets_have_a_calibrated_score_of_1_and_chance_0(x64):
-    x, _, z = sets()
-    assert abs(float(permutation_test(x, 2 * x, key=KEY, permutations=50).calibrated) - 1) < 1e-10
-    assert abs(float(permutation_test(x, z, key=KEY, permutations=500).calibrated)) < 0.1
-    assert np.isnan(permutation_test(x, z, "hsic", key=KEY, permutations=10).calibrated)
+def test_calibrated_scores_are_those_of_the_published_algorithm(x64):
+    x, y, z = sets()
+    layers = {"y": y, "z": z, "x": 2 * x}
+    test = permutation_test({"x": x, "noise": z[:, ::-1] ** 2}, layers, key=KEY, permutations=59)
+    for alpha in (0.05, 0.1, 0.5):
+        found = calibrate(test, alpha=alpha)
+        every = np.sort(np.concatenate((np.asarray(test.value)[None], test.null)), 0)
+        tau = every[math.ceil((1 - alpha) * 60 - 1e-9) - 1]
+        helpers.assert_close(found.threshold, tau, 1e-14)
+        helpers.assert_close(found.calibrated, np.clip((np.asarray(test.value) - tau) / (1 - tau), 0, 1), 1e-12)
+    helpers.assert_close(test.calibrated, calibrate(test).calibrated, 1e-14)
+    assert abs(float(test.calibrated[0, 2]) - 1) < 1e-10
+    null = np.asarray(test.null)
+    for aggregate, rule in (
+        ("max", lambda a: a.max((-2, -1))),
+        ("mean", lambda a: a.mean((-2, -1))),
+        ("mean of best", lambda a: a.max(-1).mean(-1)),
+    ):
+        found = calibrate(test, aggregate=aggregate)
+        value, expected = rule(np.asarray(test.value)), rule(null)
+        helpers.assert_close(found.value, value, 1e-12)
+        helpers.assert_close(found.p_value, (1 + (expected >= value).sum()) / 60, 1e-14)
+
+
+def test_distances_are_calibrated_downward(x64):
+    x, y, z = sets()
+    test = permutation_test({"x": x}, {"y": y, "z": z}, "procrustes", key=KEY, permutations=39)
+    assert 0 < float(test.calibrated[0, 0]) < 1
+    helpers.assert_close(test.threshold[0, 0], np.sort(np.append(test.null[:, 0, 0], test.value[0, 0]))[2], 1e-14)
+    assert float(calibrate(test, aggregate="max").value) == float(test.value.min())
+    assert np.isnan(permutation_test(x, z, "hsic", key=KEY, permutations=19).calibrated)
 
 
 def test_permutations_that_change_nothing_count(x64):
@@ -90,21 +179,79 @@ def test_permutations_that_change_nothing_count(x64):
     x = np.repeat(np.array([[0.0], [1.0]]), 2, 0)
     test = permutation_test(x, x, "rsa", key=KEY, permutations=400)
     # 4! = 24 permutations, of which 8 keep or swap the two pairs.
-    assert abs(float(test.p_value) - 1 / 3) < 4 * np.sqrt(2 / 9 / 400)
+    assert test.null.shape == (23,)
+    helpers.assert_close(test.p_value, 1 / 3, 1e-12)
+
+
+def blocks(rng, number, size, d=3):
+    """Independent groups of dependent samples."""
+    center = rng.normal(size=(number, 1, d))
+    return (center + 0.3 * rng.normal(size=(number, size, d))).reshape(-1, d).astype(np.float32)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(16, 1), (12, 3), "unequal"])
 @pytest.mark.parametrize("permutations", [19, 99])
-def test_p_values_are_uniform_under_the_null(permutations):
+def test_p_values_are_uniform_under_the_null(permutations, sizes):
     rng = np.random.default_rng(permutations)
-    x, y = rng.normal(size=(2, 300, 16, 3)).astype(np.float32)
+    kept, groups = slice(None), None
+    if sizes == "unequal":  # eight groups of three, eight of two
+        kept, groups = (
+            np.delete(np.arange(48), np.arange(24, 48, 3)),
+            np.delete(np.repeat(np.arange(16), 3), np.arange(24, 48, 3)),
+        )
+        sizes = (16, 3)
+    elif sizes[1] > 1:
+        groups = np.repeat(np.arange(sizes[0]), sizes[1])
     values = [
-        float(permutation_test(a, b, "rsa", key=jax.random.key(k), permutations=permutations).p_value)
-        for k, (a, b) in enumerate(zip(x, y, strict=True))
-    ]
+        float(
+            permutation_test(
+                blocks(rng, *sizes)[kept], blocks(rng, *sizes)[kept], "rsa", key=jax.random.key(k),
+                permutations=permutations, groups=groups,
+            ).p_value
+        )
+        for k in range(300)
+    ]  # fmt: skip
     # p takes the values 1 / (m + 1), ... 1: spread evenly over the step below each, it is uniform on (0, 1).
     spread = np.asarray(values) - rng.uniform(size=300) / (permutations + 1)
     assert scipy.stats.kstest(spread, "uniform").pvalue > 0.01
+
+
+def test_dependent_samples_need_groups():
+    rng = np.random.default_rng(0)
+    pairs = [(blocks(rng, 12, 8), blocks(rng, 12, 8)) for _ in range(40)]
+    options = {"key": KEY, "permutations": 19, "kernel": "linear"}
+    alone = [float(permutation_test(x, y, **options).p_value) for x, y in pairs]
+    together = [float(permutation_test(x, y, groups=np.arange(96) // 8, **options).p_value) for x, y in pairs]
+    assert np.mean(np.asarray(alone) < 0.051) > 0.5  # float32 rounds 1 / 20 up
+    assert np.sum(np.asarray(together) < 0.051) <= scipy.stats.binom.ppf(0.999, 40, 0.05)
+
+
+def test_images_are_the_groups_of_their_positions(x64):
+    x, y, _ = sets(48)
+    maps_x, maps_y = (a.reshape(4, 3, 4, -1) for a in (x, y))
+    options = {"key": KEY, "permutations": 99}
+    image = np.repeat(np.arange(4), 12)
+    expected = permutation_test(x, y, groups=image, **options)
+    for groups in (None, np.arange(4), list("dcba"), image):
+        found = permutation_test(maps_x, maps_y, positions="samples", groups=groups, **options)
+        assert found.null.shape == (23,)
+        helpers.assert_close(np.sort(found.null), np.sort(expected.null), 1e-12)
+    by_position = permutation_test(maps_x, maps_y, positions="samples", groups=np.arange(48), **options)
+    helpers.assert_close(by_position.null, permutation_test(x, y, **options).null, 1e-12)
+    many = {"key": KEY, "resamples": 20, "kernel": "linear"}
+    ten = [np.concatenate([a] * 3)[:120].reshape(10, 4, 3, -1) for a in (x, y)]
+    grouped = bootstrap(*(a.reshape(120, -1) for a in ten), groups=np.arange(120) // 12, **many)
+    helpers.assert_close(bootstrap(*ten, positions="samples", **many).resampled, grouped.resampled, 1e-12)
+
+
+def test_moves_of_grids_test_agreement_within_images(x64, rng):
+    maps = rng.normal(size=(4, 4, 4, 3))
+    other = maps @ rng.normal(size=(3, 5)) + 0.3 * rng.normal(size=(4, 4, 4, 5))
+    options = {"key": KEY, "permutations": 99, "positions": "samples"}
+    assert float(permutation_test(maps, other, null="grid", **options).p_value) == 0.01
+    shuffled = maps.reshape(4, 16, 3)[:, rng.permutation(16)].reshape(maps.shape)
+    assert float(permutation_test(shuffled, other, null="grid", **options).p_value) > 0.05
 
 
 @pytest.mark.slow
@@ -137,12 +284,42 @@ def test_max_statistic_keeps_the_error_of_the_family():
 # --- resampling -----------------------------------------------------------------------------------------------------
 
 
-def test_weighted_products_are_means_over_different_samples(x64):
-    x, y, _ = sets(7)
-    f, g = (reference.kernel_matrix(a, "linear") * (1 - np.eye(7)) for a in (x, y))
-    for w in ([1.0, 2, 0, 1, 3, 0, 1], [1.0] * 7, [2.0, 1, 1, 1, 1, 1, 0]):
-        found = CENTERINGS["debiased"].bootstrap(jnp.asarray(f), jnp.asarray(g), jnp.asarray([w]))[0] / (7 * 4)
-        helpers.assert_close(found, reference.hsic_by_counting(f, g, np.asarray(w)), 1e-10)
+@pytest.mark.parametrize("groups", [None, np.array([0, 0, 1, 2, 1, 2, 2])])
+def test_resampled_products_are_sums_over_pairs_of_copies(x64, groups, rng):
+    f, g = (np.where(np.eye(7), 0, a + a.T) for a in rng.normal(size=(2, 7, 7)))
+    labels = np.arange(7) if groups is None else groups
+    drawn = rng.integers(labels.max() + 1, size=(4, labels.max() + 1))
+    weights = np.stack([np.bincount(row, minlength=labels.max() + 1) for row in drawn]).astype(float)
+    found = _resampling.resampled_products(
+        *map(jnp.asarray, (f, g)), None if groups is None else jnp.asarray(groups), jnp.asarray(weights)
+    )
+    for row, value in zip(drawn, np.asarray(found), strict=True):
+        copies = [(copy, i) for copy, group in enumerate(row) for i in np.flatnonzero(labels == group)]
+        # All pairs but those of a copy of a group with another copy of it.
+        pairs = [
+            (i, j) for c, i in copies for d, j in copies if (c == d and i != j) or (c != d and labels[i] != labels[j])
+        ]
+        expected = np.sum([f[i, j] * g[i, j] for i, j in pairs]) * 42 / len(pairs)
+        helpers.assert_close(value, expected, 1e-12)
+
+
+@pytest.mark.slow
+def test_intervals_of_groups_cover(x64):
+    rng = np.random.default_rng(0)
+
+    def pair(number):
+        x, noise = blocks(rng, number, 4), blocks(rng, number, 4)
+        return x, x + noise
+
+    truth = float(compare(*pair(1000), kernel="linear"))
+    hits = {"groups": 0, "samples": 0}
+    for k in range(100):
+        x, y = pair(30)
+        for name, groups in (("groups", np.arange(120) // 4), ("samples", None)):
+            found = bootstrap(x, y, kernel="linear", key=jax.random.key(k), resamples=200, level=0.9, groups=groups)
+            hits[name] += bool(found.low <= truth <= found.high)
+    assert hits["groups"] >= scipy.stats.binom.ppf(0.001, 100, 0.88)
+    assert hits["samples"] < scipy.stats.binom.ppf(0.001, 100, 0.88)
 
 
 @pytest.mark.slow
@@ -161,7 +338,7 @@ def test_intervals_hold_the_value(x64, name, method):
 
 @pytest.mark.slow
 def test_bca_agrees_with_scipy(x64):
-    # Pearson RSA has no counterpart there, so scipy is given the weighted statistic with the same resamples' formula.
+    # scipy is given the statistic of drawn samples, whose mean over pairs is theirs, not that of all samples.
     x, y, _ = sets(25)
     found = bootstrap(x, y, "rsa", key=KEY, resamples=400)
     f, g = (reference.sq_distances(a) for a in (x, y))
@@ -224,6 +401,16 @@ def test_noise_ceiling_by_hand(x64, name, options):
         helpers.assert_close([found.lower, found.upper], [lower, upper], 1e-10)
     assert 0 < found.lower < found.upper < 1
     helpers.assert_close(found.lower, np.mean(found.each), 1e-12)
+    groups = np.arange(20) // 2
+    again = noise_ceiling(subjects, name, key=KEY, resamples=50, groups=groups, **options)
+    helpers.assert_close([again.lower, again.upper], [found.lower, found.upper], 1e-12)
+    assert again.lower_interval.low < found.lower < again.lower_interval.high
+    assert again.upper_interval.low < found.upper < again.upper_interval.high
+    # Two subjects: the bounds follow from one cosine, so the resamples are those of `bootstrap`.
+    if name == "cka":
+        pair = noise_ceiling(subjects[:2], name, key=KEY, resamples=50, **options)
+        alone = bootstrap(*subjects[:2], name, key=KEY, resamples=50, **options)
+        helpers.assert_close(pair.lower_interval.resampled, alone.resampled, 1e-10)
 
 
 @pytest.mark.slow
@@ -254,6 +441,18 @@ def test_bad_input(x64):
         (lambda: bootstrap(x, y, estimator="biased", key=KEY), "has no bootstrap"),
         (lambda: paired_difference(x, y, key=KEY), "first must be a pair"),
         (lambda: noise_ceiling([x]), "at least two"),
+        (lambda: noise_ceiling([x, y], groups=np.arange(40)), "groups has no effect without key"),
+        (lambda: permutation_test(x, y, key=KEY, groups=np.arange(39)), r"groups must have shape \(40,\)"),
+        (lambda: permutation_test(x, y, key=KEY, groups=np.full(40, np.nan)), "groups holds nan"),
+        (lambda: permutation_test(x, y, key=KEY, groups=np.zeros(40)), "none of the 1 groups can be exchanged"),
+        (lambda: permutation_test(x, y, key=KEY, null="grid"), 'null="grid" needs maps'),
+        (lambda: permutation_test(x, y, key=KEY, null="samples"), "null must be one of"),
+        (lambda: bootstrap(x, y, key=KEY, groups=np.arange(40) // 5), "at least 10 groups; got 8"),
+        (lambda: calibrate(0.5), "result of permutation_test"),
+        (lambda: calibrate(permutation_test(x, y, key=KEY, permutations=9)), "needs at least 19 permutations"),
+        (lambda: calibrate(permutation_test(x, y, key=KEY, permutations=19), alpha=0), "alpha must lie"),
+        (lambda: calibrate(permutation_test(x, y, key=KEY, permutations=19), aggregate="max"), "no effect on a single"),
+        (lambda: permutation_test(x, y, kernel="linear", channels="sampled", key=KEY), "p-value is the same"),
         (lambda: noise_ceiling([x, y], "procrustes"), "not a normalized inner product"),
     ]
     for call, message in bad:
@@ -326,10 +525,10 @@ def test_few_permutations_keep_the_error_of_the_family():
 def test_measures_of_sets_compile_once():
     x, y, _ = (np.float32(a) for a in sets())
     permutation_test(x, y, "jaccard", key=KEY, permutations=5, k=3)
-    before = jaxalign.inference._recomputed_summaries._cache_size()
+    before = _null._permuted_summaries._cache_size()
     permutation_test(y, x[:, :4], "jaccard", key=jax.random.key(1), permutations=5, k=3)
     permutation_test(x, y, "jaccard", key=jax.random.key(2), permutations=5, k=3)
-    assert jaxalign.inference._recomputed_summaries._cache_size() <= before + 1  # the second has other widths
+    assert _null._permuted_summaries._cache_size() <= before + 1  # the second has other widths
 
 
 @pytest.mark.usefixtures("unchecked_types")

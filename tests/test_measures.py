@@ -209,6 +209,57 @@ def test_whether_to_normalize_is_true_or_false():
         measures.procrustes(x, y, normalize="no")
 
 
+def few_channels(rng, n=24):
+    z = rng.normal(size=(n, 3))
+    return (z @ rng.normal(size=(3, d)) + 0.3 * rng.normal(size=(n, d)) + 5 for d in (7, 6))
+
+
+def test_cka_of_sampled_channels_agrees_with_the_reference(x64, rng):
+    x, y = few_channels(rng)
+    sampled = partial(jaxalign.measures.cka, kernel="linear", channels="sampled")
+    expected = reference.cka_of_sampled_channels(x, y)
+    plan = jaxalign.Plan(5)
+    mask = np.arange(24) % 6 > 0
+    helpers.assert_close(sampled(x, y), expected, 1e-10)
+    helpers.assert_close(sampled(x, y, plan=plan), expected, 1e-10)
+    helpers.assert_close(sampled(np.stack([x, x]), np.stack([y, y])), [expected] * 2, 1e-10)
+    helpers.assert_close(sampled(x, y, mask=mask), reference.cka_of_sampled_channels(x[mask], y[mask]), 1e-10)
+    options = {"kernel": "linear", "channels": "sampled"}
+    helpers.assert_close(jaxalign.compare_grid({"a": x, "b": y[:, :4]}, {"y": y}, **options).values[0, 0], expected, 1e-10)
+    mesh = jaxalign.Plan(mesh=jaxalign.sharding.data_mesh(4))
+    rows = (jaxalign.sharding.shard_rows(a, mesh.mesh) for a in (x, y))
+    helpers.assert_close(sampled(*rows, plan=mesh), expected, 1e-10)
+
+
+def test_few_channels_lower_cka_and_the_correction_undoes_it():
+    features = jaxalign.datasets.load_digit_features().features
+    x, y = (features[name][:300] for name in ("vit-s14 layer 8", "mobilenet-v2 block 13"))
+    rng = np.random.default_rng(0)
+    draws = [(rng.permutation(x.shape[1])[:48], rng.permutation(y.shape[1])[:48]) for _ in range(40)]
+    parts = [np.stack(part) for part in zip(*((x[:, p], y[:, q]) for p, q in draws), strict=True)]
+    plain, corrected = (
+        np.asarray(jaxalign.measures.cka(*parts, kernel="linear", channels=channels)) for channels in ("all", "sampled")
+    )
+    whole = float(jaxalign.measures.cka(x, y, "linear", channels="sampled"))
+    error = corrected.std() / np.sqrt(40)
+    assert plain.mean() < whole - 10 * error
+    # The ratio of unbiased estimates has a bias itself, but a small one.
+    assert abs(corrected.mean() - whole) < (whole - plain.mean()) / 4
+
+
+def test_channels_too_few_for_an_estimate_give_nan(rng):
+    x, y = rng.normal(size=(2, 40, 2)).astype(np.float32)  # two independent channels: <k_1, k_2> is 0 on average
+    values = [jaxalign.measures.cka(x[k:], y[k:], "linear", channels="sampled") for k in range(20)]
+    assert np.isnan(values).any()
+    with pytest.raises(ValueError, match="needs at least 2 channels; x has 1"):
+        jaxalign.measures.cka(x[:, :1], y, "linear", channels="sampled")
+    for options in ({"kernel": "rbf"}, {"estimator": "biased"}, {"result": "angular"}):
+        with pytest.raises(ValueError, match='needs kernel="linear", estimator="debiased" and result="similarity"'):
+            jaxalign.measures.cka(x, y, **{"kernel": "linear", **options}, channels="sampled")
+    with pytest.raises(ValueError, match="needs features in memory"):
+        jaxalign.compare_grid({"x": x, "y": y}, kernel="linear", channels="sampled", block_rows=10)
+
+
 def test_minibatch_cka_agrees_with_the_reference(x64):
     batches = [sets(seed, n) for seed, n in enumerate((24, 24, 10))]
     helpers.assert_close(measures.minibatch_cka(batches), reference.minibatch_cka(batches), 1e-10)

@@ -29,7 +29,11 @@ RESULTS = {
     "ComparisonGrid": lambda: jaxalign.compare_grid({f"layer {k}": X for k in range(9)}, kernel="linear"),
     "PermutationTest": lambda: jaxalign.permutation_test(X, Y, kernel="linear", permutations=9, key=KEY),
     "Interval": lambda: jaxalign.bootstrap(X, Y, kernel="linear", resamples=19, key=KEY),
-    "NoiseCeiling": lambda: jaxalign.noise_ceiling([X, Y, X + Y]),
+    "NoiseCeiling": lambda: jaxalign.noise_ceiling([X, Y, X + Y], key=KEY, resamples=19),
+    "Calibration": lambda: jaxalign.calibrate(
+        jaxalign.permutation_test(X, Y, kernel="linear", permutations=19, key=KEY)
+    ),
+    "ScalingCurve": lambda: jaxalign.scaling_curve(X, Y, kernel="linear", key=KEY),
     "NormalizedCut": lambda: jaxalign.normalized_cut(X, 2, density=0.2),
     "AffinityOperator": lambda: jaxalign.affinity_operator(X, density=0.2).degree_normalized(),
     "FeatureQueue": lambda: jaxalign.losses.FeatureQueue.empty(8, 2, 3),

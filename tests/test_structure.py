@@ -32,12 +32,15 @@ LAYERS = [
     {"distances", "bandwidth", "affinity", "pairs"},
     {"operators"},
     {"alignment", "measures"},
+    {"_permutations", "_groups"},
+    {"_null", "_resampling"},
     {"_evidence", "_candidates"},
     {"_rounds"},
     {"matching"},
     {"files"},
     {"io", "streaming"},
     {"grid", "inference", "losses", "spectral"},
+    {"scaling"},
     {"colors"},
 ]
 # On top, for whoever does not only compute: the order among these is theirs.

@@ -33,7 +33,7 @@ FUNCTIONS = {
 # What visits pairs of samples, in tiles and over devices.
 VISITS_PAIRS = {
     "solve_sigma", "mean_density", "affinity_operator", "reduce_pairs", "normalized_cut", "compare_grid",
-    "alignment_loss",
+    "alignment_loss", "scaling_curve",
     "streaming.solve_sigma", "streaming.mean_density", "cka", "hsic", "rsa", "distance_correlation",
     "affinity_distance",
     "mutual_knn", "jaccard", "cknna", "nearest_neighbors",
@@ -59,7 +59,8 @@ DEFAULTS = {
         "cca": "of correlations", "svcca": "of correlations",
     },
     "method": {"normalized_cut": "by size", "rgb": "of colors", "match": "of assignments"},
-    "key": {"permutation_test": "is required", "bootstrap": "is required", "paired_difference": "is required"},
+    "key": {"permutation_test": "is required", "bootstrap": "is required", "paired_difference": "is required",
+            "scaling_curve": "is required"},
 }  # fmt: skip
 
 
@@ -186,6 +187,7 @@ PAIRS = {
         lambda **kw: measures.cka(X, Y, **kw),
         {"kernel": "linear", "estimator": "biased", "result": "angular", "mask": MASK},
     ),
+    "cka of channels": (lambda **kw: measures.cka(X, Y, **{"kernel": "linear", **kw}), {"channels": "sampled"}),
     "kernels.RBF": (
         lambda **kw: measures.cka(X, Y, RBF(**kw)), {"sigma": 3.0, "density": 0.2, "diagonal": "include"},
     ),

@@ -201,6 +201,12 @@ TWO_ARRAYS = {
     "rgb": lambda x, y: jaxalign.rgb(x, like=y),
     "compare": jaxalign.compare,
     "permutation_test": lambda x, y: jaxalign.permutation_test(x, y, key=KEY, permutations=9).value,
+    "permutation_test of groups": lambda x, y: (
+        jaxalign.permutation_test(x, y, key=KEY, permutations=9, groups=np.arange(24) // 3).p_value
+    ),
+    "calibrate": lambda x, y: (
+        jaxalign.calibrate(jaxalign.permutation_test(x, y, key=KEY, permutations=9), alpha=0.2).calibrated
+    ),
     "permutation_test of neighbours": lambda x, y: (
         jaxalign.permutation_test(x, y, "mutual_knn", key=KEY, permutations=9, k=3).value
     ),
@@ -216,6 +222,7 @@ TWO_ARRAYS = {
     "rsa by spearman": measure("rsa", comparison="spearman"),
     "rsa by kendall": measure("rsa", comparison="kendall"),
     "cka of linear kernels": measure("cka", kernel="linear"),
+    "cka of sampled channels": measure("cka", kernel="linear", channels="sampled"),
     "angular cka": measure("cka", result="angular"),
     "rsa of correlations": measure("rsa", metric="correlation"),
     "minibatch_cka": lambda x, y: jaxalign.measures.minibatch_cka([(x, y)]),
@@ -234,7 +241,7 @@ ONE_ARRAY = {
     "rdm": jaxalign.measures.rdm,
     "rdm of cosines": lambda x: jaxalign.measures.rdm(x, "cosine"),
 }
-ON_HOST = {"compare_grid", "match"}  # their values are numpy's
+ON_HOST = {"compare_grid", "match", "scaling_curve"}  # their values are numpy's
 
 
 def test_every_public_function_is_in_the_tables():

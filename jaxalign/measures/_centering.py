@@ -69,7 +69,8 @@ class Centering:
     """No centering: the off-diagonal entries as they are. Base class of all centerings."""
 
     may_shift: ClassVar[bool] = False  # whether adding a_i + a_j to f_ij changes nothing
-    has_bootstrap: ClassVar[bool] = True  # whether an estimate exists that duplicates do not inflate
+    samples_channels: ClassVar[bool] = False  # whether channels are a sample of more channels
+    has_bootstrap: ClassVar[bool] = True  # whether pairs of different samples alone make an estimate
 
     def shift(self, means: Array, half: Array) -> Array:
         """The shift a_i of f, from its row means and half of its overall mean."""
@@ -83,16 +84,6 @@ class Centering:
     def matrix(self, f: Array) -> Array:
         """The centered matrix (n, n): its inner products with other centered matrices are those of `inner`."""
         return _off_diagonal(f)
-
-    def bootstrap(self, f: Array, g: Array, weights: Array) -> Array:
-        """Inner products, (b,), of matrices with zero diagonals and weighted samples, weights (b, n)."""
-        return self.means(f, g, weights)[0] * f.shape[0] * (f.shape[0] - 1)
-
-    def means(self, f: Array, g: Array, weights: Array) -> tuple[Array, Array]:
-        """Weighted means over pairs of different samples: mean(f g), and mean(f) mean(g)."""
-        pairs = jnp.sum(weights, 1) ** 2 - jnp.sum(weights**2, 1)
-        product, first, second = (_bilinear(a, weights, weights) / pairs for a in (f * g, f, g))
-        return product, first * second
 
 
 @dataclass(frozen=True)
@@ -112,11 +103,6 @@ class Pearson(Centering):
     def matrix(self, f: Array) -> Array:
         """See `Centering`."""
         return _subtract_mean(f)
-
-    def bootstrap(self, f: Array, g: Array, weights: Array) -> Array:
-        """See `Centering`."""
-        product, product_of_means = self.means(f, g, weights)
-        return f.shape[0] * (f.shape[0] - 1) * (product - product_of_means)
 
 
 @dataclass(frozen=True)
@@ -196,32 +182,17 @@ class Debiased(Biased):
         rows = jnp.sum(f, 1, keepdims=True) / (n - 2)
         return _off_diagonal(f - rows - rows.T + jnp.sum(rows) / (n - 1))
 
-    def bootstrap(self, f: Array, g: Array, weights: Array) -> Array:
-        """N (n - 3) times the mean of f_ij g_ij - 2 f_ij g_ik + f_ij g_kl over different i, j, k, l.
 
-        Weighted by w_i w_j w_k w_l; with all weights 1 it is the estimator of Song et al. 2012.
-        """
-        n, w, w2, w3 = f.shape[0], weights, weights**2, weights**3
-        s1, s2, s3, s4 = (jnp.sum(w**k, 1) for k in (1, 2, 3, 4))
-        product = f * g
-        pair_sum = _bilinear(product, w, w)
-        f1, g1, f2, g2 = matmul(w, f), matmul(w, g), matmul(w2, f), matmul(w2, g)
-        p2, p3 = matmul(w2, product), matmul(w3, product)
-        # Sums over different i, j, k, l of w_i w_j w_k w_l times f_ij g_ij, f_ij g_ik and f_ij g_kl.
-        pair_sum_w2 = jnp.sum(w2 * p2, 1)
-        same_pair = (s1**2 - s2) * pair_sum - 4 * s1 * jnp.sum(w * p2, 1) + 4 * jnp.sum(w * p3, 1) + 2 * pair_sum_w2
-        triple_sum = jnp.sum(w * (f1 * g1 - p2), 1)
-        triple_sum_w2 = jnp.sum(w2 * (f1 * g1 - p2), 1)
-        shared_sample = s1 * triple_sum - triple_sum_w2
-        shared_sample = shared_sample - jnp.sum(w * (f2 * g1 - p3), 1) - jnp.sum(w * (f1 * g2 - p3), 1)
-        disjoint_pairs = _bilinear(f, w, w) * _bilinear(g, w, w) - 4 * triple_sum_w2 - 2 * pair_sum_w2
-        quadruples = s1**4 - 6 * s1**2 * s2 + 3 * s2**2 + 8 * s1 * s3 - 6 * s4
-        return n * (n - 3) * (same_pair - 2 * shared_sample + disjoint_pairs) / quadruples
+@dataclass(frozen=True)
+class DebiasedChannels(Debiased):
+    """`Debiased`, where the channels of each representation are a random sample (Chun et al. 2025), linear kernel only.
 
+    The kernel is a sum over channels, K = sum_q k_q, so <K, K> is a sum over pairs of channels. Pairs q = r are too
+    large a part of it if channels are few: only q != r are an unbiased estimate.
+    """
 
-def _bilinear(matrix: Array, left: Array, right: Array) -> Array:
-    """left_b' matrix right_b for every b, (b,)."""
-    return jnp.sum(left * matmul(right, matrix), 1)
+    samples_channels: ClassVar[bool] = True
+    has_bootstrap: ClassVar[bool] = False
 
 
 # By the names of the estimators and comparisons of the public functions.
@@ -232,4 +203,5 @@ CENTERINGS: dict[str, Centering] = {
     "lange": Lange(),
     "whitened_pearson": WhitenedPearson(),
     "debiased": Debiased(),
+    "debiased_channels": DebiasedChannels(),
 }

@@ -198,6 +198,13 @@ def check_pairs_fit(measure: PairMeasure | SummaryMeasure, plan: Plan) -> None:
         check_single_device(plan, f"{measure.label} sorts the values of all pairs on a single device", advice)
 
 
+def _check_channels(names: Sequence[str], features: tuple[Array, ...], centering: Centering | None) -> None:
+    """Raise if one channel is a sample of more: nothing tells how they differ."""
+    for name, x in zip(names, features, strict=True):
+        if centering is not None and centering.samples_channels and x.shape[-1] < 2:
+            raise ValueError(f'channels="sampled" needs at least 2 channels; {name} has {x.shape[-1]}.')
+
+
 def check_function(
     names: Sequence[str],
     features: tuple[Array, ...],
@@ -231,6 +238,7 @@ def compute_products(
     differentiable: bool = True,
 ) -> InnerProducts:
     """The inner products of checked features."""
+    _check_channels(names, features, measure.centering)
     sigmas, target = check_function(names, features, mask, kernel, measure.function, plan)
     rtol = check_rtol(None, features[0].dtype)
     inner = pair_products_jit(

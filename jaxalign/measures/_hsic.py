@@ -86,6 +86,7 @@ def cka(
     *,
     estimator: Estimator = "debiased",
     result: Literal["similarity", "angular"] = "similarity",
+    channels: Literal["all", "sampled"] = "all",
     mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
     plan: Plan | None = None,
@@ -102,16 +103,22 @@ def cka(
         estimator: the estimator of all three HSIC, see `hsic`.
         result: "similarity" returns CKA; "angular" returns arccos(CKA), from 0 to pi. With the biased estimator the
             angle is a metric, at most pi / 2 (Williams et al. 2021). It resolves about 1e-3 in float32.
+        channels: "sampled" treats the channels of x and of y as independent random samples of more channels, such as
+            recorded neurons or a random part of a layer, and estimates the CKA of all of them (Chun et al. 2025); few
+            channels otherwise lower it. The estimate may exceed 1. Linear kernel and debiased estimator only. x and y
+            must not share channels.
         mask: see `hsic`.
         missing: see `hsic`.
         plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
         Shape (...). CKA is at most 1, and at least 0 for the biased estimator. It is 0 (an angle of pi / 2) if a
-        representation does not vary. Differentiable; the derivative of the angle is set to 0 at angle 0.
+        representation does not vary, and nan if sampled channels are too few for an estimate. Differentiable; the
+        derivative of the angle is set to 0 at angle 0.
 
     Raises:
-        TypeError, ValueError: see `hsic`.
+        TypeError, ValueError: see `hsic`; channels="sampled" with another kernel, estimator or result, or with
+            one channel.
 
     Examples:
         >>> import jax, jaxalign
@@ -123,7 +130,7 @@ def cka(
         True
     """
     kernel = kernel_of(kernel)
-    measure = cka_measure(kernel_function(kernel), estimator, result)
+    measure = cka_measure(kernel_function(kernel), estimator, result, channels)
     return evaluate(measure, x, y, kernel, mask=mask, missing=missing, plan=plan)
 
 
@@ -260,10 +267,18 @@ def hsic_measure(function: PairFunction, estimator: Any) -> PairMeasure:
 
 
 @cached
-def cka_measure(function: PairFunction, estimator: Any, result: Any = "similarity") -> PairMeasure:
+def cka_measure(
+    function: PairFunction, estimator: Any, result: Any = "similarity", channels: Any = "all"
+) -> PairMeasure:
     """The measure behind `cka`."""
     _checks.choice("estimator", estimator, tuple(_MIN_SAMPLES))
     _checks.choice("result", result, ("similarity", "angular"))
+    _checks.choice("channels", channels, ("all", "sampled"))
+    if channels == "sampled":
+        if function.form != "squared" or estimator != "debiased" or result != "similarity":
+            raise ValueError('channels="sampled" needs kernel="linear", estimator="debiased" and result="similarity".')
+        finish = partial(_ratio, low=-float("inf"), high=float("inf"))
+        return PairMeasure("cka", function, CENTERINGS["debiased_channels"], finish, _MIN_SAMPLES[estimator])
     # Kernels of this library are positive definite.
     low = 0.0 if estimator == "biased" and not callable(function.form) else -1.0
     finish = partial(_ratio, low=low, angular=result == "angular")
@@ -285,8 +300,8 @@ def _covariance(inner: InnerProducts, estimator: Estimator, factor: float) -> Ar
     return factor * inner.cross / norm * inner.unit_x[..., :, None] * inner.unit_y[..., None, :]
 
 
-def _ratio(inner: InnerProducts, low: float, angular: bool = False) -> Array:
-    value = inner.ratio(low)
+def _ratio(inner: InnerProducts, low: float, high: float = 1.0, angular: bool = False) -> Array:
+    value = inner.ratio(low, high)
     return arccos(value) if angular else value
 
 

@@ -149,9 +149,9 @@ class InnerProducts(NamedTuple):
         is_defined = jnp.ones(cross.shape, bool)
         return cls(cross, row_norms, *self_products, *units, num_samples, status, sigma, is_defined)
 
-    def ratio(self, low: float = -1.0) -> Array:
-        """Cross / sqrt(self_x self_y), (..., L, M), from `low` to 1; 0 if one representation does not vary."""
-        return bounded(correlation(self.cross, self.self_x[..., :, None], self.self_y[..., None, :]), low, 1)
+    def ratio(self, low: float = -1.0, high: float = 1.0) -> Array:
+        """Cross / sqrt(self_x self_y), (..., L, M), from `low` to `high`; 0 if one representation does not vary."""
+        return bounded(correlation(self.cross, self.self_x[..., :, None], self.self_y[..., None, :]), low, high)
 
 
 def correlation(cross: Array, self_x: Array, self_y: Array) -> Array:
@@ -202,6 +202,9 @@ def pair_products(
         shift = _shifts(prepared, function, centering)
         sums = _sum_pairs(prepared, shift, split, function, centering, differentiable)
         properties = collect_properties(prepared, function, plan.axis_name)
+        if centering is not None and centering.samples_channels:
+            channels = tuple(of_single_channels(part, plan.axis_name) for part in prepared)
+            properties = properties._replace(single_channels=channels)
         return centered_products(sums, shift, properties, split, centering, function, plan.axis_name)
 
     first, *rest = features
@@ -433,6 +436,8 @@ class Properties(NamedTuple):
     is_defined: Array  # (L + M,): see `Representation.is_defined`
     status: Array  # (L + M,)
     sigma: Array  # (L + M,)
+    # Where channels are a sample: the number of channels and the sum of <k_q, k_q> over the kernels of single channels.
+    single_channels: tuple[tuple[int, Array], ...] = ()
 
 
 def collect_properties(
@@ -448,6 +453,23 @@ def collect_properties(
         status=jnp.stack([part.status for part in prepared]),
         sigma=jnp.stack([part.sigma for part in prepared]),
     )
+
+
+def of_single_channels(part: Representation, axis_name: str | None = None) -> tuple[int, Array]:
+    """The number of channels, and the sum over channels q of the debiased <k_q, k_q>, for f = D = -2 K once centered.
+
+    Of a centered channel z, k = z z' has off-diagonal row sums -z^2, so sums of z^2 and z^4 over samples suffice.
+    """
+
+    def total(a: Array) -> Array:
+        return over_devices(lax.psum, jnp.sum(a, 0, keepdims=True), axis_name)
+
+    weights = part.pairs.weights()[0][:, None]
+    n, x = total(weights), part.features.x * weights
+    square = (x - total(x) / n * weights) ** 2
+    s2, s4 = total(square), total(square * square)
+    products = s2 * s2 * (1 + 1 / ((n - 1) * (n - 2))) - s4 * n / (n - 2)
+    return x.shape[1], 4 * jnp.sum(products)
 
 
 def max_square_norm(features: CenteredFeatures) -> Array:
@@ -495,6 +517,11 @@ def centered_products(
     parts = [slice(k, k + 1) for k in range(number)]
     products = jnp.stack([inner(sums.self_products[k, None, None], part, part)[0, 0] for k, part in enumerate(parts)])
     varies = products > rounding_level(properties, shift, function, count, axis_name)
+    for k, (number, single) in enumerate(properties.single_channels):
+        corrected = (products[k] - single) * (number / (number - 1))
+        products = products.at[k].set(corrected)
+        is_defined = properties.is_defined.at[k].set(properties.is_defined[k] & ((corrected > 0) | ~varies[k]))
+        properties = properties._replace(is_defined=is_defined)
     both_vary = varies[sides[0], None] & varies[None, sides[1]]
     cross = jnp.where(both_vary, inner(sums.cross, *sides), 0)
     row_norms, products = jnp.zeros_like(cross), jnp.where(varies, products, 0)

@@ -1,0 +1,189 @@
+"""Permutations of the samples of one representation, and inner products of pair matrices under them.
+
+Under the null, groups of samples of equal size may be exchanged (single samples are groups of size 1), or the grid of
+positions of each image may be shifted, flipped and rotated. Either set of permutations is a group in the sense of
+algebra, so with the identity and m random permutations P(p <= a) <= a.
+
+All shifts of m groups of one size take the time of a few permutations: if g_k is the matrix g with its groups shifted
+by k, then <f, g_k> for all k is a cross-correlation along the diagonals of f and g, computed by FFT. Different random
+orders of the groups of g, each with all m shifts, give any number of permutations. That set is fixed before the
+data is seen and holds the identity, so the p-value is exact (Ramdas et al. 2023, Permutation tests using arbitrary
+permutation distributions); two of its entries are, but for shifts of each other, independent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from jaxalign._linalg import matmul
+
+# Gathered entries, of all orders of groups, that are transformed at a time.
+_GATHERED = 2**23
+
+
+@dataclass(frozen=True)
+class GroupExchange:
+    """Whole groups are exchanged with groups of the same size.
+
+    Attributes:
+        members: the samples of the groups of each size, (groups, size).
+    """
+
+    members: tuple[np.ndarray, ...]
+
+    @staticmethod
+    def of(groups: np.ndarray | None, n: int) -> GroupExchange:
+        """From the number of the group of each sample, (n,); None makes every sample a group."""
+        groups = np.arange(n) if groups is None else groups
+        starts, sizes = np.unique(np.sort(groups), return_index=True, return_counts=True)[1:]
+        by_group = np.argsort(groups, kind="stable")
+        members = tuple(
+            np.stack([by_group[a : a + size] for a in starts[sizes == size]]).astype(np.int32)
+            for size in np.unique(sizes)
+        )
+        return GroupExchange(members)
+
+    @property
+    def number(self) -> int:
+        """How many permutations there are."""
+        return math.prod(math.factorial(len(members)) for members in self.members)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether all groups have one size, so that all can be shifted."""
+        return len(self.members) == 1
+
+    def orders(self, key: Array, number: int) -> Array:
+        """The identity and random permutations, or all permutations if there are no more: (<= number + 1, n)."""
+        n = sum(members.size for members in self.members)
+        if self.number <= number + 1:
+            parts = itertools.product(*(itertools.permutations(range(len(members))) for members in self.members))
+            shuffled = [np.asarray(column) for column in zip(*parts, strict=True)]
+        else:
+            keys = jax.random.split(key, len(self.members))
+            shuffled = [_shuffled(k, number + 1, len(members)) for k, members in zip(keys, self.members, strict=True)]
+        orders = jnp.zeros((len(shuffled[0]), n), jnp.int32)
+        for members, order in zip(self.members, shuffled, strict=True):
+            orders = orders.at[:, members.reshape(-1)].set(members[np.asarray(order)].reshape(len(order), -1))
+        return orders
+
+
+@dataclass(frozen=True)
+class GridMoves:
+    """The grid of each image is shifted cyclically, flipped and, if square, rotated by quarter turns: one move each."""
+
+    images: int
+    height: int
+    width: int
+
+    @property
+    def number(self) -> int:
+        """How many moves there are; for grids of one or two rows or columns, some of them are equal."""
+        turns = (min(self.height, 3) + 1) // 2 * ((min(self.width, 3) + 1) // 2) * (1 + (self.height == self.width))
+        return (self.height * self.width * turns) ** self.images
+
+    def orders(self, key: Array, number: int) -> Array:
+        """The identity and random permutations, (number + 1, n)."""
+        h, w = self.height, self.width
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        shape = (number, self.images, 1, 1)
+        row, column = np.mgrid[:h, :w]
+        row = (rng.integers(h, size=shape) + rng.choice((-1, 1), size=shape) * row) % h
+        column = (rng.integers(w, size=shape) + rng.choice((-1, 1), size=shape) * column) % w
+        place = row * w + column
+        if h == w:
+            place = np.where(rng.random(shape) < 0.5, place, np.swapaxes(place, -1, -2))
+        first = np.arange(self.images)[:, None, None] * (h * w)
+        moved = (first + place).reshape(number, -1)
+        return jnp.asarray(np.concatenate((np.arange(moved.shape[1])[None], moved)), jnp.int32)
+
+
+Permutations = GroupExchange | GridMoves
+
+
+def permuted_products(x: Array, y: Array, permutations: Permutations, key: Array, number: int) -> Array:
+    """<F, G permuted> of matrices (L, n, n) and (M, n, n), the identity first: (at most number + 1, L, M)."""
+    if isinstance(permutations, GroupExchange) and permutations.is_regular and permutations.number > number + 1:
+        (members,) = permutations.members
+        return _products_of_shifts(x, y, jnp.asarray(members), key, number)
+    return _products_of_orders(x, y, permutations.orders(key, number))
+
+
+def _shuffled(key: Array, number: int, n: int) -> Array:
+    """The identity and number - 1 random permutations, (number, n)."""
+    identity = jnp.arange(n, dtype=jnp.int32)
+    shuffled = jax.vmap(lambda k: jax.random.permutation(k, identity))(jax.random.split(key, max(number - 1, 1)))
+    return jnp.concatenate((identity[None], shuffled))[:number]
+
+
+@jax.jit
+def _products_of_orders(x: Array, y: Array, orders: Array) -> Array:
+    def products(order: Array) -> Array:
+        permuted = jnp.take(jnp.take(y, order, 1), order, 2)
+        return matmul(x.reshape(x.shape[0], -1), permuted.reshape(y.shape[0], -1).T)
+
+    return lax.map(products, orders)
+
+
+@partial(jax.jit, static_argnames="number")
+def _products_of_shifts(x: Array, y: Array, members: Array, key: Array, number: int) -> Array:
+    """Products (number + 1, L, M), of groups `members` (m, size) in random orders, each with all m shifts."""
+    m, size = members.shape
+    num_orders = -(-(number + 1) // m)
+    base_key, order_key, choice_key = jax.random.split(key, 3)
+    base = jax.random.permutation(base_key, members)
+    orders_x = base.T[None]  # (1, size, m)
+    orders_y = jnp.swapaxes(base[_shuffled(order_key, num_orders, m)], 1, 2)  # (orders, size, m)
+    num_offsets = m // 2 + 1
+    gathered = (x.shape[0] + num_orders * y.shape[0]) * size * size * m
+    at_a_time = min(max(_GATHERED // gathered, 1), num_offsets)
+
+    def add(total: Array, piece: Array) -> tuple[Array, None]:
+        offset = piece * at_a_time + jnp.arange(at_a_time, dtype=jnp.int32)
+        # Symmetric matrices: offset m - d repeats offset d.
+        weight = jnp.where((offset == 0) | (2 * offset == m), 1, 2) * (offset < num_offsets).astype(jnp.int32)
+        weight = weight.astype(x.dtype)[None, :, None, None]
+        real, imaginary = _spectra(x, orders_x, offset)
+        a = _rows_by_frequency(jnp.stack((real * weight, imaginary * weight), 1))
+        real, imaginary = _spectra(y, orders_y, offset)
+        # conj(a) b, in real arithmetic.
+        b = [_rows_by_frequency(jnp.stack(parts, 1)) for parts in ((real, imaginary), (imaginary, -real))]
+        return total + matmul(a, jnp.swapaxes(jnp.concatenate(b, 1), 1, 2)), None
+
+    columns = num_orders * y.shape[0]
+    start = jnp.zeros((num_offsets, x.shape[0], 2 * columns), x.dtype)
+    total, _ = lax.scan(add, start, jnp.arange(-(-num_offsets // at_a_time), dtype=jnp.int32))
+    spectrum = lax.complex(total[..., :columns], total[..., columns:])
+    shifted = jnp.fft.irfft(spectrum, m, axis=0).reshape(m, x.shape[0], y.shape[0], num_orders)
+    products = jnp.transpose(shifted, (3, 0, 1, 2)).reshape(num_orders * m, x.shape[0], y.shape[0])
+    chosen = 1 + jax.random.permutation(choice_key, num_orders * m - 1)[:number]
+    observed = matmul(x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1).T)
+    return jnp.concatenate((observed[None], jnp.take(products, chosen, 0)))
+
+
+def _spectra(matrices: Array, orders: Array, offset: Array) -> tuple[Array, Array]:
+    """Fourier transforms of block diagonals along the groups, two of (matrices * orders, offsets, size^2, m / 2 + 1).
+
+    Entry g of the diagonal at offset d holds the pairs of samples of group g with those of group g + d.
+    """
+    n, m = matrices.shape[-1], orders.shape[-1]
+    group = (jnp.arange(m, dtype=jnp.int32)[None] + offset[:, None]) % m  # (offsets, m)
+    partner = jnp.take(orders, group, 2)  # (orders, size, offsets, m)
+    place = orders[:, None, :, None, :] * n + jnp.transpose(partner, (0, 2, 1, 3))[:, :, None]
+    entries = jnp.take(matrices.reshape(-1, n * n), place, 1, mode="clip")
+    spectrum = jnp.fft.rfft(entries.reshape(-1, len(offset), orders.shape[1] ** 2, m))
+    return jnp.real(spectrum), jnp.imag(spectrum)
+
+
+def _rows_by_frequency(parts: Array) -> Array:
+    """(rows, ..., frequencies) as (frequencies, rows, everything else)."""
+    return jnp.moveaxis(parts.reshape(parts.shape[0], -1, parts.shape[-1]), -1, 0)
