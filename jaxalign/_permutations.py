@@ -5,10 +5,12 @@ positions of each image may be shifted, flipped and rotated. Either set of permu
 algebra, so with the identity and m random permutations P(p <= a) <= a.
 
 All shifts of m groups of one size take the time of a few permutations: if g_k is the matrix g with its groups shifted
-by k, then <f, g_k> for all k is a cross-correlation along the diagonals of f and g, computed by FFT. Different random
-orders of the groups of g, each with all m shifts, give any number of permutations. That set is fixed before the
-data is seen and holds the identity, so the p-value is exact (Ramdas et al. 2023, Permutation tests using arbitrary
-permutation distributions); two of its entries are, but for shifts of each other, independent.
+by k, then <f, g_k> for all k is a cross-correlation along the diagonals of f and g, computed by FFT. A few random
+orders of the groups of f, each with a few of g and with all m shifts, give any number of permutations. The first order
+of both is the same, so one of them is the identity. Under the null all entries are exchangeable: the distribution stays
+the same if orders change places, or if all shifts grow by one. So the p-value is exact (see also Ramdas et al. 2023,
+Permutation tests using arbitrary permutation distributions). Two entries that are not shifts of each other are
+independent.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ class GroupExchange:
             shuffled = [_shuffled(k, number + 1, len(members)) for k, members in zip(keys, self.members, strict=True)]
         orders = jnp.zeros((len(shuffled[0]), n), jnp.int32)
         for members, order in zip(self.members, shuffled, strict=True):
-            orders = orders.at[:, members.reshape(-1)].set(members[np.asarray(order)].reshape(len(order), -1))
+            moved = jnp.take(jnp.asarray(members), jnp.asarray(order), 0)
+            orders = orders.at[:, members.reshape(-1)].set(moved.reshape(len(order), -1))
         return orders
 
 
@@ -136,15 +139,22 @@ def _products_of_orders(x: Array, y: Array, orders: Array) -> Array:
 
 @partial(jax.jit, static_argnames="number")
 def _products_of_shifts(x: Array, y: Array, members: Array, key: Array, number: int) -> Array:
-    """Products (number + 1, L, M), of groups `members` (m, size) in random orders, each with all m shifts."""
+    """Products (number + 1, L, M), of groups `members` (m, size) in random orders, with all m shifts."""
     m, size = members.shape
-    num_orders = -(-(number + 1) // m)
-    base_key, order_key, choice_key = jax.random.split(key, 3)
+    needed = -(-(number + 1) // m)
+    num_x = math.isqrt(needed)
+    num_y = -(-needed // num_x)
+    base_key, x_key, y_key, choice_key = jax.random.split(key, 4)
     base = jax.random.permutation(base_key, members)
-    orders_x = base.T[None]  # (1, size, m)
-    orders_y = jnp.swapaxes(base[_shuffled(order_key, num_orders, m)], 1, 2)  # (orders, size, m)
+
+    def orders(key: Array, number: int) -> Array:
+        """The base and random orders of it, (number, size, m)."""
+        return jnp.swapaxes(jnp.take(base, _shuffled(key, number, m), 0), 1, 2)
+
+    orders_x, orders_y = orders(x_key, num_x), orders(y_key, num_y)
     num_offsets = m // 2 + 1
-    gathered = (x.shape[0] + num_orders * y.shape[0]) * size * size * m
+    rows, columns = x.shape[0] * num_x, y.shape[0] * num_y
+    gathered = (rows + columns) * size * size * m
     at_a_time = min(max(_GATHERED // gathered, 1), num_offsets)
 
     def add(total: Array, piece: Array) -> tuple[Array, None]:
@@ -159,13 +169,12 @@ def _products_of_shifts(x: Array, y: Array, members: Array, key: Array, number: 
         b = [_rows_by_frequency(jnp.stack(parts, 1)) for parts in ((real, imaginary), (imaginary, -real))]
         return total + matmul(a, jnp.swapaxes(jnp.concatenate(b, 1), 1, 2)), None
 
-    columns = num_orders * y.shape[0]
-    start = jnp.zeros((num_offsets, x.shape[0], 2 * columns), x.dtype)
+    start = jnp.zeros((num_offsets, rows, 2 * columns), x.dtype)
     total, _ = lax.scan(add, start, jnp.arange(-(-num_offsets // at_a_time), dtype=jnp.int32))
     spectrum = lax.complex(total[..., :columns], total[..., columns:])
-    shifted = jnp.fft.irfft(spectrum, m, axis=0).reshape(m, x.shape[0], y.shape[0], num_orders)
-    products = jnp.transpose(shifted, (3, 0, 1, 2)).reshape(num_orders * m, x.shape[0], y.shape[0])
-    chosen = 1 + jax.random.permutation(choice_key, num_orders * m - 1)[:number]
+    shifted = jnp.fft.irfft(spectrum, m, axis=0).reshape(m, x.shape[0], num_x, y.shape[0], num_y)
+    products = jnp.transpose(shifted, (2, 4, 0, 1, 3)).reshape(-1, x.shape[0], y.shape[0])
+    chosen = 1 + jax.random.permutation(choice_key, len(products) - 1)[:number]
     observed = matmul(x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1).T)
     return jnp.concatenate((observed[None], jnp.take(products, chosen, 0)))
 

@@ -222,7 +222,9 @@ TWO_ARRAYS = {
     "rsa by spearman": measure("rsa", comparison="spearman"),
     "rsa by kendall": measure("rsa", comparison="kendall"),
     "cka of linear kernels": measure("cka", kernel="linear"),
-    "cka of sampled channels": measure("cka", kernel="linear", channels="sampled"),
+    "cka of sampled channels": lambda x, y: jaxalign.measures.cka(
+        jnp.tile(x, (1, 3)), jnp.tile(y, (1, 3)), "linear", channels="sampled"
+    ),
     "angular cka": measure("cka", result="angular"),
     "rsa of correlations": measure("rsa", metric="correlation"),
     "minibatch_cka": lambda x, y: jaxalign.measures.minibatch_cka([(x, y)]),
