@@ -27,9 +27,13 @@ os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"jaxalign-num
 # Test processes run side by side: threads of OpenMP (torch, scikit-learn) in each would wait for each other's turn.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Nothing is read from the cache of the user's commands, nor written to it, here or by programs that tests start.
+# Nothing is read from the cache of the user's commands, nor written to it, here or by programs that tests start. Tests
+# have a cache of their own, which their processes and the next run share.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-jax.config.update("jax_enable_compilation_cache", False)
+jax.config.update("jax_enable_compilation_cache", True)
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "programs"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Compiling takes half the time with the older emitters of fused kernels, which jaxlib 0.11 no longer has, and a tenth
 # less where programs are not cut into parts for several threads. Users run the newer ones, and so does .ci/run with the
@@ -50,8 +54,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Shapes and dtypes in signatures are checked at every call. The hook rewrites modules while they are imported, so it
-# comes before the first import of the package: test modules and doctests are collected after this file.
-jaxtyping.install_import_hook("jaxalign", "beartype.beartype")
+# comes before the first import of the package: test modules and doctests are collected after this file. It takes a
+# seventh of the time, which the slow tests spare in .ci/run.
+if not os.environ.get("JAXALIGN_TESTS_SKIP_TYPES"):
+    jaxtyping.install_import_hook("jaxalign", "beartype.beartype")
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import helpers`, `import reference`, whatever pytest's import mode
 

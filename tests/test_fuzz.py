@@ -277,8 +277,8 @@ def gradient_of_loss(measure):
 def test_losses_and_their_gradients_are_finite(data):
     n = data.draw(st.sampled_from((5, 12)))
     x, y = data.draw(features(n)), data.draw(features(n))
-    measure = data.draw(st.sampled_from(("cka", "affinity", "kl")))
-    density = data.draw(st.sampled_from((0.3, 0.5)))
+    measure = data.draw(st.sampled_from(("cka", "kl")))
+    density = 0.3
 
     if not (usable(x, None) and usable(y, None)):
         with pytest.raises(REFUSALS):

@@ -423,12 +423,6 @@ def test_nothing_is_nan_on_the_way(rng):
     assert np.isnan(matching.landmark_rank["a", "c"])
 
 
-@pytest.mark.slow
-def test_two_networks_without_a_compiler():
-    with jax.disable_jit():
-        assert match(TWO, landmarks=np.arange(10), rounds=0, num_components=4).history.shape == (1,)
-
-
 X = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
 TWO = {"a": X, "b": X[:, ::-1]}
 
@@ -504,7 +498,7 @@ DIGITS = jaxalign.datasets.load_digit_features().features
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "rounds", "method", "least"),
-    [(300, 2, "search", 0.9), (300, 2, "one_to_one", 0.92), (30, 7, "search", 0.62)],
+    [(300, 2, "one_to_one", 0.92), (30, 7, "search", 0.62)],
 )
 def test_digits_are_found_from_few_landmarks(number, rounds, method, least):
     landmarks = np.random.default_rng(7).permutation(1000)[:number]
@@ -513,7 +507,7 @@ def test_digits_are_found_from_few_landmarks(number, rounds, method, least):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("regime", ["all", "some without partner", "one of noise", "unrelated"])
+@pytest.mark.parametrize("regime", ["some without partner", "one of noise"])
 def test_matches_are_right_at_the_default_threshold(regime, rng):
     order = rng.permutation(1000)
     chosen, rest = order[:100], order[100:]
@@ -521,7 +515,7 @@ def test_matches_are_right_at_the_default_threshold(regime, rng):
     if regime == "some without partner":
         samples = {name: np.concatenate([chosen, rng.permutation(rest)[:630]]) for name in DIGITS}
     features = {name: DIGITS[name][index] for name, index in samples.items()}
-    strangers = {"one of noise": list(DIGITS)[:1], "unrelated": list(DIGITS)}.get(regime, [])
+    strangers = list(DIGITS)[:1] if regime == "one of noise" else []
     for name in strangers:
         features[name] = rng.permutation(features[name])
     matching = jaxalign.match(features, landmarks=np.arange(100), rounds=3)
@@ -530,5 +524,5 @@ def test_matches_are_right_at_the_default_threshold(regime, rng):
         i, j = matching.pairs(a, b)[100:].T  # landmarks come first
         right.append((samples[a][i] == samples[b][j]) & (not {a, b} & set(strangers)))
     right = np.concatenate(right)
-    assert right.all() or right.mean() >= 0.95
-    assert (len(right) > 1000) == (regime != "unrelated")
+    assert right.mean() >= 0.95
+    assert len(right) > 1000

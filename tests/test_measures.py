@@ -225,7 +225,8 @@ def test_cka_of_sampled_channels_agrees_with_the_reference(x64, rng):
     helpers.assert_close(sampled(np.stack([x, x]), np.stack([y, y])), [expected] * 2, 1e-10)
     helpers.assert_close(sampled(x, y, mask=mask), reference.cka_of_sampled_channels(x[mask], y[mask]), 1e-10)
     options = {"kernel": "linear", "channels": "sampled"}
-    helpers.assert_close(jaxalign.compare_grid({"a": x, "b": y[:, :4]}, {"y": y}, **options).values[0, 0], expected, 1e-10)
+    grid = jaxalign.compare_grid({"a": x, "b": y[:, :4]}, {"y": y}, **options)
+    helpers.assert_close(grid.values[0, 0], expected, 1e-10)
     mesh = jaxalign.Plan(mesh=jaxalign.sharding.data_mesh(4))
     rows = (jaxalign.sharding.shard_rows(a, mesh.mesh) for a in (x, y))
     helpers.assert_close(sampled(*rows, plan=mesh), expected, 1e-10)

@@ -529,7 +529,7 @@ def test_a_mesh_without_devices_and_a_mesh_inside_shard_map_are_refused(rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("devices", "tiles"), [(1, 2), (1, 4), (1, 5), (2, 1), (2, 2), (3, 2), (4, 3)])
+@pytest.mark.parametrize(("devices", "tiles"), [(1, 5), (2, 1), (2, 2), (4, 3)])
 def test_rings_of_any_length_visit_every_pair_once(x64, devices, tiles, rng):
     # Even rings have tiles opposite each other, which must not be counted from either side.
     size = 2
