@@ -45,7 +45,7 @@ def main(out: Path) -> dict[str, Agreement]:
 
     def score(colors: Colors, between: list[tuple[str, str]] = pairs) -> Agreement:
         held_out = {name: values[queries] for name, values in colors.items()}
-        return agreement(held_out, between, data.picture_index[queries])
+        return agreement(held_out, between, data.picture_index[queries], data.positions[queries])
 
     colors = {
         "before: each network separately": separate_colors(features),
@@ -118,7 +118,7 @@ def layer_agreement(
     for a, b in pairs_of_networks(names):
         colors = joint_colors({name: data.features[name] for name in (a, b)}, landmarks)
         held_out = {name: x[queries] for name, x in colors.items()}
-        result = agreement(held_out, [(a, b)], data.picture_index[queries], permutations=1)
+        result = agreement(held_out, [(a, b)], data.picture_index[queries], data.positions[queries])
         i, j = names.index(a), names.index(b)
         values[i, j] = values[j, i] = result.value
     return names, values

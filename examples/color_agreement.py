@@ -31,7 +31,8 @@ class Agreement:
 
     Attributes:
         value: 1 - (mean color distance of the same patch) / (mean over all pairs of patches of the same image).
-        p_value: by permutations of the patches of each image.
+        p_value: the share of all flips and rotations of the images of one network that agree at least as well. Colors
+            of any network change smoothly over an image, so exchanging single patches would be too weak a null.
     """
 
     value: float
@@ -42,31 +43,41 @@ def agreement(
     colors: Colors,
     pairs: list[tuple[str, str]],
     images: Int[np.ndarray, " n"],
-    *,
-    permutations: int = 999,
-    seed: int = 0,
+    positions: Int[np.ndarray, "n 2"],
 ) -> Agreement:
-    """Mean agreement over pairs of networks, and its permutation p-value.
+    """Mean agreement over pairs of networks, and its p-value.
 
     Args:
         colors: of each network, shape (n, 3), for the same patches, which are not landmarks.
         pairs: the networks to compare.
         images: the image of each patch.
-        permutations: number of permutations of the patches within each image, the same for all pairs.
-        seed: seed of the permutations.
+        positions: the row and column of each patch.
     """
     distances = {pair: _distances(colors[pair[0]], colors[pair[1]], images) for pair in pairs}
     chance = np.mean([np.mean([block.mean() for block in blocks]) for blocks in distances.values()])
-    rng = np.random.default_rng(seed)
     blocks = [np.mean([distances[pair][k] for pair in pairs], 0) for k in range(len(next(iter(distances.values()))))]
-    same = np.mean([np.diagonal(block).mean() for block in blocks])
-    shuffled = np.array(
-        [
-            np.mean([block[np.arange(len(block)), rng.permutation(len(block))].mean() for block in blocks])
-            for _ in range(permutations)
-        ]
-    )
-    return Agreement(float(1 - same / chance), float((1 + np.sum(shuffled <= same)) / (1 + permutations)))
+    moved = [
+        np.array([block[np.arange(len(block)), move].mean() for move in _moves(positions[images == image])])
+        for image, block in zip(np.unique(images), blocks, strict=True)
+    ]
+    # Every combination of the moves of all images; that of no moves comes first.
+    total = moved[0] / len(moved)
+    for values in moved[1:]:
+        total = np.ravel(total[:, None] + values[None] / len(moved))
+    return Agreement(float(1 - total[0] / chance), float(np.mean(total <= total[0] + 1e-9)))
+
+
+def _moves(positions: np.ndarray) -> list[np.ndarray]:
+    """The flips and rotations of the plane that map positions to themselves, as orders of the positions."""
+    centered = 2 * positions - positions.min(0) - positions.max(0)
+    place = {tuple(position): k for k, position in enumerate(centered)}
+    moves = []
+    for a, b in itertools.product((1, -1), repeat=2):
+        for matrix in (np.array([[a, 0], [0, b]]), np.array([[0, a], [b, 0]])):
+            images = [place.get(tuple(position)) for position in centered @ matrix]
+            if None not in images:
+                moves.append(np.array(images))
+    return moves
 
 
 def _distances(a: np.ndarray, b: np.ndarray, images: np.ndarray) -> list[np.ndarray]:

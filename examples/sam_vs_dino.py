@@ -97,7 +97,9 @@ def main(patches: Patches, out: Path) -> dict[str, float]:
     top1 = float(np.mean([match.top1 for match in matches]))
     colors = {"before": separate_colors(patches.features), "after": joint_colors(patches.features, landmarks)}
     scores = {
-        when: agreement({name: x[queries] for name, x in by_network.items()}, [(a, b)], image[queries])
+        when: agreement(
+            {name: x[queries] for name, x in by_network.items()}, [(a, b)], image[queries], positions[queries]
+        )
         for when, by_network in colors.items()
     }
     print(f"{a} and {b}: {len(queries)} held-out patches of {number} images")

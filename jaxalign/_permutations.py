@@ -1,7 +1,7 @@
 """Permutations of the samples of one representation, and inner products of pair matrices under them.
 
 Under the null, groups of samples of equal size may be exchanged (single samples are groups of size 1), or the grid of
-positions of each image may be shifted, flipped and rotated. Either set of permutations is a group in the sense of
+positions of each image may be flipped and rotated. Either set of permutations is a group in the sense of
 algebra, so with the identity and m random permutations P(p <= a) <= a.
 
 All shifts of m groups of one size take the time of a few permutations: if g_k is the matrix g with its groups shifted
@@ -82,32 +82,40 @@ class GroupExchange:
 
 @dataclass(frozen=True)
 class GridMoves:
-    """The grid of each image is shifted cyclically, flipped and, if square, rotated by quarter turns: one move each."""
+    """The grid of each image is flipped and, if square, rotated by quarter turns, each image for itself.
+
+    These moves keep the distance of any two positions. Cyclic shifts would not: where the grid is wrapped, neighbors
+    become distant. Maps of one network are smooth everywhere, and so are those of another, so that every pair would
+    seem to agree better than with its shifts.
+    """
 
     images: int
     height: int
     width: int
 
     @property
+    def moves(self) -> np.ndarray:
+        """All different moves of one grid, the identity first, (moves, positions)."""
+        grid = np.arange(self.height * self.width, dtype=np.int32).reshape(self.height, self.width)
+        turned = [np.rot90(grid, k) for k in (range(4) if self.height == self.width else (0, 2))]
+        every = np.stack([np.ravel(a) for grid in turned for a in (grid, grid[:, ::-1])])
+        return every[np.sort(np.unique(every, axis=0, return_index=True)[1])]
+
+    @property
     def number(self) -> int:
-        """How many moves there are; for grids of one or two rows or columns, some of them are equal."""
-        turns = (min(self.height, 3) + 1) // 2 * ((min(self.width, 3) + 1) // 2) * (1 + (self.height == self.width))
-        return (self.height * self.width * turns) ** self.images
+        """How many moves of all images there are."""
+        return len(self.moves) ** self.images
 
     def orders(self, key: Array, number: int) -> Array:
-        """The identity and random permutations, (number + 1, n)."""
-        h, w = self.height, self.width
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        shape = (number, self.images, 1, 1)
-        row, column = np.mgrid[:h, :w]
-        row = (rng.integers(h, size=shape) + rng.choice((-1, 1), size=shape) * row) % h
-        column = (rng.integers(w, size=shape) + rng.choice((-1, 1), size=shape) * column) % w
-        place = row * w + column
-        if h == w:
-            place = np.where(rng.random(shape) < 0.5, place, np.swapaxes(place, -1, -2))
-        first = np.arange(self.images)[:, None, None] * (h * w)
-        moved = (first + place).reshape(number, -1)
-        return jnp.asarray(np.concatenate((np.arange(moved.shape[1])[None], moved)), jnp.int32)
+        """The identity and random moves, or all moves if there are no more: (<= number + 1, n)."""
+        moves = self.moves
+        if self.number <= number + 1:
+            chosen = jnp.asarray(list(itertools.product(range(len(moves)), repeat=self.images)), jnp.int32)
+        else:
+            drawn = jax.random.randint(key, (number, self.images), 0, len(moves), jnp.int32)
+            chosen = jnp.concatenate((jnp.zeros((1, self.images), jnp.int32), drawn))
+        first = jnp.arange(self.images, dtype=jnp.int32)[:, None] * moves.shape[1]
+        return (jnp.take(jnp.asarray(moves), chosen, 0) + first[None]).reshape(len(chosen), -1)
 
 
 Permutations = GroupExchange | GridMoves

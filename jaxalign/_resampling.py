@@ -9,6 +9,7 @@ the derivative of <F, G> by the means that are subtracted is 0 at the means.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -74,9 +75,15 @@ def resampled_values(
 def interval_ends(value: Array, left_out: Array, resampled: Array, level: float, method: str) -> tuple[Array, Array]:
     """The ends of an interval: quantiles of the resamples, for "bca" corrected for bias and skewness (Efron 1987).
 
-    `left_out` are the values without each group.
+    `left_out` are the values without each of the n groups. The quantiles are those of Student's t with n - 1 degrees of
+    freedom, times sqrt(n / (n - 1)), as resamples of n groups vary less than samples do (Hesterberg 2015).
     """
-    ends = jnp.asarray([(1 - level) / 2, (1 + level) / 2], resampled.dtype)
+    from scipy.special import stdtrit  # comes with jax, but importing it takes time
+
+    n = left_out.shape[0]
+    reach = math.sqrt(n / (n - 1)) * float(stdtrit(n - 1, (1 + level) / 2))
+    normal = jnp.asarray([-reach, reach], resampled.dtype)
+    ends = ndtr(normal)
     if method == "bca":
         b = resampled.shape[0]
         below = jnp.mean((resampled < value).astype(value.dtype) + 0.5 * (resampled == value).astype(value.dtype))
@@ -84,7 +91,7 @@ def interval_ends(value: Array, left_out: Array, resampled: Array, level: float,
         influence = jnp.mean(left_out) - left_out
         spread = jnp.sum(influence**2)
         acceleration = jnp.where(spread > 0, jnp.sum(influence**3) / (6 * jnp.where(spread > 0, spread, 1) ** 1.5), 0)
-        z = bias + ndtri(ends)
+        z = bias + normal
         ends = ndtr(bias + z / (1 - acceleration * z))
     low, high = jnp.quantile(resampled, ends)
     return low, high

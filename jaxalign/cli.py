@@ -304,6 +304,15 @@ def _add_measure_options(parser: argparse.ArgumentParser, permutations: int) -> 
         default=permutations,
         help=f"permutations for p-values; 0: no p-values (default: {permutations})",
     )
+    parser.add_argument(
+        "--null", choices=("groups", "grid"), default="groups",
+        help="exchange samples or groups (default), or flip and rotate the grid of each image of maps",
+    )  # fmt: skip
+    parser.add_argument(
+        "--groups", type=Path, metavar="FILE",
+        help="labels of dependent samples, which permutations keep together: a .npy file, or a text file with a label "
+        "per line (default: the images or texts of maps and tokens)",
+    )  # fmt: skip
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:

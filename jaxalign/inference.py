@@ -66,9 +66,9 @@ class PermutationTest:
         null_mean: mean of `null`.
         null_std: standard deviation of `null`.
         score: (value - null_mean) / null_std, with the sign such that larger means more similar.
-        threshold: the value that 5% of permutations exceed, see `calibrate`.
+        threshold: the value that 5% of permutations exceed, see `calibrate`; nan if there are fewer than 19.
         calibrated: value rescaled so that `threshold` and all below it is 0 and the value of equal representations is
-            1, see `calibrate`; nan for measures without such a value.
+            1, see `calibrate`; nan without a threshold, and for measures without such a value.
         measure: the name of the measure.
         direction: "similarity" or "distance".
         best: the value of equal representations; infinite if it depends on the features.
@@ -219,9 +219,9 @@ def permutation_test(
         groups: a label for each sample, (n,): samples of one label are dependent, and stay together. Groups are
             exchanged with groups of equal size, whose samples must be in corresponding order. None: with
             positions="samples" the images or texts are the groups, otherwise all samples are independent.
-        null: "groups" exchanges groups. "grid", for maps with positions="samples", keeps images in place and
-            shifts (cyclically), flips and, if square, rotates the grid of each image: it asks whether representations
-            agree about places within images, and is exact only if maps have no preferred places and no edges.
+        null: "groups" exchanges groups. "grid", for maps with positions="samples", keeps images in place and flips and,
+            if square, rotates the grid of each image: it asks whether representations agree about places within images
+            beyond both being smooth, and is exact if maps have no preferred directions.
         positions: see `jaxalign.compare`.
         mask: shape (n,), True marks valid samples; other samples are left out.
         missing: see `jaxalign.compare`.
@@ -356,7 +356,8 @@ def bootstrap(
         key: a `jax.random.key` for the resamples.
         resamples: the number of resamples.
         level: nominal coverage of the interval, 0 < level < 1.
-        method: "bca", bias-corrected and accelerated (Efron 1987), or "percentile".
+        method: "bca", bias-corrected and accelerated (Efron 1987), or "percentile". Both are expanded for few samples
+            (Hesterberg 2015).
         groups: a label for each sample, (n,): whole groups are resampled. None: see `permutation_test`.
         positions: see `jaxalign.compare`.
         mask: see `permutation_test`.
@@ -658,6 +659,8 @@ def _count_beyond(value: Array, null: Array, sign: int) -> Array:
 def _calibrate(value: Array, null: Array, sign: int, best: float, alpha: float) -> tuple[Array, Array]:
     """The calibrated value (...) and its threshold, from the null (m, ...); see `calibrate`."""
     total = null.shape[0] + 1
+    if total < math.ceil(1 / alpha - 1e-9):  # no permutation exceeds the threshold
+        return jnp.full_like(value, jnp.nan), jnp.full_like(value, jnp.nan)
     below = total - math.floor(alpha * total + 1e-9)
     every = jnp.sort(sign * jnp.concatenate((value[None], null)), 0)
     threshold = sign * every[below - 1]

@@ -20,6 +20,7 @@ from jaxalign.bandwidth import Diagonal, mean_density, solve_sigma
 from jaxalign.grid import ComparisonGrid
 from jaxalign.inference import PermutationTest
 from jaxalign.measures import rdm
+from jaxalign.scaling import ScalingCurve
 
 
 def affinity(
@@ -353,6 +354,44 @@ def layers(
     ax.set_xlabel("layer" if names is None else "")
     ax.legend(frameon=False, fontsize=7, ncols=columns, loc="best" if not many else "center left",
               bbox_to_anchor=None if not many else (1.0, 0.5))  # fmt: skip
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def scaling(curves: ScalingCurve | Mapping[str, ScalingCurve], *, label: str | None = None, ax: Any = None) -> Any:
+    """Draw a measure against the number of samples, with the intervals of its mean as bands.
+
+    Args:
+        curves: a `ScalingCurve`, or {name: curve}, one line each.
+        label: label of the vertical axis. Default: the measure, if all curves have the same.
+        ax: axes to draw into.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: no curves.
+
+    Examples:
+        >>> import jax, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
+        >>> x, noise = jax.random.normal(jax.random.key(0), (2, 256, 8))
+        >>> curve = jaxalign.scaling_curve(x, x + noise, kernel="linear", key=jax.random.key(1))
+        >>> jaxalign.plots.scaling(curve).get_xlabel()
+        'samples'
+    """
+    named = {"": curves} if isinstance(curves, ScalingCurve) else dict(curves)
+    if not named:
+        raise ValueError("curves is empty: pass at least one result of scaling_curve.")
+    measures = {f"{curve.measure} ({curve.direction})" for curve in named.values()}
+    ax = _draw.axes(ax, (5.2, 3.2))
+    for color, (name, curve) in zip(_draw.CYCLE * len(named), named.items(), strict=False):
+        ax.plot(curve.sizes, curve.value, "o-", color=color, ms=4, lw=1.6, label=_draw.text(name))
+        ax.fill_between(curve.sizes, curve.low, curve.high, color=color, alpha=0.2, lw=0)
+    ax.set_xscale("log")
+    ax.set_xlabel("samples")
+    ax.set_ylabel(label if label is not None else measures.pop() if len(measures) == 1 else "")
+    if len(named) > 1 or "" not in named:
+        ax.legend(frameon=False, fontsize=7)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

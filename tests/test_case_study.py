@@ -18,30 +18,48 @@ def color_agreement():
         yield module
 
 
+def grid_of(number, side=10):
+    cells = np.argwhere(np.ones((side, side)))
+    return np.repeat(np.arange(number), len(cells)), np.tile(cells, (number, 1))
+
+
 def test_agreement_is_one_for_equal_colours_and_zero_for_unrelated_ones(color_agreement):
     rng = np.random.default_rng(0)
-    a, pictures = rng.random((200, 3)), np.repeat([0, 1], 100)
-    assert color_agreement.agreement({"a": a, "b": a}, [("a", "b")], pictures).value == 1
-    unrelated = color_agreement.agreement({"a": a, "b": rng.random((200, 3))}, [("a", "b")], pictures)
+    a, places = rng.random((200, 3)), grid_of(2)
+    same = color_agreement.agreement({"a": a, "b": a}, [("a", "b")], *places)
+    assert same.value == 1
+    assert same.p_value == 1 / 64  # eight moves of each image
+    unrelated = color_agreement.agreement({"a": a, "b": rng.random((200, 3))}, [("a", "b")], *places)
     assert abs(unrelated.value) < 0.1
-    assert unrelated.p_value > 0.01
+    assert unrelated.p_value > 0.02
     # A colour a picture tells the pictures apart, and no patch of one from another.
     flat = np.repeat(rng.random((2, 3)), 100, 0)
-    noisy = color_agreement.agreement({"a": flat + 0.01 * a, "b": flat}, [("a", "b")], pictures)
+    noisy = color_agreement.agreement({"a": flat + 0.01 * a, "b": flat}, [("a", "b")], *places)
     assert abs(noisy.value) < 1e-9
+    assert noisy.p_value == 1
 
 
-def test_shuffled_patches_are_the_null(color_agreement):
+def test_moves_map_what_is_held_out_to_itself(color_agreement):
+    _, cells = grid_of(1, 4)
+    checkerboard = cells[cells.sum(1) % 2 == 1]
+    assert len(color_agreement._moves(cells)) == 8
+    moves = color_agreement._moves(checkerboard)
+    assert len(moves) == 4  # half a turn, and flips along both diagonals
+    for move in moves:
+        steps = np.abs(checkerboard[:, None] - checkerboard[None]).sum(-1)
+        np.testing.assert_array_equal(steps[move][:, move], steps)
+    np.testing.assert_array_equal(moves[0], np.arange(len(checkerboard)))
+
+
+def test_smooth_colours_agree_no_better_than_moved(color_agreement):
     rng = np.random.default_rng(0)
+    places = grid_of(3)
     found = []
-    for seed in range(60):
-        a, b = rng.random((2, 40, 3))
-        found.append(
-            color_agreement.agreement({"a": a, "b": b}, [("a", "b")], np.zeros(40, int), permutations=99, seed=seed)
-        )
-    p_values = np.array([one.p_value for one in found])
-    assert 0.35 < p_values.mean() < 0.65  # uniform: 0.5 +- 0.037
-    assert p_values.min() >= 0.01
+    for _ in range(60):
+        a, b = (np.cos(places[1] @ rng.normal(size=(2, 3)) * 0.3 + 6 * rng.random((3, 3))[places[0]]) for _ in "ab")
+        found.append(color_agreement.agreement({"a": a, "b": b}, [("a", "b")], *places).p_value)
+    assert 0.35 < np.mean(found) < 0.65  # uniform: 0.5 +- 0.037
+    assert np.sum(np.array(found) <= 0.05) <= 9  # binomial, 3 expected
 
 
 def test_pairs_are_of_different_networks(color_agreement):

@@ -25,7 +25,7 @@ import jaxalign
 from jaxalign import _memory, cli
 from jaxalign.files import storage
 from jaxalign.kernels import RBF
-from jaxalign.report import cache, commands
+from jaxalign.report import cache, commands, statistics
 
 pytest.importorskip("matplotlib", reason='figures: python -m pip install "jaxalign[viz]"')
 pytestmark = pytest.mark.usefixtures("usual_promotion")
@@ -190,7 +190,57 @@ def test_maps_with_their_channels_first_are_pointed_out(tmp_path, capsys):
     assert run("compare", tmp_path / "a.npy", tmp_path / "b.npy", "--permutations", 0) == 0
     printed = capsys.readouterr().out
     assert "np.moveaxis(x, 1, -1)" in printed
-    assert "neighboring positions are not independent" in printed
+    assert "positions is a sample (see --positions)" in printed
+
+
+@pytest.mark.slow
+def test_p_values_keep_images_together(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    maps = rng.normal(size=(4, 5, 5, 3)).astype(np.float32)
+    for name, x in (("a", maps), ("b", maps + 0.5 * rng.normal(size=maps.shape).astype(np.float32))):
+        np.save(tmp_path / f"{name}.npy", x)
+    both = (tmp_path / "a.npy", tmp_path / "b.npy", "--density", 0.2, "--permutations", 199, "--json")
+
+    def told(*more):
+        assert run("compare", *both, *more) == 0
+        return json.loads(capsys.readouterr().out)
+
+    images = told()
+    assert images["test"]["groups"] == 4
+    assert images["test"]["permutations"] == 23
+    assert images["p_value"] == images["test"]["smallest_p_value"] == pytest.approx(1 / 24)
+    assert 0 < images["calibrated"] < 1
+    (tmp_path / "rows.txt").write_text("\n".join(str(k // 5) for k in range(100)))
+    np.save(tmp_path / "pairs.npy", [0, 0, 1, 1])
+    assert told("--groups", tmp_path / "rows.txt")["p_value"] == 1 / 200
+    pairs = told("--groups", tmp_path / "pairs.npy")  # one label an image
+    assert (pairs["test"]["groups"], pairs["p_value"]) == (2, 0.5)
+    assert pairs["calibrated"] is None  # one permutation has no threshold of 5%
+    moved = told("--null", "grid")
+    assert moved["test"]["what"] == "images that are flipped and rotated"
+    assert moved["p_value"] == 1 / 200
+    assert run("compare", *both[:-1]) == 0
+    assert "p-values from 23 permutations of 4 images or texts; none can be below 0.0417" in capsys.readouterr().out
+    for options, message in (
+        (("--groups", tmp_path / "none.txt"), "none.txt"),
+        (("--groups", tmp_path / "a.npy"), "groups must have shape (100,) or (4,)"),
+        (("--null", "grid", "--positions", "mean"), "--null grid needs maps"),
+    ):
+        assert run("compare", *both, *options) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_test_of_many_samples_is_of_whole_groups_or_the_same_places_of_each():
+    assert len(statistics._subset(400, None)) == 400
+    assert len(statistics._subset(3000, None)) == 1000
+    labels = np.repeat(np.arange(40), 256)  # images
+    subset = statistics._subset(len(labels), labels)
+    assert len(subset) == 1000
+    places = subset.reshape(40, 25) % 256
+    assert (places == places[0]).all()
+    few = statistics._subset(5000, np.arange(5000) // 5)
+    assert len(few) == 500  # a hundred groups of five
+    assert set(np.unique(few // 5, return_counts=True)[1]) == {5}
 
 
 @pytest.mark.slow

@@ -272,7 +272,7 @@ def gradient_of_loss(measure):
 
 
 @pytest.mark.slow
-@fuzz
+@hypothesis.settings(max_examples=30, parent=hypothesis.settings.get_profile("jaxalign"))  # they take longest
 @hypothesis.given(st.data())
 def test_losses_and_their_gradients_are_finite(data):
     n = data.draw(st.sampled_from((5, 12)))

@@ -321,7 +321,8 @@ KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 SLOW = {"rsatoolbox", "repsim (Lange"}  # four seconds of compiling each
 # Rows of which no value is compared: statistics with random numbers, pictures, and what runs a network.
 NOT_COMPARED = {
-    "pairwise_distances(train_data)", "get_extractor(...).extract_features(...)", "calibrate_layers(xs, ys, sim)",
+    "pairwise_distances(train_data)", "get_extractor(...).extract_features(...)", "perm_fn= of blocks",
+    'calibrate_layers(xs, ys, sim, agg="max")',
     "eval_bootstrap_pattern, eval_fixed", "cv_noise_ceiling, boot_noise_ceiling", "find_sigma(x)",
     "Ncut(k).fit(x).transform(new)", "kway_ncut(eigvec)", "tsne_color(eigvec), umap_color(eigvec)",
     "the same over minibatches", "CKA(model1, model2, layers...) with hooks", "a mean affinity of m",
@@ -397,7 +398,7 @@ def test_calibration(x64):
     p_value, tau, score = (right[left] for left in CALIBRATION)
     assert evaluate(p_value) == (1 + np.sum(null >= value)) / (len(null) + 1)
     threshold = np.quantile([*null, value], 1 - a, method="inverted_cdf")
-    names = NAMES | {"test": test, "tau": threshold}
+    names = NAMES | {"test": test}
     assert float(eval(tau, names)) == threshold
     helpers.assert_close(eval(score, names), max(0, (value - threshold) / (1 - threshold)), 1e-12)
 

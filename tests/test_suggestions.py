@@ -423,6 +423,33 @@ ROWS = {
          'comparison="pearson"': "jaxalign.bootstrap(x, y, 'rsa', {}, key=key, resamples=9)",
          "permutation_test": "jaxalign.{}(x, y, 'cka', kernel='linear', estimator='biased', key=key, permutations=9)"},
     ),
+    "a value to calibrate": Row(
+        "jaxalign.calibrate(0.5)", {"calibrate(permutation_test(x, y, key=key))": "{}"},
+        named(calibrate=jaxalign.calibrate, permutation_test=jaxalign.permutation_test),
+    ),
+    "groups of subjects": Row(
+        "jaxalign.noise_ceiling([x, y], groups=np.arange(24) // 2)",
+        {"key=": "jaxalign.noise_ceiling([x, y], groups=np.arange(24) // 2, {}key, resamples=9)"},
+    ),
+    "moves of rows": Row(
+        "jaxalign.permutation_test(x, y, key=key, null='grid')",
+        {'positions="samples"': "jaxalign.permutation_test(maps, -maps, key=key, null='grid', {}, permutations=9)"},
+        named(maps=X.reshape(4, 3, 2, 5)),
+    ),
+    "moves of one position": Row(
+        "jaxalign.permutation_test(maps, -maps, key=key, null='grid', positions='samples')",
+        {'null="groups"': "jaxalign.permutation_test(maps, -maps, key=key, {}, positions='samples', permutations=9)"},
+        named(maps=X.reshape(24, 1, 1, 5)),
+    ),
+    "a test of sampled channels": Row(
+        "jaxalign.permutation_test(x, y, key=key, kernel='linear', channels='sampled')",
+        {'channels="all"': "jaxalign.permutation_test(x, y, key=key, kernel='linear', {}, permutations=9)"},
+    ),
+    "sampled channels of a kernel": Row(
+        "measures.cka(x, y, estimator='biased', channels='sampled')",
+        {'kernel="linear", estimator="debiased"': "measures.cka(x, y, {}, channels='sampled')",
+         'result="similarity"': "measures.cka(x, y, 'linear', {}, channels='sampled')"},
+    ),
     "named subjects": Row(
         "jaxalign.noise_ceiling(subjects)", {"its values()": "jaxalign.noise_ceiling(list(subjects.values()))"},
         named(subjects={"a": X, "b": Y, "c": X + Y}),

@@ -59,6 +59,7 @@ DEFAULTS = {
         "cca": "of correlations", "svcca": "of correlations",
     },
     "method": {"normalized_cut": "by size", "rgb": "of colors", "match": "of assignments"},
+    "alpha": {"shape_distance": "as published"},
     "key": {"permutation_test": "is required", "bootstrap": "is required", "paired_difference": "is required",
             "scaling_curve": "is required"},
 }  # fmt: skip

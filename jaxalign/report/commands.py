@@ -35,16 +35,14 @@ from jaxalign.files.readers import open_npy
 from jaxalign.files.sources import rows_are_finite
 from jaxalign.files.storage import PREFIX, hash_of, json_value, locked, read_json, replace_file
 from jaxalign.grid import ComparisonGrid, compare_grid
-from jaxalign.inference import permutation_test
 from jaxalign.kernels import RBF, Laplacian
 from jaxalign.plan import Plan
 from jaxalign.report.baselines import standardized
 from jaxalign.report.coloring import joint_colors, separate_colors
+from jaxalign.report.statistics import describe, run_test
 from jaxalign.report.tables import format_table
 from jaxalign.spectral import kway, normalized_cut
 
-# Samples in a permutation test, which stores n x n values per representation.
-TEST_SAMPLES = 1000
 # Images shown in a report, and landmarks for their colors.
 SHOWN_IMAGES, COLOR_LANDMARKS = 6, 1024
 
@@ -86,10 +84,7 @@ def read(paths: list[Path], positions: io.Positions) -> Input:
         rows[name] = _as_floats(name, stored, values)
         if stored.values.ndim > 2 and positions == "samples":
             shape = " x ".join(map(str, stored.values.shape[:-1]))
-            notes.append(
-                f"each of {shape} positions is a sample (see --positions); p-values assume independent samples, "
-                "but neighboring positions are not independent"
-            )
+            notes.append(f"each of {shape} positions is a sample (see --positions)")
         notes += channels_first(name, stored.values)
     hashes = {str(path): hash_of(path) for path in sorted({stored.path for stored in arrays.values()})}
     return Input(rows, arrays, tuple(dict.fromkeys(notes)), hashes)
@@ -395,15 +390,13 @@ def compare_files(options: dict[str, Any]) -> Result:
     data |= {"sigma": compared.sigma, "density reached": _densities([x, y], compared, options)}
     text = f"{options['measure']} of {names[0]} with {names[1]}, {len(x)} samples: {value:.6g}"
     if options["permutations"]:
-        subset = _subset(len(x))
-        test = permutation_test(
-            np.asarray(x)[subset], np.asarray(y)[subset], options["measure"],
-            key=jax.random.key(options["seed"]), permutations=options["permutations"], **measure_options,
-        )  # fmt: skip
-        data |= {"p_value": _exact(test.p_value, options), "null_mean": float(test.null_mean)}
-        data["test_samples"] = len(subset)
-        text += f"\np = {float(test.p_value):.4g} from {options['permutations']} permutations"
-        text += f" of {len(subset)} samples" if len(subset) < len(x) else ""
+        arrays = {f"{k}: {name}": a for k, part in enumerate(inputs) for name, a in part.arrays.items()}
+        tested = run_test({"x": x}, {"y": y}, arrays, options, measure_options)
+        statistics = {name: np.asarray(value)[0, 0] for name, value in tested.values().items()}
+        data |= {name: float(statistics[name]) for name in ("p_value", "null_mean", "threshold", "calibrated")}
+        data["test"] = tested.summary()
+        text += f"\ncalibrated {_number(data['calibrated'])}, p = {data['p_value']:.4g}"
+        text += f"\n{describe(tested.summary(), len(x))}"
     data["provenance"] = provenance(options, *inputs)
     return Result(data, with_notes(text, tuple(data["provenance"]["notes"])))
 
@@ -555,22 +548,19 @@ def _grid(
 ) -> dict[str, Any]:
     """Compare, draw and write; returns the content of grid.json."""
     compared = _compare(x, y, job, out, options, measure_options)
-    test, subset = None, _subset(n)
+    tested = None
     if options["permutations"]:
-        few_x, few_y = ({name: np.asarray(v[subset]) for name, v in part.rows.items()} for part in (x, y or x))
-        test = permutation_test(
-            few_x, few_y, options["measure"], key=jax.random.key(options["seed"]),
-            permutations=options["permutations"], **measure_options,
-        )  # fmt: skip
+        arrays = {f"{k}: {name}": a for k, part in enumerate((x, y or x)) for name, a in part.arrays.items()}
+        tested = run_test(x.rows, (y or x).rows, arrays, options, measure_options)
     rows = [values for part in (x, y) if part is not None for values in part.rows.values()]
     data = {
         **json.loads(compared.to_json()),
         "samples": n,
         "density reached": _densities(rows, compared, options),
         "best match": {row: {"column": c, "value": v} for row, (c, v) in compared.best_match().items()},
-        "statistics": None if test is None else {
-            "permutations": options["permutations"], "samples": len(subset), "p_value": _exact(test.p_value, options),
-            "corrected": _exact(test.corrected, options), "null_mean": test.null_mean, "score": test.score,
+        "statistics": None if tested is None else {
+            **tested.summary(), **tested.values(), "aggregates": tested.aggregates(),
+            "words": describe(tested.summary(), n),
         },
         "names": [str(options["x"]), str(options["y"] or options["x"])],
         "provenance": job,
@@ -578,7 +568,7 @@ def _grid(
     from jaxalign import plots
     from jaxalign.report.html import page
 
-    ax = plots.grid(_printable(compared), test=_printable(test))
+    ax = plots.grid(_printable(compared), test=None if tested is None else _printable(tested.test))
     name_x, name_y = (_short(path.name) for path in (options["x"], options["y"] or options["x"]))
     ax.set(ylabel=name_x, xlabel=name_y)
     figures = {"grid": png_of(ax.figure, 130)}
@@ -611,16 +601,25 @@ def _grid_text(data: Mapping[str, Any], out: Path) -> str:
         for row, match in data["best match"].items()
     ]
     if statistics is not None:
-        header.append("p, corrected")
+        header += ["calibrated", "p, corrected"]
         for cells, (row, match) in zip(rows, data["best match"].items(), strict=True):
             i, j = list(data["rows"]).index(row), list(data["columns"]).index(match["column"])
-            cells.append(f"{statistics['corrected'][i][j]:.4g}")
+            cells += [_number(statistics["calibrated"][i][j]), f"{statistics['corrected'][i][j]:.4g}"]
     text = format_table(header, rows)
     text += f"\n\n{samples} samples, {len(data['rows']) * len(data['columns'])} comparisons. "
     text += f"Report: {shown_path(out)}report.html"
-    if statistics is not None and statistics["samples"] < samples:
-        text += f"\np-values from {statistics['permutations']} permutations of {statistics['samples']} of the samples"
+    if statistics is not None:
+        text += f"\n{statistics['words']}"
+        for name, found in statistics["aggregates"].items():
+            text += (
+                f"\n{name}: {found['value']:.4f}, calibrated {_number(found['calibrated'])}, p = {found['p_value']:.4g}"
+            )
     return text
+
+
+def _number(value: float | None) -> str:
+    """Four digits, or a dash for a measure without such a value."""
+    return "-" if value is None or np.isnan(value) else f"{value:.4f}"
 
 
 # The state of a grid: while it compares, between its comparisons and its report, and at the end.
@@ -702,7 +701,7 @@ def _progress(quiet: bool) -> bool:
 
 
 # Options of the report alone, and all options that do not change the values of a grid.
-_REPORT = ("permutations", "seed", "images")
+_REPORT = ("permutations", "groups", "null", "seed", "images")
 _HOW = ("quiet", "json", "resume", "force", "out", "devices", "tile_size", *_REPORT)
 
 
@@ -710,12 +709,6 @@ def _identity(job: Mapping[str, Any]) -> Any:
     """The options, inputs and version that the values of a grid depend on."""
     kept = {name: value for name, value in job["options"].items() if name not in _HOW}
     return [kept, sorted(job["sha256"].values()), job["versions"]["jaxalign"]]
-
-
-def _exact(p: Any, options: Mapping[str, Any]) -> Any:
-    """P-values in float64: multiples of 1 / (permutations + 1), which float32 rounds."""
-    whole = options["permutations"] + 1
-    return (np.round(np.asarray(p, np.float64) * whole) / whole).tolist()
 
 
 def _printable(named: Any) -> Any:
@@ -744,13 +737,6 @@ def _measure_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if "sigma" not in kernel_options:
         kernel_options["density"] = options["density"]
     return {**passed, name: kernel(**kernel_options)}
-
-
-def _subset(n: int) -> np.ndarray:
-    """Numbers of the samples of a permutation test: all, or a random subset."""
-    if n <= TEST_SAMPLES:
-        return np.arange(n)
-    return np.sort(np.random.default_rng(0).choice(n, TEST_SAMPLES, replace=False))
 
 
 def shown_path(out: Path) -> str:

@@ -101,6 +101,7 @@ function order(names, score) {
 }
 function describe(i, j) {
   let text = rows[i] + "\\n" + columns[j] + "\\n" + data.measure + " = " + (values[i][j] === null ? "none" : values[i][j].toPrecision(5));
+  if (stats && stats.calibrated[i][j] !== null) text += "\\ncalibrated " + stats.calibrated[i][j].toPrecision(3);
   if (stats) text += "\\np = " + stats.p_value[i][j].toPrecision(3) + ", corrected " + stats.corrected[i][j].toPrecision(3);
   return text;
 }
@@ -142,10 +143,10 @@ function draw() {
 function short(k) { return cut(data.names[k].replace(/[\\\\/]+$/, "").split(/[\\\\/]/).pop()); }
 let sorted = {key: 2, down: true};
 function table() {
-  const matches = rows.map((row, i) => { const j = best(candidates(i)); return j < 0 ? null : [row, columns[j], values[i][j], ...(stats ? [stats.corrected[i][j]] : [])]; }).filter(Boolean);
+  const matches = rows.map((row, i) => { const j = best(candidates(i)); return j < 0 ? null : [row, columns[j], values[i][j], ...(stats ? [stats.calibrated[i][j] ?? NaN, stats.corrected[i][j]] : [])]; }).filter(Boolean);
   matches.sort((a, b) => (typeof a[sorted.key] === "number" ? a[sorted.key] - b[sorted.key] : a[sorted.key].localeCompare(b[sorted.key], undefined, {numeric: true})) * (sorted.down ? -1 : 1));
   const head = document.createElement("tr"), out = document.getElementById("best");
-  [...(data.itself ? ["layer", "best match"] : [`layer of ${short(0)}`, `best match in ${short(1)}`]), data.measure, ...(stats ? ["p, corrected"] : [])].forEach((name, key) => {
+  [...(data.itself ? ["layer", "best match"] : [`layer of ${short(0)}`, `best match in ${short(1)}`]), data.measure, ...(stats ? ["calibrated", "p, corrected"] : [])].forEach((name, key) => {
     const th = document.createElement("th"), button = document.createElement("button");
     button.textContent = name + (sorted.key === key ? (sorted.down ? " ▾" : " ▴") : "");
     button.addEventListener("click", () => { sorted = {key, down: sorted.key === key ? !sorted.down : key > 1}; table(); });
@@ -153,12 +154,13 @@ function table() {
   });
   out.replaceChildren(head, ...matches.map(cells => {
     const tr = document.createElement("tr");
-    cells.forEach(cell => { const td = document.createElement("td"); if (typeof cell === "number") { td.className = "number"; td.textContent = Number(cell.toPrecision(4)); } else td.textContent = cell; tr.append(td); });
+    cells.forEach(cell => { const td = document.createElement("td"); if (typeof cell === "number") { td.className = "number"; td.textContent = Number.isNaN(cell) ? "-" : Number(cell.toPrecision(4)); } else td.textContent = cell; tr.append(td); });
     return tr;
   }));
 }
 document.getElementById("summary").textContent = `${data.samples} samples, ${rows.length} x ${columns.length} layers, ${data.measure} (${data.direction})` +
-  (stats ? `; p-values from ${stats.permutations} permutations of ${stats.samples} samples, corrected for ${rows.length * columns.length} comparisons` : "") +
+  (stats ? `; ${stats.words}, corrected for ${rows.length * columns.length} comparisons. Calibrated values are 0 up to what 5% of permutations exceed, and 1 for equal representations` : "") +
+  (stats ? Object.entries(stats.aggregates).map(([name, a]) => `. ${name[0].toUpperCase() + name.slice(1)}: ${a.value.toPrecision(4)}` + (a.calibrated === null ? "" : `, calibrated ${a.calibrated.toPrecision(3)}`) + `, p = ${a.p_value.toPrecision(3)}`).join("") : "") +
   (data.itself ? "" : `. Rows are of ${short(0)}, columns of ${short(1)}`) + (low > high ? "." : `. Brighter cells are more similar (values from ${low.toPrecision(3)} to ${high.toPrecision(3)}); hover or tab for details.`);
 document.getElementById("significance").hidden = !stats;
 document.getElementById("provenance").textContent = JSON.stringify({options: data.options, sigma: data.sigma, ...data.provenance}, null, 1);

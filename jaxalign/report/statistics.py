@@ -1,0 +1,144 @@
+"""Permutation tests of the command line: of which samples, in which groups, and what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign._groups import check_groups
+from jaxalign.inference import Aggregate, PermutationTest, calibrate, permutation_test
+from jaxalign.io import FeatureSet
+
+# Samples in a permutation test, which stores n x n values per representation.
+TEST_SAMPLES = 1000
+# Most groups of a test of more samples than that.
+_TEST_GROUPS = 100
+_AGGREGATES: tuple[Aggregate, ...] = ("max", "mean of best")
+# The level of calibrated values.
+_ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A permutation test, and what it was of."""
+
+    test: PermutationTest
+    samples: int
+    groups: int | None  # None: every sample is a group
+    what: str  # the name of the groups
+
+    @property
+    def permutations(self) -> int:
+        """The number of permutations, which few groups have few of."""
+        return self.test.null.shape[0]
+
+    def exact(self, p: Any) -> Any:
+        """P-values in float64: multiples of 1 / (permutations + 1), which float32 rounds."""
+        whole = self.permutations + 1
+        return (np.round(np.asarray(p, np.float64) * whole) / whole).tolist()
+
+    def summary(self) -> dict[str, Any]:
+        """What a report says about how p-values came about."""
+        return {
+            "permutations": self.permutations, "samples": self.samples, "groups": self.groups, "what": self.what,
+            "smallest_p_value": self.test.smallest_p_value,
+        }  # fmt: skip
+
+    def values(self) -> dict[str, Any]:
+        """The statistics of every comparison."""
+        test = self.test
+        others = {
+            name: np.asarray(getattr(test, name)).tolist() for name in ("null_mean", "score", "calibrated", "threshold")
+        }
+        return {"p_value": self.exact(test.p_value), "corrected": self.exact(test.corrected), **others}
+
+    def aggregates(self) -> dict[str, Any]:
+        """The most similar pair of layers, and the mean of best matches, each against its own null."""
+        if self.permutations < round(1 / _ALPHA) - 1:
+            return {}
+        found = {name: calibrate(self.test, alpha=_ALPHA, aggregate=name) for name in _AGGREGATES}
+        return {
+            name: {"value": float(v.value), "calibrated": float(v.calibrated), "p_value": self.exact(v.p_value)}
+            for name, v in found.items()
+        }
+
+
+def run_test(
+    x: Mapping[str, Any], y: Mapping[str, Any], arrays: Mapping[str, FeatureSet], options: Mapping[str, Any],
+    measure_options: Mapping[str, Any],
+) -> Tested:  # fmt: skip
+    """Test rows x (n, d) against rows y, on at most `TEST_SAMPLES` of the samples; `arrays` tell what rows are."""
+    n = len(next(iter(x.values())))
+    positions = options["positions"] if any(stored.values.ndim > 2 for stored in arrays.values()) else None
+    stored = {name: array.values for name, array in arrays.items()}
+    labels = check_groups(_labels(options["groups"]), stored, positions)
+    how = {"key": jax.random.key(options["seed"]), "permutations": options["permutations"], **measure_options}
+    if options["null"] == "grid":
+        return _test_grids(x, y, stored, options, how)
+    what = "images or texts" if options["groups"] is None else f"groups of {options['groups']}"
+    subset = _subset(n, labels)
+    few_x, few_y = ({name: np.asarray(v[subset]) for name, v in rows.items()} for rows in (x, y))
+    groups = None if labels is None else labels[subset]
+    test = permutation_test(few_x, few_y, options["measure"], groups=groups, **how)
+    return Tested(test, len(subset), None if groups is None else len(np.unique(groups)), what)
+
+
+def _test_grids(
+    x: Mapping[str, Any], y: Mapping[str, Any], stored: Mapping[str, Any], options: Mapping[str, Any],
+    how: Mapping[str, Any],
+) -> Tested:  # fmt: skip
+    """A test that flips and rotates the grid of each image, on as many images as fit."""
+    shapes = {values.shape[:-1] for values in stored.values()}
+    shape = shapes.pop()
+    if options["groups"] is not None or options["positions"] != "samples" or shapes or len(shape) != 3:
+        raise ValueError("--null grid needs maps (n, h, w, d) of one grid with --positions samples, without --groups.")
+    size = shape[1] * shape[2]
+    kept = np.sort(np.random.default_rng(0).permutation(shape[0])[: max(TEST_SAMPLES // size, 1)])
+    maps_x, maps_y = ({name: np.asarray(v).reshape(*shape, -1)[kept] for name, v in rows.items()} for rows in (x, y))
+    test = permutation_test(maps_x, maps_y, options["measure"], null="grid", positions="samples", **how)
+    return Tested(test, len(kept) * size, len(kept), "images that are flipped and rotated")
+
+
+def describe(summary: Mapping[str, Any], samples: int) -> str:
+    """A sentence on the p-values of a report."""
+    part = "" if summary["samples"] == samples else f" of {summary['samples']} of the {samples} samples"
+    if summary["groups"] is None:
+        return f"p-values from {summary['permutations']} permutations{part}, which are taken to be independent"
+    text = f"p-values from {summary['permutations']} permutations of {summary['groups']} {summary['what']}{part}"
+    return f"{text}; none can be below {summary['smallest_p_value']:.3g}"
+
+
+def _labels(path: Path | None) -> np.ndarray | None:
+    """Labels from a .npy file, or one per line of a text file."""
+    if path is None:
+        return None
+    try:
+        if path.suffix.lower() == ".npy":
+            return np.load(path)
+        return np.asarray([line.strip() for line in _lines(path)])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--groups {path}: {error}") from None
+
+
+def _lines(path: Path) -> Iterable[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _subset(n: int, labels: np.ndarray | None) -> np.ndarray:
+    """Numbers of the samples of a test: all, or random samples, or random groups and as many samples of each."""
+    rng = np.random.default_rng(0)
+    if n <= TEST_SAMPLES:
+        return np.arange(n)
+    if labels is None:
+        return np.sort(rng.choice(n, TEST_SAMPLES, replace=False))
+    groups = rng.permutation(labels.max() + 1)[:_TEST_GROUPS]
+    sizes = np.bincount(labels)
+    # The same places of every group, as samples are exchanged with those at the same place.
+    places = rng.permutation(sizes.max())[: max(TEST_SAMPLES // len(groups), 1)]
+    members = [np.flatnonzero(labels == group) for group in groups]
+    return np.sort(np.concatenate([m[np.sort(places[places < len(m)])] for m in members]))

@@ -1,0 +1,144 @@
+"""How often tests reject a true null at 0.05, and an untrue one: every measure, width, and dependence of samples.
+
+    python -m tests.benchmarks.rejection                    all of it, some hours on two cores
+    python -m tests.benchmarks.rejection --runs 200         with a larger binomial error
+    python -m tests.benchmarks.rejection --only cka rsa     some measures
+
+Permutation tests have 48 samples, independent or in 6 blocks of 8, or the 96 positions of smooth maps of 6 images.
+Bootstrap intervals of a difference have 96 samples: independent, or in 24 blocks of 4. With 19 permutations a test at
+0.05 is exact, so more would change the power alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxalign
+from jaxalign.measures import REGISTRY
+
+N, BLOCK = 48, 8
+SIDE, IMAGES = 4, 6
+RESAMPLED, RESAMPLED_BLOCK = 96, 4
+RATIOS = (0.25, 1, 8)
+STRUCTURES = ("independent", "blocks", "maps, by image", "maps, by position")
+# A part of y that is x, so that tests of independent samples find it in some runs.
+EFFECTS = (0.2, 0.35, 0.5)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mutual_knn": {"k": 5}, "jaccard": {"k": 5}, "cknna": {"k": 5}, "linear_predictivity": {"folds": 4},
+}  # fmt: skip
+BOOTSTRAPPED: dict[str, dict[str, Any]] = {
+    "cka": {}, "cka linear": {"kernel": "linear"}, "rsa": {}, "distance_correlation": {}, "hsic": {"kernel": "linear"},
+}  # fmt: skip
+# Runs at a time: what they store fits the cache of a core or two.
+_TOGETHER = 100
+
+
+def samples(key: jax.Array, structure: str, d: int, n: int = N, block: int = BLOCK) -> jax.Array:
+    """Features (n, d), or maps (images, side, side, d)."""
+    if structure == "independent":
+        return jax.random.normal(key, (n, d))
+    first, second = jax.random.split(key)
+    if structure == "blocks":
+        center = jax.random.normal(first, (n // block, 1, d))
+        return (center + 0.5 * jax.random.normal(second, (n // block, block, d))).reshape(n, d)
+    # Smooth: sums of waves of random direction and phase, shorter than twice the map, so that it has edges.
+    place = jnp.stack(jnp.meshgrid(jnp.arange(SIDE), jnp.arange(SIDE), indexing="ij"), -1).astype(jnp.float32)
+    waves = jax.random.normal(first, (2, IMAGES * d * 4)) * (0.6 * jnp.pi / SIDE)
+    phase = jax.random.uniform(second, (IMAGES * d * 4,), maxval=2 * jnp.pi)
+    values = jnp.cos(place @ waves + phase[None, None]).reshape(SIDE, SIDE, IMAGES, d, 4)
+    return jnp.moveaxis(jnp.sum(values, -1), 2, 0)
+
+
+def p_value(key: jax.Array, name: str, structure: str, d: int, effect: float) -> jax.Array:
+    """Of one run."""
+    keys = jax.random.split(key, 3)
+    x, y = (samples(k, structure, d) for k in keys[:2])
+    y = effect * x + (1 - effect) * y
+    how: dict[str, Any] = {"groups": np.arange(N) // BLOCK} if structure == "blocks" else {}
+    if structure.startswith("maps"):
+        how = {"positions": "samples", "null": "groups" if structure.endswith("image") else "grid"}
+    test = jaxalign.permutation_test(x, y, name, key=keys[2], permutations=19, **how, **OPTIONS.get(name, {}))
+    return test.p_value
+
+
+def excludes_0(key: jax.Array, label: str, structure: str, d: int, effect: float) -> jax.Array:
+    """Whether an interval of the difference of two comparisons that differ by an effect excludes 0."""
+    keys = jax.random.split(key, 4)
+    x, a, b = (samples(k, structure, d, RESAMPLED, RESAMPLED_BLOCK) for k in keys[:3])
+    groups = np.arange(RESAMPLED) // RESAMPLED_BLOCK if structure == "blocks" else None
+    found = jaxalign.paired_difference(
+        (x, x + a), (x, x + (1 - effect) * b), label.split()[0], key=keys[3], resamples=400, groups=groups,
+        **BOOTSTRAPPED[label],
+    )  # fmt: skip
+    return ((found.low > 0) | (found.high < 0)).astype(jnp.float32)
+
+
+def rate(run: Any, runs: int, seed: int, threshold: float) -> float:
+    """The share of runs at or below the threshold; float32 rounds p-values by less than 1e-6."""
+    step = jax.jit(jax.vmap(run))
+    keys = jax.random.split(jax.random.key(seed), runs)
+    values = [np.asarray(step(part)) for part in np.array_split(keys, max(1, runs // _TOGETHER))]
+    return float(np.mean(np.concatenate(values) <= threshold + 1e-6))
+
+
+def rows(runs: int, only: list[str] | None, effects: tuple[float, ...]) -> Iterator[dict[str, Any]]:
+    """The rejection rate of every combination."""
+    for effect in effects:
+        for name in REGISTRY:
+            if only and name not in only:
+                continue
+            for ratio in RATIOS:
+                for structure in STRUCTURES if effect == 0 else STRUCTURES[:2]:
+                    if effect and ratio != 1:
+                        continue
+                    n = IMAGES * SIDE**2 if structure.startswith("maps") else N
+                    d = max(int(n / ratio), 1)
+                    cell = {
+                        "test": "permutation",
+                        "measure": name,
+                        "n/d": ratio,
+                        "samples": structure,
+                        "effect": effect,
+                    }
+                    one = partial(p_value, name=name, structure=structure, d=d, effect=effect)
+                    yield {**cell, "rate": rate(one, runs, 0, 0.05), "runs": runs}
+        for label in BOOTSTRAPPED:
+            if only and label not in only:
+                continue
+            for ratio in RATIOS:
+                for structure in STRUCTURES[:2]:
+                    if effect and ratio != 1:
+                        continue
+                    d = max(int(RESAMPLED / ratio), 1)
+                    one = partial(excludes_0, label=label, structure=structure, d=d, effect=effect)
+                    cell = {"test": "bootstrap", "measure": label, "n/d": ratio, "samples": structure, "effect": effect}
+                    yield {**cell, "rate": 1 - rate(one, runs, 1, 0.5), "runs": runs}
+
+
+def main() -> None:
+    """Print the rates, and write them as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=2000)
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--null", action="store_true", help="no power")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found = []
+    for row in rows(options.runs, options.only, (0.0,) if options.null else (0.0, *EFFECTS)):
+        found.append(row)
+        print(*(f"{v!s:>20}" for k, v in row.items() if k not in ("rate", "runs")), f"{row['rate']:.4f}", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
