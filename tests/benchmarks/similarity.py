@@ -33,6 +33,7 @@ def run(layers: int, n: int, d: int, rounds: int, permutations: int, permuted_n:
     """Results as they are measured; a string is a remark to print."""
     yield from grids(layers, n, d, rounds)
     yield from permuting(permuted_n, d, permutations, rounds)
+    yield permuting_a_grid(layers, min(n, 2048), d, permutations, rounds)
 
 
 def grids(layers: int, n: int, d: int, rounds: int) -> Iterator[Result | str]:
@@ -58,6 +59,19 @@ def grids(layers: int, n: int, d: int, rounds: int) -> Iterator[Result | str]:
         yield compare(f"{label} {what}", own, other, times, bound=">=", target=target, inverse=True, work=work)
     difference = np.max(np.abs(np.asarray(grid.values) - rivals.cka_grid_cached(*tensors, sigmas)))
     yield f"largest difference between those grids: {difference:.1e}"
+
+
+def permuting_a_grid(layers: int, n: int, d: int, permutations: int, rounds: int) -> Result:
+    """permutation_test of all pairs of layers, from features to p-values, against compare_grid alone."""
+    sets = [{str(k): jnp.asarray(x) for k, x in enumerate(model)} for model in make_layers(layers, n, d)]
+    key = jax.random.key(0)
+
+    def test() -> jax.Array:
+        return jaxalign.permutation_test(*sets, "cka", key=key, permutations=permutations).corrected
+
+    label = f"{permutations} permutations of {layers} x {layers} layers, n = {n}, d = {d} / the grid alone"
+    grid = ("compare_grid", lambda: jaxalign.compare_grid(*sets, "cka").values)
+    return compare(label, ("permutation_test", test), grid, rounds, bound="<=", target=2.0)
 
 
 def permuting(n: int, d: int, permutations: int, rounds: int) -> Iterator[Result | str]:
