@@ -67,7 +67,7 @@ def resampled_values(
     """A measure of every resample, (b,), from the centered matrices of two representations and their units."""
     cross, self_f, self_g = (resampled_products(a, b, groups, weights) for a, b in ((f, g), (f, f), (g, g)))
     self_products = (self_f[:, None], self_g[:, None])
-    units_fg = tuple(jnp.full_like(self_products[0], unit) for unit in units)
+    units_fg = (jnp.full_like(self_products[0], units[0]), jnp.full_like(self_products[1], units[1]))
     num_samples = jnp.full(cross.shape, f.shape[0], cross.dtype)
     return measure.finish(InnerProducts.of(cross[:, None, None], self_products, units_fg, num_samples))[:, 0, 0]
 

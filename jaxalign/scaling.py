@@ -188,7 +188,9 @@ def _check_sizes(sizes: Any, number: int) -> list[int]:
     return checked
 
 
-def _value(rows: dict[str, Any], subsample: np.ndarray, measure: str, plan: Plan | None, options: dict) -> float:
+def _value(
+    rows: dict[str, Any], subsample: np.ndarray, measure: str, plan: Plan | None, options: dict[str, Any]
+) -> float:
     """The measure of some rows. Those of large files are read block by block."""
     x, y = rows.values()
     n, in_files = len(x), any(isinstance(value, np.memmap) for value in (x, y))
@@ -198,8 +200,8 @@ def _value(rows: dict[str, Any], subsample: np.ndarray, measure: str, plan: Plan
         grid = compare_grid({"x": x}, {"y": y}, measure, mask=mask, plan=plan, **options)
         return float(np.asarray(grid.values)[0, 0])
     how = {} if plan is None else {"plan": plan}
-    parts = (np.asarray(value[subsample]) if in_files else value[subsample] for value in (x, y))
-    return float(compare(*parts, measure, **how, **options))
+    part_x, part_y = (np.asarray(value[subsample]) if in_files else value[subsample] for value in (x, y))
+    return float(compare(part_x, part_y, measure, **how, **options))
 
 
 def _intervals(each: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -77,7 +77,11 @@ def run_test(
     positions = options["positions"] if any(stored.values.ndim > 2 for stored in arrays.values()) else None
     stored = {name: array.values for name, array in arrays.items()}
     labels = check_groups(_labels(options["groups"]), stored, positions)
-    how = {"key": jax.random.key(options["seed"]), "permutations": options["permutations"], **measure_options}
+    how: dict[str, Any] = {
+        "key": jax.random.key(options["seed"]),
+        "permutations": options["permutations"],
+        **measure_options,
+    }
     if options["null"] == "grid":
         return _test_grids(x, y, stored, options, how)
     what = "images or texts" if options["groups"] is None else f"groups of {options['groups']}"
