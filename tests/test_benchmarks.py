@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.benchmarks import rejection
 from tests.benchmarks.floor import Rates
 from tests.benchmarks.report import run_sections
 from tests.benchmarks.timing import Result
@@ -27,6 +29,18 @@ def test_device_benchmark(tmp_path: Path) -> None:
     assert len(sections) == 11
     assert all(result["met"] for result in sections["device_correct"]["results"])
     assert not any(remark.startswith("FAILED") for part in sections.values() for remark in part["remarks"])
+
+
+def test_the_page_has_the_rejection_rates_of_the_file() -> None:
+    text = rejection.PAGE.read_text()
+    assert rejection.tables(json.loads(rejection.FILE.read_text())) in text
+
+
+def test_a_rejection_rate_is_that_of_a_valid_test() -> None:
+    for structure in ("blocks", "maps, by position"):
+        one = partial(rejection.p_value, name="rsa", structure=structure, d=4, effect=0.0)
+        assert rejection.rate(one, 100, 0, 0.05) < 0.15  # 0.05 + 4.6 standard errors
+        assert rejection.rate(partial(one, effect=0.8), 20, 0, 0.05) > 0.9
 
 
 def test_a_part_that_fails_lets_the_next_one_start(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.rejection                    all of it, some hours on two cores
     python -m tests.benchmarks.rejection --runs 200         with a larger binomial error
-    python -m tests.benchmarks.rejection --only cka rsa     some measures
+    python -m tests.benchmarks.rejection --only cka rsa     some measures; rows of others in the file stay
+    python -m tests.benchmarks.rejection --page             no runs: the tables of the page, from the file
 
 Permutation tests have 48 samples, independent or in 6 blocks of 8, or the 96 positions of smooth maps of 6 images.
 Bootstrap intervals of a difference have 96 samples: independent, or in 24 blocks of 4. With 19 permutations a test at
@@ -25,6 +26,8 @@ import numpy as np
 import jaxalign
 from jaxalign.measures import REGISTRY
 
+ROOT = Path(__file__).parents[2]
+PAGE, FILE = ROOT / "docs/pages/statistics.md", ROOT / "docs/benchmarks/rejection.json"
 N, BLOCK = 48, 8
 SIDE, IMAGES = 4, 6
 RESAMPLED, RESAMPLED_BLOCK = 96, 4
@@ -124,20 +127,65 @@ def rows(runs: int, only: list[str] | None, effects: tuple[float, ...]) -> Itera
                     yield {**cell, "rate": 1 - rate(one, runs, 1, 0.5), "runs": runs}
 
 
+def tables(found: list[dict[str, Any]]) -> str:
+    """The rates as Markdown: under the null, and power."""
+    blocks = []
+    for test, effects in (("permutation", False), ("bootstrap", False), ("permutation", True), ("bootstrap", True)):
+        chosen = [row for row in found if row["test"] == test and (row["effect"] > 0) == effects]
+        columns = list(dict.fromkeys((row["samples"], row["effect"] if effects else row["n/d"]) for row in chosen))
+        columns.sort(key=lambda column: STRUCTURES.index(column[0]))
+        if not chosen:
+            continue
+        title = {"permutation": "Permutation tests", "bootstrap": "Intervals of a difference that exclude 0"}[test]
+        unit = "effect" if effects else "n/d"
+        lines = [
+            f"**{title}, {'power, n/d = 1' if effects else 'under the null'}:**",
+            "",
+            "| measure | runs | " + " | ".join(f"{samples}, {unit} {value:g}" for samples, value in columns) + " |",
+            "| --- |" + " --- |" * (len(columns) + 1),
+        ]
+        for measure in dict.fromkeys(row["measure"] for row in chosen):
+            cells = {
+                (row["samples"], row["effect"] if effects else row["n/d"]): row
+                for row in chosen
+                if row["measure"] == measure
+            }
+            rates = [f"{cells[column]['rate']:.3f}" if column in cells else "" for column in columns]
+            number = min(row["runs"] for row in cells.values())
+            lines.append(f"| `{measure}` | {number} | " + " | ".join(rates) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def write_page(file: Path) -> str:
+    """The page with the tables of a file; written if it differs."""
+    text = PAGE.read_text()
+    begin, end = "<!-- rejection: begin -->\n", "\n<!-- rejection: end -->"
+    head, rest = text.split(begin)
+    made = head + begin + tables(json.loads(file.read_text())) + end + rest.split(end)[1]
+    if made != text:
+        PAGE.write_text(made)
+    return made
+
+
 def main() -> None:
     """Print the rates, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--null", action="store_true", help="no power")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", action="store_true", help="no runs: write the tables of the page")
+    parser.add_argument("--json", type=Path, default=FILE)
     options = parser.parse_args()
-    found = []
+    if options.page:
+        write_page(options.json)
+        return
+    kept = json.loads(options.json.read_text()) if options.json.exists() and options.only else []
+    found = [row for row in kept if row["measure"] not in options.only]
     for row in rows(options.runs, options.only, (0.0,) if options.null else (0.0, *EFFECTS)):
         found.append(row)
         print(*(f"{v!s:>20}" for k, v in row.items() if k not in ("rate", "runs")), f"{row['rate']:.4f}", flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=1))
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
