@@ -34,6 +34,9 @@ from jaxalign.measures._pair_sums import (
 )
 from jaxalign.plan import STORED
 
+# The number of a pair of samples is an int32.
+_MOST_SAMPLES = 46_340
+
 
 def is_product(measure: PairMeasure | SummaryMeasure) -> bool:
     """Whether a measure is a function of inner products of centered pair matrices."""
@@ -78,6 +81,8 @@ def pair_matrices(
             'channels="sampled" multiplies a value and its null by the same factor: use channels="all", whose p-value '
             "is the same."
         )
+    if sets[0].shape[0] > _MOST_SAMPLES:
+        raise ValueError(f"at most {_MOST_SAMPLES} samples can be permuted or resampled; got {sets[0].shape[0]}.")
     sigmas, target = check_function(names, sets, None, with_bandwidth(options), measure.function, STORED)
     pairs = []
     shape = (len(sets), sets[0].shape[0], sets[0].shape[0])

@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from jaxalign._groups import Groups
 from jaxalign._linalg import matmul
 
 # Gathered entries, of all orders of groups, that are transformed at a time.
@@ -34,25 +35,29 @@ _GATHERED = 2**23
 
 @dataclass(frozen=True)
 class GroupExchange:
-    """Whole groups are exchanged with groups of the same size.
+    """Whole groups are exchanged with groups that have samples at the same places, so groups of the same size.
 
     Attributes:
-        members: the samples of the groups of each size, (groups, size).
+        members: the samples of the groups of each kind, (groups, size).
     """
 
     members: tuple[np.ndarray, ...]
 
     @staticmethod
-    def of(groups: np.ndarray | None, n: int) -> GroupExchange:
-        """From the number of the group of each sample, (n,); None makes every sample a group."""
-        groups = np.arange(n) if groups is None else groups
-        starts, sizes = np.unique(np.sort(groups), return_index=True, return_counts=True)[1:]
-        by_group = np.argsort(groups, kind="stable")
-        members = tuple(
-            np.stack([by_group[a : a + size] for a in starts[sizes == size]]).astype(np.int32)
-            for size in np.unique(sizes)
-        )
-        return GroupExchange(members)
+    def of(groups: Groups | None, n: int) -> GroupExchange:
+        """The exchange of groups; None makes every sample a group."""
+        if groups is None:
+            return GroupExchange((np.arange(n, dtype=np.int32)[:, None],))
+        by_group = np.lexsort((groups.place, groups.number)).astype(np.int32)
+        kinds: dict[bytes, list[np.ndarray]] = {}
+        for members in np.split(by_group, np.cumsum(np.bincount(groups.number))[:-1]):
+            kinds.setdefault(groups.place[members].tobytes(), []).append(members)
+        return GroupExchange(tuple(np.stack(kind) for kind in kinds.values()))
+
+    @property
+    def movable(self) -> int:
+        """The number of samples in groups that can be exchanged."""
+        return sum(members.size for members in self.members if len(members) > 1)
 
     @property
     def number(self) -> int:

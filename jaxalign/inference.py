@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxalign import _arrays, _checks
-from jaxalign._groups import check_groups
+from jaxalign._groups import Groups, check_groups
 from jaxalign._null import is_product, pair_matrices, permuted_values
 from jaxalign._permutations import GridMoves, GroupExchange, Permutations
 from jaxalign._positions import Positions, check_positions
@@ -217,8 +217,10 @@ def permutation_test(
         key: a `jax.random.key` for the permutations.
         permutations: m, the number of permutations. If there are fewer, all are used, once.
         groups: a label for each sample, (n,): samples of one label are dependent, and stay together. Groups are
-            exchanged with groups of equal size, whose samples must be in corresponding order. None: with
-            positions="samples" the images or texts are the groups, otherwise all samples are independent.
+            exchanged with groups of equal size, the first sample of one with the first of the other and so on, and if
+            samples are left out, only with groups where the same ones are. Others stay in place. With
+            positions="samples", (n,) or one label per image or text; None makes these the groups. Otherwise None makes
+            all samples independent.
         null: "groups" exchanges groups. "grid", for maps with positions="samples", keeps images in place and flips and,
             if square, rotates the grid of each image: it asks whether representations agree about places within images
             beyond both being smooth, and is exact if maps have no preferred directions.
@@ -232,7 +234,8 @@ def permutation_test(
 
     Raises:
         TypeError, ValueError: see `jaxalign.compare_grid`; fewer than 1 permutation; groups that are not labels, or of
-            which no two have the same size; null="grid" without maps of one size, or with left out positions.
+            which most cannot be exchanged; null="grid" without maps of one size, with groups, or with positions left
+            out.
 
     Examples:
         >>> import jax, jaxalign
@@ -253,6 +256,8 @@ def permutation_test(
     split = len(rows)
     named = {f"x[{n!r}]" if n else "x": a for n, a in rows.items()}
     named |= {f"y[{n!r}]" if n else "y": a for n, a in columns.items()}
+    if null == "grid" and groups is not None:
+        raise ValueError('groups has no effect with null="grid", which moves each image for itself. Leave it out.')
     samples = _valid_samples(named, groups, positions, mask, missing, specification)
     moves = _grid_moves(named, positions, samples) if null == "grid" else _exchange(samples)
     value, values = permuted_values(samples.sets, split, list(named), specification, filled, moves, key, permutations)
@@ -527,16 +532,16 @@ def noise_ceiling(
 
 
 class _Samples(NamedTuple):
-    """Features (n, d) of valid samples, and the number of the group of each, (n,), or None."""
+    """Features (n, d) of valid samples, and their groups, if any."""
 
     sets: tuple[Array, ...]
-    groups: np.ndarray | None
+    groups: Groups | None
     left_out: bool
 
     @property
     def number(self) -> int:
         """The number of groups."""
-        return self.sets[0].shape[0] if self.groups is None else int(self.groups.max()) + 1
+        return self.sets[0].shape[0] if self.groups is None else int(self.groups.number.max()) + 1
 
 
 def _name(argument: str, features: Any) -> dict[str, Any]:
@@ -563,23 +568,22 @@ def _valid_samples(
     sets, mask = check_representations(
         list(rows.items()), mask, missing, measure.min_samples, measure.label, center=center
     )
-    numbers = check_groups(groups, named, positions)
+    checked = check_groups(groups, named, positions)
     if mask is None:
-        return _Samples(sets, numbers, left_out=False)
+        return _Samples(sets, checked, left_out=False)
     kept = np.flatnonzero(_arrays.on_host(mask))
-    if numbers is not None:
-        numbers = np.unique(numbers[kept], return_inverse=True)[1].astype(np.int32)
-    return _Samples(
-        tuple(features[kept] for features in sets), numbers, left_out=len(kept) < len(rows[next(iter(rows))])
-    )
+    left_out = len(kept) < sets[0].shape[0]
+    return _Samples(tuple(x[kept] for x in sets), None if checked is None else checked.take(kept), left_out)
 
 
 def _exchange(samples: _Samples) -> Permutations:
     exchange = GroupExchange.of(samples.groups, samples.sets[0].shape[0])
-    if exchange.number < 2:
+    n = samples.sets[0].shape[0]
+    if 2 * exchange.movable < n:
         raise ValueError(
-            f"groups: none of the {samples.number} groups can be exchanged, as no two have the same size. Leave out "
-            "samples so that groups have equal sizes, or average over each group."
+            f"groups: only {exchange.movable} of {n} samples are in groups that can be exchanged, as few of the "
+            f"{samples.number} groups have samples at the same places. Leave out samples with mask= so that groups "
+            "have equal sizes, or average over each group."
         )
     return exchange
 
@@ -592,7 +596,13 @@ def _grid_moves(named: dict[str, Any], positions: Positions | None, samples: _Sa
             f"{', '.join(f'{name} {shape}' for name, shape in shapes.items())} with positions={positions!r}."
         )
     if samples.left_out:
-        raise ValueError('null="grid" moves whole grids, so no position can be left out: leave out whole images.')
+        raise ValueError(
+            'null="grid" moves whole grids, so no position can be left out: pass x and y without such images.'
+        )
+    if len({shape[:3] for shape in shapes.values()}) > 1:
+        raise ValueError(
+            f'null="grid" needs maps of one grid; got {", ".join(f"{name} {shape}" for name, shape in shapes.items())}.'
+        )
     images, height, width, _ = next(iter(shapes.values()))
     if height * width == 1:
         raise ValueError('null="grid" needs maps with more than one position. Use null="groups".')
@@ -701,6 +711,8 @@ def _weights(samples: _Samples, key: Any, resamples: Any, level: Any, method: An
 
 def _check_bootstrap(name: str, measure: PairMeasure | SummaryMeasure) -> None:
     centering = measure.centering if isinstance(measure, PairMeasure) else None
+    if centering is not None and centering.samples_channels:
+        raise ValueError('channels="sampled" has no bootstrap: use channels="all".')
     if centering is None or not centering.has_bootstrap:
         raise ValueError(
             f"measure {name!r} with these options has no bootstrap: copies of a sample would count as evidence, "
@@ -727,7 +739,7 @@ def _resampled(
 
 
 def _groups_of(samples: _Samples) -> Array | None:
-    return None if samples.groups is None else jnp.asarray(samples.groups)
+    return None if samples.groups is None else jnp.asarray(samples.groups.number)
 
 
 def _interval(values: Array, number: int, level: float, method: str) -> Interval:

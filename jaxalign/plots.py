@@ -379,6 +379,8 @@ def scaling(curves: ScalingCurve | Mapping[str, ScalingCurve], *, label: str | N
         >>> jaxalign.plots.scaling(curve).get_xlabel()
         'samples'
     """
+    if not isinstance(curves, (ScalingCurve, Mapping)):
+        raise TypeError(f"curves must be a ScalingCurve or a mapping of names to these; got {type(curves).__name__}.")
     named = {"": curves} if isinstance(curves, ScalingCurve) else dict(curves)
     if not named:
         raise ValueError("curves is empty: pass at least one result of scaling_curve.")

@@ -7,7 +7,7 @@ apart and share only coarse structure, those in a large set are close and differ
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -42,7 +42,7 @@ class ScalingCurve:
 
     Attributes:
         sizes: numbers of samples, shape (sizes,), increasing.
-        value: mean value over disjoint subsamples of that size, shape (sizes,).
+        value: mean value over disjoint subsamples of that size, shape (sizes,); nan if one of them has no value.
         low: lower end of the interval of the mean, shape (sizes,); nan if there is only one subsample.
         high: upper end of that interval.
         each: values of the subsamples, shape (sizes, subsamples); nan where there are fewer.
@@ -80,7 +80,7 @@ def scaling_curve(
     measure: str = "cka",
     *,
     key: Array,
-    sizes: Sequence[int] | None = None,
+    sizes: Iterable[int] | int | None = None,
     max_subsamples: int = 20,
     level: float = 0.95,
     groups: Any = None,
@@ -108,7 +108,7 @@ def scaling_curve(
             one random sample of each group. None: with positions="samples" the images or texts are the groups,
             otherwise all samples are independent.
         positions: see `jaxalign.compare`.
-        mask: shape (n,), True marks valid samples; others are left out.
+        mask: shape (n,), True marks valid samples; others are left out, such as those with nan.
         plan: see `jaxalign.Plan`.
         options: options of the measure.
 
@@ -131,6 +131,10 @@ def scaling_curve(
     if not isinstance(level, (float, np.floating)) or not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1; got {shown(level)}.")
     named = {"x": _opened("x", x), "y": _opened("y", y)}
+    if not _arrays.is_concrete(*named.values(), key, mask):
+        raise TypeError(
+            "scaling_curve computes on the host: call it outside of jit, with arrays and a key that are known."
+        )
     rows = check_positions(named, positions)
     chosen = _random_members(named, groups, positions, mask, key, len(rows["x"]))
     if len(rows["x"]) != len(rows["y"]):
@@ -141,8 +145,9 @@ def scaling_curve(
         for number in range(min(len(chosen) // size, most)):
             subsample = np.sort(chosen[number * size : (number + 1) * size])
             each[k, number] = _value(rows, subsample, entry.name, plan, options)
-    each = each[:, : int(np.isfinite(each).sum(1).max(initial=1))]
-    value, low, high = _intervals(each, level)
+    runs = np.minimum(len(chosen) // np.asarray(checked), most)
+    each = each[:, : int(runs.max())]
+    value, low, high = _intervals(each, runs, level)
     return ScalingCurve(
         np.asarray(checked), value, low, high, each, entry.name, entry.direction_with(filled), float(level)
     )
@@ -168,11 +173,13 @@ def _random_members(named: Any, groups: Any, positions: Any, mask: Any, key: Arr
         if valid.dtype != bool or valid.shape != (n,):
             raise ValueError(f"mask must be boolean and have shape ({n},); got {valid.dtype} {valid.shape}.")
         order = order[valid[order]]
-    numbers = check_groups(groups, named, positions)
-    if numbers is None:
-        return order
-    first = np.unique(numbers[order], return_index=True)[1]
-    return order[np.sort(first)]
+    checked = check_groups(groups, named, positions)
+    if checked is not None:
+        order = order[np.sort(np.unique(checked.number[order], return_index=True)[1])]
+    if len(order) < 2:
+        what = "samples are" if checked is None else "groups have samples that are"
+        raise ValueError(f"scaling_curve needs at least 2 samples or groups; {len(order)} {what} left.")
+    return order
 
 
 def _check_sizes(sizes: Any, number: int) -> list[int]:
@@ -180,7 +187,8 @@ def _check_sizes(sizes: Any, number: int) -> list[int]:
     if sizes is None:
         halves = [number >> k for k in range(number.bit_length())]
         return sorted(size for size in halves if size >= min(_SMALLEST, number))
-    checked = sorted({_checks.whole("sizes", size, 2) for size in np.ravel(_arrays.array("sizes", sizes)).tolist()})
+    listed = sizes if isinstance(sizes, (int, np.ndarray, jax.Array)) else list(sizes)
+    checked = sorted({_checks.whole("sizes", size, 2) for size in np.ravel(_arrays.array("sizes", listed)).tolist()})
     if not checked:
         raise ValueError("sizes is empty: pass at least one number of samples, or None.")
     if checked[-1] > number:
@@ -204,13 +212,13 @@ def _value(
     return float(compare(part_x, part_y, measure, **how, **options))
 
 
-def _intervals(each: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means over subsamples, and the ends of their intervals."""
+def _intervals(each: np.ndarray, number: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means over subsamples, and the ends of their intervals; nan if a subsample has no value."""
     from scipy.special import stdtrit  # comes with jax, but importing it takes time
 
-    number = np.isfinite(each).sum(1)
-    value = np.nanmean(each, 1)
+    ran = np.arange(each.shape[1])[None] < number[:, None]
+    value = np.sum(each, 1, where=ran) / number
     freedom = np.maximum(number - 1, 1)
-    spread = np.sqrt(np.nansum((each - value[:, None]) ** 2, 1) / freedom / number)
+    spread = np.sqrt(np.sum((each - value[:, None]) ** 2, 1, where=ran) / freedom / number)
     reach = np.where(number > 1, stdtrit(freedom, (1 + level) / 2) * spread, np.nan)
     return value, value - reach, value + reach

@@ -23,6 +23,7 @@ import pytest
 
 import jaxalign
 from jaxalign import _memory, cli
+from jaxalign._groups import check_groups
 from jaxalign.files import storage
 from jaxalign.kernels import RBF
 from jaxalign.report import cache, commands, statistics
@@ -233,14 +234,15 @@ def test_p_values_keep_images_together(tmp_path, capsys):
 def test_a_test_of_many_samples_is_of_whole_groups_or_the_same_places_of_each():
     assert len(statistics._subset(400, None)) == 400
     assert len(statistics._subset(3000, None)) == 1000
-    labels = np.repeat(np.arange(40), 256)  # images
-    subset = statistics._subset(len(labels), labels)
+    images = check_groups(np.repeat(np.arange(40), 256), {"x": np.zeros((40 * 256, 1))}, None)
+    subset = statistics._subset(40 * 256, images)
     assert len(subset) == 1000
     places = subset.reshape(40, 25) % 256
     assert (places == places[0]).all()
-    few = statistics._subset(5000, np.arange(5000) // 5)
-    assert len(few) == 500  # a hundred groups of five
-    assert set(np.unique(few // 5, return_counts=True)[1]) == {5}
+    few = check_groups(np.arange(5000) // 5, {"x": np.zeros((5000, 1))}, None)
+    assert len(statistics._subset(5000, few)) == 1000  # one sample of each of a thousand groups
+    alone = check_groups(np.arange(3000), {"x": np.zeros((3000, 1))}, None)
+    assert len(statistics._subset(3000, alone)) == 1000
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import scipy.stats
 
 import jaxalign
 from jaxalign import (
+    _groups,
     _null,
     _permutations,
     _resampling,
@@ -65,7 +66,7 @@ def test_shifts_of_groups_are_permutations_of_groups(x64, number, size, rng):
     n = number * size
     x, y = ((a + a.swapaxes(1, 2)).astype(float) for a in (rng.normal(size=(k, n, n)) for k in (2, 3)))
     groups = rng.permutation(np.repeat(np.arange(number), size))
-    exchange = _permutations.GroupExchange.of(groups, n)
+    exchange = _permutations.GroupExchange.of(_groups._grouped(groups), n)
     assert exchange.is_regular
     assert exchange.number == math.factorial(number)
     products = np.asarray(_permutations.permuted_products(jnp.asarray(x), jnp.asarray(y), exchange, KEY, 60))
@@ -86,7 +87,7 @@ def test_shifts_of_groups_are_permutations_of_groups(x64, number, size, rng):
 
 def test_offsets_in_pieces_add_up_to_the_same(x64, monkeypatch, rng):
     x, y = ((a + a.T)[None] for a in rng.normal(size=(2, 24, 24)))
-    exchange = _permutations.GroupExchange.of(np.arange(24) // 2, 24)
+    exchange = _permutations.GroupExchange.of(_groups._grouped(np.arange(24) // 2), 24)
     call = lambda: _permutations.permuted_products(jnp.asarray(x), jnp.asarray(y), exchange, KEY, 50)  # noqa: E731
     whole = call()
     monkeypatch.setattr(_permutations, "_GATHERED", 5 * 6 * 2 * 2 * 12)
@@ -97,7 +98,7 @@ def test_offsets_in_pieces_add_up_to_the_same(x64, monkeypatch, rng):
 
 def test_groups_of_different_size_are_exchanged_within_a_size(x64):
     groups = np.repeat([0, 1, 2, 3, 4, 5], [2, 3, 2, 3, 2, 1])
-    exchange = _permutations.GroupExchange.of(groups, 13)
+    exchange = _permutations.GroupExchange.of(_groups._grouped(groups), 13)
     assert exchange.number == 12
     assert not exchange.is_regular
     for number in (5, 100):
@@ -225,6 +226,49 @@ def test_dependent_samples_need_groups():
     together = [float(permutation_test(x, y, groups=np.arange(96) // 8, **options).p_value) for x, y in pairs]
     assert np.mean(np.asarray(alone) < 0.051) > 0.5  # float32 rounds 1 / 20 up
     assert np.sum(np.asarray(together) < 0.051) <= scipy.stats.binom.ppf(0.999, 40, 0.05)
+
+
+def test_groups_are_exchanged_with_those_that_have_samples_at_the_same_places(x64):
+    kept = np.array([[1, 1, 0], [1, 0, 1], [1, 1, 0], [1, 0, 1], [1, 1, 1]], bool).reshape(-1)
+    groups = _groups._grouped(np.repeat(np.arange(5), 3)).take(np.flatnonzero(kept))
+    exchange = _permutations.GroupExchange.of(groups, int(kept.sum()))
+    assert exchange.number == 4  # the first with the third, the second with the fourth
+    assert exchange.movable == 8
+    # Unrelated networks that both know the place of a sample, of which each image lacks others.
+    rng, found = np.random.default_rng(0), []
+    for k in range(40):
+        x, y = (
+            rng.normal(size=(12, 1, 4)) + 1.5 * rng.normal(size=(1, 4, 4)) + 0.5 * rng.normal(size=(12, 4, 4))
+            for _ in "xy"
+        )
+        mask = np.ones((12, 4), bool)
+        mask[np.arange(12), np.arange(12) % 4] = False
+        test = permutation_test(
+            x, y, positions="samples", mask=mask.reshape(-1), kernel="linear", key=jax.random.key(k), permutations=19
+        )
+        found.append(float(test.p_value))
+    assert np.sum(np.asarray(found) < 0.051) <= scipy.stats.binom.ppf(0.999, 40, 0.05)
+
+
+def test_labels_of_any_kind_are_numbered_as_they_appear():
+    expected = [0, 0, 1, 2, 1]
+    named = {"x": np.zeros((5, 2))}
+    for labels in ([3, 3, 1, 7, 1], list("bbaza"), np.array(list("bbaza"), object), np.array([9, 9, 3, 4, 3], "M8[D]")):
+        found = _groups.check_groups(labels, named, None)
+        assert found.number.tolist() == expected
+        assert found.place.tolist() == [0, 1, 0, 0, 1]
+    maps = {"x": np.zeros((2, 2, 3, 1))}
+    by_position = _groups.check_groups(np.arange(12).reshape(2, 2, 3) // 3, maps, "samples")
+    assert by_position.number.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    for labels in ([None] * 4 + ["a"], [0.0, np.nan, 1, 2, 3], np.array(["NaT"] * 5, "M8[D]")):
+        with pytest.raises(ValueError, match="groups has no label at"):
+            _groups.check_groups(labels, named, None)
+    with pytest.raises(TypeError, match="masked array"):
+        _groups.check_groups(np.ma.array(np.arange(5), mask=True), named, None)
+    with pytest.raises(TypeError, match="labels of one type"):
+        _groups.check_groups(np.array([1, "a", 2, 3, 4], object), named, None)
+    with pytest.raises(ValueError, match="of the same images or texts"):
+        _groups.check_groups(None, {"x": np.zeros((2, 3, 1)), "y": np.zeros((3, 2, 1))}, "samples")
 
 
 def test_images_are_the_groups_of_their_positions(x64):
@@ -445,10 +489,21 @@ def test_bad_input(x64):
         (lambda: noise_ceiling([x]), "at least two"),
         (lambda: noise_ceiling([x, y], groups=np.arange(40)), "groups has no effect without key"),
         (lambda: permutation_test(x, y, key=KEY, groups=np.arange(39)), r"groups must have shape \(40,\)"),
-        (lambda: permutation_test(x, y, key=KEY, groups=np.full(40, np.nan)), "groups holds nan"),
-        (lambda: permutation_test(x, y, key=KEY, groups=np.zeros(40)), "none of the 1 groups can be exchanged"),
+        (lambda: permutation_test(x, y, key=KEY, groups=np.full(40, np.nan)), "groups has no label at 0"),
+        (
+            lambda: permutation_test(x, y, key=KEY, groups=np.zeros(40)),
+            "only 0 of 40 samples are in groups that can be exchanged",
+        ),
         (lambda: permutation_test(x, y, key=KEY, null="grid"), 'null="grid" needs maps'),
         (lambda: permutation_test(x, y, key=KEY, null="samples"), "null must be one of"),
+        (lambda: permutation_test(x, y, key=KEY, null="grid", groups=np.arange(40)), "groups has no effect"),
+        (
+            lambda: permutation_test(
+                x[:32].reshape(2, 4, 4, -1), y[:32].reshape(2, 2, 8, -1), key=KEY, null="grid", positions="samples"
+            ),
+            "maps of one grid",
+        ),
+        (lambda: bootstrap(x, y, kernel="linear", channels="sampled", key=KEY), 'use channels="all"'),
         (lambda: bootstrap(x, y, key=KEY, groups=np.arange(40) // 5), "at least 10 groups; got 8"),
         (lambda: calibrate(0.5), "result of permutation_test"),
         (lambda: calibrate(permutation_test(x, y, key=KEY, permutations=9)), "needs at least 19 permutations"),

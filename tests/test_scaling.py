@@ -94,6 +94,18 @@ def test_neighbors_of_few_samples_agree_by_what_is_coarse():
     assert whole.low[0] < whole.value[1] < whole.high[0]  # debiased CKA does not depend on the number of samples
 
 
+def test_a_size_with_a_subsample_without_value_has_none(monkeypatch):
+    x, y = sets(40)
+    values = iter([np.nan, 0.5, 0.7, 0.1])
+    monkeypatch.setattr(scaling, "_value", lambda *args: next(values))
+    curve = scaling_curve(x, y, key=KEY, sizes=(size for size in (20, 13)), max_subsamples=2)
+    np.testing.assert_array_equal(curve.sizes, [13, 20])
+    assert np.isnan([curve.value[0], curve.low[0]]).all()
+    np.testing.assert_allclose(curve.value[1], 0.4)
+    values = iter([0.3])
+    assert scaling_curve(x, y, key=KEY, sizes=40).value.tolist() == [0.3]
+
+
 @pytest.mark.slow
 def test_intervals_hold_the_expected_value():
     truth = scaling_curve(*sets(40 * 400, 99), kernel="linear", key=KEY, sizes=[40], max_subsamples=400).value[0]
@@ -115,6 +127,9 @@ def test_bad_input(tmp_path):
         (lambda: scaling_curve(x, y, key=KEY, sizes=[2, 20]), "cka needs at least 4 samples"),
         (lambda: scaling_curve(x, y[:30], key=KEY), "the same samples, row by row: 40 and 30"),
         (lambda: scaling_curve(x, y, key=KEY, groups=np.arange(30)), "groups must have shape"),
+        (lambda: scaling_curve(x, y, key=KEY, groups=np.zeros(40)), "at least 2 samples or groups; 1 groups"),
+        (lambda: scaling_curve(x, y, key=KEY, mask=np.zeros(40, bool)), "at least 2 samples or groups; 0 samples"),
+        (lambda: jax.jit(lambda x: scaling_curve(x, y, key=KEY))(x), "call it outside of jit"),
         (lambda: scaling_curve(x, y, key=KEY, mask=np.ones(40)), "mask must be boolean"),
         (lambda: scaling_curve(x, y, key=KEY, level=1), "level must lie strictly"),
         (lambda: scaling_curve(x, y, key=1), "key must be a single key"),

@@ -445,6 +445,19 @@ ROWS = {
         "jaxalign.permutation_test(x, y, key=key, kernel='linear', channels='sampled')",
         {'channels="all"': "jaxalign.permutation_test(x, y, key=key, kernel='linear', {}, permutations=9)"},
     ),
+    "a bootstrap of sampled channels": Row(
+        "jaxalign.bootstrap(x, y, key=key, kernel='linear', channels='sampled')",
+        {'channels="all"': "jaxalign.bootstrap(x, y, key=key, kernel='linear', {}, resamples=9)"},
+    ),
+    "groups of a grid": Row(
+        "jaxalign.permutation_test(x, y, key=key, groups=np.arange(24), null='grid')",
+        {'null="grid"': "jaxalign.permutation_test(maps, -maps, key=key, {}, positions='samples', permutations=9)"},
+        named(maps=X.reshape(4, 3, 2, 5)),
+    ),
+    "few groups of one size": Row(
+        "jaxalign.permutation_test(x, y, key=key, groups=[0] * 10 + [1] * 14)",
+        {"mask=": "jaxalign.permutation_test(x, y, key=key, groups=[0] * 10 + [1] * 14, {}np.arange(24) < 20)"},
+    ),
     "sampled channels of a kernel": Row(
         "measures.cka(x, y, estimator='biased', channels='sampled')",
         {'kernel="linear", estimator="debiased"': "measures.cka(x, y, {}, channels='sampled')",

@@ -10,14 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign._groups import check_groups
+from jaxalign._groups import Groups, check_groups
 from jaxalign.inference import Aggregate, PermutationTest, calibrate, permutation_test
 from jaxalign.io import FeatureSet
 
 # Samples in a permutation test, which stores n x n values per representation.
 TEST_SAMPLES = 1000
-# Most groups of a test of more samples than that.
-_TEST_GROUPS = 100
 _AGGREGATES: tuple[Aggregate, ...] = ("max", "mean of best")
 # The level of calibrated values.
 _ALPHA = 0.05
@@ -87,7 +85,7 @@ def run_test(
     what = "images or texts" if options["groups"] is None else f"groups of {options['groups']}"
     subset = _subset(n, labels)
     few_x, few_y = ({name: np.asarray(v[subset]) for name, v in rows.items()} for rows in (x, y))
-    groups = None if labels is None else labels[subset]
+    groups = None if labels is None else labels.number[subset]
     test = permutation_test(few_x, few_y, options["measure"], groups=groups, **how)
     return Tested(test, len(subset), None if groups is None else len(np.unique(groups)), what)
 
@@ -133,16 +131,14 @@ def _lines(path: Path) -> Iterable[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _subset(n: int, labels: np.ndarray | None) -> np.ndarray:
-    """Numbers of the samples of a test: all, or random samples, or random groups and as many samples of each."""
+def _subset(n: int, groups: Groups | None) -> np.ndarray:
+    """Numbers of the samples of a test: all, or random samples, or the same random places of many random groups."""
     rng = np.random.default_rng(0)
     if n <= TEST_SAMPLES:
         return np.arange(n)
-    if labels is None:
+    if groups is None:
         return np.sort(rng.choice(n, TEST_SAMPLES, replace=False))
-    groups = rng.permutation(labels.max() + 1)[:_TEST_GROUPS]
-    sizes = np.bincount(labels)
-    # The same places of every group, as samples are exchanged with those at the same place.
-    places = rng.permutation(sizes.max())[: max(TEST_SAMPLES // len(groups), 1)]
-    members = [np.flatnonzero(labels == group) for group in groups]
-    return np.sort(np.concatenate([m[np.sort(places[places < len(m)])] for m in members]))
+    chosen = rng.permutation(groups.number.max() + 1)[:TEST_SAMPLES]
+    # Samples are exchanged with those at the same place: of small groups all are kept, of large ones the same places.
+    places = rng.permutation(groups.place.max() + 1)[: max(TEST_SAMPLES // len(chosen), 1)]
+    return np.flatnonzero(np.isin(groups.number, chosen) & np.isin(groups.place, places))
