@@ -78,8 +78,8 @@ def pair_matrices(
     """Centered pair matrices (representations, n, n) and their units: the measure is their inner product."""
     if measure.centering is not None and measure.centering.samples_channels:
         raise ValueError(
-            'channels="sampled" multiplies a value and its null by the same factor: use channels="all", whose p-value '
-            "is the same."
+            "sampled_channels=True multiplies a value and its null by the same factor: use sampled_channels=False, "
+            "whose p-value is the same."
         )
     if sets[0].shape[0] > _MOST_SAMPLES:
         raise ValueError(f"at most {_MOST_SAMPLES} samples can be permuted or resampled; got {sets[0].shape[0]}.")

@@ -712,7 +712,7 @@ def _weights(samples: _Samples, key: Any, resamples: Any, level: Any, method: An
 def _check_bootstrap(name: str, measure: PairMeasure | SummaryMeasure) -> None:
     centering = measure.centering if isinstance(measure, PairMeasure) else None
     if centering is not None and centering.samples_channels:
-        raise ValueError('channels="sampled" has no bootstrap: use channels="all".')
+        raise ValueError("sampled_channels=True has no bootstrap: use sampled_channels=False.")
     if centering is None or not centering.has_bootstrap:
         raise ValueError(
             f"measure {name!r} with these options has no bootstrap: copies of a sample would count as evidence, "

@@ -516,7 +516,7 @@ def test_resume_goes_on_with_nothing_but_the_same_job(models, capsys, monkeypatc
     printed = capsys.readouterr().out
     with monkeypatch.context() as patched:
         patched.setattr(commands, "compare_grid", lambda *args, **kwargs: 1 / 0)
-        patched.setattr(commands, "permutation_test", lambda *args, **kwargs: 1 / 0)
+        patched.setattr(commands, "run_test", lambda *args, **kwargs: 1 / 0)
         patched.setattr(commands, "png_of", lambda *args, **kwargs: 1 / 0)
         assert run(*grid, "--resume") == 0  # finished: nothing is computed again
         assert capsys.readouterr().out == printed
@@ -540,7 +540,7 @@ def test_what_is_computed_outlives_a_failing_report(models, monkeypatch):
     out = models / "report"
     grid = ("grid", models / "a", "--permutations", 9, "--density", 0.2, "--out", out)
     with monkeypatch.context() as patched:
-        patched.setattr(commands, "permutation_test", lambda *args, **kwargs: 1 / 0)
+        patched.setattr(commands, "run_test", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(*grid)
         patched.undo()

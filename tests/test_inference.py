@@ -503,13 +503,13 @@ def test_bad_input(x64):
             ),
             "maps of one grid",
         ),
-        (lambda: bootstrap(x, y, kernel="linear", channels="sampled", key=KEY), 'use channels="all"'),
+        (lambda: bootstrap(x, y, kernel="linear", sampled_channels=True, key=KEY), "use sampled_channels=False"),
         (lambda: bootstrap(x, y, key=KEY, groups=np.arange(40) // 5), "at least 10 groups; got 8"),
         (lambda: calibrate(0.5), "result of permutation_test"),
         (lambda: calibrate(permutation_test(x, y, key=KEY, permutations=9)), "needs at least 19 permutations"),
         (lambda: calibrate(permutation_test(x, y, key=KEY, permutations=19), alpha=0), "alpha must lie"),
         (lambda: calibrate(permutation_test(x, y, key=KEY, permutations=19), aggregate="max"), "no effect on a single"),
-        (lambda: permutation_test(x, y, kernel="linear", channels="sampled", key=KEY), "p-value is the same"),
+        (lambda: permutation_test(x, y, kernel="linear", sampled_channels=True, key=KEY), "p-value is the same"),
         (lambda: noise_ceiling([x, y], "procrustes"), "not a normalized inner product"),
     ]
     for call, message in bad:

@@ -216,7 +216,7 @@ def few_channels(rng, n=24):
 
 def test_cka_of_sampled_channels_agrees_with_the_reference(x64, rng):
     x, y = few_channels(rng)
-    sampled = partial(jaxalign.measures.cka, kernel="linear", channels="sampled")
+    sampled = partial(jaxalign.measures.cka, kernel="linear", sampled_channels=True)
     expected = reference.cka_of_sampled_channels(x, y)
     plan = jaxalign.Plan(5)
     mask = np.arange(24) % 6 > 0
@@ -224,7 +224,7 @@ def test_cka_of_sampled_channels_agrees_with_the_reference(x64, rng):
     helpers.assert_close(sampled(x, y, plan=plan), expected, 1e-10)
     helpers.assert_close(sampled(np.stack([x, x]), np.stack([y, y])), [expected] * 2, 1e-10)
     helpers.assert_close(sampled(x, y, mask=mask), reference.cka_of_sampled_channels(x[mask], y[mask]), 1e-10)
-    options = {"kernel": "linear", "channels": "sampled"}
+    options = {"kernel": "linear", "sampled_channels": True}
     grid = jaxalign.compare_grid({"a": x, "b": y[:, :4]}, {"y": y}, **options)
     helpers.assert_close(grid.values[0, 0], expected, 1e-10)
     mesh = jaxalign.Plan(mesh=jaxalign.sharding.data_mesh(4))
@@ -239,9 +239,10 @@ def test_few_channels_lower_cka_and_the_correction_undoes_it():
     draws = [(rng.permutation(x.shape[1])[:48], rng.permutation(y.shape[1])[:48]) for _ in range(40)]
     parts = [np.stack(part) for part in zip(*((x[:, p], y[:, q]) for p, q in draws), strict=True)]
     plain, corrected = (
-        np.asarray(jaxalign.measures.cka(*parts, kernel="linear", channels=channels)) for channels in ("all", "sampled")
+        np.asarray(jaxalign.measures.cka(*parts, kernel="linear", sampled_channels=sampled))
+        for sampled in (False, True)
     )
-    whole = float(jaxalign.measures.cka(x, y, "linear", channels="sampled"))
+    whole = float(jaxalign.measures.cka(x, y, "linear", sampled_channels=True))
     error = corrected.std() / np.sqrt(40)
     assert plain.mean() < whole - 10 * error
     # The ratio of unbiased estimates has a bias itself, but a small one.
@@ -250,15 +251,15 @@ def test_few_channels_lower_cka_and_the_correction_undoes_it():
 
 def test_channels_too_few_for_an_estimate_give_nan(rng):
     x, y = rng.normal(size=(2, 40, 2)).astype(np.float32)  # two independent channels: <k_1, k_2> is 0 on average
-    values = [jaxalign.measures.cka(x[k:], y[k:], "linear", channels="sampled") for k in range(20)]
+    values = [jaxalign.measures.cka(x[k:], y[k:], "linear", sampled_channels=True) for k in range(20)]
     assert np.isnan(values).any()
     with pytest.raises(ValueError, match="needs at least 2 channels; x has 1"):
-        jaxalign.measures.cka(x[:, :1], y, "linear", channels="sampled")
+        jaxalign.measures.cka(x[:, :1], y, "linear", sampled_channels=True)
     for options in ({"kernel": "rbf"}, {"estimator": "biased"}, {"result": "angular"}):
         with pytest.raises(ValueError, match='needs kernel="linear", estimator="debiased" and result="similarity"'):
-            jaxalign.measures.cka(x, y, **{"kernel": "linear", **options}, channels="sampled")
+            jaxalign.measures.cka(x, y, **{"kernel": "linear", **options}, sampled_channels=True)
     with pytest.raises(ValueError, match="needs features in memory"):
-        jaxalign.compare_grid({"x": x, "y": y}, kernel="linear", channels="sampled", block_rows=10)
+        jaxalign.compare_grid({"x": x, "y": y}, kernel="linear", sampled_channels=True, block_rows=10)
 
 
 def test_minibatch_cka_agrees_with_the_reference(x64):

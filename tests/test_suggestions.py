@@ -442,12 +442,12 @@ ROWS = {
         named(maps=X.reshape(24, 1, 1, 5)),
     ),
     "a test of sampled channels": Row(
-        "jaxalign.permutation_test(x, y, key=key, kernel='linear', channels='sampled')",
-        {'channels="all"': "jaxalign.permutation_test(x, y, key=key, kernel='linear', {}, permutations=9)"},
+        "jaxalign.permutation_test(x, y, key=key, kernel='linear', sampled_channels=True)",
+        {'sampled_channels=False': "jaxalign.permutation_test(x, y, key=key, kernel='linear', {}, permutations=9)"},
     ),
     "a bootstrap of sampled channels": Row(
-        "jaxalign.bootstrap(x, y, key=key, kernel='linear', channels='sampled')",
-        {'channels="all"': "jaxalign.bootstrap(x, y, key=key, kernel='linear', {}, resamples=9)"},
+        "jaxalign.bootstrap(x, y, key=key, kernel='linear', sampled_channels=True)",
+        {'sampled_channels=False': "jaxalign.bootstrap(x, y, key=key, kernel='linear', {}, resamples=9)"},
     ),
     "groups of a grid": Row(
         "jaxalign.permutation_test(x, y, key=key, groups=np.arange(24), null='grid')",
@@ -459,9 +459,9 @@ ROWS = {
         {"mask=": "jaxalign.permutation_test(x, y, key=key, groups=[0] * 10 + [1] * 14, {}np.arange(24) < 20)"},
     ),
     "sampled channels of a kernel": Row(
-        "measures.cka(x, y, estimator='biased', channels='sampled')",
-        {'kernel="linear", estimator="debiased"': "measures.cka(x, y, {}, channels='sampled')",
-         'result="similarity"': "measures.cka(x, y, 'linear', {}, channels='sampled')"},
+        "measures.cka(x, y, estimator='biased', sampled_channels=True)",
+        {'kernel="linear", estimator="debiased"': "measures.cka(x, y, {}, sampled_channels=True)",
+         'result="similarity"': "measures.cka(x, y, 'linear', {}, sampled_channels=True)"},
     ),
     "named subjects": Row(
         "jaxalign.noise_ceiling(subjects)", {"its values()": "jaxalign.noise_ceiling(list(subjects.values()))"},

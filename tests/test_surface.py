@@ -188,7 +188,7 @@ PAIRS = {
         lambda **kw: measures.cka(X, Y, **kw),
         {"kernel": "linear", "estimator": "biased", "result": "angular", "mask": MASK},
     ),
-    "cka of channels": (lambda **kw: measures.cka(X, Y, **{"kernel": "linear", **kw}), {"channels": "sampled"}),
+    "cka of channels": (lambda **kw: measures.cka(X, Y, **{"kernel": "linear", **kw}), {"sampled_channels": True}),
     "kernels.RBF": (
         lambda **kw: measures.cka(X, Y, RBF(**kw)), {"sigma": 3.0, "density": 0.2, "diagonal": "include"},
     ),

@@ -223,7 +223,7 @@ TWO_ARRAYS = {
     "rsa by kendall": measure("rsa", comparison="kendall"),
     "cka of linear kernels": measure("cka", kernel="linear"),
     "cka of sampled channels": lambda x, y: jaxalign.measures.cka(
-        jnp.tile(x, (1, 3)), jnp.tile(y, (1, 3)), "linear", channels="sampled"
+        jnp.tile(x, (1, 3)), jnp.tile(y, (1, 3)), "linear", sampled_channels=True
     ),
     "angular cka": measure("cka", result="angular"),
     "rsa of correlations": measure("rsa", metric="correlation"),

@@ -107,7 +107,9 @@ def _compare_blocks(
     task: GridTask, measure: PairMeasure, pairs: list[RowPairs], saved: Checkpoint
 ) -> tuple[Array, np.ndarray]:
     if measure.centering is not None and measure.centering.samples_channels:
-        raise ValueError('channels="sampled" needs features in memory: pass arrays, without block_rows or checkpoint.')
+        raise ValueError(
+            "sampled_channels=True needs features in memory: pass arrays, without block_rows or checkpoint."
+        )
     number, num_products, rows = len(pairs), math.prod(task.shape), max(pairs[0].x.sizes)
     dtypes = [str(features.dtype) for features in pairs]
     if len(set(dtypes)) > 1:

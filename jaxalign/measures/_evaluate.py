@@ -202,7 +202,7 @@ def _check_channels(names: Sequence[str], features: tuple[Array, ...], centering
     """Raise if one channel is a sample of more: nothing tells how they differ."""
     for name, x in zip(names, features, strict=True):
         if centering is not None and centering.samples_channels and x.shape[-1] < 2:
-            raise ValueError(f'channels="sampled" needs at least 2 channels; {name} has {x.shape[-1]}.')
+            raise ValueError(f"sampled_channels=True needs at least 2 channels; {name} has {x.shape[-1]}.")
 
 
 def check_function(

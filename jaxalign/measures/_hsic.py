@@ -86,7 +86,7 @@ def cka(
     *,
     estimator: Estimator = "debiased",
     result: Literal["similarity", "angular"] = "similarity",
-    channels: Literal["all", "sampled"] = "all",
+    sampled_channels: bool = False,
     mask: Mask[Data, "*#batch n"] | None = None,
     missing: Missing = "raise",
     plan: Plan | None = None,
@@ -103,7 +103,7 @@ def cka(
         estimator: the estimator of all three HSIC, see `hsic`.
         result: "similarity" returns CKA; "angular" returns arccos(CKA), from 0 to pi. With the biased estimator the
             angle is a metric, at most pi / 2 (Williams et al. 2021). It resolves about 1e-3 in float32.
-        channels: "sampled" treats the channels of x and of y as independent random samples of more channels, such as
+        sampled_channels: True treats the channels of x and of y as independent random samples of more channels, such as
             recorded neurons or a random part of a layer, and estimates the CKA of all of them (Chun et al. 2025); few
             channels otherwise lower it. The estimate may exceed 1. Linear kernel and debiased estimator only. x and y
             must not share channels.
@@ -117,7 +117,7 @@ def cka(
         derivative of the angle is set to 0 at angle 0.
 
     Raises:
-        TypeError, ValueError: see `hsic`; channels="sampled" with another kernel, estimator or result, or with
+        TypeError, ValueError: see `hsic`; sampled_channels=True with another kernel, estimator or result, or with
             one channel.
 
     Examples:
@@ -130,7 +130,7 @@ def cka(
         True
     """
     kernel = kernel_of(kernel)
-    measure = cka_measure(kernel_function(kernel), estimator, result, channels)
+    measure = cka_measure(kernel_function(kernel), estimator, result, sampled_channels)
     return evaluate(measure, x, y, kernel, mask=mask, missing=missing, plan=plan)
 
 
@@ -268,15 +268,17 @@ def hsic_measure(function: PairFunction, estimator: Any) -> PairMeasure:
 
 @cached
 def cka_measure(
-    function: PairFunction, estimator: Any, result: Any = "similarity", channels: Any = "all"
+    function: PairFunction, estimator: Any, result: Any = "similarity", sampled_channels: Any = False
 ) -> PairMeasure:
     """The measure behind `cka`."""
     _checks.choice("estimator", estimator, tuple(_MIN_SAMPLES))
     _checks.choice("result", result, ("similarity", "angular"))
-    _checks.choice("channels", channels, ("all", "sampled"))
-    if channels == "sampled":
+    _checks.choice("sampled_channels", sampled_channels, (True, False))
+    if sampled_channels:
         if function.form != "squared" or estimator != "debiased" or result != "similarity":
-            raise ValueError('channels="sampled" needs kernel="linear", estimator="debiased" and result="similarity".')
+            raise ValueError(
+                'sampled_channels=True needs kernel="linear", estimator="debiased" and result="similarity".'
+            )
         finish = partial(_ratio, low=-float("inf"), high=float("inf"))
         return PairMeasure("cka", function, CENTERINGS["debiased_channels"], finish, _MIN_SAMPLES[estimator])
     # Kernels of this library are positive definite.

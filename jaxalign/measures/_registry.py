@@ -89,8 +89,8 @@ def _specify_hsic(kernel: Any, estimator: Any) -> PairMeasure:
     return _hsic.hsic_measure(kernel_function(kernel_of(kernel)), estimator)
 
 
-def _specify_cka(kernel: Any, estimator: Any, result: Any, channels: Any) -> PairMeasure:
-    return _hsic.cka_measure(kernel_function(kernel_of(kernel)), estimator, result, channels)
+def _specify_cka(kernel: Any, estimator: Any, result: Any, sampled_channels: Any) -> PairMeasure:
+    return _hsic.cka_measure(kernel_function(kernel_of(kernel)), estimator, result, sampled_channels)
 
 
 def _specify_rsa(metric: Any, comparison: Any) -> PairMeasure | SummaryMeasure:
