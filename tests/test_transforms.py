@@ -200,15 +200,15 @@ TWO_ARRAYS = {
     ),
     "rgb": lambda x, y: jaxalign.rgb(x, like=y),
     "compare": jaxalign.compare,
-    "permutation_test": lambda x, y: jaxalign.permutation_test(x, y, key=KEY, permutations=9).value,
+    "permutation_test": lambda x, y: jaxalign.permutation_test(x, y, key=KEY, permutations=19).value,
     "permutation_test of groups": lambda x, y: (
-        jaxalign.permutation_test(x, y, key=KEY, permutations=9, groups=np.arange(24) // 3).p_value
+        jaxalign.permutation_test(x, y, key=KEY, permutations=19, groups=np.arange(24) // 3).p_value
     ),
     "calibrate": lambda x, y: (
-        jaxalign.calibrate(jaxalign.permutation_test(x, y, key=KEY, permutations=9), alpha=0.2).calibrated
+        jaxalign.calibrate(jaxalign.permutation_test(x, y, key=KEY, permutations=19), alpha=0.2).calibrated
     ),
     "permutation_test of neighbours": lambda x, y: (
-        jaxalign.permutation_test(x, y, "mutual_knn", key=KEY, permutations=9, k=3).value
+        jaxalign.permutation_test(x, y, "mutual_knn", key=KEY, permutations=19, k=3).value
     ),
     "bootstrap": lambda x, y: jaxalign.bootstrap(x, y, key=KEY, resamples=5).resampled,
     "paired_difference": lambda x, y: jaxalign.paired_difference((x, y), (x, x + y), key=KEY, resamples=5).value,
