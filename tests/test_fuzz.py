@@ -27,7 +27,7 @@ from jaxalign.kernels import RBF
 
 pytestmark = pytest.mark.usefixtures("unchecked_types", "usual_promotion")
 GROUPS = 5
-CASES = max(1, int(os.environ.get("JAXALIGN_FUZZ", "400")) // GROUPS)
+CASES = max(1, int(os.environ.get("JAXALIGN_FUZZ", "200")) // GROUPS)
 fuzz = hypothesis.settings(max_examples=CASES, parent=hypothesis.settings.get_profile("jaxalign"))
 
 ROWS, WIDTHS = (2, 12), (1, 7)

@@ -191,8 +191,7 @@ def blocks(rng, number, size, d=3):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(16, 1), (12, 3), "unequal"])
-@pytest.mark.parametrize("permutations", [19, 99])
+@pytest.mark.parametrize(("sizes", "permutations"), [((16, 1), 19), ((16, 1), 99), ((12, 3), 19), ("unequal", 19)])
 def test_p_values_are_uniform_under_the_null(permutations, sizes):
     rng = np.random.default_rng(permutations)
     kept, groups = slice(None), None
