@@ -118,6 +118,12 @@ def density_value(density: Any) -> None:
         _refuse_first("density must lie strictly between 0 and 1, as the mean of the affinity", values, valid)
 
 
+def probability(name: str, value: Any) -> None:
+    """Raise unless the value is a float strictly between 0 and 1."""
+    if not isinstance(value, (float, np.floating)) or not 0 < value < 1:
+        raise ValueError(f"{name} must lie strictly between 0 and 1; got {shown(value)}.")
+
+
 def positive(name: str, value: Any, keep: Any | None = None) -> None:
     """Raise if a concrete value is not finite and above 0; with `keep`, only where it is True."""
     if _arrays.is_concrete(value, keep):

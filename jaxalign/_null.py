@@ -76,7 +76,7 @@ def pair_matrices(
     sets: tuple[Array, ...], options: dict[str, Any], measure: PairMeasure, names: Sequence[str]
 ) -> tuple[Array, Array]:
     """Centered pair matrices (representations, n, n) and their units: the measure is their inner product."""
-    if measure.centering is not None and measure.centering.samples_channels:
+    if measure.samples_channels:
         raise ValueError(
             "sampled_channels=True multiplies a value and its null by the same factor: use sampled_channels=False, "
             "whose p-value is the same."

@@ -317,8 +317,7 @@ def _compare_in_memory(task: GridTask, measure: PairMeasure | SummaryMeasure) ->
         (name, _features.features(name, value, center=center, mask=task.mask))
         for name, value in zip(task.names, task.features, strict=True)
     ]
-    samples_channels = isinstance(measure, PairMeasure) and measure.centering and measure.centering.samples_channels
-    if isinstance(measure, PairMeasure) and measure.function.normalization is None and not samples_channels:
+    if isinstance(measure, PairMeasure) and measure.function.normalization is None and not measure.samples_channels:
         named = _pad_widths(named)
     features, mask = check_representations(named, task.mask, task.missing, measure.min_samples, measure.label)
     if isinstance(measure, SummaryMeasure):

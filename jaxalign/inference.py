@@ -24,7 +24,7 @@ from jaxalign._groups import Groups, check_groups
 from jaxalign._null import is_product, pair_matrices, permuted_values
 from jaxalign._permutations import GridMoves, GroupExchange, Permutations
 from jaxalign._positions import Positions, check_positions
-from jaxalign._repr import describe, short_repr, shown
+from jaxalign._repr import describe, short_repr
 from jaxalign._resampling import draw_weights, interval_ends, resampled_products, resampled_values
 from jaxalign.io import named_sets
 from jaxalign.measures._evaluate import (
@@ -310,8 +310,7 @@ def calibrate(test: PermutationTest, *, alpha: float = 0.05, aggregate: Aggregat
             f"test must be the result of permutation_test; got {type(test).__name__}. Use "
             "calibrate(permutation_test(x, y, key=key))."
         )
-    if not isinstance(alpha, (float, np.floating)) or not 0 < alpha < 1:
-        raise ValueError(f"alpha must lie strictly between 0 and 1; got {shown(alpha)}.")
+    _checks.probability("alpha", alpha)
     needed = math.ceil(1 / alpha - 1e-9) - 1
     if test.null.shape[0] < needed:
         raise ValueError(
@@ -577,8 +576,8 @@ def _valid_samples(
 
 
 def _exchange(samples: _Samples) -> Permutations:
-    exchange = GroupExchange.of(samples.groups, samples.sets[0].shape[0])
     n = samples.sets[0].shape[0]
+    exchange = GroupExchange.of(samples.groups, n)
     if 2 * exchange.movable < n:
         raise ValueError(
             f"groups: only {exchange.movable} of {n} samples are in groups that can be exchanged, as few of the "
@@ -590,19 +589,17 @@ def _exchange(samples: _Samples) -> Permutations:
 
 def _grid_moves(named: dict[str, Any], positions: Positions | None, samples: _Samples) -> Permutations:
     shapes = {name: np.shape(value) for name, value in named.items()}
+    told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
     if positions != "samples" or any(len(shape) != 4 for shape in shapes.values()):
         raise ValueError(
-            'null="grid" needs maps (n, h, w, d) with positions="samples"; got '
-            f"{', '.join(f'{name} {shape}' for name, shape in shapes.items())} with positions={positions!r}."
+            f'null="grid" needs maps (n, h, w, d) with positions="samples"; got {told} with positions={positions!r}.'
         )
     if samples.left_out:
         raise ValueError(
             'null="grid" moves whole grids, so no position can be left out: pass x and y without such images.'
         )
     if len({shape[:3] for shape in shapes.values()}) > 1:
-        raise ValueError(
-            f'null="grid" needs maps of one grid; got {", ".join(f"{name} {shape}" for name, shape in shapes.items())}.'
-        )
+        raise ValueError(f'null="grid" needs maps of one grid; got {told}.')
     images, height, width, _ = next(iter(shapes.values()))
     if height * width == 1:
         raise ValueError('null="grid" needs maps with more than one position. Use null="groups".')
@@ -698,8 +695,7 @@ def _weights(samples: _Samples, key: Any, resamples: Any, level: Any, method: An
     _checks.random_key(key)
     resamples = _checks.whole("resamples", resamples, 2)
     _checks.choice("method", method, ("bca", "percentile"))
-    if not isinstance(level, (float, np.floating)) or not 0 < level < 1:
-        raise ValueError(f"level must lie strictly between 0 and 1; got {shown(level)}.")
+    _checks.probability("level", level)
     if samples.number < _MIN_RESAMPLED:
         what = "samples" if samples.groups is None else "groups"
         raise ValueError(
@@ -710,9 +706,9 @@ def _weights(samples: _Samples, key: Any, resamples: Any, level: Any, method: An
 
 
 def _check_bootstrap(name: str, measure: PairMeasure | SummaryMeasure) -> None:
-    centering = measure.centering if isinstance(measure, PairMeasure) else None
-    if centering is not None and centering.samples_channels:
+    if measure.samples_channels:
         raise ValueError("sampled_channels=True has no bootstrap: use sampled_channels=False.")
+    centering = measure.centering if isinstance(measure, PairMeasure) else None
     if centering is None or not centering.has_bootstrap:
         raise ValueError(
             f"measure {name!r} with these options has no bootstrap: copies of a sample would count as evidence, "

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jaxalign import _arrays, _checks
+from jaxalign import _arrays, _checks, _features
 from jaxalign._groups import check_groups
 from jaxalign._positions import Positions, check_positions
-from jaxalign._repr import short_repr, shown
+from jaxalign._repr import short_repr
 from jaxalign.grid import compare, compare_grid
 from jaxalign.io import named_sets
 from jaxalign.measures._registry import specified
@@ -128,8 +128,7 @@ def scaling_curve(
     entry, filled, _ = specified(measure, options)
     _checks.random_key(key)
     most = _checks.whole("max_subsamples", max_subsamples)
-    if not isinstance(level, (float, np.floating)) or not 0 < level < 1:
-        raise ValueError(f"level must lie strictly between 0 and 1; got {shown(level)}.")
+    _checks.probability("level", level)
     named = {"x": _opened("x", x), "y": _opened("y", y)}
     if not _arrays.is_concrete(*named.values(), key, mask):
         raise TypeError(
@@ -168,11 +167,9 @@ def _random_members(named: Any, groups: Any, positions: Any, mask: Any, key: Arr
     """One random valid sample of each group, in random order."""
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     order = rng.permutation(n)
-    if mask is not None:
-        valid = _arrays.on_host(_arrays.array("mask", mask))
-        if valid.dtype != bool or valid.shape != (n,):
-            raise ValueError(f"mask must be boolean and have shape ({n},); got {valid.dtype} {valid.shape}.")
-        order = order[valid[order]]
+    valid = _features.row_mask("mask", mask, (n,))
+    if valid is not None:
+        order = order[_arrays.on_host(valid)[order]]
     checked = check_groups(groups, named, positions)
     if checked is not None:
         order = order[np.sort(np.unique(checked.number[order], return_index=True)[1])]

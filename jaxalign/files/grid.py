@@ -106,7 +106,7 @@ def _compare_complete(
 def _compare_blocks(
     task: GridTask, measure: PairMeasure, pairs: list[RowPairs], saved: Checkpoint
 ) -> tuple[Array, np.ndarray]:
-    if measure.centering is not None and measure.centering.samples_channels:
+    if measure.samples_channels:
         raise ValueError(
             "sampled_channels=True needs features in memory: pass arrays, without block_rows or checkpoint."
         )

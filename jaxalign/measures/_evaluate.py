@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,11 @@ class PairMeasure:
         """The name in messages about `min_samples`."""
         return self.name
 
+    @property
+    def samples_channels(self) -> bool:
+        """Whether channels are a sample of more channels, so that their number counts."""
+        return self.centering is not None and self.centering.samples_channels
+
 
 class Context(NamedTuple):
     """What a summary of a representation depends on, besides its features."""
@@ -88,6 +93,7 @@ class SummaryMeasure:
     function: PairFunction = _ANY_FUNCTION
     long_name: str = ""
     stores_pairs: bool = False
+    samples_channels: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
@@ -198,10 +204,10 @@ def check_pairs_fit(measure: PairMeasure | SummaryMeasure, plan: Plan) -> None:
         check_single_device(plan, f"{measure.label} sorts the values of all pairs on a single device", advice)
 
 
-def _check_channels(names: Sequence[str], features: tuple[Array, ...], centering: Centering | None) -> None:
+def _check_channels(names: Sequence[str], features: tuple[Array, ...], measure: PairMeasure) -> None:
     """Raise if one channel is a sample of more: nothing tells how they differ."""
     for name, x in zip(names, features, strict=True):
-        if centering is not None and centering.samples_channels and x.shape[-1] < 2:
+        if measure.samples_channels and x.shape[-1] < 2:
             raise ValueError(f"sampled_channels=True needs at least 2 channels; {name} has {x.shape[-1]}.")
 
 
@@ -238,7 +244,7 @@ def compute_products(
     differentiable: bool = True,
 ) -> InnerProducts:
     """The inner products of checked features."""
-    _check_channels(names, features, measure.centering)
+    _check_channels(names, features, measure)
     sigmas, target = check_function(names, features, mask, kernel, measure.function, plan)
     rtol = check_rtol(None, features[0].dtype)
     inner = pair_products_jit(

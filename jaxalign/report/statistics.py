@@ -17,8 +17,6 @@ from jaxalign.io import FeatureSet
 # Samples in a permutation test, which stores n x n values per representation.
 TEST_SAMPLES = 1000
 _AGGREGATES: tuple[Aggregate, ...] = ("max", "mean of best")
-# The level of calibrated values.
-_ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,9 @@ class Tested:
 
     def aggregates(self) -> dict[str, Any]:
         """The most similar pair of layers, and the mean of best matches, each against its own null."""
-        if self.permutations < round(1 / _ALPHA) - 1:
+        if np.isnan(self.test.threshold).all():  # too few permutations
             return {}
-        found = {name: calibrate(self.test, alpha=_ALPHA, aggregate=name) for name in _AGGREGATES}
+        found = {name: calibrate(self.test, aggregate=name) for name in _AGGREGATES}
         return {
             name: {"value": float(v.value), "calibrated": float(v.calibrated), "p_value": self.exact(v.p_value)}
             for name, v in found.items()
