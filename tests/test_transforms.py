@@ -138,6 +138,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_types")  # a check may import parts of jax, after which everything is traced anew
 @pytest.mark.parametrize("name", PAIR)
 def test_new_values_of_the_same_shape_compile_nothing(name, rng):
     # Eager calls: a shape nobody else uses, so that the first call does compile and the listener is seen to work.
