@@ -24,6 +24,15 @@ def is_concrete(*values: Any) -> bool:
     return not any(isinstance(value, Tracer) for value in values)
 
 
+def pandas() -> Any:
+    """The module, which only `to_pandas` methods need."""
+    try:
+        import pandas as pd
+    except ImportError:
+        raise ImportError("to_pandas() needs pandas: pip install pandas.") from None
+    return pd
+
+
 def on_host(value: Any) -> np.ndarray:
     """A concrete array as a NumPy array. If it is sharded over processes, all must call this; each gets every value."""
     if not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated:

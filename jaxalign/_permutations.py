@@ -59,10 +59,15 @@ class GroupExchange:
         """The number of samples in groups that can be exchanged."""
         return sum(members.size for members in self.members if len(members) > 1)
 
-    @property
-    def number(self) -> int:
-        """How many permutations there are."""
-        return math.prod(math.factorial(len(members)) for members in self.members)
+    def has_more_than(self, number: int) -> bool:
+        """Whether there are more permutations than a number."""
+        found = 1
+        for members in self.members:
+            for k in range(2, len(members) + 1):  # stops early, as factorials are huge
+                found *= k
+                if found > number:
+                    return True
+        return False
 
     @property
     def is_regular(self) -> bool:
@@ -72,7 +77,7 @@ class GroupExchange:
     def orders(self, key: Array, number: int) -> Array:
         """The identity and random permutations, or all permutations if there are no more: (<= number + 1, n)."""
         n = sum(members.size for members in self.members)
-        if self.number <= number + 1:
+        if not self.has_more_than(number + 1):
             parts = itertools.product(*(itertools.permutations(range(len(members))) for members in self.members))
             shuffled = [np.asarray(column) for column in zip(*parts, strict=True)]
         else:
@@ -106,15 +111,14 @@ class GridMoves:
         every = np.stack([np.ravel(a) for grid in turned for a in (grid, grid[:, ::-1])])
         return every[np.sort(np.unique(every, axis=0, return_index=True)[1])]
 
-    @property
-    def number(self) -> int:
-        """How many moves of all images there are."""
-        return len(self.moves) ** self.images
+    def has_more_than(self, number: int) -> bool:
+        """Whether there are more moves of all images than a number."""
+        return len(self.moves) ** self.images > number
 
     def orders(self, key: Array, number: int) -> Array:
         """The identity and random moves, or all moves if there are no more: (<= number + 1, n)."""
         moves = self.moves
-        if self.number <= number + 1:
+        if not self.has_more_than(number + 1):
             chosen = jnp.asarray(list(itertools.product(range(len(moves)), repeat=self.images)), jnp.int32)
         else:
             drawn = jax.random.randint(key, (number, self.images), 0, len(moves), jnp.int32)
@@ -128,7 +132,7 @@ Permutations = GroupExchange | GridMoves
 
 def permuted_products(x: Array, y: Array, permutations: Permutations, key: Array, number: int) -> Array:
     """<F, G permuted> of matrices (L, n, n) and (M, n, n), the identity first: (at most number + 1, L, M)."""
-    if isinstance(permutations, GroupExchange) and permutations.is_regular and permutations.number > number + 1:
+    if isinstance(permutations, GroupExchange) and permutations.is_regular and permutations.has_more_than(number + 1):
         (members,) = permutations.members
         return _products_of_shifts(x, y, jnp.asarray(members), key, number)
     return _products_of_orders(x, y, permutations.orders(key, number))

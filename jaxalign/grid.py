@@ -217,11 +217,7 @@ class ComparisonGrid:
 
     def to_pandas(self) -> Any:
         """Return the values as a pandas DataFrame (needs pandas)."""
-        try:
-            import pandas as pd
-        except ImportError:
-            raise ImportError("to_pandas() needs pandas: pip install pandas.") from None
-        return pd.DataFrame(np.asarray(self.values), index=list(self.rows), columns=list(self.columns))
+        return _arrays.pandas().DataFrame(np.asarray(self.values), index=list(self.rows), columns=list(self.columns))
 
 
 def compare_grid(

@@ -25,7 +25,14 @@ from jaxalign._null import is_product, pair_matrices, permuted_values
 from jaxalign._permutations import GridMoves, GroupExchange, Permutations
 from jaxalign._positions import Positions, check_positions
 from jaxalign._repr import describe, short_repr
-from jaxalign._resampling import draw_weights, interval_ends, resampled_products, resampled_values
+from jaxalign._resampling import (
+    Resampled,
+    draw_weights,
+    interval_ends,
+    resampled_products,
+    resampled_values,
+    without_noise_of_pairs,
+)
 from jaxalign.io import named_sets
 from jaxalign.measures._evaluate import (
     Missing,
@@ -38,9 +45,11 @@ from jaxalign.measures._pair_sums import InnerProducts
 from jaxalign.measures._registry import specified
 
 Null = Literal["groups", "grid"]
-Aggregate = Literal["max", "mean", "mean of best"]
+Aggregate = Literal["max", "mean", "mean_of_best"]
 
 # Resamples of fewer groups are mostly copies of each other.
+# What differs from the best value by less than this is rounding of it.
+_ALWAYS = 1e-5
 _MIN_RESAMPLED = 10
 # The level of the threshold in a `PermutationTest`.
 _ALPHA = 0.05
@@ -142,7 +151,7 @@ class Interval:
         value: the value for all samples.
         low: lower end of the interval.
         high: upper end of the interval.
-        resampled: values of the resamples, shape (resamples,).
+        resampled: values of the resamples, shape (resamples,), corrected for the noise of pairs.
         level: nominal coverage, the share of such intervals that contain the value of the population.
         method: "bca" or "percentile".
     """
@@ -234,7 +243,8 @@ def permutation_test(
 
     Raises:
         TypeError, ValueError: see `jaxalign.compare_grid`; fewer than 1 permutation; groups that are not labels, or of
-            which most cannot be exchanged; null="grid" without maps of one size, with groups, or with positions left
+            which most cannot be exchanged; a measure that is the same for all permutations, such as cca with more
+            channels than samples; null="grid" without maps of one size, with groups, or with positions left
             out.
 
     Examples:
@@ -263,6 +273,7 @@ def permutation_test(
     value, values = permuted_values(samples.sets, split, list(named), specification, filled, moves, key, permutations)
     single = "" in rows and "" in columns
     direction, best = entry.direction_with(filled), float(entry.best_with(filled))
+    _check_varies(values, best, entry.name, samples.sets)
     statistics = _statistics(value, values, _finite_pairs(samples.sets, split), direction == "similarity", best)
     if single:
         statistics = {name: a[..., 0, 0] for name, a in statistics.items()}
@@ -287,7 +298,7 @@ def calibrate(test: PermutationTest, *, alpha: float = 0.05, aggregate: Aggregat
     Args:
         test: the result of `permutation_test`, of two representations or of a grid.
         alpha: the probability, under the null, of a calibrated value above 0.
-        aggregate: of the cells of a grid: "max", the most similar; "mean"; or "mean of best", the mean over rows of the
+        aggregate: of the cells of a grid: "max", the most similar; "mean"; or "mean_of_best", the mean over rows of the
             most similar column. None calibrates every cell.
 
     Returns:
@@ -320,7 +331,7 @@ def calibrate(test: PermutationTest, *, alpha: float = 0.05, aggregate: Aggregat
     sign = 1 if test.direction == "similarity" else -1
     value, null, p_value = test.value, test.null, test.p_value
     if aggregate is not None:
-        _checks.choice("aggregate", aggregate, ("max", "mean", "mean of best"))
+        _checks.choice("aggregate", aggregate, ("max", "mean", "mean_of_best"))
         if value.ndim != 2:
             raise ValueError("aggregate has no effect on a single pair. Leave it out, or test named representations.")
         value, null = (sign * _aggregated(sign * a, aggregate) for a in (value, null))
@@ -349,9 +360,9 @@ def bootstrap(
     Two copies of one sample in a resample are not a pair: their distance of 0 is no evidence, and would raise the
     similarity. So pairs of different samples are weighted by the number of times each was drawn; pairs within a group
     count once for each copy of it. That is possible for cka, hsic and distance_correlation (debiased), and for rsa
-    (pearson, cosine). Bandwidths and means are those of all samples. For unrelated representations debiased estimates
-    vary much less than their resamples, so the interval is wider than necessary: use `permutation_test` to test for any
-    similarity.
+    (pearson, cosine). Bandwidths and means are those of all samples. Resamples of debiased estimates vary up to three
+    times as much as new samples would, the more so the more channels there are; this is corrected (Efron & Stein 1981).
+    To test for any similarity, use `permutation_test`.
 
     Args:
         x: features, shape (n, d1).
@@ -361,7 +372,7 @@ def bootstrap(
         resamples: the number of resamples.
         level: nominal coverage of the interval, 0 < level < 1.
         method: "bca", bias-corrected and accelerated (Efron 1987), or "percentile". Both are expanded for few samples
-            (Hesterberg 2015).
+            (Hesterberg 2015), the more so the fewer of them determine the value.
         groups: a label for each sample, (n,): whole groups are resampled. None: see `permutation_test`.
         positions: see `jaxalign.compare`.
         mask: see `permutation_test`.
@@ -386,8 +397,8 @@ def bootstrap(
     named = {"x": x, "y": y}
     samples = _valid_samples(named, groups, positions, mask, missing, specification)
     weights = _weights(samples, key, resamples, level, method)
-    values = _resampled(samples, named, weights, entry.name, filled, specification)
-    return _interval(values, weights.shape[1], level, method)
+    found = _resampled(samples, named, weights, entry.name, filled, specification)
+    return _interval(found, weights, level, method, specification)
 
 
 def paired_difference(
@@ -443,11 +454,11 @@ def paired_difference(
     named = {"first[0]": first[0], "first[1]": first[1], "second[0]": second[0], "second[1]": second[1]}
     samples = _valid_samples(named, groups, positions, mask, missing, specification)
     weights = _weights(samples, key, resamples, level, method)
-    values = [
+    found = [
         _resampled(samples._replace(sets=samples.sets[k]), list(named)[k], weights, entry.name, filled, specification)
         for k in (slice(2), slice(2, 4))
     ]
-    return _interval(values[0] - values[1], weights.shape[1], level, method)
+    return _interval(found[0] - found[1], weights, level, method, specification)
 
 
 def noise_ceiling(
@@ -519,12 +530,16 @@ def noise_ceiling(
         constant = np.flatnonzero(_arrays.on_host(jnp.diagonal(observed)) == 0)
         if constant.size:
             raise ValueError(f"{list(named)[constant[0]]} does not vary: leave it out.")
-    each, overall = _ceilings(gram, specification)
-    lower, upper = jnp.mean(each, 1), jnp.mean(overall, 1)
+    each, overall = _ceilings(gram[:1], specification)
+    bounds = (jnp.mean(each), jnp.mean(overall), each[0])
     if weights is None:
-        return NoiseCeiling(lower[0], upper[0], each[0])
-    intervals = [_interval(values, weights.shape[1], level, "bca") for values in (lower, upper)]
-    return NoiseCeiling(lower[0], upper[0], each[0], *intervals)
+        return NoiseCeiling(*bounds)
+
+    def interval(k: int) -> Interval:
+        found = Resampled.of(lambda gram: jnp.mean(_ceilings(gram, specification)[k], 1), gram)
+        return _interval(found, weights, level, "bca", specification)
+
+    return NoiseCeiling(*bounds, interval(0), interval(1))
 
 
 # --- checks of arguments --------------------------------------------------------------------------------------------
@@ -573,6 +588,19 @@ def _valid_samples(
     kept = np.flatnonzero(_arrays.on_host(mask))
     left_out = len(kept) < sets[0].shape[0]
     return _Samples(tuple(x[kept] for x in sets), None if checked is None else checked.take(kept), left_out)
+
+
+def _check_varies(null: Array, best: float, name: str, sets: tuple[Array, ...]) -> None:
+    """Raise if every permutation has the value of equal representations, so that no test can reject."""
+    if not _arrays.is_concrete(null) or not np.isfinite(best):
+        return
+    values = _arrays.on_host(null)
+    if np.isfinite(values).all() and np.abs(values - best).max() < _ALWAYS * max(abs(best), 1):
+        n, d = sets[0].shape[0], max(a.shape[-1] for a in sets)
+        raise ValueError(
+            f"{name} is {best:g} for every permutation, so it cannot tell any representations apart: with {n} samples "
+            f"of up to {d} channels everything fits. Use more samples, fewer channels (svcca) or another measure."
+        )
 
 
 def _exchange(samples: _Samples) -> Permutations:
@@ -724,24 +752,30 @@ def _resampled(
     measure_name: str,
     options: dict[str, Any],
     measure: PairMeasure | SummaryMeasure,
-) -> Array:
-    """Values of a pair of representations with every row of weights, (b,)."""
+) -> Resampled:
+    """Values of a pair of representations with every row of weights."""
     _check_bootstrap(measure_name, measure)
     assert isinstance(measure, PairMeasure)
     (f, g), units = pair_matrices(samples.sets, options, measure, list(names))
-    values = resampled_values(f, g, units, _groups_of(samples), weights, measure)
+    found = resampled_values(f, g, units, _groups_of(samples), weights, measure)
     finite = jnp.isfinite(samples.sets[0]).all() & jnp.isfinite(samples.sets[1]).all()
-    return jnp.where(finite, values, jnp.nan)
+    return found._replace(values=jnp.where(finite, found.values, jnp.nan))
 
 
 def _groups_of(samples: _Samples) -> Array | None:
     return None if samples.groups is None else jnp.asarray(samples.groups.number)
 
 
-def _interval(values: Array, number: int, level: float, method: str) -> Interval:
-    """The interval, from the value, those without each of a number of groups, and those of the resamples."""
-    value, left_out, resampled = values[0], values[1 : number + 1], values[number + 1 :]
-    return Interval(value, *interval_ends(value, left_out, resampled, level, method), resampled, float(level), method)
+def _interval(
+    found: Resampled, weights: Array, level: float, method: str, measure: PairMeasure | SummaryMeasure
+) -> Interval:
+    """The interval of a statistic."""
+    assert isinstance(measure, PairMeasure)
+    assert measure.centering is not None
+    value, resampled = found.values[0], found.values[weights.shape[1] + 1 :]
+    if measure.centering.is_double:
+        resampled = without_noise_of_pairs(found, weights)
+    return Interval(value, *interval_ends(found, resampled, level, method), resampled, float(level), method)
 
 
 # --- noise ceilings ---------------------------------------------------------------------------------------------------

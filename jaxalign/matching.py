@@ -179,7 +179,7 @@ class Matching:
 
     def to_pandas(self) -> Any:
         """A table with a row for each sample of each ordered pair of networks; needs pandas."""
-        import pandas as pd
+        pd = _arrays.pandas()
 
         parts = []
         for (a, b), candidate in self.candidate.items():

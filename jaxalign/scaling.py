@@ -65,13 +65,9 @@ class ScalingCurve:
 
     def to_pandas(self) -> Any:
         """Return one row per size as a pandas DataFrame (needs pandas)."""
-        try:
-            import pandas as pd
-        except ImportError:
-            raise ImportError("to_pandas() needs pandas: pip install pandas.") from None
         number = np.isfinite(self.each).sum(1)
         columns = {"size": self.sizes, "value": self.value, "low": self.low, "high": self.high, "subsamples": number}
-        return pd.DataFrame(columns)
+        return _arrays.pandas().DataFrame(columns)
 
 
 def scaling_curve(

@@ -48,6 +48,10 @@ PRODUCTS = {
 OTHERS = {"affinity_distance": {}, "mutual_knn": {"k": 4}, "procrustes": {}, "rsa spearman": {"comparison": "spearman"}}
 
 
+def has_exactly(permutations, number):
+    return permutations.has_more_than(number - 1) and not permutations.has_more_than(number)
+
+
 @pytest.mark.parametrize("case", [*PRODUCTS, *OTHERS])
 def test_values_of_permutations_are_those_of_exchanged_groups(x64, case):
     name, options = case.split()[0], {**PRODUCTS, **OTHERS}[case]
@@ -68,12 +72,12 @@ def test_shifts_of_groups_are_permutations_of_groups(x64, number, size, rng):
     groups = rng.permutation(np.repeat(np.arange(number), size))
     exchange = _permutations.GroupExchange.of(_groups._grouped(groups), n)
     assert exchange.is_regular
-    assert exchange.number == math.factorial(number)
+    assert has_exactly(exchange, math.factorial(number))
     products = np.asarray(_permutations.permuted_products(jnp.asarray(x), jnp.asarray(y), exchange, KEY, 60))
     assert products.shape == (61, 2, 3)
     helpers.assert_close(products[0], np.einsum("lij,mij->lm", x, y), 1e-12)
     orders = np.asarray(exchange.orders(KEY, 1000))
-    assert len(np.unique(orders, axis=0)) == exchange.number
+    assert has_exactly(exchange, len(np.unique(orders, axis=0)))
     np.testing.assert_array_equal(np.sort(orders, 1), np.broadcast_to(np.arange(n), orders.shape))
     # Every group moves as a whole, its samples in order.
     members = [np.flatnonzero(groups == k) for k in range(number)]
@@ -99,7 +103,7 @@ def test_offsets_in_pieces_add_up_to_the_same(x64, monkeypatch, rng):
 def test_groups_of_different_size_are_exchanged_within_a_size(x64):
     groups = np.repeat([0, 1, 2, 3, 4, 5], [2, 3, 2, 3, 2, 1])
     exchange = _permutations.GroupExchange.of(_groups._grouped(groups), 13)
-    assert exchange.number == 12
+    assert has_exactly(exchange, 12)
     assert not exchange.is_regular
     for number in (5, 100):
         orders = np.asarray(exchange.orders(KEY, number))
@@ -116,7 +120,8 @@ def test_moves_of_a_grid_keep_neighbors(shape, moves):
     grid = _permutations.GridMoves(1, *shape)
     orders = np.asarray(grid.orders(KEY, 7))
     np.testing.assert_array_equal(orders[0], np.arange(math.prod(shape)))
-    assert len(orders) == grid.number == moves
+    assert len(orders) == moves
+    assert has_exactly(grid, moves)
     number = np.arange(math.prod(shape)).reshape(shape)
     steps = [pair for a in (number, number.T) for pair in zip(np.ravel(a[:-1]), np.ravel(a[1:]), strict=True)]
     neighbors = set(map(frozenset, steps))
@@ -158,7 +163,7 @@ def test_calibrated_scores_are_those_of_the_published_algorithm(x64):
     for aggregate, rule in (
         ("max", lambda a: a.max((-2, -1))),
         ("mean", lambda a: a.mean((-2, -1))),
-        ("mean of best", lambda a: a.max(-1).mean(-1)),
+        ("mean_of_best", lambda a: a.max(-1).mean(-1)),
     ):
         found = calibrate(test, aggregate=aggregate)
         value, expected = rule(np.asarray(test.value)), rule(null)
@@ -231,7 +236,7 @@ def test_groups_are_exchanged_with_those_that_have_samples_at_the_same_places(x6
     kept = np.array([[1, 1, 0], [1, 0, 1], [1, 1, 0], [1, 0, 1], [1, 1, 1]], bool).reshape(-1)
     groups = _groups._grouped(np.repeat(np.arange(5), 3)).take(np.flatnonzero(kept))
     exchange = _permutations.GroupExchange.of(groups, int(kept.sum()))
-    assert exchange.number == 4  # the first with the third, the second with the fourth
+    assert has_exactly(exchange, 4)  # the first with the third, the second with the fourth
     assert exchange.movable == 8
     # Unrelated networks that both know the place of a sample, of which each image lacks others.
     rng, found = np.random.default_rng(0), []
@@ -324,6 +329,14 @@ def test_max_statistic_keeps_the_error_of_the_family():
     assert found <= scipy.stats.binom.ppf(0.999, 100, 0.1)
 
 
+@pytest.mark.parametrize("name", ["cca", "pwcca"])
+def test_a_measure_that_is_the_same_for_all_permutations_has_no_test(name, rng):
+    x, y = rng.normal(size=(20, 19)), rng.normal(size=(20, 3))
+    with pytest.raises(ValueError, match=f"{name} is 1 for every permutation.*20 samples of up to 19 channels"):
+        permutation_test(x, y, name, key=KEY, permutations=19)
+    assert permutation_test(x[:, :10], y, name, key=KEY, permutations=19).null.std() > 0
+
+
 # --- resampling -----------------------------------------------------------------------------------------------------
 
 
@@ -375,17 +388,63 @@ def test_intervals_hold_the_value(x64, name, method):
     assert found.low < found.value < found.high
     again = bootstrap(x, y, name, key=KEY, resamples=200, method=method)
     np.testing.assert_array_equal(again.resampled, found.resampled)
-    if method == "percentile":
-        # Expanded: quantiles of Student's t, times sqrt(n / (n - 1)).
-        ends = scipy.stats.norm.cdf(np.sqrt(60 / 59) * scipy.stats.t.ppf([0.025, 0.975], 59))
-        helpers.assert_close([found.low, found.high], np.quantile(found.resampled, ends), 1e-10)
+
+
+def expanded_level(left_out, resampled, level=0.95):
+    """The level of an interval of quantiles, from quantiles of t with the freedom of the variance of influences."""
+    n = len(left_out)
+    kurtosis = scipy.stats.kurtosis(left_out, fisher=False)
+    ratio = resampled.var() / (n * left_out.var())
+    freedom = np.clip((n - 1) * min(ratio, 1) ** 2 * 2 / (kurtosis - 1), 3, n - 1)
+    return 2 * scipy.stats.norm.cdf(np.sqrt(n / (n - 1)) * scipy.stats.t.ppf((1 + level) / 2, freedom)) - 1
+
+
+@pytest.mark.parametrize("method", ["bca", "percentile"])
+@pytest.mark.parametrize("level", [0.5, 0.95])
+def test_ends_are_quantiles_of_t(x64, method, level, rng):
+    left_out, resampled = rng.gamma(2, size=20) / 20, 0.1 + 0.3 * rng.normal(size=4000)
+    values = jnp.asarray(np.concatenate(([0.2], left_out, resampled)))
+    found = _resampling.interval_ends(_resampling.Resampled(values, values), jnp.asarray(resampled), level, method)
+    expected = expanded_level(left_out, resampled, level)
+    ends = scipy.stats.norm.ppf([(1 - expected) / 2, (1 + expected) / 2])
+    if method == "bca":
+        bias = scipy.stats.norm.ppf(np.mean(resampled < 0.2))
+        influence = left_out.mean() - left_out
+        acceleration = np.sum(influence**3) / (6 * np.sum(influence**2) ** 1.5)
+        ends = bias + (bias + ends) / (1 - acceleration * (bias + ends))
+    helpers.assert_close(found, np.quantile(resampled, scipy.stats.norm.cdf(ends)), 5e-3)  # of t: within 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [0, 0.15, 1])
+def test_resamples_vary_as_new_samples_do(x64, shared):
+    # The sum over pairs of <z_i, z_j>, z = x y: degenerate if shared = 0, when most of the variance of influences is
+    # noise of pairs.
+    def statistic(rng):
+        x, noise = rng.normal(size=(2, 40, 8))
+        return x * (shared * x + noise)
+
+    def resampled(z, key):
+        pairs = z @ z.T * (1 - np.eye(40))
+        weights = _resampling.draw_weights(key, 300, 40, jnp.float64)
+        products = _resampling.resampled_products(jnp.asarray(pairs), jnp.ones((40, 40)), None, weights)
+        found = _resampling.Resampled.of(lambda a: a, products)
+        return float(jnp.var(found.values[41:])), float(jnp.var(_resampling.without_noise_of_pairs(found, weights)))
+
+    rng = np.random.default_rng(0)
+    truth = np.var([np.sum(np.sum(z, 0) ** 2) - np.sum(z**2) for z in (statistic(rng) for _ in range(20_000))])
+    plain, mended = np.mean([resampled(statistic(rng), jax.random.key(k)) for k in range(400)], 0)
+    if shared < 1:
+        assert plain > (2.5 if shared == 0 else 1.5) * truth
+    # Variances of products of normals have errors of some percent; shares that would be negative are 0 instead.
+    assert 0.85 * truth < mended < 1.5 * truth
 
 
 @pytest.mark.slow
 def test_bca_agrees_with_scipy(x64):
     # scipy is given the statistic of drawn samples, whose mean over pairs is theirs, not that of all samples.
     x, y, _ = sets(25)
-    found = bootstrap(x, y, "rsa", key=KEY, resamples=400)
+    found = bootstrap(x, y, "rsa", key=KEY, resamples=400, level=0.8)
     f, g = (reference.sq_distances(a) for a in (x, y))
 
     def statistic(index):
@@ -394,12 +453,14 @@ def test_bca_agrees_with_scipy(x64):
         a, b = index[i][different], index[j][different]
         return np.corrcoef(f[a, b], g[a, b])[0, 1]
 
+    left_out = np.array([statistic(np.delete(np.arange(25), k)) for k in range(25)])
     theirs = scipy.stats.bootstrap(
-        (np.arange(25),), statistic, n_resamples=400, vectorized=False, method="BCa", rng=np.random.default_rng(0)
-    )
+        (np.arange(25),), statistic, n_resamples=400, vectorized=False, method="BCa", rng=np.random.default_rng(0),
+        confidence_level=expanded_level(left_out, np.asarray(found.resampled), 0.8),
+    )  # fmt: skip
     spread = theirs.standard_error
     low, high = theirs.confidence_interval
-    assert abs(found.low - low) < 0.5 * spread  # ends of 400 resamples: the 10th smallest, give or take 3
+    assert abs(found.low - low) < 0.5 * spread  # ends of 400 resamples: the 30th smallest, give or take 5
     assert abs(found.high - high) < 0.5 * spread
 
 

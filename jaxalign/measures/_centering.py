@@ -69,6 +69,7 @@ class Centering:
     """No centering: the off-diagonal entries as they are. Base class of all centerings."""
 
     may_shift: ClassVar[bool] = False  # whether adding a_i + a_j to f_ij changes nothing
+    is_double: ClassVar[bool] = False  # whether means of rows and of columns are removed
     samples_channels: ClassVar[bool] = False  # whether channels are a sample of more channels
     has_bootstrap: ClassVar[bool] = True  # whether pairs of different samples alone make an estimate
 
@@ -110,6 +111,7 @@ class Biased(Centering):
     """H F H, diagonal included (Gretton et al. 2005)."""
 
     may_shift: ClassVar[bool] = True
+    is_double: ClassVar[bool] = True
     has_bootstrap: ClassVar[bool] = False
 
     def shift(self, means: Array, half: Array) -> Array:

@@ -16,7 +16,7 @@ from jaxalign.io import FeatureSet
 
 # Samples in a permutation test, which stores n x n values per representation.
 TEST_SAMPLES = 1000
-_AGGREGATES: tuple[Aggregate, ...] = ("max", "mean of best")
+_AGGREGATES: tuple[Aggregate, ...] = ("max", "mean_of_best")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
     python -m tests.benchmarks.rejection                    all of it, some hours on two cores
     python -m tests.benchmarks.rejection --runs 200         with a larger binomial error
-    python -m tests.benchmarks.rejection --only cka rsa     some measures; rows of others in the file stay
+    python -m tests.benchmarks.rejection --only cka rsa     some measures; other rows in the file stay
+    python -m tests.benchmarks.rejection --effects 0        no power; other rows in the file stay
+    python -m tests.benchmarks.rejection --test bootstrap   one kind of test; other rows in the file stay
+    python -m tests.benchmarks.rejection --check            all under the null, not written: fails if a test is liberal
     python -m tests.benchmarks.rejection --page             no runs: the tables of the page, from the file
 
 Permutation tests have 48 samples, independent or in 6 blocks of 8, or the 96 positions of smooth maps of 6 images.
@@ -13,7 +16,9 @@ Bootstrap intervals of a difference have 96 samples: independent, or in 24 block
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -41,6 +46,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 BOOTSTRAPPED: dict[str, dict[str, Any]] = {
     "cka": {}, "cka linear": {"kernel": "linear"}, "rsa": {}, "distance_correlation": {}, "hsic": {"kernel": "linear"},
 }  # fmt: skip
+# What the page says of permutation tests, which are exact, and of intervals, which are not.
+LEVELS = {"permutation": 0.05, "bootstrap": 0.08}
 # Runs at a time: what they store fits the cache of a core or two.
 _TOGETHER = 100
 
@@ -93,38 +100,26 @@ def rate(run: Any, runs: int, seed: int, threshold: float) -> float:
     return float(np.mean(np.concatenate(values) <= threshold + 1e-6))
 
 
-def rows(runs: int, only: list[str] | None, effects: tuple[float, ...]) -> Iterator[dict[str, Any]]:
-    """The rejection rate of every combination."""
-    for effect in effects:
-        for name in REGISTRY:
-            if only and name not in only:
-                continue
-            for ratio in RATIOS:
-                for structure in STRUCTURES if effect == 0 else STRUCTURES[:2]:
-                    if effect and ratio != 1:
-                        continue
-                    n = IMAGES * SIDE**2 if structure.startswith("maps") else N
-                    d = max(int(n / ratio), 1)
-                    cell = {
-                        "test": "permutation",
-                        "measure": name,
-                        "n/d": ratio,
-                        "samples": structure,
-                        "effect": effect,
-                    }
-                    one = partial(p_value, name=name, structure=structure, d=d, effect=effect)
-                    yield {**cell, "rate": rate(one, runs, 0, 0.05), "runs": runs}
-        for label in BOOTSTRAPPED:
-            if only and label not in only:
-                continue
-            for ratio in RATIOS:
-                for structure in STRUCTURES[:2]:
-                    if effect and ratio != 1:
-                        continue
-                    d = max(int(RESAMPLED / ratio), 1)
-                    one = partial(excludes_0, label=label, structure=structure, d=d, effect=effect)
-                    cell = {"test": "bootstrap", "measure": label, "n/d": ratio, "samples": structure, "effect": effect}
-                    yield {**cell, "rate": 1 - rate(one, runs, 1, 0.5), "runs": runs}
+def cells(test: str, effects: tuple[float, ...]) -> Iterator[dict[str, Any]]:
+    """Every combination."""
+    measures, structures = (REGISTRY, STRUCTURES) if test == "permutation" else (BOOTSTRAPPED, STRUCTURES[:2])
+    for effect, name, ratio in itertools.product(effects, measures, RATIOS):
+        for structure in structures if effect == 0 else STRUCTURES[:2]:
+            if effect == 0 or ratio == 1:
+                yield {"test": test, "measure": name, "n/d": ratio, "samples": structure, "effect": effect}
+
+
+def measured(cell: dict[str, Any], runs: int) -> float | None:
+    """The rejection rate; None if the test is an error."""
+    name, structure, effect = cell["measure"], cell["samples"], cell["effect"]
+    if cell["test"] == "bootstrap":
+        d = max(int(RESAMPLED / cell["n/d"]), 1)
+        return 1 - rate(partial(excludes_0, label=name, structure=structure, d=d, effect=effect), runs, 1, 0.5)
+    n = IMAGES * SIDE**2 if structure.startswith("maps") else N
+    d = max(int(n / cell["n/d"]), 1)
+    if name in ("cca", "pwcca") and d >= n - 1:  # 1 for every permutation
+        return None
+    return rate(partial(p_value, name=name, structure=structure, d=d, effect=effect), runs, 0, 0.05)
 
 
 def tables(found: list[dict[str, Any]]) -> str:
@@ -144,17 +139,23 @@ def tables(found: list[dict[str, Any]]) -> str:
             "| measure | runs | " + " | ".join(f"{samples}, {unit} {value:g}" for samples, value in columns) + " |",
             "| --- |" + " --- |" * (len(columns) + 1),
         ]
-        for measure in dict.fromkeys(row["measure"] for row in chosen):
-            cells = {
+        for measure in dict.fromkeys((*REGISTRY, *BOOTSTRAPPED)):
+            if all(row["measure"] != measure for row in chosen):
+                continue
+            by_column = {
                 (row["samples"], row["effect"] if effects else row["n/d"]): row
                 for row in chosen
                 if row["measure"] == measure
             }
-            rates = [f"{cells[column]['rate']:.3f}" if column in cells else "" for column in columns]
-            number = min(row["runs"] for row in cells.values())
+            rates = [_shown(by_column[column]["rate"]) if column in by_column else "" for column in columns]
+            number = min(row["runs"] for row in by_column.values())
             lines.append(f"| `{measure}` | {number} | " + " | ".join(rates) + " |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def _shown(rate: float | None) -> str:
+    return "refused" if rate is None else f"{rate:.3f}"
 
 
 def write_page(file: Path) -> str:
@@ -172,20 +173,34 @@ def main() -> None:
     """Print the rates, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=2000)
-    parser.add_argument("--only", nargs="*")
-    parser.add_argument("--null", action="store_true", help="no power")
+    parser.add_argument("--only", nargs="*", default=[*REGISTRY, *BOOTSTRAPPED])
+    parser.add_argument("--effects", nargs="*", type=float, default=(0.0, *EFFECTS))
+    parser.add_argument("--test", nargs="*", default=["permutation", "bootstrap"])
     parser.add_argument("--page", action="store_true", help="no runs: write the tables of the page")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--json", type=Path, default=FILE)
     options = parser.parse_args()
     if options.page:
         write_page(options.json)
         return
-    kept = json.loads(options.json.read_text()) if options.json.exists() and options.only else []
-    found = [row for row in kept if row["measure"] not in options.only]
-    for row in rows(options.runs, options.only, (0.0,) if options.null else (0.0, *EFFECTS)):
-        found.append(row)
-        print(*(f"{v!s:>20}" for k, v in row.items() if k not in ("rate", "runs")), f"{row['rate']:.4f}", flush=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    effects = (0.0,) if options.check else tuple(options.effects)
+    chosen = [cell for test in options.test for cell in cells(test, effects) if cell["measure"] in options.only]
+    before = json.loads(options.json.read_text()) if options.json.exists() else []
+    found = [row for row in before if {key: row[key] for key in chosen[0]} not in chosen]
+    liberal = []
+    for cell in chosen:
+        row = {**cell, "rate": measured(cell, options.runs), "runs": options.runs}
+        print(*(f"{value!s:>20}" for value in cell.values()), _shown(row["rate"]), flush=True)
+        if options.check:
+            # More than three binomial errors above the level that the page states.
+            allowed = LEVELS[cell["test"]]
+            error = np.sqrt(allowed * (1 - allowed) / options.runs)
+            liberal += [row] if (row["rate"] or 0) > allowed + 3 * error else []
+        else:
+            found.append(row)
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if liberal:
+        sys.exit("\n".join(["These reject too often:", *map(str, liberal)]))
 
 
 if __name__ == "__main__":
