@@ -19,6 +19,7 @@ from jaxalign._typing import AnyArray, Data, Numbers
 from jaxalign.bandwidth import Diagonal, mean_density, solve_sigma
 from jaxalign.grid import ComparisonGrid
 from jaxalign.inference import PermutationTest
+from jaxalign.losses import MonitorCurve
 from jaxalign.measures import rdm
 from jaxalign.scaling import ScalingCurve
 
@@ -394,6 +395,40 @@ def scaling(curves: ScalingCurve | Mapping[str, ScalingCurve], *, label: str | N
     ax.set_ylabel(label if label is not None else measures.pop() if len(measures) == 1 else "")
     if len(named) > 1 or "" not in named:
         ax.legend(frameon=False, fontsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def monitor(curve: MonitorCurve, *, ax: Any = None) -> Any:
+    """Draw CKA and the overlap of neighbors during training, with their standard errors as bands.
+
+    Args:
+        curve: the result of `jaxalign.losses.Monitor.curve`.
+        ax: axes to draw into.
+
+    Returns:
+        The axes.
+
+    Examples:
+        >>> import jax, jaxalign, pytest; _ = pytest.importorskip("matplotlib").use("agg")
+        >>> monitor = jaxalign.losses.monitor()
+        >>> for step in range(20):
+        ...     x, noise = jax.random.normal(jax.random.key(step), (2, 32, 8))
+        ...     monitor = monitor.update(step, x, x + noise)
+        >>> jaxalign.plots.monitor(monitor.curve(window=5)).get_xlabel()
+        'step'
+    """
+    if not isinstance(curve, MonitorCurve):
+        raise TypeError(f"curve must be the result of Monitor.curve(); got {type(curve).__name__}.")
+    ax = _draw.axes(ax, (5.2, 3.2))
+    lines = (("debiased CKA", curve.cka, curve.cka_error), ("overlap of neighbors", curve.overlap, curve.overlap_error))
+    for color, (name, value, error) in zip(_draw.CYCLE, lines, strict=False):
+        ax.plot(curve.step, value, "o-", color=color, ms=3, lw=1.6, label=name)
+        ax.fill_between(curve.step, value - error, value + error, color=color, alpha=0.2, lw=0)
+    ax.plot(curve.step, curve.chance, "--", color=_draw.CYCLE[1], lw=1, label="overlap of unrelated networks")
+    ax.set_xlabel("step")
+    ax.set_ylabel("similarity")
+    ax.legend(frameon=False, fontsize=7)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

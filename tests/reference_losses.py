@@ -71,6 +71,8 @@ def loss_of(
     """One value a sample, or a scalar for cka."""
     if measure == "infonce":
         return contrast(x, y, density, diagonal, landmarks, temperature)
+    if measure in WITHOUT_KERNEL:
+        return WITHOUT_KERNEL[measure](x, y)
     (a, log_a), (b, log_b) = (affinity(z, density, diagonal, fixed_sigma) for z in (x, y))
     if measure == "cka":
         return 1 - debiased_hsic(a, b) / torch.sqrt(debiased_hsic(a, a) * debiased_hsic(b, b))
@@ -96,3 +98,49 @@ def contrast(x: Any, y: Any, density: float, diagonal: str, landmarks: int, temp
     right = torch.arange(n)
     both = (torch.nn.functional.cross_entropy(z, right, reduction="none") for z in (logits, logits.T))
     return sum(both) / 2
+
+
+def gram(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Differences of cosines."""
+    a, b = (torch.nn.functional.normalize(z, dim=1) for z in (x, y))
+    return ((a @ a.T - b @ b.T) ** 2).sum(1) / (len(x) - 1)
+
+
+def huber(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of a - b, elementwise."""
+    return torch.nn.functional.huber_loss(a, b, reduction="none")
+
+
+def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Park et al. 2019, eq. 5 and 6, with distances over pairs of different samples."""
+    off = ~torch.eye(len(x), dtype=torch.bool)
+
+    def of(z: torch.Tensor) -> torch.Tensor:
+        d = (z[:, None] - z[None]).masked_fill(~off[..., None], 1).norm(dim=-1)
+        return (d / d[off].mean()).masked_fill(~off, 0)
+
+    return huber(of(x), of(y)).sum(1) / (len(x) - 1)
+
+
+def angles(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Park et al. 2019, eq. 7 and 8, over triples of different samples; one value for each corner."""
+    n = len(x)
+    index = torch.arange(n)
+    j, i, k = torch.meshgrid(index, index, index, indexing="ij")
+    different = (i != j) & (j != k) & (i != k)
+
+    def of(z: torch.Tensor) -> torch.Tensor:
+        e = z[None] - z[:, None]  # from j to i
+        e = e / e.norm(dim=-1, keepdim=True).masked_fill(torch.eye(n, dtype=torch.bool)[..., None], 1)
+        return torch.einsum("jid,jkd->jik", e, e)
+
+    return (huber(of(x), of(y)) * different).sum((1, 2)) / ((n - 1) * (n - 2))
+
+
+def procrustes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """1 - the sum of singular values."""
+    a, b = ((z - z.mean(0)) / (z - z.mean(0)).norm() for z in (x, y))
+    return 1 - torch.linalg.svdvals(a.T @ b).sum()
+
+
+WITHOUT_KERNEL = {"gram": gram, "distances": distances, "angles": angles, "procrustes": procrustes}

@@ -15,6 +15,9 @@ from jaxalign.interop.autograd import torch_function
 from jaxalign.interop.torch import to_torch
 
 alignment_loss = torch_function(losses.alignment_loss)
+token_loss = torch_function(losses.token_loss)
+decorrelation_loss = torch_function(losses.decorrelation_loss)
+gradient_cosine = torch_function(losses.gradient_cosine)
 multi_layer_loss = partial(losses.multi_layer_loss, loss=alignment_loss)
 push = torch_function(losses.FeatureQueue.push)
 

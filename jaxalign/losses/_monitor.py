@@ -1,0 +1,156 @@
+"""How similar two networks are during training, from the batches of the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxalign import _arrays, _checks
+from jaxalign._repr import short_repr
+from jaxalign._typing import Data, Mask, Numbers
+from jaxalign.kernels import Kernel, kernel_of
+from jaxalign.measures import hsic, mutual_knn
+
+
+@dataclass(frozen=True, repr=False)
+class MonitorCurve:
+    """Similarity during training, one entry per window of batches, (windows,); made by `Monitor.curve`.
+
+    Attributes:
+        step: the mean step of the window.
+        cka: debiased CKA, from the mean inner products of the window: minibatch CKA (Nguyen et al. 2021), which does
+            not depend on the size of the batches.
+        cka_error: its standard error, by the jackknife over batches; nan for a window of one batch.
+        overlap: mean share of the k nearest neighbors within a batch that both networks have in common.
+        overlap_error: its standard error over batches; nan for a window of one batch.
+        chance: the overlap of unrelated networks, k / (n - 1) in batches of n samples.
+    """
+
+    step: np.ndarray
+    cka: np.ndarray
+    cka_error: np.ndarray
+    overlap: np.ndarray
+    overlap_error: np.ndarray
+    chance: np.ndarray
+
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+    def to_pandas(self) -> Any:
+        """Return one row per window as a pandas DataFrame (needs pandas)."""
+        return _arrays.pandas().DataFrame(vars(self))
+
+
+@dataclass(frozen=True, repr=False)
+class Monitor:
+    """The batches seen so far; made by `monitor`. `update` returns a monitor with one more batch.
+
+    Values stay on the device until `curve` reads them, so an update does not wait for the batch.
+    """
+
+    k: int
+    kernel: Any
+    batches: tuple[tuple[float, Any], ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Monitor({len(self.batches)} batches, k={self.k})"
+
+    def update(
+        self,
+        step: float,
+        x: Numbers[Data, "n d1"],
+        y: Numbers[Data, "n d2"],
+        mask: Mask[Data, " n"] | None = None,
+    ) -> Monitor:
+        """Return a monitor with a batch added.
+
+        Args:
+            step: the number of the training step.
+            x: features of a batch in one network, shape (n, d1).
+            y: features of the same samples in the other network, shape (n, d2). In another order, CKA is about 0 and
+                the overlap about that of chance.
+            mask: shape (n,), True marks valid samples.
+
+        Raises:
+            TypeError, ValueError: see `jaxalign.measures.mutual_knn`; fewer than 4 samples.
+        """
+        values = _values(x, y, mask, k=self.k, kernel=self.kernel)
+        return replace(self, batches=(*self.batches, (float(step), values)))
+
+    def curve(self, window: int = 10) -> MonitorCurve:
+        """The similarity in windows of batches.
+
+        Args:
+            window: the number of batches per window; the last window has those that are left over as well.
+
+        Raises:
+            ValueError: no batches yet; a window below 1.
+        """
+        window = _checks.whole("window", window)
+        if not self.batches:
+            raise ValueError("the monitor has no batches yet: call monitor = monitor.update(step, x, y) first.")
+        steps = np.array([step for step, _ in self.batches])
+        values = np.stack([np.asarray(jax.device_get(values), np.float64) for _, values in self.batches])
+        number = max(len(steps) // window, 1)
+        bounds = np.append(np.arange(number) * window, len(steps))
+        parts = [slice(*bounds[k : k + 2]) for k in range(number)]
+        columns = [(steps[part].mean(), *_summary(values[part])) for part in parts]
+        return MonitorCurve(*map(np.array, zip(*columns, strict=True)))
+
+
+def monitor(k: int = 10, kernel: Kernel = "linear") -> Monitor:
+    """Follow debiased CKA and the overlap of neighbors during training, from the batches of any training loop.
+
+    Args:
+        k: the number of nearest neighbors in a batch, by cosine.
+        kernel: of CKA, see `jaxalign.measures.hsic`.
+
+    Returns:
+        A `Monitor` without batches.
+
+    Raises:
+        ValueError: a k below 1.
+
+    Examples:
+        >>> import jax, jaxalign
+        >>> monitor = jaxalign.losses.monitor(k=5)
+        >>> for step in range(40):
+        ...     x, noise = jax.random.normal(jax.random.key(step), (2, 64, 8))
+        ...     monitor = monitor.update(step, x, x + noise / (1 + step))
+        >>> curve = monitor.curve(window=10)
+        >>> bool(curve.cka[0] < curve.cka[-1]), bool(curve.overlap[-1] > 0.8)
+        (True, True)
+    """
+    return Monitor(_checks.whole("k", k), kernel_of(kernel))
+
+
+@partial(jax.jit, static_argnames=("k", "kernel"))
+def _values(x: Any, y: Any, mask: Any, *, k: int, kernel: Any) -> Array:
+    """Inner products of x and y, of x and x, of y and y; the overlap of neighbors, and that of chance."""
+    products = [hsic(a, b, kernel, mask=mask) for a, b in ((x, y), (x, x), (y, y))]
+    count = jnp.asarray(x.shape[0] if mask is None else jnp.sum(mask), products[0].dtype)
+    return jnp.stack([*products, mutual_knn(x, y, k, mask=mask).astype(products[0].dtype), k / (count - 1)])
+
+
+def _summary(values: np.ndarray) -> tuple[float, ...]:
+    """CKA, its error, the overlap, its error, and the overlap of chance, of batches (m, 5)."""
+    m = len(values)
+    products, overlaps = values[:, :3], values[:, 3]
+
+    def cka(products: np.ndarray) -> Any:
+        cross, self_x, self_y = np.moveaxis(products, -1, 0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return cross / np.sqrt(self_x * self_y)
+
+    total = products.sum(0)
+    if m == 1:
+        return float(cka(total)), np.nan, overlaps[0], np.nan, values[0, 4]
+    left_out = cka(total - products)
+    error = np.sqrt((m - 1) * np.var(left_out))
+    return float(cka(total)), error, overlaps.mean(), overlaps.std(ddof=1) / np.sqrt(m), values[:, 4].mean()
