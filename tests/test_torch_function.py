@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 
@@ -191,11 +190,40 @@ def test_what_is_refused():
             call()
 
 
-def test_importing_them_imports_no_torch(monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "torch"]:
-        monkeypatch.setitem(sys.modules, name, None)  # an import of it raises
-    importlib.reload(sys.modules["jaxalign.interop.autograd"])
-    importlib.reload(sys.modules["jaxalign.interop.torch_losses"])
+def test_importing_them_imports_no_torch_and_calling_them_no_compiler():
+    code = """if True:
+        import sys
+        sys.modules["torch"] = None  # an import of it raises
+        from jaxalign.interop import torch_losses
+        del sys.modules["torch"]
+        import torch
+        torch_losses.alignment_loss(*torch.randn(2, 8, 3)).item()
+        assert "torch._dynamo" not in sys.modules  # a second of the first step
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_gradient_of_a_number_is_computed_with_it_and_only_where_it_is_needed():
+    calls = []
+
+    def loss(x, y):
+        calls.append(1)  # when it is traced
+        return jnp.sum(jnp.tanh(x) * y)
+
+    of_tensors = torch_function(loss)
+    x, y = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    value = of_tensors(x, y)
+    expected = (1 - torch.tanh(x.detach()) ** 2) * y
+    for scale in (1.0, -2.5, 1.0):  # the second and third time, it is computed again
+        (found,) = torch.autograd.grad(scale * value, x, retain_graph=True)
+        torch.testing.assert_close(found, scale * expected)
+        found.zero_()  # the tensor is the caller's
+    assert len(calls) == 1
+    assert y.grad is None
+    both = x.detach().clone().requires_grad_(), y.clone().requires_grad_()
+    of_tensors(*both).backward()
+    torch.testing.assert_close(both[0].grad, expected)
+    torch.testing.assert_close(both[1].grad, torch.tanh(x.detach()))
 
 
 @pytest.mark.slow
