@@ -24,6 +24,11 @@ FUNCTIONS = {
     **{name: value for name, value in vars(measures).items() if inspect.isfunction(value)},
     "alignment_loss": losses.alignment_loss,
     "multi_layer_loss": losses.multi_layer_loss,
+    "token_loss": losses.token_loss,
+    "decorrelation_loss": losses.decorrelation_loss,
+    "stop_schedule": losses.stop_schedule,
+    "gradient_cosine": losses.gradient_cosine,
+    "monitor": losses.monitor,
     "farthest_points": alignment.farthest_points,
     "streaming.solve_sigma": streaming.solve_sigma,
     "streaming.mean_density": streaming.mean_density,
@@ -33,7 +38,7 @@ FUNCTIONS = {
 # What visits pairs of samples, in tiles and over devices.
 VISITS_PAIRS = {
     "solve_sigma", "mean_density", "affinity_operator", "reduce_pairs", "normalized_cut", "compare_grid",
-    "alignment_loss", "scaling_curve",
+    "alignment_loss", "token_loss", "scaling_curve",
     "streaming.solve_sigma", "streaming.mean_density", "cka", "hsic", "rsa", "distance_correlation",
     "affinity_distance",
     "mutual_knn", "jaccard", "cknna", "nearest_neighbors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import chex
 import helpers
@@ -216,6 +217,14 @@ TWO_ARRAYS = {
     "noise_ceiling": lambda x, y: jaxalign.noise_ceiling([x, y]),
     "alignment_loss": jaxalign.losses.alignment_loss,
     "alignment_loss infonce": lambda x, y: jaxalign.losses.alignment_loss(x, y, "infonce", kernel=RBF(density=0.3)),
+    **{
+        f"alignment_loss {measure}": partial(jaxalign.losses.alignment_loss, measure=measure)
+        for measure in ("gram", "distances", "angles", "procrustes")
+    },
+    "token_loss": lambda x, y: jaxalign.losses.token_loss(
+        x.reshape(2, 12, 6), y.reshape(2, 12, 6), relations="both", spatial_norm=True, kernel=RBF(density=0.3)
+    ),
+    "decorrelation_loss": lambda x, y: jaxalign.losses.decorrelation_loss(x),
     "multi_layer_loss": lambda x, y: jaxalign.losses.multi_layer_loss({"a": x}, {"a": y})[0],
     "push": lambda x, y: jaxalign.losses.FeatureQueue.empty(40, 6, 6).push(x, y),
     **{name: measure(name) for name in jaxalign.measures.REGISTRY},
@@ -290,8 +299,10 @@ def test_arrays_may_be_closed_over_and_nothing_needs_jit(name):
 
 # Of everything that shares its derivatives one: the others are tried without debug_nans in the tests of gradients.
 DERIVATIVES = (
-    "rbf_affinity", "align", "alignment_loss", "alignment_loss infonce", "cka of linear kernels", "angular cka", "rsa",
-    "distance_correlation", "cknna", "procrustes", "cca", "linear_predictivity", "affinity_distance",
+    "rbf_affinity", "align", "alignment_loss", "alignment_loss infonce", "alignment_loss gram",
+    "alignment_loss distances", "alignment_loss angles", "token_loss", "decorrelation_loss", "cka of linear kernels",
+    "angular cka", "rsa", "distance_correlation", "cknna", "procrustes", "cca", "linear_predictivity",
+    "affinity_distance",
 )  # fmt: skip
 
 

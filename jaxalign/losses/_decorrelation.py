@@ -11,12 +11,12 @@ from jaxalign._typing import Data, Mask, Numbers
 
 
 def decorrelation_loss(
-    x: Numbers[Data, "*batch n d"],
+    x: Numbers[Data, "*#batch n d"],
     *,
     std: float = 1.0,
     variance_weight: float = 1.0,
     covariance_weight: float = 0.04,
-    mask: Mask[Data, "*batch n"] | None = None,
+    mask: Mask[Data, "*#batch n"] | None = None,
 ) -> Float[Array, "*batch"]:
     """A penalty for channels that vary too little or are correlated, against collapse (VICReg, Bardes et al. 2022).
 

@@ -63,7 +63,7 @@ class Monitor:
 
     def update(
         self,
-        step: float,
+        step: float | int,
         x: Numbers[Data, "n d1"],
         y: Numbers[Data, "n d2"],
         mask: Mask[Data, " n"] | None = None,

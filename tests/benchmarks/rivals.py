@@ -236,3 +236,50 @@ def permuted_cka_cached(k: Any, m: Any, permutations: Any) -> Any:
     k, m = centred(k), centred(m)
     size = np.linalg.norm(k) * np.linalg.norm(m)
     return np.asarray([np.vdot(k, m[np.ix_(p, p)]) / size for p in permutations])
+
+
+# 1 - debiased CKA of RBF affinities as one writes it by hand: sigma is a fixed share of the mean distance of the batch,
+# a constant in the gradient, and y needs no gradient.
+_SHARE = 0.3
+
+
+def torch_loss(x: Any, y: Any) -> Any:
+    """In torch."""
+    import torch
+
+    n = len(x)
+
+    def affinity(x: Any) -> Any:
+        d2 = torch.cdist(x, x) ** 2
+        a = torch.exp(-d2 / (2 * _SHARE * d2.detach().sum() / (n * (n - 1))))
+        return a - torch.diag(torch.diag(a))
+
+    a = affinity(x)
+    with torch.no_grad():
+        b = affinity(y)
+        size_y = _hsic(b, b)
+    return 1 - _hsic(a, b) / torch.sqrt(_hsic(a, a) * size_y)
+
+
+def jax_loss(x: Any, y: Any) -> Any:
+    """In JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    n = len(x)
+
+    def affinity(x: Any) -> Any:
+        squares = jnp.sum(x * x, 1)
+        d2 = jnp.maximum(squares[:, None] + squares[None] - 2 * x @ x.T, 0)
+        mean = jax.lax.stop_gradient(jnp.sum(d2)) / (n * (n - 1))
+        return jnp.where(jnp.eye(n, dtype=bool), 0, jnp.exp(-d2 / (2 * _SHARE * mean)))
+
+    a, b = affinity(x), affinity(jax.lax.stop_gradient(y))
+    return 1 - _hsic(a, b) / jnp.sqrt(_hsic(a, a) * _hsic(b, b))
+
+
+def _hsic(a: Any, b: Any) -> Any:
+    """Song et al. 2012, eq. 5, of matrices without diagonal."""
+    n = len(a)
+    rows = a.sum(0) @ b.sum(0)
+    return ((a * b).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows) / (n * (n - 3))

@@ -1,9 +1,11 @@
-"""What auto-scaling costs in a training step: the alignment loss and its gradient against the same at a fixed sigma."""
+"""A training step: the alignment loss and its gradient, against the same at a fixed sigma and against one by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import jaxalign
 from jaxalign.kernels import RBF
 from jaxalign.losses import alignment_loss
 
-from . import floor
+from . import floor, rivals
 from .timing import Result, compare
 
 DENSITY = 0.05
@@ -41,3 +43,40 @@ def run(batch: int, width: int, rounds: int) -> Iterator[Result]:
         yield compare(case, ("auto", lambda f=auto: f(x, y)), other, rounds, bound="<=", target=1.5, work=work)
         case = f"loss {measure}: sigma solved but constant in the gradient / fixed sigma"
         yield compare(case, ("constant", lambda f=constant: f(x, y)), other, rounds)
+    for small in (32, 256):
+        yield from by_hand(small, rounds)
+
+
+def by_hand(batch: int, rounds: int) -> Iterator[Result]:
+    """The loss of a small batch, features of 384 and 768 channels, against a hand-written one with a sigma by rule."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(batch, d)).astype(np.float32) for d in (384, 768))
+    both = [jax.jit(jax.value_and_grad(loss)) for loss in (alignment_loss, rivals.jax_loss)]
+    arrays = jnp.asarray(x), jnp.asarray(y)
+    ours, plain = (_repeated(lambda f=f: f(*arrays)) for f in both)
+    case = f"loss cka, batch {batch}, value and gradient: times of one written by hand"
+    yield compare(f"{case}, in JAX", ("jaxalign", ours), ("plain JAX", plain), rounds, bound="<=", target=1.2)
+    if find_spec("torch") is None:
+        return
+    import torch
+
+    from jaxalign.interop import torch_losses
+
+    tx, ty = torch.from_numpy(x).requires_grad_(), torch.from_numpy(y)
+
+    def step(loss: Any) -> None:
+        tx.grad = None
+        loss(tx, ty).backward()
+
+    ours, plain = (_repeated(lambda f=f: step(f)) for f in (torch_losses.alignment_loss, rivals.torch_loss))
+    yield compare(f"{case}, in torch", ("jaxalign", ours), ("plain torch", plain), rounds, bound="<=", target=1.0)
+
+
+def _repeated(step: Callable[[], Any], times: int = 20) -> Callable[[], None]:
+    """Several steps, as one takes less than the scheduler of a busy machine."""
+
+    def steps() -> None:
+        for _ in range(times):
+            jax.block_until_ready(step())
+
+    return steps
