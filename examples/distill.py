@@ -1,18 +1,18 @@
 """A small student learns the geometry of a larger network: distillation by an alignment loss, without a head.
 
 Teacher: the features of 1000 handwritten digits in a real network, shipped with the library (jaxalign.datasets).
-Student: an MLP, 64-64-16, on the 8 x 8 pixels of the digits. It is trained on 700 digits in two ways:
+Student: an MLP, 64-64-16, on the 8 x 8 pixels of the digits. It is trained on 700 digits in several ways:
 
     MSE head     the common way: a linear head, trained with the student, maps its 16 features to the teacher's
                  (standardized by channel), and the mean squared error is minimized. The head is then discarded.
-    alignment    alignment_loss(student, teacher): nothing to discard.
+    cka, ...     alignment_loss(student, teacher, "cka") and other measures: nothing to discard.
 
 On the 300 held-out digits the table shows the share of the 10 nearest neighbors of a digit that student and teacher
 have in common, and debiased CKA: mean and standard deviation over seeds, each with its own weights and split.
 
     python -m pip install "jaxalign[viz]" optax
     python examples/distill.py                          # prints a table, writes distill/distill.png
-    python examples/distill.py --teacher "mobilenet-v2 block 13" --measure infonce
+    python examples/distill.py --teacher "mobilenet-v2 block 13" --measures kl gram
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from jaxalign.losses import alignment_loss
 
 TRAINED_ON, BATCH, STEPS, WIDTHS = 700, 128, 600, (64, 64, 16)
 NEIGHBORS = 10
-COLORS = ("#0072b2", "#e69f00", "#009e73")
+MEASURES = ("cka", "kl", "distances", "procrustes")
+COLORS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
 
 Layers = list[tuple[jax.Array, jax.Array]]
 LossFunction = Callable[[Any, jax.Array, jax.Array], jax.Array]  # of parameters, pixels, teacher
@@ -150,12 +151,16 @@ def draw(runs: dict[str, list[Run]]) -> Figure:
 
 
 def main(
-    out: Path = Path("distill"), teacher: str = "", measure: str = "cka", seeds: int = 5, steps: int = STEPS
+    out: Path = Path("distill"),
+    teacher: str = "",
+    measures: tuple[str, ...] = MEASURES,
+    seeds: int = 5,
+    steps: int = STEPS,
 ) -> dict[str, list[Run]]:
-    """Train in both ways, print the table, and write the figure to the folder `out`."""
+    """Train in every way, print the table, and write the figure to the folder `out`."""
     teacher = teacher or next(iter(jaxalign.datasets.load_digit_features().features))
     pixels, features = load(teacher)
-    methods: dict[str, LossFunction] = {"MSE head": through_head, f"alignment ({measure})": partial(aligned, measure)}
+    methods: dict[str, LossFunction] = {"MSE head": through_head} | {name: partial(aligned, name) for name in measures}
     runs = {
         name: [train(seed, loss_of, pixels, features, steps) for seed in range(seeds)]
         for name, loss_of in methods.items()
@@ -171,7 +176,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A small student learns the geometry of a larger network.")
     parser.add_argument("--out", type=Path, default=Path("distill"), help="folder for the figure")
     parser.add_argument("--teacher", default="", help="a name in jaxalign.datasets.load_digit_features().features")
-    parser.add_argument("--measure", default="cka", choices=("cka", "affinity", "kl", "infonce"))
+    parser.add_argument("--measures", nargs="*", default=MEASURES, choices=jaxalign.losses.MEASURES)
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
-    main(arguments.out, arguments.teacher, arguments.measure, arguments.seeds)
+    main(arguments.out, arguments.teacher, tuple(arguments.measures), arguments.seeds)

@@ -14,6 +14,7 @@ adds past samples to a batch.
 
 from __future__ import annotations
 
+from jaxalign.losses._alignment import MEASURES as MEASURES
 from jaxalign.losses._alignment import Measure as Measure
 from jaxalign.losses._alignment import alignment_loss as alignment_loss
 from jaxalign.losses._decorrelation import decorrelation_loss as decorrelation_loss
