@@ -18,6 +18,7 @@ have in common, and debiased CKA: mean and standard deviation over seeds, each w
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -140,7 +141,7 @@ def draw(runs: dict[str, list[Run]]) -> Figure:
     """Shared neighbors on held-out digits during training."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
-    for (name, of_method), color in zip(runs.items(), COLORS, strict=False):
+    for (name, of_method), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
         steps = [k for k, _ in of_method[0].scores]
         values = np.array([[s.neighbors for _, s in run.scores] for run in of_method])
         ax.plot(steps, values.mean(0), color=color, label=name)

@@ -373,7 +373,8 @@ def bootstrap(
         level: nominal coverage of the interval, 0 < level < 1.
         method: "bca", bias-corrected and accelerated (Efron 1987), or "percentile". Both are expanded for few samples
             (Hesterberg 2015), the more so the fewer of them determine the value.
-        groups: a label for each sample, (n,): whole groups are resampled. None: see `permutation_test`.
+        groups: a label for each sample, (n,): whole groups are resampled. None: see `permutation_test`. Pairs within
+            groups count in the value, so the interval is about its expectation for as many groups.
         positions: see `jaxalign.compare`.
         mask: see `permutation_test`.
         missing: see `jaxalign.compare`.
