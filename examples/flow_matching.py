@@ -250,27 +250,25 @@ def steps_to(rows: dict[str, Any], goal: float) -> float:
 
 
 def summary(found: list[dict[str, Any]]) -> str:
-    """The table, as Markdown."""
-    lines = [
-        "| trained with | Fréchet distance | right class | steps to the quality of flow alone |",
-        "| --- | --- | --- | --- |",
-    ]
-    baseline = {rows["seed"]: rows["frechet"][-1] for rows in found if rows["method"] == "flow"}
+    """The table, as Markdown: means and standard deviations over seeds."""
+    step = found[0]["step"]
+    shown = [k for k in range(len(step)) if step[k] in (EVERY, 2 * EVERY, 4 * EVERY, step[-1])]
+    early = min(1, len(step) - 1)
+    baseline = {rows["seed"]: rows["frechet"][early] for rows in found if rows["method"] == "flow"}
+    titles = [
+        *(f"Fréchet distance, step {step[k]}" for k in shown), f"right class, step {step[0]}", f"step {step[-1]}",
+        f"steps to the quality of flow at step {step[early]}",
+    ]  # fmt: skip
+    lines = ["| trained with | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
     for method in METHODS:
         chosen = [rows for rows in found if rows["method"] == method]
         if not chosen:
             continue
-        cells = []
-        for values in (
-            [rows["frechet"][-1] for rows in chosen],
-            [rows["accuracy"][-1] for rows in chosen],
-            [steps_to(rows, baseline.get(rows["seed"], np.inf)) for rows in chosen],
-        ):
-            reached = np.array(values)[np.isfinite(values)]
-            digits = 0 if max(reached, default=0) > 100 else 3
-            text = f"{reached.mean():.{digits}f} ± {reached.std():.{digits}f}" if reached.size else "never"
-            missed = len(values) - reached.size
-            cells.append(text + (f" ({missed} of {len(values)} never)" if 0 < missed < len(values) else ""))
+        distance, accuracy = (np.array([rows[name] for rows in chosen]) for name in ("frechet", "accuracy"))
+        steps = np.array([steps_to(rows, baseline.get(rows["seed"], np.inf)) for rows in chosen])
+        cells = [f"{column.mean():.2f} ± {column.std():.2f}" for column in distance.T[shown]]
+        cells += [f"{column.mean():.3f}" for column in (accuracy[:, 0], accuracy[:, -1])]
+        cells.append(f"{steps.mean():.0f} ± {steps.std():.0f}" if np.isfinite(steps).all() else "not all reach it")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -287,6 +285,8 @@ def draw(found: list[dict[str, Any]], digits: np.ndarray, path: Path) -> None:
             left.plot(step, values.mean(0), color=color, label=method)
             left.fill_between(step, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
     left.set(xlabel="step", ylabel="Fréchet distance", yscale="log")
+    left.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    left.minorticks_off()
     left.legend(frameon=False, fontsize=8)
     left.spines[["top", "right"]].set_visible(False)
     rows = [next((r for r in found if r["method"] == method), None) for method in METHODS]

@@ -117,7 +117,9 @@ def without_noise_of_pairs(found: Resampled, weights: Array) -> Array:
     linear = jnp.sum((counts - 1) * influence[None], 1)
     variance, noise = jnp.var(linear), 2 * jnp.var(resampled - value - linear)
     share = jnp.where(variance > noise, 1 - noise / jnp.where(variance > noise, variance, 1), 0)
-    return _split(found.values, number)[2] - (1 - jnp.sqrt(share)) * linear
+    values = _split(found.values, number)[2]
+    # Within their range: where the statistic is far from linear, as a root near 0, the part that is linear exceeds it.
+    return jnp.clip(values - (1 - jnp.sqrt(share)) * linear, jnp.min(values), jnp.max(values))
 
 
 def interval_ends(found: Resampled, resampled: Array, level: float, method: str) -> tuple[Array, Array]:
@@ -143,7 +145,8 @@ def interval_ends(found: Resampled, resampled: Array, level: float, method: str)
         below = jnp.mean((resampled < value).astype(value.dtype) + 0.5 * (resampled == value).astype(value.dtype))
         bias = ndtri(jnp.clip(below, 0.5 / b, 1 - 0.5 / b))
         z = bias + normal
-        ends = ndtr(bias + z / (1 - skewness / (6 * math.sqrt(number)) * z))
+        # Beyond its pole the correction would change sign: there the end is that of all resamples.
+        ends = ndtr(bias + z / jnp.maximum(1 - skewness / (6 * math.sqrt(number)) * z, 1e-3))
     low, high = jnp.quantile(resampled, ends)
     return low, high
 

@@ -369,7 +369,7 @@ def bootstrap(
         y: features of the same samples, shape (n, d2).
         measure: a name in `jaxalign.measures.REGISTRY`.
         key: a `jax.random.key` for the resamples.
-        resamples: the number of resamples.
+        resamples: the number of resamples. Below about 20 / (1 - level), the ends are the smallest and largest of them.
         level: nominal coverage of the interval, 0 < level < 1.
         method: "bca", bias-corrected and accelerated (Efron 1987), or "percentile". Both are expanded for few samples
             (Hesterberg 2015), the more so the fewer of them determine the value.
@@ -758,6 +758,9 @@ def _resampled(
     _check_bootstrap(measure_name, measure)
     assert isinstance(measure, PairMeasure)
     (f, g), units = pair_matrices(samples.sets, options, measure, list(names))
+    for name, matrix in zip(names, (f, g), strict=True):
+        if _arrays.is_concrete(matrix) and not _arrays.read_on_host(jnp.any, matrix):
+            raise ValueError(f"{name} does not vary, so there is nothing to resample: leave it out.")
     found = resampled_values(f, g, units, _groups_of(samples), weights, measure)
     finite = jnp.isfinite(samples.sets[0]).all() & jnp.isfinite(samples.sets[1]).all()
     return found._replace(values=jnp.where(finite, found.values, jnp.nan))

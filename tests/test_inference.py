@@ -415,6 +415,28 @@ def test_ends_are_quantiles_of_t(x64, method, level, rng):
     helpers.assert_close(found, np.quantile(resampled, scipy.stats.norm.cdf(ends)), 5e-3)  # of t: within 1e-3
 
 
+@pytest.mark.parametrize("level", [0.9, 0.999, 0.99999])
+def test_intervals_of_few_and_skewed_samples_are_in_order_and_in_range(level):
+    rng = np.random.default_rng(7)
+    for k in range(20):
+        x = rng.normal(size=(10, 6)).astype(np.float32)
+        y = x + rng.normal(size=(10, 6)).astype(np.float32)
+        x[0] *= 8
+        for name in ("cka", "distance_correlation"):
+            found = bootstrap(x, y, name, level=level, resamples=200, key=jax.random.key(k))
+            assert -1 <= found.low < found.high <= 1
+            assert found.resampled.min() <= found.low
+            assert found.high <= found.resampled.max()
+
+
+def test_what_does_not_vary_has_no_interval():
+    x, y, _ = sets()
+    with pytest.raises(ValueError, match="y does not vary, so there is nothing to resample"):
+        bootstrap(x, np.ones_like(y), key=KEY, kernel="linear")
+    with pytest.raises(ValueError, match=r"second\[1\] does not vary"):
+        paired_difference((x, y), (x, np.ones_like(y)), key=KEY, kernel="linear")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [0, 0.15, 1])
 def test_resamples_vary_as_new_samples_do(x64, shared):

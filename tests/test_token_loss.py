@@ -81,6 +81,53 @@ def test_masked_tokens_do_not_count(x64):
     helpers.assert_close(cosine, np.mean([a.mean() for a in by_hand]), 1e-12)
 
 
+def test_a_known_grid_holds_for_both(x64):
+    x, y = tokens()
+    expected = token_loss(x, y, "gram")
+    for options in ({"student_grid": (2, 8)}, {"teacher_grid": (8, 2)}):
+        helpers.assert_close(token_loss(x, y, "gram", **options, mask=np.ones((3, 16), bool)), expected, 1e-12)
+    helpers.assert_close(token_loss(x.reshape(3, 8, 2, 5), y, "gram"), expected, 1e-12)
+
+
+def test_tokens_without_direction_do_not_count(x64):
+    x, y = tokens(batch=1)
+    dead = x.copy()
+    dead[0, [3, 7]] = 0
+    rest = np.delete(np.arange(16), [3, 7])
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: token_loss(x, y, "gram")))(dead)
+    helpers.assert_close(value, alignment_loss(x[0, rest], y[0, rest], "gram"), 1e-12)
+    assert np.isfinite(gradient).all()
+    # Also where a whole image of the teacher is constant, and 0 after normalization.
+    flat = jax.jit(jax.value_and_grad(lambda x: token_loss(x, np.ones_like(y), "gram", spatial_norm=True)))(x)
+    assert all(np.isfinite(a).all() for a in flat)
+
+
+def test_a_channel_that_does_not_vary_is_0_after_spatial_norm():
+    x, y = (a.astype(np.float32) for a in tokens())
+    expected = token_loss(x, y, "gram", spatial_norm=True)
+    for value in (0.1, 0.7, 3.3, 1e4):
+        dead = np.full((*y.shape[:2], 20), value, np.float32)
+        found = token_loss(x, np.concatenate((y, dead), -1), "gram", spatial_norm=True)
+        helpers.assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("measure", [*losses.MEASURES, "cosine"])
+def test_masked_tokens_may_hold_anything(x64, measure):
+    x, y = tokens(batch=2, teacher=(16, 5))
+    mask = np.arange(16)[None] < np.array([[14], [16]])
+    options = {"mask": mask, "measure": measure} | (
+        {"kernel": RBF(density=0.3)} if measure in losses.MEASURES[:4] else {}
+    )
+    value = token_loss(x, y, **options)
+    filled = [np.where(mask[..., None], a, np.nan) for a in (x, y)]
+    found, gradient = jax.jit(jax.value_and_grad(lambda x, y: token_loss(x, y, **options)))(*filled)
+    helpers.assert_close(found, value, 1e-11)
+    assert np.isfinite(gradient).all()
+    normalized = partial(token_loss, spatial_norm=True, **options)
+    helpers.assert_close(normalized(*filled), normalized(x, y), 1e-11)
+
+
 def test_spatial_norm_removes_what_all_tokens_of_an_image_share(x64):
     x, y = tokens()
     shared = 5 + 10 * np.random.default_rng(3).normal(size=(3, 1, 7))
@@ -141,7 +188,8 @@ def test_torch_has_the_same(x64):
 def test_a_projector_learns_the_teacher():
     x, y = (a.astype(np.float32) for a in tokens(batch=4))
     projector = Projector.init(KEY, 5, 7)
-    assert repr(projector) == "Projector(5 to 7 channels)"
+    assert repr(projector) == "Projector((5, 14) @ (14, 14) @ (14, 7))"
+    assert repr(jax.tree.map(lambda a: True, projector)).startswith("Projector(")
     assert [w.shape for w in projector.weights] == [(5, 14), (14, 14), (14, 7)]
     optimizer = optax.adam(1e-2)
 
@@ -173,6 +221,14 @@ BAD = [
     (lambda x, y: token_loss(x, y[:2]), "the same images or texts, in the same order: 3 and 2"),
     (lambda x, y: token_loss(x[0], y), r"student must have shape \(b, t, c\)"),
     (lambda x, y: token_loss(x[:, :14], y), "student has 14 tokens.*student_prefix=5 leaves out those before a grid"),
+    (lambda x, y: token_loss(x, y, teacher_grid=4), "teacher_grid must be a pair"),
+    (lambda x, y: token_loss(np.where(x > 2, np.nan, x), y, "cosine"), "Leave out such tokens with mask"),
+    (lambda x, y: decorrelation_loss(np.where(x > 2, np.nan, x)), "Leave out such samples with mask"),
+    (lambda x, y: Projector.init(KEY, 4, 7)(x), "the projector was made for 4"),
+    (lambda x, y: losses.gradient_cosine([x], [y]), "gradients of the same parameters"),
+    (lambda x, y: losses.monitor().update(0, x, y), "must be a batch of features"),
+    (lambda x, y: losses.monitor().update(0, x[0], y[0, :9]), "16 and 9 rows"),
+    (lambda x, y: jax.jit(lambda x: losses.monitor().update(0, x, x) and 0)(x[0]), "update the monitor outside of jit"),
     (lambda x, y: token_loss(x, y, teacher_grid=(3, 5)), "has 15 positions, but teacher has 16 tokens"),
     (lambda x, y: token_loss(x, y, student_prefix=16), "leaves no token of 16"),
     (lambda x, y: token_loss(x.reshape(3, 4, 4, 5), y, student_prefix=1), "are for tokens"),
@@ -195,7 +251,7 @@ BAD = [
     (lambda x, y: GradientAgreement.start(decay=1.0), "decay must be at least 0 and below 1"),
     (lambda x, y: losses.monitor(0), "k must be a whole number"),
     (lambda x, y: losses.monitor().curve(), "the monitor has no batches yet"),
-    (lambda x, y: losses.monitor(20).update(0, x[0], y[0]), "k = 20"),
+    (lambda x, y: losses.monitor(20).update(0, x[0], y[0]).curve(), "no batch has more than k = 20"),
     (lambda x, y: plots.monitor([1.0]), "curve must be the result of Monitor.curve"),
 ]  # fmt: skip
 
@@ -252,6 +308,10 @@ def test_alignment_stops_for_good_when_gradients_disagree():
     # The mean is below 0.1 in the second update, before the warm-up has ended, and in the fourth.
     assert active == [True, True, True, False, False, False]
     assert isinstance(jax.tree.map(lambda a: a, state), GradientAgreement)
+    lost = state.update(first, other(jnp.nan))
+    assert (int(lost.steps), float(lost.cosine)) == (int(state.steps), float(state.cosine))
+    tiny, huge = (jax.tree.map(lambda a, s=s: s * a, first) for s in (1e-30, 1e30))
+    assert abs(float(losses.gradient_cosine(tiny, huge)) - 1) < 1e-6
     zero = jax.tree.map(jnp.zeros_like, first)
     assert float(losses.gradient_cosine(first, zero)) == 0
 
@@ -283,6 +343,9 @@ def test_the_monitor_is_minibatch_cka_and_the_mean_overlap():
     assert curve.to_pandas().shape == (2, 6)
     alone = monitor.curve(window=1)
     assert np.isnan(alone.cka_error).all()
+    short = monitor.update(7, both[0][0][:3], both[0][1][:3]).update(8, both[0][0][:5], both[0][1][:5]).curve(window=9)
+    assert np.isfinite([short.cka, short.cka_error, short.overlap, short.overlap_error, short.chance]).all()
+    helpers.assert_close(short.overlap, monitor.curve(window=7).overlap, 1e-6)  # of at most k samples: none
     padded = losses.monitor(k=5).update(0, np.pad(both[0][0], ((0, 9), (0, 0))), np.pad(both[0][1], ((0, 9), (0, 0))),
                                         np.arange(49) < 40)  # fmt: skip
     helpers.assert_close(padded.curve().cka, alone.cka[:1], 1e-4)

@@ -16,6 +16,7 @@ from jaxalign._problem import check_rtol
 from jaxalign._repr import shown
 from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.core.devices import NO_ROWS, ROWS_LAST, ROWS_SECOND_LAST, on_mesh, over_devices
+from jaxalign.core.features import valid_rows
 from jaxalign.kernels import RBF, Kernel, kernel_of
 from jaxalign.losses._contrast import contrast
 from jaxalign.losses._queue import FeatureQueue, with_queue
@@ -83,7 +84,8 @@ def alignment_loss(
     Without a kernel:
 
     - "gram": mean over i != j of (cos(x_i, x_j) - cos(y_i, y_j))^2, cosines of the features as they are (Gram
-      anchoring, Siméoni et al. 2025). 0 for features equal up to rotation and the norm of each sample.
+      anchoring, Siméoni et al. 2025). 0 for features equal up to rotation and the norm of each sample. Samples that are
+      0 have no direction, and do not count.
     - "distances": mean Huber loss of differences of Euclidean distances, each divided by their mean (the distance term
       of relational knowledge distillation, Park et al. 2019). 0 for features equal up to rotation, shift and scale.
     - "angles": mean Huber loss of differences of the cosines of the angles of all triples of samples (the angle term).
@@ -145,6 +147,9 @@ def alignment_loss(
     (x, y), mask = check_representations(named, mask, "raise", _MIN_SAMPLES[measure], label, MASK_ADVICE, center=center)
     if stop_gradient_target:
         y = lax.stop_gradient(y)
+    if measure == "gram":  # zeros have no direction
+        has_direction = jnp.any(x != 0, -1) & jnp.any(y != 0, -1)
+        mask = has_direction if mask is None else mask & has_direction
     n = x.shape[-2]
     if queue is not None:
         x, y, mask = with_queue(x, y, mask, queue)
@@ -239,6 +244,7 @@ def _pair_loss(
 def _similarity_of_shapes(x: Array, y: Array, mask: Array | None) -> Array:
     """The Procrustes similarity, which is 1 if too few samples are valid."""
     measure = procrustes_measure(normalize=True, result="similarity")
+    x, y = valid_rows(x, mask), valid_rows(y, mask)
     summaries = [summarize(a, mask, None, None, measure, STORED) for a in (x, y)]
     similarity = measure.compare(summaries[0].content, summaries[1].content, mask)
     enough = True if mask is None else jnp.sum(mask) >= _MIN_SAMPLES["procrustes"]

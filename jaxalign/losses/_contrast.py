@@ -150,9 +150,9 @@ def _last_valid(mask: Array, m: int, minimum: int) -> tuple[Array, Array, Array]
     count = jnp.sum(mask, -1, keepdims=True, dtype=jnp.int32)
     share = m * count // n
     spare = m - jnp.where(count >= minimum + 2, jnp.maximum(share, minimum), share)
-    place = jnp.arange(n, dtype=jnp.int32)
-    queries = jnp.take_along_axis(order, spare + place[: n - m], -1)
-    return order[..., n - m :], place[:m] >= spare, queries
+    place = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), mask.shape)
+    queries = jnp.take_along_axis(order, spare + place[..., : n - m], -1)
+    return order[..., n - m :], place[..., :m] >= spare, queries
 
 
 @jax.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxalign import _checks, _features
+from jaxalign import _arrays, _checks, _features
 from jaxalign._linalg import matmul, root, transposed
 from jaxalign._typing import Data, Mask, Numbers
 
@@ -49,7 +49,7 @@ def decorrelation_loss(
     x = _features.features("x", x)
     _checks.positive("std", std)
     for name, weight in (("variance_weight", variance_weight), ("covariance_weight", covariance_weight)):
-        if not weight >= 0:
+        if _arrays.is_concrete(weight) and not weight >= 0:
             raise ValueError(f"{name} must be at least 0; got {weight}.")
     if x.ndim < 2 or x.shape[-2] < 2:
         raise ValueError(f"decorrelation_loss needs features (..., n, d) of at least 2 samples; got shape {x.shape}.")
@@ -57,6 +57,7 @@ def decorrelation_loss(
     weights = jnp.ones_like(x[..., :1]) if valid is None else valid[..., None].astype(x.dtype)
     count = jnp.sum(weights, -2, keepdims=True)
     x = jnp.where(weights > 0, x, 0)
+    _features.finite_rows("x", x, way_out="Leave out such samples with mask=.")
     centered = (x - jnp.sum(x, -2, keepdims=True) / jnp.maximum(count, 1)) * weights
     covariance = matmul(transposed(centered), centered) / jnp.maximum(count - 1, 1)
     variances = jnp.diagonal(covariance, axis1=-2, axis2=-1)

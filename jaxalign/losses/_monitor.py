@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxalign import _arrays, _checks
+from jaxalign import _arrays, _checks, _features
 from jaxalign._repr import short_repr
 from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.kernels import Kernel, kernel_of
@@ -78,8 +78,13 @@ class Monitor:
             mask: shape (n,), True marks valid samples.
 
         Raises:
-            TypeError, ValueError: see `jaxalign.measures.mutual_knn`; fewer than 4 samples.
+            TypeError, ValueError: x and y that are not features of the same samples; a call under a trace.
+
+        A batch of fewer than 4 valid samples does not count in CKA, nor one of at most k in the overlap.
         """
+        x, y = _batch("x", x), _batch("y", y)
+        if x.shape[0] != y.shape[0]:
+            raise ValueError(f"x and y must hold the same samples, row by row: {x.shape[0]} and {y.shape[0]} rows.")
         values = _values(x, y, mask, k=self.k, kernel=self.kernel)
         return replace(self, batches=(*self.batches, (float(step), values)))
 
@@ -90,13 +95,15 @@ class Monitor:
             window: the number of batches per window; the last window has those that are left over as well.
 
         Raises:
-            ValueError: no batches yet; a window below 1.
+            ValueError: no batches yet, or none of more than k samples; a window below 1.
         """
         window = _checks.whole("window", window)
         if not self.batches:
             raise ValueError("the monitor has no batches yet: call monitor = monitor.update(step, x, y) first.")
         steps = np.array([step for step, _ in self.batches])
         values = np.stack([np.asarray(jax.device_get(values), np.float64) for _, values in self.batches])
+        if np.isnan(values[:, 3]).all():
+            raise ValueError(f"no batch has more than k = {self.k} valid samples: use larger batches or a smaller k.")
         number = max(len(steps) // window, 1)
         bounds = np.append(np.arange(number) * window, len(steps))
         parts = [slice(*bounds[k : k + 2]) for k in range(number)]
@@ -130,27 +137,39 @@ def monitor(k: int = 10, kernel: Kernel = "linear") -> Monitor:
     return Monitor(_checks.whole("k", k), kernel_of(kernel))
 
 
+def _batch(name: str, value: Any) -> Array:
+    x = _features.features(name, value)
+    if x.ndim != 2:
+        raise ValueError(
+            f"{name} must be a batch of features, (n, d); got {x.shape}. Of tokens (b, t, c), pass {name}.mean(1), or "
+            f"{name}.reshape(-1, c)."
+        )
+    if not _arrays.is_concrete(x):
+        raise TypeError(f"{name} is traced: update the monitor outside of jit, with what the jitted step returns.")
+    return x
+
+
 @partial(jax.jit, static_argnames=("k", "kernel"))
 def _values(x: Any, y: Any, mask: Any, *, k: int, kernel: Any) -> Array:
-    """Inner products of x and y, of x and x, of y and y; the overlap of neighbors, and that of chance."""
-    products = [hsic(a, b, kernel, mask=mask) for a, b in ((x, y), (x, x), (y, y))]
-    count = jnp.asarray(x.shape[0] if mask is None else jnp.sum(mask), products[0].dtype)
-    return jnp.stack([*products, mutual_knn(x, y, k, mask=mask).astype(products[0].dtype), k / (count - 1)])
+    """Inner products of x and y, x and x, y and y; the overlap of neighbors, and that of chance; nan if too few."""
+    n, nan = x.shape[0], jnp.full((), jnp.nan, x.dtype)
+    count = jnp.asarray(n if mask is None else jnp.sum(mask), x.dtype)
+    products = [nan] * 3 if n < 4 else [hsic(a, b, kernel, mask=mask) for a, b in ((x, y), (x, x), (y, y))]
+    overlap = nan if n <= k else mutual_knn(x, y, k, mask=mask).astype(x.dtype)
+    return jnp.stack([*products, *jnp.where(count > k, jnp.stack((overlap, k / jnp.maximum(count - 1, 1))), jnp.nan)])
 
 
 def _summary(values: np.ndarray) -> tuple[float, ...]:
     """CKA, its error, the overlap, its error, and the overlap of chance, of batches (m, 5)."""
-    m = len(values)
-    products, overlaps = values[:, :3], values[:, 3]
+    products, overlaps = (part[np.isfinite(part).all(1)] for part in (values[:, :3], values[:, 3:]))
 
     def cka(products: np.ndarray) -> Any:
         cross, self_x, self_y = np.moveaxis(products, -1, 0)
         with np.errstate(invalid="ignore", divide="ignore"):
             return cross / np.sqrt(self_x * self_y)
 
-    total = products.sum(0)
-    if m == 1:
-        return float(cka(total)), np.nan, overlaps[0], np.nan, values[0, 4]
-    left_out = cka(total - products)
-    error = np.sqrt((m - 1) * np.var(left_out))
-    return float(cka(total)), error, overlaps.mean(), overlaps.std(ddof=1) / np.sqrt(m), values[:, 4].mean()
+    total, m = products.sum(0), len(products)
+    error = np.sqrt((m - 1) * np.var(cka(total - products))) if m > 1 else np.nan
+    overlap, chance = overlaps.mean(0) if len(overlaps) else (np.nan, np.nan)
+    spread = overlaps[:, 0].std(ddof=1) / np.sqrt(len(overlaps)) if len(overlaps) > 1 else np.nan
+    return float(cka(total)), error, overlap, spread, chance

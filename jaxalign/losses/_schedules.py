@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxalign import _checks
+from jaxalign import _arrays, _checks
 from jaxalign._repr import short_repr
 
 
@@ -27,7 +27,7 @@ def stop_schedule(weight: float, stop: int, *, decay: int = 0) -> Callable[[Any]
         decay: the number of steps in which the weight falls linearly to 0.
 
     Returns:
-        A function of a step, a whole number or an array, that may be traced.
+        A function of a step, a whole number or an array, that may be traced; for torch use float(schedule(step)).
 
     Raises:
         ValueError: a stop or decay below 0.
@@ -48,7 +48,9 @@ def stop_schedule(weight: float, stop: int, *, decay: int = 0) -> Callable[[Any]
 
 
 def gradient_cosine(first: Any, second: Any) -> Float[Array, ""]:
-    """The cosine of the angle between two gradients, pytrees of the same structure; 0 if one of them is 0.
+    """The cosine of the angle between two gradients, pytrees of the same structure.
+
+    0 if one of them is 0; nan if an entry is not finite.
 
     Examples:
         >>> import jax.numpy as jnp, jaxalign
@@ -56,13 +58,26 @@ def gradient_cosine(first: Any, second: Any) -> Float[Array, ""]:
         >>> float(jaxalign.losses.gradient_cosine(first, second))
         0.5
     """
+    leaves, others = (_leaves(name, tree) for name, tree in (("first", first), ("second", second)))
+    if [a.shape for a in leaves] != [a.shape for a in others]:
+        raise ValueError("first and second must be gradients of the same parameters, with the same shapes.")
+    a, b = _unit_scale(leaves), _unit_scale(others)
 
-    def inner(a: Any, b: Any) -> Array:
-        products = jax.tree.map(lambda u, v: jnp.vdot(u.astype(jnp.float32), v.astype(jnp.float32)), a, b)
-        return jnp.asarray(sum(jax.tree.leaves(products)), jnp.float32)
+    def inner(a: list[Array], b: list[Array]) -> Array:
+        return jnp.asarray(sum(jnp.vdot(u, v) for u, v in zip(a, b, strict=True)), jnp.float32)
 
-    sizes = jnp.sqrt(inner(first, first)) * jnp.sqrt(inner(second, second))
-    return jnp.where(sizes > 0, inner(first, second) / jnp.where(sizes > 0, sizes, 1), 0)
+    sizes = jnp.sqrt(inner(a, a)) * jnp.sqrt(inner(b, b))
+    return jnp.where(sizes == 0, 0, inner(a, b) / jnp.where(sizes == 0, 1, sizes))
+
+
+def _leaves(name: str, tree: Any) -> list[Array]:
+    return [jnp.asarray(_arrays.numbers(name, leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+
+
+def _unit_scale(leaves: list[Array]) -> list[Array]:
+    """Divided by the largest entry, so that no square overflows or vanishes."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(a), initial=0) for a in leaves]))
+    return [a / jnp.where(largest > 0, largest, 1) for a in leaves]
 
 
 @partial(
@@ -130,11 +145,14 @@ class GradientAgreement:
         """The state after a step with two gradients, pytrees of the same structure.
 
         The running mean is that of Adam, without bias toward its start. The gradients need not be of all parameters:
-        those of the layers below the aligned one, on a part of the batch and in every tenth step are enough.
+        those of the layers below the aligned one, on a part of the batch and in every tenth step are enough. Gradients
+        that are not finite, as in a step that mixed precision skips, do not count.
         """
-        steps = self.steps + 1
+        found = gradient_cosine(main, alignment)
+        is_finite = jnp.isfinite(found)
+        steps = self.steps + is_finite.astype(jnp.int32)
         # The sum of weights of the past, 1 - decay^t, divides the mean.
-        share = (1 - self.decay) / (1 - self.decay ** steps.astype(jnp.float32))
-        cosine = self.cosine + share * (gradient_cosine(main, alignment) - self.cosine)
+        share = (1 - self.decay) / (1 - self.decay ** jnp.maximum(steps, 1).astype(jnp.float32))
+        cosine = jnp.where(is_finite, self.cosine + share * (found - self.cosine), self.cosine)
         stops = (steps >= self.warmup) & (cosine < self.threshold)
         return replace(self, cosine=cosine, steps=steps, active=self.active & ~stops)

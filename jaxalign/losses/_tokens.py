@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -45,8 +46,8 @@ def token_loss(
     """The distance of the geometry of a student's tokens from that of a teacher's tokens of the same images or texts.
 
     Relations of tokens are compared, so widths may differ and no projector is trained. Grids may differ too: the finer
-    one is averaged onto the coarser one. Relations of tokens within an image are what makes a teacher help the training
-    of diffusion transformers (Singh et al. 2025).
+    one is resized to the coarser one (linear, antialiased). Relations of tokens within an image are what makes a
+    teacher help the training of diffusion transformers (Singh et al. 2025).
 
     Args:
         student: tokens of the network in training, shape (b, t, c1), or maps (b, h, w, c1).
@@ -57,8 +58,8 @@ def token_loss(
             tokens of all images of the batch; "both" is the mean of the two.
         student_prefix: the number of tokens before the grid, such as class and register tokens, which are left out.
         teacher_prefix: the same of the teacher.
-        student_grid: (h, w) of tokens (b, t, c1). None: a square, if grids differ.
-        teacher_grid: the same of the teacher.
+        student_grid: (h, w) of tokens (b, t, c1). None: that of the teacher or, if token counts differ, a square.
+        teacher_grid: (h', w') of the teacher's tokens.
         spatial_norm: subtract from each channel of the teacher its mean over the tokens of an image, and divide by
             their standard deviation (Singh et al. 2025), so that what all tokens of an image share does not count.
         mask: shape (b, t), True marks valid tokens, for texts of different lengths. Without prefix tokens.
@@ -68,7 +69,7 @@ def token_loss(
         plan: see `alignment_loss`.
 
     Returns:
-        The loss, shape () or (b,). An image with too few valid tokens counts as 0.
+        The loss, shape () or (b,). Under a trace, an image with too few valid tokens counts as 0; else it is an error.
 
     Raises:
         TypeError, ValueError: see `alignment_loss`; batches or tokens that do not match; token counts that are not
@@ -97,6 +98,8 @@ def token_loss(
         raise ValueError(
             f"student and teacher must hold the same images or texts, in the same order: {x.shape[0]} and {y.shape[0]}."
         )
+    if x.shape[1] == y.shape[1]:  # tokens of an unknown grid are on the known one
+        grid_x, grid_y = grid_x or grid_y, grid_y or grid_x
     if grid_x != grid_y or x.shape[1] != y.shape[1]:
         if mask is not None:
             raise ValueError(
@@ -104,6 +107,10 @@ def token_loss(
             )
         x, y = _on_one_grid(x, y, grid_x, grid_y)
     valid = _features.row_mask("mask", mask, x.shape[:2])
+    if valid is not None:
+        x, y = (jnp.where(valid[..., None], a, 0) for a in (x, y))
+    for name, value in (("student", x), ("teacher", y)):
+        _features.finite_rows(name, value, way_out="Leave out such tokens with mask=.")
     if stop_gradient_target:
         y = lax.stop_gradient(y)
     if spatial_norm:
@@ -169,11 +176,16 @@ class Projector:
         return Projector(weights, tuple(jnp.zeros(width) for _, width in sizes))
 
     def __repr__(self) -> str:
-        return f"Projector({self.weights[0].shape[0]} to {self.weights[-1].shape[1]} channels)"
+        shapes = [np.shape(weight) for weight in self.weights]  # a mapped pytree may hold anything
+        return f"Projector({' @ '.join(map(str, shapes))})"
 
     def __call__(self, tokens: Numbers[Data, "*b c"]) -> Float[Array, "*b c2"]:
         """Tokens of the target width."""
         x = _features.features("tokens", tokens)
+        if x.shape[-1] != self.weights[0].shape[0]:
+            raise ValueError(
+                f"tokens have {x.shape[-1]} channels, but the projector was made for {self.weights[0].shape[0]}."
+            )
         for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = jnp.matmul(jax.nn.silu(x) if k else x, weight)
             x = x + jnp.reshape(bias, (1,) * (x.ndim - 1) + bias.shape)
@@ -194,6 +206,8 @@ def _tokens(name: str, value: Any, prefix: Any, grid: Any) -> tuple[Array, Grid 
         raise ValueError(f"{name}_prefix={prefix} leaves no token of {x.shape[1]}.")
     x = x[:, prefix:]
     if grid is not None:
+        if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+            raise TypeError(f"{name}_grid must be a pair (h, w); got {shown(grid)}.")
         height, width = (_checks.whole(f"{name}_grid", side) for side in grid)
         if height * width != x.shape[1]:
             raise ValueError(
@@ -241,7 +255,10 @@ def _spatially_normalized(y: Array, valid: Array | None) -> Array:
     count = jnp.maximum(jnp.sum(weights, 1, keepdims=True), 1)
     centered = (y - jnp.sum(y * weights, 1, keepdims=True) / count) * weights
     variance = jnp.sum(centered * centered, 1, keepdims=True) / count
-    return centered * jnp.where(variance > 0, lax.rsqrt(jnp.where(variance > 0, variance, 1)), 0)
+    # A channel that does not vary is 0, not the rounding error of its mean.
+    rounding = float(jnp.finfo(y.dtype).eps) * jnp.max(jnp.abs(y) * weights, 1, keepdims=True)
+    varies = variance > (4 * rounding) ** 2
+    return centered * jnp.where(varies, lax.rsqrt(jnp.where(varies, variance, 1)), 0)
 
 
 def _cosine_loss(x: Array, y: Array, valid: Array | None, reduction: str) -> Array:
