@@ -248,8 +248,8 @@ def compare_grid(
             "propagate", which returns nan for representations with nan or inf.
         plan: how pairs are visited, see `jaxalign.Plan`.
         block_rows: the number of rows that are read from files at a time. None: as many as take 256 MB for all
-            representations. Pairwise measures hold two blocks in memory and read a third; others hold as many whole
-            representations as fit in 1 GB, at least two.
+            representations. Pairwise measures, `mutual_knn` and `jaccard` hold two blocks in memory and read a third;
+            others hold as many whole representations as fit in 1 GB, at least two.
         checkpoint: a file for finished parts. If it exists, the job resumes from it; it is removed at the end. A
             checkpoint with other features or options raises. (A kernel that is a function is identified by its name and
             a few of its values.)

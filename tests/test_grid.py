@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import helpers
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import Plan, compare, compare_grid, io, sharding
+from jaxalign import Plan, compare, compare_grid, io, measures, sharding
+from jaxalign.files import neighbors, sources, visit
 from jaxalign.kernels import RBF, Laplacian
+from jaxalign.measures import _neighbors
 
 N = 60
 
@@ -325,6 +328,45 @@ def test_the_density_of_a_job_may_be_a_number_of_any_library(kind, tmp_path):
     sets = {name: x.astype(np.float32) for name, x in layers().items()}
     found = compare_grid(sets, kernel=RBF(density=kind(0.25)), block_rows=20, checkpoint=tmp_path / "state")
     helpers.assert_close(found.values, compare_grid(sets, kernel=RBF(density=0.25)).values, 1e-4)
+
+
+@pytest.mark.parametrize("block_rows", [7, 15, 20, 59])  # nine blocks, four, three; the last of one row
+@pytest.mark.parametrize("kind", ["normal", "whole numbers", "masked"])
+def test_neighbors_are_found_block_by_block(x64, block_rows, kind):
+    x = np.random.default_rng(0).normal(size=(60, 3))
+    x = np.round(2 * x) + np.array([1, 0, 0]) * 9 if kind == "whole numbers" else x  # many ties
+    mask = np.arange(60) % 4 != 1 if kind == "masked" else None
+    for metric in ("euclidean", "cosine"):
+        function = _neighbors._function(metric)
+        source = sources.open_source("x", x, mask, block_rows, function.normalization)
+        pairs = sources.open_pairs(source, None, "include", Plan(tile_size=6))
+        found = neighbors.neighbors_in_blocks(pairs, 9, None, partial(visit.reporting, False, ""))
+        found = np.where(found == _neighbors.NO_SAMPLE, -1, found)
+        expected = measures.nearest_neighbors(x, 9, metric, mask=mask)
+        if kind == "whole numbers" and metric == "cosine":  # unit rows are rounded, ties are in some order
+            continue
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_search_for_neighbors_goes_on(x64, tmp_path):
+    x, y = layers()["a"], layers()["b"]
+    stopped = []
+
+    def stop(stage, done, total):
+        if stage == "neighbors" and done == 2 and not stopped:
+            stopped.append(total)
+            raise KeyboardInterrupt
+
+    options = {"measure": "mutual_knn", "k": 4, "block_rows": 20, "checkpoint": tmp_path / "state"}
+    with pytest.raises(KeyboardInterrupt):
+        compare_grid({"x": x}, {"y": y}, progress=stop, **options)
+    assert stopped == [6]
+    assert (tmp_path / "state.neighbors").exists()
+    calls = []
+    found = compare_grid({"x": x}, {"y": y}, progress=lambda *a: calls.append(a), **options)
+    assert next(call for call in calls if call[0] == "neighbors") == ("neighbors", 2, 6)
+    helpers.assert_close(found.values, [[measures.mutual_knn(x, y, 4)]], 1e-12)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from jaxalign.files.visit import Progress, reporting
 from jaxalign.kernels import RBF, Laplacian, Linear, for_representations, with_bandwidth
 from jaxalign.measures._evaluate import (
     Missing,
+    Summary,
     SummaryMeasure,
     check_function,
     compare_summaries,
@@ -115,6 +116,7 @@ class Summaries:
     measure: SummaryMeasure
     load: Callable[[int], Array]
     mask: Array | None
+    by_blocks: Callable[[int], Summary] | None = None  # for summaries that do not need all rows in memory
     kept: dict[int, Any] = field(default_factory=dict)  # in order of use, the most recent last
 
     def __getitem__(self, k: int) -> Any:
@@ -124,6 +126,8 @@ class Summaries:
         return self.kept[k]
 
     def _summarize(self, k: int) -> Any:
+        if self.by_blocks is not None:
+            return self.by_blocks(k)
         x, name, function = self.load(k), self.task.names[k], self.measure.function
         kernel = None if self.task.kernel is None else self.task.bandwidth_of(k)
         plan = resolve_plan(self.task.plan, x, None)

@@ -20,12 +20,14 @@ from jaxalign.core.reduce import reduce_both_sides, reduce_pairs
 from jaxalign.core.tiles import Pairs, Reduction, Tile, inverse_rms_distance, over_rows
 from jaxalign.files.cells import GridResult, GridTask, Summaries, compare_cells
 from jaxalign.files.checkpoint import Checkpoint, State, locked_checkpoint
+from jaxalign.files.neighbors import neighbors_in_blocks
 from jaxalign.files.sigma import solve_rows
 from jaxalign.files.sources import Block, RowPairs, open_pairs, open_source, rows_are_finite
 from jaxalign.files.visit import BlockSums, Reporting, read_ahead, reporting, totals_of, visit, zero_sums
 from jaxalign.measures._centering import Centering
 from jaxalign.measures._evaluate import (
     PairMeasure,
+    Summary,
     SummaryMeasure,
     check_representations,
     compute_values,
@@ -78,9 +80,9 @@ def _compare_complete(
     task: GridTask, measure: PairMeasure | SummaryMeasure, block_rows: int, checkpoint: Path | None
 ) -> tuple[Any, Any]:
     """The values, and the sigma of each representation."""
-    is_by_pairs, function = isinstance(measure, PairMeasure), measure.function
-    diagonal = function.diagonal if is_by_pairs and function.solves else "include"
-    direction = function.normalization if is_by_pairs else None
+    function, by_cells = measure.function, isinstance(measure, SummaryMeasure) and measure.num_neighbors is None
+    diagonal = function.diagonal if not by_cells and function.solves else "include"
+    direction = None if by_cells else function.normalization
     pairs: list[RowPairs] = []
     for name, value in zip(task.names, task.features, strict=True):
         source = open_source(name, value, task.mask, block_rows, direction)
@@ -98,9 +100,20 @@ def _compare_complete(
             center = depends_on_differences(measure)
             return check_representations(features, mask, "propagate", 1, measure.name, center=center)[0][0]
 
-        values = compare_cells(Summaries(task, measure, load, mask), saved)
+        by_blocks = (
+            None if measure.num_neighbors is None else partial(_neighbors, task, measure.num_neighbors, pairs, saved)
+        )
+        values = compare_cells(Summaries(task, measure, load, mask, by_blocks), saved)
     saved.remove()
     return values, sigma
+
+
+def _neighbors(task: GridTask, number: int, pairs: list[RowPairs], saved: Checkpoint, k: int) -> Summary:
+    """The nearest neighbors in a representation, with two blocks in memory."""
+    path = None if saved.path is None else saved.path.with_name(saved.path.name + ".neighbors")
+    report = partial(reporting, task.progress, "neighbors", label=f"neighbors in {task.names[k]}")
+    with locked_checkpoint(path):
+        return Summary(neighbors_in_blocks(pairs[k], number, path, report), None, jnp.ones((), bool))
 
 
 def _compare_blocks(

@@ -45,6 +45,7 @@ def visit(
     state: State,
     checkpoint: Checkpoint,
     report: Reporting,
+    add: Callable[[State, BlockSums, slice, slice | None], State] | None = None,
 ) -> State:
     """Add the sums over the pairs of blocks that are not in `state` yet.
 
@@ -55,7 +56,10 @@ def visit(
         state: `zero_sums`, or the state of an interrupted job; other entries are kept and saved.
         checkpoint: where the state is saved.
         report: `reporting`, as a function of the number of pairs of blocks.
+        add: (state, sums, rows of x, rows of y if the pair stands for its mirror image) -> the state with them, and one
+            more pair done. None: sums are added.
     """
+    add = _add if add is None else add
     columns, blocks = x if y is None else y, range(len(x[0].sizes))
     rectangle = ((i, j, False) for i in blocks for j in range(len(columns[0].sizes)))
     plan = half_ring_of_blocks(len(blocks)) if y is None else rectangle
@@ -71,7 +75,7 @@ def visit(
             if row is None or row[0] != i:
                 row = i, column if on_diagonal else to_device(x, i, load_block(x, i))
             sums = sum_pairs(row[1], None if on_diagonal else column)
-            state = _add(state, sums, row[1].rows, column.rows if is_mirrored else None)
+            state = add(state, sums, row[1].rows, column.rows if is_mirrored else None)
             checkpoint.save(state)
             show(int(state["done"]))
     return state

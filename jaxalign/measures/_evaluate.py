@@ -84,6 +84,7 @@ class SummaryMeasure:
         function: the pair function, if any: defines how rows are normalized and whether there is a sigma.
         long_name: the name with the option that `min_samples` depends on.
         stores_pairs: whether it sorts, and so stores, the values of all pairs.
+        num_neighbors: if the summary is the indices of nearest neighbors, their number.
     """
 
     name: str
@@ -93,6 +94,7 @@ class SummaryMeasure:
     function: PairFunction = _ANY_FUNCTION
     long_name: str = ""
     stores_pairs: bool = False
+    num_neighbors: int | None = None
     samples_channels: ClassVar[bool] = False
 
     @property

@@ -20,6 +20,7 @@ from jaxalign._directions import unit_features
 from jaxalign._linalg import bounded, matmul
 from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.core.devices import ROWS_SECOND_LAST, on_mesh
+from jaxalign.core.features import CenteredFeatures
 from jaxalign.core.reduce import reduce_pairs
 from jaxalign.core.resolved import has_ties
 from jaxalign.core.tiles import Pairs, Reduction, Tile, inverse_rms_distance
@@ -38,7 +39,7 @@ from jaxalign.plan import Plan, check_plan, resolve_plan
 
 Metric = Literal["euclidean", "cosine", "correlation"]
 
-_NO_SAMPLE = np.iinfo(np.int32).max
+NO_SAMPLE = np.iinfo(np.int32).max
 # Distances down to this factor below the root mean square are accurate to 1e-4, which is enough to order them.
 _RESOLVED_BELOW_RMS = 60.0
 # Entries of gathered neighbors (k d per row) that are processed at a time.
@@ -88,7 +89,7 @@ def nearest_neighbors(
     )
     check_directions("x", x, function.normalization, mask)
     indices = _neighbors_jit(x, mask, k, function, resolve_plan(check_plan(plan, local_rows=False), x, None))
-    return jnp.where(indices == _NO_SAMPLE, -1, indices)
+    return jnp.where(indices == NO_SAMPLE, -1, indices)
 
 
 def mutual_knn(
@@ -215,8 +216,9 @@ def mutual_knn_measure(k: Any, metric: Any) -> SummaryMeasure:
     function = _function(metric)
     combine = partial(_overlap, shared_of=lambda shared: shared / k)
     return SummaryMeasure(
-        "mutual_knn", partial(_lists, k=k, function=function), combine, k + 1, function, f"mutual_knn with k = {k}"
-    )
+        "mutual_knn", partial(_lists, k=k, function=function), combine, k + 1, function, f"mutual_knn with k = {k}",
+        num_neighbors=k,
+    )  # fmt: skip
 
 
 @cached
@@ -226,8 +228,9 @@ def jaccard_measure(k: Any, metric: Any) -> SummaryMeasure:
     function = _function(metric)
     combine = partial(_overlap, shared_of=lambda shared: shared / (2 * k - shared))
     return SummaryMeasure(
-        "jaccard", partial(_lists, k=k, function=function), combine, k + 1, function, f"jaccard with k = {k}"
-    )
+        "jaccard", partial(_lists, k=k, function=function), combine, k + 1, function, f"jaccard with k = {k}",
+        num_neighbors=k,
+    )  # fmt: skip
 
 
 @cached
@@ -259,15 +262,13 @@ def _lists(x: Array, context: Context, k: int, function: PairFunction) -> tuple[
 
 
 def neighbors(x: Array, mask: Array | None, k: int, function: PairFunction, plan: Plan) -> Array:
-    """Indices of the k nearest neighbors, (..., n, k); _NO_SAMPLE where there is none."""
+    """Indices of the k nearest neighbors, (..., n, k); NO_SAMPLE where there is none."""
 
     def local(x: Array, _y: None, mask: Array | None, _mask_y: None) -> Array:
         features = unit_features(x, mask, function.normalization, plan.axis_name)
-        ties = has_ties(features, plan.axis_name)
-        gamma = _RESOLVED_BELOW_RMS * inverse_rms_distance(features, plan.axis_name)
+        gamma = resolution(features, plan.axis_name)
         pairs = Pairs((features,), None, True, plan.tile_rows, plan.axis_name, differentiable=False, euclidean=True)
-        keep = Reduction(_candidates, partial(_nearest, k=k), combine=_nearer, init=_no_neighbors)
-        return reduce_pairs(keep, pairs, gammas=(jnp.where(ties, jnp.inf, gamma),))[1].sample
+        return reduce_pairs(keep_nearest(k), pairs, gammas=(gamma,))[1].sample
 
     return on_mesh(local, plan, (lax.stop_gradient(x), None, mask, None), result_rows=ROWS_SECOND_LAST)
 
@@ -275,7 +276,20 @@ def neighbors(x: Array, mask: Array | None, k: int, function: PairFunction, plan
 _neighbors_jit = jax.jit(neighbors, static_argnames=("k", "function", "plan"))
 
 
-class _Near(NamedTuple):
+def resolution(features: CenteredFeatures, axis_name: str | None = None) -> Array:
+    """A gamma for which distances are accurate enough to order them: inf if ties are likely."""
+    gamma = _RESOLVED_BELOW_RMS * inverse_rms_distance(features, axis_name)
+    return jnp.where(has_ties(features, axis_name), jnp.inf, gamma)
+
+
+def keep_nearest(k: int) -> Reduction:
+    """The reduction whose row results are the k nearest samples, `Near`."""
+    return Reduction(_candidates, partial(_nearest, k=k), combine=nearer, init=_no_neighbors)
+
+
+class Near(NamedTuple):
+    """The nearest samples of each row."""
+
     distance: Array  # (..., r, k), smallest first
     sample: Array
 
@@ -285,28 +299,29 @@ def _candidates(tile: Tile) -> Array:
     return jnp.where(tile.apply_weights(jnp.ones_like(distance)) > 0, distance, jnp.inf)
 
 
-def _nearest(distances: Array, tile: Tile, k: int) -> tuple[tuple[()], _Near]:
+def _nearest(distances: Array, tile: Tile, k: int) -> tuple[tuple[()], Near]:
     count = min(k, distances.shape[1])
     negative, place = lax.top_k(-distances, count)  # of equal distances the first
-    sample = jnp.where(jnp.isfinite(negative), tile.column.sample[place], _NO_SAMPLE)
+    sample = jnp.where(jnp.isfinite(negative), tile.column.sample[place], NO_SAMPLE)
     padding = [(0, 0), (0, k - count)]
     distance = jnp.pad(-negative, padding, constant_values=jnp.inf)
-    return (), _Near(distance, jnp.pad(sample, padding, constant_values=_NO_SAMPLE))
+    return (), Near(distance, jnp.pad(sample, padding, constant_values=NO_SAMPLE))
 
 
-def _no_neighbors(like: _Near) -> _Near:
-    if not isinstance(like, _Near):  # results that are not requested
+def _no_neighbors(like: Near) -> Near:
+    if not isinstance(like, Near):  # results that are not requested
         return like
-    return _Near(jnp.full_like(like.distance, jnp.inf), jnp.full_like(like.sample, _NO_SAMPLE))
+    return Near(jnp.full_like(like.distance, jnp.inf), jnp.full_like(like.sample, NO_SAMPLE))
 
 
-def _nearer(a: _Near, b: _Near) -> _Near:
-    if not isinstance(a, _Near):
+def nearer(a: Near, b: Near) -> Near:
+    """The nearest of both; of equally near ones the first."""
+    if not isinstance(a, Near):
         return a
     both = (jnp.concatenate(part, -1) for part in zip(a, b, strict=True))
     distance, sample = lax.sort(tuple(both), num_keys=2)
     k = a.sample.shape[-1]
-    return _Near(distance[..., :k], sample[..., :k])
+    return Near(distance[..., :k], sample[..., :k])
 
 
 def _mean_over_samples(values: Array, mask: Array | None) -> Array:
@@ -317,7 +332,7 @@ def _mean_over_samples(values: Array, mask: Array | None) -> Array:
 
 
 def _overlap(x: Array, y: Array, mask: Array | None, shared_of: Any) -> Array:
-    same = (x[..., :, None] == y[..., None, :]) & (x != _NO_SAMPLE)[..., :, None]
+    same = (x[..., :, None] == y[..., None, :]) & (x != NO_SAMPLE)[..., :, None]
     shared = jnp.sum(same, (-2, -1)).astype(jnp.result_type(float))
     return _mean_over_samples(shared_of(shared), mask)
 
@@ -343,7 +358,7 @@ def _local_kernel(x: Array, context: Context, k: int, function: PairFunction) ->
 
     def at_neighbors(row: Array, nearest: Array) -> Array:
         neighbor_rows, half_squares = (jnp.take(a, nearest, 0, mode="clip") for a in (rows, squares))
-        return jnp.where(nearest == _NO_SAMPLE, 0, matmul(neighbor_rows, row) - half_squares)
+        return jnp.where(nearest == NO_SAMPLE, 0, matmul(neighbor_rows, row) - half_squares)
 
     batch_size = max(1, _MAX_GATHERED // (k * rows.shape[1]))
     kernel = lax.map(lambda pair: jax.checkpoint(at_neighbors)(*pair), (rows, samples), batch_size=batch_size)
