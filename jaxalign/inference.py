@@ -760,7 +760,7 @@ def _resampled(
     (f, g), units = pair_matrices(samples.sets, options, measure, list(names))
     for name, matrix in zip(names, (f, g), strict=True):
         if _arrays.is_concrete(matrix) and not _arrays.read_on_host(jnp.any, matrix):
-            raise ValueError(f"{name} does not vary, so there is nothing to resample: leave it out.")
+            raise ValueError(f"all samples of {name} are equal or equidistant, so there is nothing to resample.")
     found = resampled_values(f, g, units, _groups_of(samples), weights, measure)
     finite = jnp.isfinite(samples.sets[0]).all() & jnp.isfinite(samples.sets[1]).all()
     return found._replace(values=jnp.where(finite, found.values, jnp.nan))

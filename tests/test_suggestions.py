@@ -490,6 +490,43 @@ ROWS = {
         "losses.alignment_loss(x, y, reduction='none')",
         {'"affinity"': "losses.alignment_loss(x, y, {}, reduction='none')"},
     ),
+    "a loss of one device": Row(
+        "losses.alignment_loss(x, y, 'angles', plan=Plan(mesh=mesh))",
+        {"leave plan= out": "losses.alignment_loss(x, y, 'angles')"}, lambda: {"mesh": mesh("data")},
+    ),
+    "nan in a loss of channels": Row(
+        "losses.decorrelation_loss(hole)",
+        {"mask=": "losses.decorrelation_loss(hole, {}~np.isnan(hole).any(1))"},
+        lambda: {"hole": np.where(X.max() - 1e-6 < X, np.nan, X)},
+    ),
+    "nan in tokens": Row(
+        "losses.token_loss(hole, hole, 'cosine')",
+        {"mask=": "losses.token_loss(hole, hole, 'cosine', {}~np.isnan(hole).any(2))"},
+        lambda: {"hole": np.where(X.max() - 1e-6 < X, np.nan, X)[None]},
+    ),
+    "tokens of each image": Row(
+        "losses.token_loss(x[None], y[None], reduction='none', relations='across')",
+        {'relations="within"': "losses.token_loss(x[None], y[None], reduction='none', {})"},
+    ),
+    "options of a projector": Row(
+        "losses.token_loss(x[None], x[None], 'cosine', relations='across')",
+        {"leave them out": "losses.token_loss(x[None], x[None], 'cosine')"},
+    ),
+    "a monitor without batches": Row(
+        "losses.monitor(k=3).curve()",
+        {"monitor.update(step, x, y)": "(lambda monitor, step: {})(losses.monitor(k=3), 0).curve()"},
+    ),
+    "tokens for a monitor": Row(
+        "losses.monitor(k=3).update(0, tokens, tokens)",
+        {"x.mean(1)": "(lambda x: losses.monitor(k=3).update(0, {}, {}))(tokens)",
+         "x.reshape(-1, c)": "(lambda x, c: losses.monitor(k=3).update(0, {}, {}))(tokens, 5)"},
+        lambda: {"tokens": np.stack([X, X + 1], 1)},
+    ),
+    "a figure of numbers": Row(
+        "plots.monitor([0.5])",
+        {"Monitor.curve()": "plots.monitor(losses.monitor(k=3).update(0, x, y).curve())"},
+        lambda: {"pyplot": pytest.importorskip("matplotlib").use("agg")}, error=TypeError,
+    ),
     "a mask of rows": Row(
         "operator.rows(mask)", {"np.flatnonzero(mask)": "operator.rows({})"},
         lambda: {"operator": jaxalign.affinity_operator(X, density=0.2)},
@@ -667,6 +704,7 @@ WITHOUT_A_ROW = {
     "the eigenvectors did not reach rtol": "no matrix is known on which that happens within a second",
     "Write tensor.cpu() to copy it to the host": "takes a device that torch has and jax does not",
     "diagonal={} has no effect with sigma=": "to leave it out",
+    "Monitor({} batches": "how it prints",
 }
 
 

@@ -153,7 +153,7 @@ def alignment_loss(
     n = x.shape[-2]
     if queue is not None:
         x, y, mask = with_queue(x, y, mask, queue)
-    if measure in _ON_ONE_DEVICE and plan.total_rows(1) > 1:
+    if measure in _ON_ONE_DEVICE and (plan.mesh is not None or plan.axis_name is not None):
         raise ValueError(
             f"measure={measure!r} does not support several devices: leave plan= out, and average over devices."
         )
