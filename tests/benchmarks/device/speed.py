@@ -14,7 +14,7 @@ import numpy as np
 
 import jaxalign
 from jaxalign.kernels import RBF
-from jaxalign.losses import alignment_loss
+from jaxalign.losses import Projector, alignment_loss, token_loss
 
 from .. import floor, rivals
 from ..cuts import blobs
@@ -163,6 +163,47 @@ def losses(batches: tuple[int, ...], d: int, rounds: int) -> Iterator[Result | s
         (value, slope), (torch_value, torch_slope) = step(x, y), theirs()
         apart = float(np.max(np.abs(np.asarray(slope) - torch_slope.cpu().numpy())) / float(jnp.max(jnp.abs(slope))))
         yield f"{label}: values apart by {abs(float(value) - float(torch_value)):.1e}, gradients by {apart:.1e}"
+
+    yield from token_losses(*((64, 256, d) if max(batches) >= 1024 else (2, 16, d)), rounds)
+
+
+def token_losses(images: int, tokens: int, d: int, rounds: int) -> Iterator[Result | str]:
+    """Value and gradient of losses of tokens toward a wider teacher, beside the cosine distance of a projector."""
+    x, y = features(images * tokens, d), features(images * tokens, 4 * d // 3)
+    student, teacher = (a.reshape(images, tokens, -1) for a in (x, y))
+    projector = Projector.init(jax.random.key(0), d, teacher.shape[-1], hidden=2 * d)
+
+    def step(measure: str) -> Callable[[], Any]:
+        if measure == "cosine":
+            function = jax.jit(jax.value_and_grad(lambda p, x, y: token_loss(p(x), y, "cosine"), (0, 1)))
+            return lambda: function(projector, student, teacher)
+        function = jax.jit(jax.value_and_grad(lambda x, y: token_loss(x, y, measure)))
+        return lambda: function(student, teacher)
+
+    measures = ("cka", "gram", "distances")
+    steps = {measure: step(measure) for measure in (*measures, "cosine")}
+    compile_together(*steps.values())
+    yield COMPILED
+    for measure in measures:
+        case = f"token loss, {images} images of {tokens} tokens, d = {d} and {teacher.shape[-1]}: {measure} / projector"
+        yield compare(case, (measure, steps[measure]), ("cosine", steps["cosine"]), rounds)
+    if (sx := torch_array(student)) is None:
+        yield NO_TORCH
+        return
+    from jaxalign.interop import torch_losses
+
+    rows, target = sx[0].clone().requires_grad_(), torch_array(teacher[0])
+
+    def torch_step(loss: Any) -> Callable[[], Any]:
+        def call() -> None:
+            rows.grad = None
+            loss(rows, target).backward()
+
+        return finished(call)
+
+    ours, theirs = torch_step(torch_losses.alignment_loss), torch_step(rivals.torch_loss)
+    case = f"torch, batch {tokens}, d = {d}: alignment loss / one written by hand"
+    yield compare(case, ("jaxalign", ours), ("torch", theirs), rounds)
 
 
 def batch(sets: int, n: int, d: int, rounds: int) -> Iterator[Result | str]:
