@@ -612,7 +612,7 @@ def _grid_text(data: Mapping[str, Any], out: Path) -> str:
         text += f"\n{statistics['words']}"
         for name, found in statistics["aggregates"].items():
             text += (
-                f"\n{name}: {found['value']:.4f}, calibrated {_number(found['calibrated'])}, p = {found['p_value']:.4g}"
+                f"\n{name.replace('_', ' ')}: {found['value']:.4f}, calibrated {_number(found['calibrated'])}, p = {found['p_value']:.4g}"
             )
     return text
 

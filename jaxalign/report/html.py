@@ -160,7 +160,7 @@ function table() {
 }
 document.getElementById("summary").textContent = `${data.samples} samples, ${rows.length} x ${columns.length} layers, ${data.measure} (${data.direction})` +
   (stats ? `; ${stats.words}. The table corrects for ${rows.length * columns.length} comparisons. Calibrated values are 0 up to what 5% of permutations exceed, and 1 for equal representations` : "") +
-  (stats ? Object.entries(stats.aggregates).map(([name, a]) => `. ${name[0].toUpperCase() + name.slice(1)}: ${a.value.toPrecision(4)}` + (a.calibrated === null ? "" : `, calibrated ${a.calibrated.toPrecision(3)}`) + `, p = ${a.p_value.toPrecision(3)}`).join("") : "") +
+  (stats ? Object.entries(stats.aggregates).map(([name, a]) => `. ${name[0].toUpperCase() + name.slice(1).replaceAll("_", " ")}: ${a.value.toPrecision(4)}` + (a.calibrated === null ? "" : `, calibrated ${a.calibrated.toPrecision(3)}`) + `, p = ${a.p_value.toPrecision(3)}`).join("") : "") +
   (data.itself ? "" : `. Rows are of ${short(0)}, columns of ${short(1)}`) + (low > high ? "." : `. Brighter cells are more similar (values from ${low.toPrecision(3)} to ${high.toPrecision(3)}); hover or tab for details.`);
 document.getElementById("significance").hidden = !stats;
 document.getElementById("provenance").textContent = JSON.stringify({options: data.options, sigma: data.sigma, ...data.provenance}, null, 1);

@@ -54,7 +54,7 @@ def by_hand(batch: int, rounds: int) -> Iterator[Result]:
     both = [jax.jit(jax.value_and_grad(loss)) for loss in (alignment_loss, rivals.jax_loss)]
     arrays = jnp.asarray(x), jnp.asarray(y)
     ours, plain = (_repeated(lambda f=f: f(*arrays)) for f in both)
-    case = f"loss cka, batch {batch}, value and gradient: times of one written by hand"
+    case = f"loss cka, batch {batch}, 20 steps of value and gradient: times of one written by hand"
     yield compare(f"{case}, in JAX", ("jaxalign", ours), ("plain JAX", plain), rounds, bound="<=", target=1.2)
     if find_spec("torch") is None:
         return
