@@ -97,6 +97,10 @@ def test_tokens_without_direction_do_not_count(x64):
     value, gradient = jax.jit(jax.value_and_grad(lambda x: token_loss(x, y, "gram")))(dead)
     helpers.assert_close(value, alignment_loss(x[0, rest], y[0, rest], "gram"), 1e-12)
     assert np.isfinite(gradient).all()
+    # Also those of a queue.
+    empty = losses.FeatureQueue.empty(4, 5, 7, x.dtype)
+    queued = alignment_loss(x[0], y[0], "gram", queue=empty.push(np.zeros((4, 5)), np.zeros((4, 7))))
+    helpers.assert_close(queued, alignment_loss(x[0], y[0], "gram"), 1e-12)
     # Also where a whole image of the teacher is constant, and 0 after normalization.
     flat = jax.jit(jax.value_and_grad(lambda x: token_loss(x, np.ones_like(y), "gram", spatial_norm=True)))(x)
     assert all(np.isfinite(a).all() for a in flat)

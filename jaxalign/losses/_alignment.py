@@ -129,38 +129,21 @@ def alignment_loss(
         >>> round(float(jaxalign.losses.alignment_loss(3 * teacher + 1, teacher)), 4)
         0.0
     """
-    _checks.choice("measure", measure, MEASURES)
-    _checks.choice("reduction", reduction, ("mean", "sum", "none"))
-    if measure in _WITHOUT_ROWS and reduction != "mean":
-        raise ValueError(
-            f'reduction={shown(reduction)}: {measure!r} is one number for all samples: use "mean", or a measure with '
-            'one value per sample, such as "affinity" or "gram".'
-        )
-    for name, value, default in (("landmarks", landmarks, None), ("temperature", temperature, _TEMPERATURE)):
-        if measure != "infonce" and value != default:
-            raise ValueError(f'{name}={shown(value)} is an option of measure="infonce": leave it out for {measure!r}.')
-    kernel, function = _check_kernel(kernel, measure, stop_gradient_sigma)
     plan = check_plan(plan)
+    _check_options(measure, reduction, landmarks, temperature, plan)
+    kernel, function = _check_kernel(kernel, measure, stop_gradient_sigma)
     named, label = (("x", x), ("y", y)), f'alignment_loss "{measure}"'
     # Samples in a queue are not centered, so the batch must not be either. Directions are those of the features.
     center = queue is None and function.normalization is None
     (x, y), mask = check_representations(named, mask, "raise", _MIN_SAMPLES[measure], label, MASK_ADVICE, center=center)
     if stop_gradient_target:
         y = lax.stop_gradient(y)
-    if measure == "gram":  # zeros have no direction
-        has_direction = jnp.any(x != 0, -1) & jnp.any(y != 0, -1)
-        mask = has_direction if mask is None else mask & has_direction
     n = x.shape[-2]
     if queue is not None:
         x, y, mask = with_queue(x, y, mask, queue)
-    if measure in _ON_ONE_DEVICE and (plan.mesh is not None or plan.axis_name is not None):
-        raise ValueError(
-            f"measure={measure!r} does not support several devices: leave plan= out, and average over devices."
-        )
-    if measure == "infonce" and plan.mesh is not None:
-        raise ValueError(
-            'measure="infonce" does not support a mesh: call it inside jax.shard_map with Plan(axis_name=...).'
-        )
+    if measure == "gram":  # zeros have no direction
+        has_direction = jnp.any(x != 0, -1) & jnp.any(y != 0, -1)
+        mask = has_direction if mask is None else mask & has_direction
     plan = STORED if measure in _ON_ONE_DEVICE else resolve_plan(plan, x, None, representations=2)
     if measure == "infonce":
         assert isinstance(kernel, RBF)
@@ -173,6 +156,28 @@ def alignment_loss(
     valid = jnp.broadcast_to(in_batch, x.shape[:-1])
     valid = valid if mask is None else valid & mask
     return _pair_loss(x, y, mask, valid, sigmas, target, measure, reduction, function, n, plan)
+
+
+def _check_options(measure: Any, reduction: Any, landmarks: Any, temperature: Any, plan: Plan) -> None:
+    """Raise on options that the measure does not have."""
+    _checks.choice("measure", measure, MEASURES)
+    _checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    if measure in _WITHOUT_ROWS and reduction != "mean":
+        raise ValueError(
+            f'reduction={shown(reduction)}: {measure!r} is one number for all samples: use "mean", or a measure with '
+            'one value per sample, such as "affinity" or "gram".'
+        )
+    for name, value, default in (("landmarks", landmarks, None), ("temperature", temperature, _TEMPERATURE)):
+        if measure != "infonce" and value != default:
+            raise ValueError(f'{name}={shown(value)} is an option of measure="infonce": leave it out for {measure!r}.')
+    if measure in _ON_ONE_DEVICE and (plan.mesh is not None or plan.axis_name is not None):
+        raise ValueError(
+            f"measure={measure!r} does not support several devices: leave plan= out, and average over devices."
+        )
+    if measure == "infonce" and plan.mesh is not None:
+        raise ValueError(
+            'measure="infonce" does not support a mesh: call it inside jax.shard_map with Plan(axis_name=...).'
+        )
 
 
 def _check_kernel(kernel: Any, measure: Measure, constant_sigma: bool) -> tuple[Any, PairFunction]:

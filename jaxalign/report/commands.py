@@ -611,9 +611,8 @@ def _grid_text(data: Mapping[str, Any], out: Path) -> str:
     if statistics is not None:
         text += f"\n{statistics['words']}"
         for name, found in statistics["aggregates"].items():
-            text += (
-                f"\n{name.replace('_', ' ')}: {found['value']:.4f}, calibrated {_number(found['calibrated'])}, p = {found['p_value']:.4g}"
-            )
+            calibrated, p_value = _number(found["calibrated"]), found["p_value"]
+            text += f"\n{name.replace('_', ' ')}: {found['value']:.4f}, calibrated {calibrated}, p = {p_value:.4g}"
     return text
 
 
