@@ -238,20 +238,27 @@ def permuted_cka_cached(k: Any, m: Any, permutations: Any) -> Any:
     return np.asarray([np.vdot(k, m[np.ix_(p, p)]) / size for p in permutations])
 
 
-# 1 - debiased CKA of RBF affinities as one writes it by hand: sigma is a fixed share of the mean distance of the batch,
-# a constant in the gradient, and y needs no gradient.
+# 1 - debiased CKA of RBF affinities as one writes it by hand. With a density, sigma is found by Newton steps in log
+# gamma, of which the last one carries the derivative; without, sigma is a fixed share of the mean distance, a constant.
 _SHARE = 0.3
+_NEWTON_STEPS = 6
 
 
-def torch_loss(x: Any, y: Any) -> Any:
-    """In torch."""
+def torch_loss(x: Any, y: Any, density: float | None = None) -> Any:
+    """In torch; y needs no gradient."""
     import torch
-
-    n = len(x)
 
     def affinity(x: Any) -> Any:
         d2 = torch.cdist(x, x) ** 2
-        a = torch.exp(-d2 / (2 * _SHARE * d2.detach().sum() / (n * (n - 1))))
+        with torch.no_grad():
+            gamma = 1 / (2 * _SHARE * d2.sum() / (len(x) * (len(x) - 1)))
+            for _ in range(_NEWTON_STEPS if density else 0):
+                mean, slope = _density(torch.exp(-gamma * d2), d2)
+                gamma = gamma * torch.exp(torch.log(mean / density) * mean / (gamma * slope))
+        if density:
+            mean, slope = _density(torch.exp(-gamma * d2), d2)
+            gamma = gamma + (mean - density) / slope.detach()
+        a = torch.exp(-gamma * d2)
         return a - torch.diag(torch.diag(a))
 
     a = affinity(x)
@@ -261,7 +268,7 @@ def torch_loss(x: Any, y: Any) -> Any:
     return 1 - _hsic(a, b) / torch.sqrt(_hsic(a, a) * size_y)
 
 
-def jax_loss(x: Any, y: Any) -> Any:
+def jax_loss(x: Any, y: Any, density: float | None = None) -> Any:
     """In JAX."""
     import jax
     import jax.numpy as jnp
@@ -271,11 +278,25 @@ def jax_loss(x: Any, y: Any) -> Any:
     def affinity(x: Any) -> Any:
         squares = jnp.sum(x * x, 1)
         d2 = jnp.maximum(squares[:, None] + squares[None] - 2 * x @ x.T, 0)
-        mean = jax.lax.stop_gradient(jnp.sum(d2)) / (n * (n - 1))
-        return jnp.where(jnp.eye(n, dtype=bool), 0, jnp.exp(-d2 / (2 * _SHARE * mean)))
+        d2 = jnp.where(jnp.eye(n, dtype=bool), 0, d2)
+        constant = jax.lax.stop_gradient(d2)
+        gamma = 1 / (2 * _SHARE * jnp.sum(constant) / (n * (n - 1)))
+        for _ in range(_NEWTON_STEPS if density else 0):
+            mean, slope = _density(jnp.exp(-gamma * constant), constant)
+            gamma = gamma * jnp.exp(jnp.log(mean / density) * mean / (gamma * slope))
+        if density:
+            mean, slope = _density(jnp.exp(-gamma * d2), d2)
+            gamma = gamma + (mean - density) / jax.lax.stop_gradient(slope)
+        return jnp.where(jnp.eye(n, dtype=bool), 0, jnp.exp(-gamma * d2))
 
     a, b = affinity(x), affinity(jax.lax.stop_gradient(y))
     return 1 - _hsic(a, b) / jnp.sqrt(_hsic(a, a) * _hsic(b, b))
+
+
+def _density(a: Any, d2: Any) -> tuple[Any, Any]:
+    """The mean of an affinity off the diagonal, and minus its derivative by gamma."""
+    pairs = len(a) * (len(a) - 1)
+    return (a.sum() - len(a)) / pairs, (a * d2).sum() / pairs
 
 
 def _hsic(a: Any, b: Any) -> Any:
