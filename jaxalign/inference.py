@@ -48,9 +48,9 @@ Null = Literal["groups", "grid"]
 Aggregate = Literal["max", "mean", "mean_of_best"]
 
 # Resamples of fewer groups are mostly copies of each other.
-# What differs from the best value by less than this is rounding of it.
-_ALWAYS = 1e-5
 _MIN_RESAMPLED = 10
+# What differs from the best value by less than this is rounding of it.
+_ROUNDING_OF_BEST = 1e-5
 # The level of the threshold in a `PermutationTest`.
 _ALPHA = 0.05
 
@@ -535,12 +535,12 @@ def noise_ceiling(
     bounds = (jnp.mean(each), jnp.mean(overall), each[0])
     if weights is None:
         return NoiseCeiling(*bounds)
-
-    def interval(k: int) -> Interval:
-        found = Resampled.of(lambda gram: jnp.mean(_ceilings(gram, specification)[k], 1), gram)
-        return _interval(found, weights, level, "bca", specification)
-
-    return NoiseCeiling(*bounds, interval(0), interval(1))
+    both = Resampled.of(lambda gram: jnp.mean(jnp.stack(_ceilings(gram, specification)), 2).T, gram)
+    lower, upper = (
+        _interval(Resampled(both.values[:, k], both.linear[:, k]), weights, level, "bca", specification)
+        for k in range(2)
+    )
+    return NoiseCeiling(*bounds, lower, upper)
 
 
 # --- checks of arguments --------------------------------------------------------------------------------------------
@@ -596,7 +596,7 @@ def _check_varies(null: Array, best: float, name: str, sets: tuple[Array, ...]) 
     if not _arrays.is_concrete(null) or not np.isfinite(best):
         return
     values = _arrays.on_host(null)
-    if np.isfinite(values).all() and np.abs(values - best).max() < _ALWAYS * max(abs(best), 1):
+    if np.isfinite(values).all() and np.abs(values - best).max() < _ROUNDING_OF_BEST * max(abs(best), 1):
         n, d = sets[0].shape[0], max(a.shape[-1] for a in sets)
         raise ValueError(
             f"{name} is {best:g} for every permutation, so it cannot tell any representations apart: with {n} samples "

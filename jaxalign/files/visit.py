@@ -38,6 +38,18 @@ def zero_sums(num_totals: int, num_rows: int = 0, width: int = 0) -> State:
     return {"done": np.asarray(0), "totals": totals, "lost": totals, "rows": np.zeros((num_rows, width))}
 
 
+def add_sums(state: State, sums: BlockSums, rows: slice, mirrored: slice | None) -> State:
+    """Add the sums over a pair of blocks, and over its mirror image, to the state; updates `rows` in place."""
+    new = np.asarray(sums.totals, np.float64) * (1 if mirrored is None else 2)
+    old, total = state["totals"], state["totals"] + new
+    # Compensated sums (Neumaier 1974).
+    lost = np.where(np.abs(old) >= np.abs(new), (old - total) + new, (new - total) + old)
+    state["rows"][rows] += np.asarray(sums.rows, np.float64)
+    if mirrored is not None:
+        state["rows"][mirrored] += np.asarray(sums.columns, np.float64)
+    return {**state, "done": np.asarray(state["done"] + 1), "totals": total, "lost": state["lost"] + lost}
+
+
 def visit(
     sum_pairs: Callable[[Block, Block | None], BlockSums],
     x: Sequence[Source],
@@ -45,7 +57,7 @@ def visit(
     state: State,
     checkpoint: Checkpoint,
     report: Reporting,
-    add: Callable[[State, BlockSums, slice, slice | None], State] | None = None,
+    add: Callable[[State, BlockSums, slice, slice | None], State] = add_sums,
 ) -> State:
     """Add the sums over the pairs of blocks that are not in `state` yet.
 
@@ -57,9 +69,8 @@ def visit(
         checkpoint: where the state is saved.
         report: `reporting`, as a function of the number of pairs of blocks.
         add: (state, sums, rows of x, rows of y if the pair stands for its mirror image) -> the state with them, and one
-            more pair done. None: sums are added.
+            more pair done.
     """
-    add = _add if add is None else add
     columns, blocks = x if y is None else y, range(len(x[0].sizes))
     rectangle = ((i, j, False) for i in blocks for j in range(len(columns[0].sizes)))
     plan = half_ring_of_blocks(len(blocks)) if y is None else rectangle
@@ -89,18 +100,6 @@ def read_ahead(sources: Sequence[Source], order: Sequence[int]) -> Generator[Blo
             loaded = reading.pop().result()
             reading = [pool.submit(load_block, sources, following) for following in order[k + 1 : k + 2]]
             yield to_device(sources, i, loaded)
-
-
-def _add(state: State, sums: BlockSums, rows: slice, mirrored: slice | None) -> State:
-    """Add the sums over a pair of blocks, and over its mirror image, to the state; updates `rows` in place."""
-    new = np.asarray(sums.totals, np.float64) * (1 if mirrored is None else 2)
-    old, total = state["totals"], state["totals"] + new
-    # Compensated sums (Neumaier 1974).
-    lost = np.where(np.abs(old) >= np.abs(new), (old - total) + new, (new - total) + old)
-    state["rows"][rows] += np.asarray(sums.rows, np.float64)
-    if mirrored is not None:
-        state["rows"][mirrored] += np.asarray(sums.columns, np.float64)
-    return {**state, "done": np.asarray(state["done"] + 1), "totals": total, "lost": state["lost"] + lost}
 
 
 def totals_of(state: State) -> np.ndarray:

@@ -183,8 +183,8 @@ def _check_options(measure: Any, reduction: Any, landmarks: Any, temperature: An
 def _check_kernel(kernel: Any, measure: Measure, constant_sigma: bool) -> tuple[Any, PairFunction]:
     """The kernel, if any, and its pair function for batches, which may be all duplicates."""
     if measure in _WITHOUT_KERNEL:
-        for name, value in (("kernel", kernel != "rbf" and kernel), ("stop_gradient_sigma", constant_sigma)):
-            if value:
+        for name, value, default in (("kernel", kernel, "rbf"), ("stop_gradient_sigma", constant_sigma, False)):
+            if value != default:
                 raise ValueError(
                     f"{name}={shown(value)} has no effect on {measure!r}, which has no kernel. Leave it out."
                 )
@@ -232,7 +232,7 @@ def _pair_loss(
             loss = 1 - _similarity_of_shapes(x, y, mask)
             return jnp.zeros(x.shape[:1], x.dtype), loss
         prepared = prepare_representations((x, y), mask, sigmas, density, function, rtol, plan)
-        rows = _ROWS[measure](prepared, function, plan)
+        rows = _ROWS[measure](prepared, function)
         valid = valid if mask is None else valid & mask  # the mask also excludes padding rows of the mesh
         weights = valid.astype(rows.dtype)
         each = jnp.where(valid, rows, 0)

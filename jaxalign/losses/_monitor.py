@@ -15,7 +15,9 @@ from jaxalign import _arrays, _checks, _features
 from jaxalign._repr import short_repr
 from jaxalign._typing import Data, Mask, Numbers
 from jaxalign.kernels import Kernel, kernel_of
-from jaxalign.measures import hsic, mutual_knn
+from jaxalign.measures import mutual_knn
+from jaxalign.measures._hsic import batch_products
+from jaxalign.plan import AUTO, resolve_plan
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,6 +72,8 @@ class Monitor:
     ) -> Monitor:
         """Return a monitor with a batch added.
 
+        A batch of fewer than 4 valid samples does not count in CKA, nor one of at most k in the overlap.
+
         Args:
             step: the number of the training step.
             x: features of a batch in one network, shape (n, d1).
@@ -79,12 +83,11 @@ class Monitor:
 
         Raises:
             TypeError, ValueError: x and y that are not features of the same samples; a call under a trace.
-
-        A batch of fewer than 4 valid samples does not count in CKA, nor one of at most k in the overlap.
         """
         x, y = _batch("x", x), _batch("y", y)
         if x.shape[0] != y.shape[0]:
             raise ValueError(f"x and y must hold the same samples, row by row: {x.shape[0]} and {y.shape[0]} rows.")
+        mask = _features.row_mask("mask", mask, x.shape[:1])
         values = _values(x, y, mask, k=self.k, kernel=self.kernel)
         return replace(self, batches=(*self.batches, (float(step), values)))
 
@@ -101,7 +104,7 @@ class Monitor:
         if not self.batches:
             raise ValueError("the monitor has no batches yet: call monitor = monitor.update(step, x, y) first.")
         steps = np.array([step for step, _ in self.batches])
-        values = np.stack([np.asarray(jax.device_get(values), np.float64) for _, values in self.batches])
+        values = np.stack([_in_units(*jax.device_get(values)) for _, values in self.batches])
         if np.isnan(values[:, 3]).all():
             raise ValueError(f"no batch has more than k = {self.k} valid samples: use larger batches or a smaller k.")
         number = max(len(steps) // window, 1)
@@ -150,13 +153,21 @@ def _batch(name: str, value: Any) -> Array:
 
 
 @partial(jax.jit, static_argnames=("k", "kernel"))
-def _values(x: Any, y: Any, mask: Any, *, k: int, kernel: Any) -> Array:
-    """Inner products of x and y, x and x, y and y; the overlap of neighbors, and that of chance; nan if too few."""
-    n, nan = x.shape[0], jnp.full((), jnp.nan, x.dtype)
-    count = jnp.asarray(n if mask is None else jnp.sum(mask), x.dtype)
-    products = [nan] * 3 if n < 4 else [hsic(a, b, kernel, mask=mask) for a, b in ((x, y), (x, x), (y, y))]
-    overlap = nan if n <= k else mutual_knn(x, y, k, mask=mask).astype(x.dtype)
-    return jnp.stack([*products, *jnp.where(count > k, jnp.stack((overlap, k / jnp.maximum(count - 1, 1))), jnp.nan)])
+def _values(x: Array, y: Array, mask: Array | None, *, k: int, kernel: Any) -> tuple[Array, Array, Array]:
+    """`batch_products`, (3,) and (2,); the overlap of neighbors and that of chance, (2,); nan if too few."""
+    n, dtype = x.shape[0], jnp.result_type(x, y)
+    x, y = x.astype(dtype), y.astype(dtype)
+    count = jnp.asarray(n if mask is None else jnp.sum(mask), dtype)
+    products, units = batch_products(x, y, mask, kernel, resolve_plan(AUTO, x, None))
+    overlap = jnp.nan if n <= k else mutual_knn(x, y, k, mask=mask).astype(dtype)
+    overlaps = jnp.stack((jnp.asarray(overlap, dtype), k / jnp.maximum(count - 1, 1)))
+    return jnp.where(count >= 4, products, jnp.nan), units, jnp.where(count > k, overlaps, jnp.nan)
+
+
+def _in_units(products: np.ndarray, units: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
+    """The products in the units of the features, in float64, and the overlaps, (5,)."""
+    x, y = units.astype(np.float64)
+    return np.concatenate((products * np.array([x * y, x * x, y * y]), overlaps))
 
 
 def _summary(values: np.ndarray) -> tuple[float, ...]:

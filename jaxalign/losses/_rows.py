@@ -13,44 +13,40 @@ from jaxtyping import Array
 from jaxalign._linalg import root
 from jaxalign.core.tiles import Reduction, Tile, log_kernel, over_all, over_rows
 from jaxalign.measures._pair_sums import PairFunction, Representation, squared_differences, visit_pairs
-from jaxalign.plan import Plan
 
 # Used as log 0: its exp is 0, and differences of two of them are finite.
 LOG_ZERO = -1e30
 
 
-def affinity_rows(prepared: list[Representation], function: PairFunction, plan: Plan) -> Array:
+def affinity_rows(prepared: list[Representation], function: PairFunction) -> Array:
     """mean_j (A_ij - B_ij)^2, (n,)."""
     count = prepared[0].pairs.total(per_row=True) + 1  # the pair of a sample with itself, whose difference is 0, counts
     return squared_differences(prepared, function)[:, 0] / count
 
 
-def gram_rows(prepared: list[Representation], function: PairFunction, plan: Plan) -> Array:
+def gram_rows(prepared: list[Representation], function: PairFunction) -> Array:
     """mean_j (cos(x_i, x_j) - cos(y_i, y_j))^2 over j != i, (n,)."""
-    del plan
     # |a - b|^2 = 2 - 2 cos for unit vectors.
     units = tuple(-0.5 * function.unit(part.features.scale) for part in prepared)
-    return _mean_differences(prepared, function, units, jnp.square)
+    return _mean_differences(prepared, units, jnp.square)
 
 
-def distance_rows(prepared: list[Representation], function: PairFunction, plan: Plan) -> Array:
+def distance_rows(prepared: list[Representation], function: PairFunction) -> Array:
     """The mean Huber loss of differences of distances, each divided by the mean distance, over j != i, (n,)."""
-    del plan
     pairs = prepared[0].pairs.total(per_row=False)
 
     def terms(tile: Tile) -> tuple[Array, ...]:
         return tuple(tile.apply_weights(a) for a in tile.distances)
 
     totals = visit_pairs(Reduction(terms, over_all), prepared)[0]
-    return _mean_differences(prepared, function, tuple(pairs / jnp.where(a > 0, a, jnp.inf) for a in totals), _huber)
+    return _mean_differences(prepared, tuple(pairs / jnp.where(a > 0, a, jnp.inf) for a in totals), _huber)
 
 
-def angle_rows(prepared: list[Representation], function: PairFunction, plan: Plan) -> Array:
+def angle_rows(prepared: list[Representation], function: PairFunction) -> Array:
     """The mean Huber loss of differences of cos(angle at sample i between j and k), over other j != k, (n,).
 
     Cosines follow from squared distances: cos = (D_ij + D_ik - D_jk) / (2 sqrt(D_ij D_ik)).
     """
-    del function, plan
     squared = tuple(part.distances for part in prepared)
     lengths = tuple(root(a) for a in squared)
     weights = prepared[0].pairs.weights()[0]
@@ -73,15 +69,12 @@ def angle_rows(prepared: list[Representation], function: PairFunction, plan: Pla
 
 
 def _mean_differences(
-    prepared: list[Representation],
-    function: PairFunction,
-    units: tuple[Array, ...],
-    penalty: Callable[[Array], Array],
+    prepared: list[Representation], units: tuple[Array, ...], penalty: Callable[[Array], Array]
 ) -> Array:
-    """mean_j penalty(f_ij - g_ij) over j != i, (n,); a penalty of 0 must be 0."""
+    """mean_j penalty(f_ij - g_ij) over j != i, (n,), of the distances of tiles times their units."""
 
     def terms(tile: Tile) -> Array:
-        f, g = (function.values(a, None, unit) * unit for a, unit in zip(tile.distances, units, strict=True))
+        f, g = (distances * unit for distances, unit in zip(tile.distances, units, strict=True))
         return tile.apply_weights(penalty(f - g))
 
     rows = visit_pairs(Reduction(terms, over_rows), prepared)[1]
@@ -104,7 +97,7 @@ class _LogSums(NamedTuple):
     other_total: Array  # sum exp(k - other_top)
 
 
-def divergence_rows(prepared: list[Representation], function: PairFunction, plan: Plan) -> Array:
+def divergence_rows(prepared: list[Representation], function: PairFunction) -> Array:
     """sum_j P_ij log(P_ij / Q_ij), (n,), from sums of exponentials relative to the largest, which cannot underflow."""
     del function  # the logarithm of the RBF kernel
     keep = Reduction(_logarithms, _log_sums, combine=_log_sums_of_both, init=_no_log_sums)

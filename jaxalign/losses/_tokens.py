@@ -18,6 +18,7 @@ from jaxalign import _checks, _features
 from jaxalign._linalg import unit
 from jaxalign._repr import shown
 from jaxalign._typing import Data, Mask, Numbers
+from jaxalign.core.features import centered_columns
 from jaxalign.kernels import Kernel
 from jaxalign.losses._alignment import MEASURES, Measure, alignment_loss
 from jaxalign.plan import Plan
@@ -211,12 +212,8 @@ def _tokens(name: str, value: Any, prefix: Any, grid: Any) -> tuple[Array, Grid 
         height, width = (_checks.whole(f"{name}_grid", side) for side in grid)
         if height * width != x.shape[1]:
             raise ValueError(
-                f"{name}_grid={shown(tuple(grid))} has {height * width} positions, but {name} has {x.shape[1]} tokens"
-                + (
-                    f" after {name}_prefix={prefix}."
-                    if prefix
-                    else f": {name}_prefix leaves out tokens before the grid."
-                )
+                f"{name}_grid={shown(tuple(grid))} has {height * width} positions, but {name} has {x.shape[1]} tokens "
+                f"after the {name}_prefix={prefix} that are left out."
             )
         grid = (height, width)
     return x, grid
@@ -251,14 +248,11 @@ def _square(name: str, x: Array, grid: Grid | None) -> Grid:
 
 
 def _spatially_normalized(y: Array, valid: Array | None) -> Array:
-    weights = jnp.ones_like(y[..., :1]) if valid is None else valid[..., None].astype(y.dtype)
-    count = jnp.maximum(jnp.sum(weights, 1, keepdims=True), 1)
-    centered = (y - jnp.sum(y * weights, 1, keepdims=True) / count) * weights
+    """Channels of mean 0 and variance 1 over the tokens of each image; 0 if they do not vary."""
+    centered = jax.vmap(centered_columns, (0, None if valid is None else 0))(y, valid)
+    count = y.shape[1] if valid is None else jnp.maximum(jnp.sum(valid, 1), 1)[:, None, None].astype(y.dtype)
     variance = jnp.sum(centered * centered, 1, keepdims=True) / count
-    # A channel that does not vary is 0, not the rounding error of its mean.
-    rounding = float(jnp.finfo(y.dtype).eps) * jnp.max(jnp.abs(y) * weights, 1, keepdims=True)
-    varies = variance > (4 * rounding) ** 2
-    return centered * jnp.where(varies, lax.rsqrt(jnp.where(varies, variance, 1)), 0)
+    return centered * jnp.where(variance > 0, lax.rsqrt(jnp.where(variance > 0, variance, 1)), 0)
 
 
 def _cosine_loss(x: Array, y: Array, valid: Array | None, reduction: str) -> Array:

@@ -168,10 +168,7 @@ def minibatch_cka(
         widths = (x.shape[-1], y.shape[-1])
         names = (f"batch {k}: x", f"batch {k}: y")
         plan = resolve_plan(AUTO, x, None)
-        inner = compute_products((x, y), 1, None, kernel, measure, plan, names)
-        part = jnp.stack([inner.cross[0, 0], inner.self_x[0], inner.self_y[0]]) / (x.shape[0] * (x.shape[0] - 3))
-        part = jnp.where(inner.is_defined[0, 0], part, jnp.nan)
-        unit = jnp.stack([inner.unit_x[0], inner.unit_y[0]])
+        part, unit = batch_products(x, y, None, kernel, plan, names)
         # Sums are in the unit of the largest batch so far, so that no square overflows.
         last_units = unit if units is None else units
         units = jnp.maximum(unit, last_units)
@@ -181,6 +178,17 @@ def minibatch_cka(
     if sums is None:
         raise ValueError("batches is empty: at least one pair (x, y) is needed.")
     return bounded(correlation(*sums), -1, 1)
+
+
+def batch_products(
+    x: Array, y: Array, mask: Array | None, kernel: Any, plan: Plan, names: tuple[str, str] = ("x", "y")
+) -> tuple[Array, Array]:
+    """Debiased HSIC of x with y, x with x and y with y of one batch (n, d), (3,), and the units of x and y, (2,)."""
+    measure = hsic_measure(kernel_function(kernel), "debiased")
+    inner = compute_products((x, y), 1, mask, kernel, measure, plan, names)
+    n = inner.num_samples
+    products = jnp.stack([inner.cross[0, 0], inner.self_x[0], inner.self_y[0]]) / (n * (n - 3))
+    return jnp.where(inner.is_defined[0, 0], products, jnp.nan), jnp.stack([inner.unit_x[0], inner.unit_y[0]])
 
 
 def _check_batch(k: int, batch: Any, min_samples: int, widths: tuple[int, ...]) -> tuple[Array, ...]:
