@@ -17,15 +17,18 @@ from jaxalign._repr import shown
 
 TileSize = int | Literal["auto"] | None
 
-# Up to this many distances, 16 MB in float32 (64 MB on accelerators), are stored: later passes need no matrix product.
-_MAX_STORED_PAIRS = {"cpu": 2**22, "other": 2**24}
+# Up to this many distances, 16 MB in float32, are stored: later passes need no matrix product. On accelerators 256 MB
+# are stored where memory permits.
+_STORED_PAIRS = 2**22
+_MAX_STORED_PAIRS = {"cpu": _STORED_PAIRS, "other": 2**26}
 # Pairs per tile: a tile fits into the cache of a CPU, and keeps all cores of an accelerator busy.
 # (docs/pages/performance.md)
 _TILE_PAIRS = {"cpu": 2**20, "other": 2**24}
 # Each representation has its own tile. The minimum keeps matrix products fast; the maximum limits all tiles together.
 _MIN_TILE_PAIRS = {"cpu": 2**18, "other": 2**22}
 _MAX_TOTAL_TILE_PAIRS = {"cpu": 2**24, "other": 2**26}
-# Processing a tile takes about this many arrays of its size, and may use this share of the free memory.
+# Processing a tile or stored distances takes about this many arrays of their size, and may use this share of the free
+# memory.
 _TILE_ARRAYS = 12
 _TILE_SHARE = 0.25
 _MIN_TILE_ROWS = 64
@@ -147,9 +150,16 @@ def choose_tile_size(
     """The tile size for n x m distances; None: a single tile. `by_memory`: limited by free memory."""
     if not isinstance(tile_size, str):
         return tile_size
-    if may_store and n * m * representations <= _for_backend(_MAX_STORED_PAIRS):
+    pairs = n * m * representations
+    if may_store and pairs <= _STORED_PAIRS:
         return None
-    return _auto_tile_size(max(n, m), representations, itemsize, by_memory)
+    # All processes must choose the same size, so with several processes it must not depend on free memory.
+    by_memory = by_memory and jax.process_count() == 1
+    free = free_memory(jax.local_devices()[0]) if by_memory else math.inf
+    max_pairs = _TILE_SHARE * free / (itemsize * _TILE_ARRAYS)
+    if may_store and pairs <= min(_for_backend(_MAX_STORED_PAIRS), max_pairs):
+        return None
+    return min(_auto_tile_size(representations, max_pairs), max(n, m))
 
 
 def _find_mesh(
@@ -226,16 +236,13 @@ def _for_backend(numbers: dict[str, int]) -> int:
     return numbers.get(jax.default_backend(), numbers["other"])
 
 
-def _auto_tile_size(rows: int, representations: int, itemsize: int, by_memory: bool) -> int:
-    """The fastest tile size that fits into memory."""
-    device = jax.local_devices()[0]
+def _auto_tile_size(representations: int, max_pairs: float) -> int:
+    """The fastest tile size with no more than `max_pairs` in all tiles together."""
     min_pairs = min(_for_backend(_MIN_TILE_PAIRS), _for_backend(_MAX_TOTAL_TILE_PAIRS) // representations)
     size = max(_MIN_TILE_ROWS, math.isqrt(max(_for_backend(_TILE_PAIRS) // representations, min_pairs)))
-    # All processes must choose the same size, so with several processes it must not depend on free memory.
-    free = free_memory(device) if by_memory and jax.process_count() == 1 else math.inf
-    while size > _MIN_TILE_ROWS and size * size * representations * itemsize * _TILE_ARRAYS > _TILE_SHARE * free:
+    while size > _MIN_TILE_ROWS and size * size * representations > max_pairs:
         size //= 2
-    return min(size, rows)
+    return size
 
 
 def default_block_rows(row_bytes: int) -> int:

@@ -109,7 +109,17 @@ def test_halved_products_in_an_affinity_and_its_gradient(rng):
 
 
 def test_more_is_stored_and_tiles_of_many_sets_are_larger():
-    assert plan.choose_tile_size("auto", 4096, 4096, 1, 4, may_store=True) is None
-    assert plan.choose_tile_size("auto", 4097, 4097, 1, 4, may_store=True, by_memory=False) == 4096
+    assert plan.choose_tile_size("auto", 8192, 8192, 1, 4, may_store=True, by_memory=False) is None
+    assert plan.choose_tile_size("auto", 4096, 4096, 4, 4, may_store=True, by_memory=False) is None
+    assert plan.choose_tile_size("auto", 8193, 8193, 1, 4, may_store=True, by_memory=False) == 4096
     size = plan.choose_tile_size("auto", 10_000, 10_000, 24, 4, may_store=True, by_memory=False)
     assert 24 * size**2 <= 2**26 < 24 * (size + 1) ** 2
+
+
+def test_less_is_stored_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr(plan, "free_memory", lambda device: 2.0**30)
+    arrays, share = plan._TILE_ARRAYS, plan._TILE_SHARE
+    assert plan.choose_tile_size("auto", 2048, 2048, 1, 4, may_store=True) is None  # 16 MB
+    size = plan.choose_tile_size("auto", 8192, 8192, 1, 4, may_store=True)
+    assert size is not None
+    assert size**2 * 4 * arrays <= share * 2**30

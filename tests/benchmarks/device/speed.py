@@ -146,8 +146,9 @@ def losses(batches: tuple[int, ...], d: int, rounds: int) -> Iterator[Result | s
     for n in batches:
         x = features(n, d)
         pairs[n] = x, jnp.tanh(x[:, : 3 * d // 4]) + 0.5 * features(n, 3 * d // 4)
+    of_tokens = token_losses(*((64, 256, d) if max(batches) >= 1024 else (2, 16, d)), rounds)
     compile_together(*(lambda pair=pair: step(*pair) for pair in pairs.values()))
-    yield COMPILED
+    yield next(of_tokens)  # compiled
     for n, (x, y) in pairs.items():
         label = f"loss, batch {n}, d = {d} and {y.shape[1]}"
         once = floor.affinity(n, d, sets=2)  # and a product of its cotangent with the features
@@ -164,7 +165,7 @@ def losses(batches: tuple[int, ...], d: int, rounds: int) -> Iterator[Result | s
         apart = float(np.max(np.abs(np.asarray(slope) - torch_slope.cpu().numpy())) / float(jnp.max(jnp.abs(slope))))
         yield f"{label}: values apart by {abs(float(value) - float(torch_value)):.1e}, gradients by {apart:.1e}"
 
-    yield from token_losses(*((64, 256, d) if max(batches) >= 1024 else (2, 16, d)), rounds)
+    yield from of_tokens
 
 
 def token_losses(images: int, tokens: int, d: int, rounds: int) -> Iterator[Result | str]:
