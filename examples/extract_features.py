@@ -10,13 +10,14 @@ and not needed:
 
 The extra contains onnx, onnxruntime, scikit-image, scikit-learn, pillow and torch.
 
-    python examples/extract_features.py                     # writes both files to jaxalign/data
+    python examples/extract_features.py                     # writes three files to jaxalign/data
     python examples/extract_features.py --check             # compares with the files there
     python examples/extract_features.py --out elsewhere
 
-The script writes two files. In `patch_features.npz` a sample is one cell of a 16 x 16 grid on one of
-three photographs; in `digit_features.npz` it is one handwritten digit. All networks see the same
-224 x 224 images, so row i is the same sample in all of them. The script is deterministic: two runs on
+The script writes three files. In `patch_features.npz` a sample is one cell of a 16 x 16 grid on one of
+three photographs; in `part_features.npz` it is one cell of a 32 x 32 grid on one of four crops whose
+parts are labeled; in `digit_features.npz` it is one handwritten digit. All networks see the same
+images, so row i is the same sample in all of them. The script is deterministic: two runs on
 one machine write the same bytes, and `--check` allows for rounding on other processors.
 """
 
@@ -54,12 +55,13 @@ except ImportError as error:
 DATA = Path(__file__).resolve().parent.parent / "jaxalign" / "data"
 PATCH_FILE = "patch_features.npz"
 DIGIT_FILE = "digit_features.npz"
+PART_FILE = "part_features.npz"
 
 PIXELS = 224
 GRID = 16
 DIGITS = 1000
 BATCH = 50
-SIZE_LIMIT = 5_000_000  # bytes, both files together
+SIZE_LIMIT = 6_000_000  # bytes, all files together
 LARGEST_FLOAT16 = 6e4
 # float16 rounds to half a unit in the last place, 2^-11 = 5e-4 of the value, and other processors
 # may round to the next number (1e-3). A wrong image, layer or preprocessing gives about 1.
@@ -86,6 +88,7 @@ class Network:
     std: tuple[float, float, float]
     bgr: bool = False
     digit_pixels: int = 96
+    cell_pixels: int = 16  # of the grid on the crops
 
     def prepare(self, pictures: Pictures) -> Tensor:
         """The input of the network: (pictures - mean) / std, as RGB or BGR."""
@@ -206,6 +209,7 @@ VIT = Network(
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
     digit_pixels=224,  # the only size of the graph
+    cell_pixels=14,
 )
 EFFICIENTNET = Network(
     title="EfficientNet-Lite0, supervised on ImageNet, converted from TensorFlow",
@@ -280,6 +284,63 @@ DIGIT_SETS = {
     "pp-ocrv4 stride 16": FeatureSet(OCR, "p2o.Add.235"),
 }
 
+PART_SETS = {
+    "vit-s14 layer 8": FeatureSet(VIT, VIT_LAYER.format(8)),
+    "efficientnet-lite0 block 10": FeatureSet(EFFICIENTNET, "_blocks.10"),
+    "pp-ocrv4 stride 16": FeatureSet(OCR, "p2o.Add.235"),
+    "untrained efficientnet-lite0 block 10": FeatureSet(UNTRAINED, "_blocks.10", control=True),
+}
+# Principal components of a set that are kept, of all four crops together.
+COMPONENTS = {384: 64, 112: 64, 96: 48}
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square of a photograph, and boxes of its parts, drawn by hand on a 32 x 32 grid.
+
+    A box is (first row, end row, first column, end column).
+    """
+
+    photograph: str
+    top: int
+    left: int
+    side: int
+    parts: Mapping[str, Sequence[tuple[int, int, int, int]]]
+
+
+CROPS = {
+    "portrait": Crop("astronaut", 0, 118, 224, {
+        "hair": [(4, 8, 11, 23), (9, 14, 23, 26), (8, 14, 6, 9)],
+        "eyes": [(13, 15, 11, 14), (13, 16, 17, 20)],
+        "nose": [(16, 19, 14, 17)],
+        "mouth": [(20, 22, 12, 18)],
+        "background": [(0, 8, 0, 4), (0, 10, 28, 32), (9, 18, 0, 4), (11, 20, 28, 32)],
+    }),
+    "face": Crop("astronaut", 52, 158, 132, {
+        "hair": [(0, 5, 8, 24), (2, 12, 0, 5), (6, 14, 28, 32)],
+        "eyes": [(10, 13, 8, 13), (11, 14, 19, 24)],
+        "nose": [(15, 19, 13, 18)],
+        "mouth": [(21, 25, 11, 20)],
+        "background": [(16, 22, 0, 3), (22, 30, 27, 32)],
+    }),
+    "cat": Crop("chelsea", 0, 82, 300, {
+        "forehead": [(0, 7, 4, 22)],
+        "eyes": [(9, 15, 6, 13), (12, 17, 23, 28)],
+        "nose": [(24, 28, 17, 22)],
+        "mouth": [(29, 31, 13, 20)],
+        "background": [(9, 12, 30, 32), (20, 28, 29, 32)],
+    }),
+    "astronaut": Crop("astronaut", 0, 0, 512, {
+        "hair": [(2, 4, 11, 18)],
+        "face": [(5, 9, 12, 17)],
+        "suit": [(16, 24, 4, 8), (26, 29, 5, 8), (18, 21, 16, 20)],
+        "helmet": [(24, 31, 19, 29)],
+        "rocket": [(2, 16, 24, 28)],
+        "flag": [(2, 9, 0, 3), (12, 20, 0, 2)],
+        "background": [(0, 10, 5, 9), (1, 10, 19, 23)],
+    }),
+}  # fmt: skip
+
 # Licenses as stated in the documentation of scikit-image and the archive of the digits.
 PICTURES = {
     "astronaut": "public domain (NASA photograph of Eileen Collins)",
@@ -333,6 +394,56 @@ def cells(maps: Tensor) -> Tensor:
 def averages(maps: Tensor) -> Tensor:
     """One row per image: (pictures, channels)."""
     return maps.mean((2, 3))
+
+
+def crop_pictures(pixels: int) -> Pictures:
+    """The crops, (4, 3, pixels, pixels)."""
+    squares = []
+    for crop in CROPS.values():
+        picture = torch.from_numpy(getattr(skimage.data, crop.photograph)()).permute(2, 0, 1).float()
+        square = picture[None, :, crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
+        squares.append(resize(square, pixels).round())
+    return torch.cat(squares)
+
+
+def labels_of_parts(names: Sequence[str]) -> np.ndarray:
+    """The part of every cell of the crops, as its place in the names, -1 outside all boxes."""
+    labels = np.full((len(CROPS), 2 * GRID, 2 * GRID), -1, np.int8)
+    for of_crop, crop in zip(labels, CROPS.values(), strict=True):
+        for name, boxes in crop.parts.items():
+            for top, bottom, left, right in boxes:
+                of_crop[top:bottom, left:right] = names.index(name)
+    return labels.reshape(-1)
+
+
+def fine_maps(forward: Forward, pictures: Pictures) -> Maps:
+    """Maps on a grid of 32 x 32: each network sees four images, shifted by half a cell of its grid of 16 x 16."""
+    cell = pictures.shape[-1] // GRID
+    padded = functional.pad(pictures, (cell,) * 4, mode="reflect")
+    fine: Maps = {}
+    for i, j in np.ndindex(2, 2):
+        # The centers of cells move by a quarter of a cell, up and left or down and right.
+        top, left = (cell + (cell // 4 if k else -(cell // 4)) for k in (i, j))
+        shifted = padded[:, :, top : top + pictures.shape[-1], left : left + pictures.shape[-1]]
+        for tensor, maps in forward(shifted).items():
+            coarse = resize(maps, GRID)
+            empty = coarse.new_zeros((*coarse.shape[:2], 2 * GRID, 2 * GRID))
+            fine.setdefault(tensor, empty)[:, :, i::2, j::2] = coarse
+    return fine
+
+
+def compress(name: str, features: Tensor) -> dict[str, np.ndarray]:
+    """Leading principal components as int8, with the scale of each, and the axes."""
+    x = features.double().numpy()
+    mean = x.mean(0)
+    _, spread, axes = np.linalg.svd(x - mean, full_matrices=False)
+    axes = axes[: COMPONENTS[x.shape[1]]]
+    axes = axes * np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None]
+    scores = (x - mean) @ axes.T
+    scale = np.abs(scores).max(0) / 127
+    print(f"{name}: {np.sum(spread[: len(axes)] ** 2) / np.sum(spread**2):.1%} of the variance kept")
+    parts = {"scores": np.round(scores / scale).astype(np.int8), "scale": scale.astype(np.float32)}
+    return {**parts, "axes": axes.astype(np.float16), "mean": mean.astype(np.float16)}
 
 
 def extract(
@@ -394,6 +505,29 @@ def patch_arrays() -> Arrays:
         "metadata": describe(PATCH_SETS, rows, PICTURES),
         "pictures": pictures.permute(0, 2, 3, 1).contiguous().numpy(),
         **{f"features/{name}": value for name, value in features.items()},
+    }
+
+
+def part_arrays() -> Arrays:
+    """The content of `part_features.npz`."""
+    arrays: Arrays = {}
+    for network in dict.fromkeys(one.network for one in PART_SETS.values()):
+        names = {one.tensor: name for name, one in PART_SETS.items() if one.network is network}
+        forward = network.open(network, list(names))
+        # One by one: the untrained network takes the statistics of its input.
+        maps = [fine_maps(forward, picture[None]) for picture in crop_pictures(GRID * network.cell_pixels)]
+        for tensor, name in names.items():
+            features = torch.cat([of_crop[tensor].permute(0, 2, 3, 1).flatten(0, 2) for of_crop in maps])
+            arrays |= {f"{part}/{name}": value for part, value in compress(name, features).items()}
+    part_names = list(dict.fromkeys(part for crop in CROPS.values() for part in crop.parts))
+    rows = "crops of pictures of scikit-image, each seen four times, shifted by half a cell: a map of 32 x 32; leading "
+    licenses = {name: PICTURES[crop.photograph] for name, crop in CROPS.items()}
+    return {
+        "metadata": describe(PART_SETS, rows + "principal components of all crops together, 8 bits each", licenses),
+        "images": crop_pictures(PIXELS).permute(0, 2, 3, 1).contiguous().to(torch.uint8).numpy(),
+        "part_names": np.array(part_names),
+        "parts": labels_of_parts(part_names),
+        **arrays,
     }
 
 
@@ -462,13 +596,13 @@ def check(path: Path, arrays: Arrays) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write or check both files; returns 0 on success."""
+    """Write or check all files; returns 0 on success."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DATA, help="folder of the two files")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the files")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     options = parser.parse_args(arguments)
 
-    files = {PATCH_FILE: patch_arrays(), DIGIT_FILE: digit_arrays()}
+    files = {PATCH_FILE: patch_arrays(), PART_FILE: part_arrays(), DIGIT_FILE: digit_arrays()}
     if options.check:
         verdicts = [check(options.out / name, arrays) for name, arrays in files.items()]
         return 0 if all(verdicts) else 1

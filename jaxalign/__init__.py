@@ -21,11 +21,15 @@ from jaxalign.alignment import joint_affinity as joint_affinity
 from jaxalign.bandwidth import SigmaSolution as SigmaSolution
 from jaxalign.bandwidth import mean_density as mean_density
 from jaxalign.bandwidth import solve_sigma as solve_sigma
+from jaxalign.colors import ColorMap as ColorMap
+from jaxalign.colors import fit_colors as fit_colors
 from jaxalign.colors import rgb as rgb
 from jaxalign.distances import squared_distances as squared_distances
 from jaxalign.grid import ComparisonGrid as ComparisonGrid
 from jaxalign.grid import compare as compare
 from jaxalign.grid import compare_grid as compare_grid
+from jaxalign.images import ColoredImages as ColoredImages
+from jaxalign.images import color_images as color_images
 from jaxalign.inference import Calibration as Calibration
 from jaxalign.inference import Interval as Interval
 from jaxalign.inference import NoiseCeiling as NoiseCeiling
@@ -44,6 +48,9 @@ from jaxalign.pairs import reduce_pairs as reduce_pairs
 from jaxalign.plan import Plan as Plan
 from jaxalign.scaling import ScalingCurve as ScalingCurve
 from jaxalign.scaling import scaling_curve as scaling_curve
+from jaxalign.segments import kway as kway
+from jaxalign.segments import nested_segments as nested_segments
+from jaxalign.segments import prompt_scores as prompt_scores
+from jaxalign.segments import segment_channels as segment_channels
 from jaxalign.spectral import NormalizedCut as NormalizedCut
-from jaxalign.spectral import kway as kway
 from jaxalign.spectral import normalized_cut as normalized_cut

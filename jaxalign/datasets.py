@@ -1,9 +1,10 @@
 """Small features of real networks that ship with the library: no download needed.
 
-`load_patch_features` has one sample per patch of three photographs, `load_digit_features` one per
-handwritten digit, of 1000. All representations of a dataset have the same samples in the same order,
-so any two can be compared or aligned row by row. `examples/extract_features.py` creates the files;
-`jaxalign/data/README.md` documents the origin of networks and images.
+`load_patch_features` has one sample per patch of three photographs, `load_part_features` one per patch
+of four crops whose parts are labeled, `load_digit_features` one per handwritten digit, of 1000. All
+representations of a dataset have the same samples in the same order, so any two can be compared or
+aligned row by row. `examples/extract_features.py` creates the files; `jaxalign/data/README.md`
+documents the origin of networks and images.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 _GRID = (16, 16)
+_FINE_GRID = (32, 32)
 _FEATURES = "features/"
 
 
@@ -54,6 +56,50 @@ class PatchFeatures:
         from jaxalign._repr import short_repr  # imported late: this module itself needs only NumPy
 
         return short_repr(self, omit=("provenance", "licenses"))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PartFeatures:
+    """Features of the patches of four crops of photographs, on a 32 x 32 grid, with the parts that they show.
+
+    Row i of every representation is the patch at `positions[i]` of `images[image_index[i]]`, ordered by
+    image, grid row and grid column: `maps(name)` holds a map of each image.
+
+    Attributes:
+        features: Features by name, float32, shape (4096, channels): the leading principal components of
+            all crops together, in the original channels.
+        images: The crops, RGB, uint8, shape (4, 224, 224, 3).
+        image_names: "portrait", "face", "cat" and "astronaut" (a whole photograph).
+        image_index: Index of the crop of each patch, shape (4096,).
+        positions: Row and column of each patch in its grid, shape (4096, 2).
+        grid: Rows and columns of the grid, (32, 32).
+        part_names: Names of the parts: hair, eyes, nose, mouth, background, ...
+        part_index: Index of the part of each patch, from boxes drawn by hand; -1 outside of them.
+        controls: Names of the features of an untrained network.
+        provenance: Network, package, version, layer and preprocessing of the features by name.
+        licenses: License of each representation and crop by name.
+    """
+
+    features: Mapping[str, np.ndarray]
+    images: np.ndarray
+    image_names: tuple[str, ...]
+    image_index: np.ndarray
+    positions: np.ndarray
+    grid: tuple[int, int]
+    part_names: tuple[str, ...]
+    part_index: np.ndarray
+    controls: tuple[str, ...]
+    provenance: Mapping[str, str]
+    licenses: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        from jaxalign._repr import short_repr  # imported late: this module itself needs only NumPy
+
+        return short_repr(self, omit=("provenance", "licenses"))
+
+    def maps(self, name: str) -> np.ndarray:
+        """Features of a name as a map of each image, shape (4, 32, 32, channels)."""
+        return self.features[name].reshape(len(self.images), *self.grid, -1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -114,6 +160,38 @@ def load_patch_features() -> PatchFeatures:
     )
 
 
+def load_part_features() -> PartFeatures:
+    """Load features of three networks and an untrained control for crops of photographs with labeled parts.
+
+    Returns:
+        Features, images, parts and metadata. Every call reads the file and returns new arrays.
+
+    Examples:
+        >>> from jaxalign.datasets import load_part_features
+        >>> parts = load_part_features()
+        >>> parts.maps("vit-s14 layer 8").shape
+        (4, 32, 32, 384)
+        >>> parts.part_names[:5]
+        ('hair', 'eyes', 'nose', 'mouth', 'background')
+    """
+    arrays, text = _read("part_features.npz")
+    names = [key.removeprefix("scores/") for key in arrays if key.startswith("scores/")]
+    index = np.indices((len(text["data"]), *_FINE_GRID)).reshape(3, -1)
+    return PartFeatures(
+        features={name: _decompress(arrays, name) for name in names},
+        images=arrays["images"],
+        image_names=tuple(text["data"]),
+        image_index=index[0],
+        positions=index[1:].T.copy(),
+        grid=_FINE_GRID,
+        part_names=tuple(arrays["part_names"].tolist()),
+        part_index=arrays["parts"].astype(np.int64),
+        controls=tuple(name for name, entry in text["sets"].items() if entry["control"]),
+        provenance=_provenance(text),
+        licenses=_licenses(text),
+    )
+
+
 def load_digit_features() -> DigitFeatures:
     """Load features of four networks for 1000 handwritten digits.
 
@@ -158,6 +236,14 @@ def _features(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         for key, array in arrays.items()
         if key.startswith(_FEATURES)
     }
+
+
+def _decompress(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Features from the leading principal components, which are stored with 8 bits."""
+    scores, scale, axes, mean = (
+        arrays[f"{part}/{name}"].astype(np.float32) for part in ("scores", "scale", "axes", "mean")
+    )
+    return (scores * scale) @ axes + mean
 
 
 def _provenance(text: Mapping[str, Any]) -> dict[str, str]:

@@ -80,6 +80,7 @@ def color_panels(
     pictures: AnyArray | None = None,
     *,
     scores: Mapping[str, str] | None = None,
+    smooth: bool = False,
     figure: Any = None,
 ) -> Any:
     """Draw colors of patches as small images: one row per network, one block of columns per group.
@@ -89,6 +90,7 @@ def color_panels(
             `jaxalign.rgb`; the same networks in every group.
         pictures: the images to draw above the colors, shape (pictures, H, W, 3).
         scores: a line of text below the name of each group.
+        smooth: whether colors are interpolated between patches.
         figure: figure to draw into.
 
     Returns:
@@ -131,8 +133,8 @@ def color_panels(
     lines = len(networks) + (images is not None)
     labels = {name: name if "\n" in name else name.replace(" ", "\n", 1) for name in networks}
     parts = (part for label in labels.values() for part in label.split("\n"))
-    beside = 0.15 + max(TextPath((0, 0), part or "-", size=8).get_extents().width for part in parts) / 72  # inches
-    above = 0.42 if scores else 0.3
+    beside = 0.25 + max(TextPath((0, 0), part or "-", size=8).get_extents().width for part in parts) / 72  # inches
+    above = 0.42 if scores else 0.3 if any(groups) else 0.05
     if figure is None:
         figure = _draw.pyplot().figure(figsize=(1.15 * count * len(groups) + beside + 0.05, 1.15 * lines + above))
     # Without a layout engine, which is slow for many axes and leaves gaps within blocks.
@@ -148,7 +150,8 @@ def color_panels(
             for k, panel in enumerate(panels):
                 box = (start + k * step[0], top - (line + 1) * step[1], step[0] * 0.97, step[1] * 0.97)
                 ax = figure.add_axes(box)
-                ax.imshow(panel, interpolation="nearest" if name else "antialiased")
+                between = "bicubic" if smooth else "nearest"
+                ax.imshow(np.clip(panel, 0, 1) if name else panel, interpolation=between if name else "antialiased")
                 ax.set_axis_off()
             if g == 0 and name:
                 y = top - (line + 0.5) * step[1]

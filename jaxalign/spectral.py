@@ -1,4 +1,4 @@
-"""The normalized cut: leading eigenvectors of D^-1/2 A D^-1/2, exact, matrix-free or from landmarks, and its segments.
+"""The normalized cut: leading eigenvectors of D^-1/2 A D^-1/2, exact, matrix-free or from landmarks.
 
 One custom JVP serves all exact methods. It uses only products with the matrix, so it does not store n x n entries.
 """
@@ -37,8 +37,9 @@ _DENSE = 512
 _STORED = 4096
 # Smallest number of columns of the affinity from which the iteration starts.
 _START_COLUMNS = 128
-# Columns of landmarks at a time, as n x m entries are not stored.
+# Columns of landmarks at a time, where n x m entries are not stored; up to this many (256 MB in float32) they are.
 _COLUMNS = 64
+_STORED_COLUMNS = 2**26
 _STEPS = 200
 
 
@@ -52,6 +53,7 @@ _STEPS = 200
         "basis",
         "basis_mask",
         "sigma",
+        "density",
         "projection",
         "weights",
         "shift",
@@ -69,8 +71,8 @@ class NormalizedCut:
         eigenvalues: shape (k,), largest first, at most 1.
         degrees: row sums of A, shape (n,).
         residual: |D^-1/2 A D^-1/2 v - lambda v| of each eigenpair, shape (k,); nan for "nystroem".
-        basis: rows that `transform` compares new samples with; with basis_mask, sigma, projection, weights and shift.
-            None for a cut of an affinity.
+        basis: rows that `transform` compares new samples with; with basis_mask, sigma (one, or one per row), density,
+            projection, weights and shift. None for a cut of an affinity.
     """
 
     eigenvectors: Float[Array, "n k"]
@@ -80,12 +82,13 @@ class NormalizedCut:
     basis: Float[Array, "m d"] | None = None
     basis_mask: Bool[Array, " m"] | None = None
     sigma: Float[Array, "..."] | None = None
+    density: Float[Array, ""] | None = None
     projection: Float[Array, "m k"] | None = None
     weights: Float[Array, "m 1"] | None = None
     shift: _features.Shift | None = None
 
     def __repr__(self) -> str:
-        return short_repr(self, omit=("basis", "basis_mask", "projection", "weights", "shift"))
+        return short_repr(self, omit=("basis", "basis_mask", "density", "projection", "weights", "shift"))
 
     @property
     def embedding(self) -> Float[Array, "n k"]:
@@ -105,18 +108,22 @@ class NormalizedCut:
             in float32) are nan: rounding errors are divided by the eigenvalue, and would dominate.
 
         Raises:
-            ValueError: a cut of an affinity, which has no features; another number of features.
+            ValueError: a cut of an affinity, which has no features, or at sigmas that were passed, one per row; another
+                number of features.
         """
         if self.basis is None or self.projection is None or self.weights is None:
             raise ValueError(
-                "transform needs features and one sigma, but this cut is of an affinity or has one sigma per row. Cut "
-                "features with one sigma instead."
+                "transform needs features, but this cut is of an affinity, or at given sigmas. Cut features, and leave "
+                'out sigma with bandwidth="per_row".'
             )
         rows = _features.shifted_features("x_new", x_new, self.shift)
         if rows.ndim != 2 or rows.shape[-1] != self.basis.shape[-1]:
             raise ValueError(f"x_new must have shape (q, {self.basis.shape[-1]}); got {rows.shape}.")
         dtype = np.promote_types(rows.dtype, self.basis.dtype)
-        a = affinity_operator(rows.astype(dtype), self.basis.astype(dtype), self.sigma, mask_y=self.basis_mask)
+        rows, basis, sigma = rows.astype(dtype), self.basis.astype(dtype), self.sigma
+        if self.density is not None:
+            sigma = solve_sigma(rows, basis, density=self.density, bandwidth="per_row", mask_y=self.basis_mask).sigma
+        a = _symmetric(rows, basis, sigma, self.sigma, None, self.basis_mask)
         both = a @ jnp.concatenate((self.projection, self.weights), 1).astype(dtype)
         return both[:, :-1] * inverse_root(both[:, -1])[:, None]
 
@@ -135,6 +142,7 @@ def normalized_cut(
     landmarks: int | Int[AnyArray, " m"] | None = None,
     key: Array | None = None,
     rtol: float | None = None,
+    repulsion: Float[AnyArray, "n n"] | None = None,
     plan: Plan | None = None,
 ) -> NormalizedCut:
     """The leading eigenvectors of the normalized cut of an affinity (Shi & Malik 2000), a spectral embedding.
@@ -155,11 +163,14 @@ def normalized_cut(
         density: see `rbf_affinity`.
         diagonal: see `rbf_affinity`.
         bandwidth: "global" has one sigma. "per_row" has one sigma per row and cuts (A + A') / 2, so that no sample is
-            isolated.
+            isolated; with "nystroem", the mean affinity of each sample to the landmarks is the density.
         mask: shape (n,), True marks valid samples.
         landmarks: for "nystroem": the number of landmarks to draw at random (default 512, or n), or their rows.
         key: a `jax.random.key` for the random choices of "lobpcg" and "nystroem". None: `jax.random.key(0)`.
         rtol: for "lobpcg": residual |M v - lambda v| relative to 1 + lambda. Default 1e-5, in float64 1e-10.
+        repulsion: how strongly two samples are kept apart, shape (n, n), symmetric and nonnegative like the affinity A
+            that it comes with. Of both, D^-1/2 (A - R + D_R) D^-1/2 is cut, with D_R the row sums of R and D those of
+            A + R (Yu & Shi, Understanding popout through repulsion, CVPR 2001); eigenvalues are at most 2.
         plan: how pairs are visited, see `jaxalign.Plan`; with a tile size "lobpcg" never stores the affinity. Only
             "lobpcg" and "nystroem" support a mesh.
 
@@ -219,6 +230,7 @@ def normalized_cut(
         raise ValueError("sigma, bandwidth, mask and a mesh are options of features: leave them out for an affinity.")
     if sigma is not None:
         check_unused(sigma, density, diagonal)
+    repelled = None if repulsion is None else _check_repulsion(repulsion, n, is_features)
     mask = _features.row_mask("mask", mask, (n,))
     if k > n:
         raise ValueError(f"num_components = {k}, but there are only n = {n} samples.")
@@ -237,6 +249,8 @@ def normalized_cut(
     if method == "dense":
         check_single_device(plan, 'method="dense" stores the whole matrix', 'or use "lobpcg" or "nystroem"')
     options: dict[str, Any] = {"density": density, "diagonal": diagonal, "bandwidth": bandwidth, "mask": mask}
+    solved = is_features and sigma is None and bandwidth == "per_row"
+    of_rows = _density_of_rows(density, diagonal, x, mask) if solved else None
     source: Source = x
     if isinstance(x, AffinityOperator):
         source = x.todense() if method == "dense" else x
@@ -250,46 +264,12 @@ def normalized_cut(
             options = {"bandwidth": bandwidth, "mask": mask}
         source = affinity_operator(x, None, sigma, plan=plan, **options)
         sigma = source.sigma
+    if repelled is not None:
+        source = _Signed(source, repelled)
     cut = _cut(source, start, k, method, rtol)
-    if isinstance(x, AffinityOperator) or sigma is None or jnp.ndim(sigma):
+    if isinstance(x, AffinityOperator) or sigma is None or (bandwidth == "per_row" and of_rows is None):
         return cut
-    return replace(_with_features(cut, x, mask, jnp.asarray(sigma)), shift=shift)
-
-
-def kway(
-    cut: NormalizedCut | Numbers[Data, "n k"], segments: int | None = None, *, steps: int = 50
-) -> Int[Array, " n"]:
-    """Segments from eigenvectors: the discrete labels closest to a rotation of the eigenvectors (Yu & Shi 2003).
-
-    Args:
-        cut: a `NormalizedCut`, or eigenvectors, shape (n, k).
-        segments: the number of segments, from 1 to k, and of leading eigenvectors that are used. Default: k.
-        steps: the largest number of rotations; the iteration ends once labels do not change.
-
-    Returns:
-        Labels 0 .. segments - 1, shape (n,), in the order in which segments first appear. -1 for masked and isolated
-        samples, or for rows of zeros if `cut` is an array. If the last eigenvalue used equals the next (a graph with
-        more components than segments), it is arbitrary which components share a segment.
-
-    Raises:
-        ValueError: segments out of range; nan or inf (under a trace labels are -1 instead).
-
-    Examples:
-        >>> import jax.numpy as jnp, jaxalign
-        >>> affinity = jnp.kron(jnp.eye(2), jnp.ones((3, 3)))  # two groups of three
-        >>> jaxalign.kway(jaxalign.normalized_cut(affinity, 2)).tolist()
-        [0, 0, 0, 1, 1, 1]
-    """
-    vectors = cut.eigenvectors if isinstance(cut, NormalizedCut) else _features.features("cut", cut)
-    if vectors.ndim != 2:
-        raise ValueError(f"eigenvectors must have shape (n, k); got {vectors.shape}.")
-    number = vectors.shape[1] if segments is None else _checks.whole("segments", segments)
-    if number > vectors.shape[1]:
-        raise ValueError(f"segments = {number}, but there are only {vectors.shape[1]} eigenvectors.")
-    _features.finite_rows("cut", vectors, way_out="Cut again without such samples.")
-    present = cut.degrees > 0 if isinstance(cut, NormalizedCut) else jnp.any(vectors[:, :number] != 0, 1)
-    present &= jnp.isfinite(vectors).all()
-    return _kway(vectors[:, :number], present, _checks.whole("steps", steps))
+    return replace(_with_features(cut, x, mask, jnp.asarray(sigma), of_rows), shift=shift)
 
 
 # --- features or affinity --------------------------------------------------------------------------------------------
@@ -323,24 +303,108 @@ def _is_features(x: Array, kind: Kind) -> bool:
     )
 
 
+def _check_repulsion(repulsion: Any, n: int, is_features: bool) -> Array:
+    if is_features:
+        raise ValueError('repulsion is an option of an affinity: cut rbf_affinity(x), with kind="affinity".')
+    repelled = _features.features("repulsion", repulsion)
+    if repelled.shape != (n, n):
+        raise ValueError(f"repulsion must have the shape of the affinity, {(n, n)}; got {repelled.shape}.")
+    if _arrays.is_concrete(repelled):
+        _is_features(repelled, "affinity")  # raises unless it is symmetric and nonnegative
+    return repelled
+
+
 @jax.jit
 def _facts(x: Array) -> tuple[Array, Array]:
     """Whether a matrix is symmetric, up to rounding, and whether it has negative entries."""
     return jnp.max(jnp.abs(x - x.T)) <= 1e-4 * jnp.max(jnp.abs(x)), jnp.min(x) < 0
 
 
-Source = Array | AffinityOperator
+@partial(jax.tree_util.register_dataclass, data_fields=("rows", "columns"), meta_fields=())
+@dataclass(frozen=True)
+class _Symmetric:
+    """(A(x, y) + A(y, x)') / 2, where A has one sigma per row of its first argument: symmetric for y = x."""
+
+    rows: AffinityOperator
+    columns: AffinityOperator
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.rows.dtype
+
+    @property
+    def T(self) -> _Symmetric:  # noqa: N802 (NumPy's name)
+        return _Symmetric(self.rows.T, self.columns.T)
+
+    def __matmul__(self, v: Array) -> Array:
+        return (self.rows @ v + self.columns @ v) / 2
+
+    def todense(self) -> Array:
+        return (self.rows.todense() + self.columns.todense()) / 2
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("attraction", "repulsion"), meta_fields=())
+@dataclass(frozen=True)
+class _Signed:
+    """A - R + D_R, whose degrees are the row sums of A + R."""
+
+    attraction: Array | AffinityOperator
+    repulsion: Array
+
+    @property
+    def dtype(self) -> Any:
+        return self.repulsion.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.repulsion.shape
+
+    def __matmul__(self, v: Array) -> Array:
+        repelled = jnp.sum(self.repulsion, -1)[:, None] * v - matmul(self.repulsion, v)
+        return _product(self.attraction, v) + repelled
+
+    def todense(self) -> Array:
+        attraction = self.attraction if isinstance(self.attraction, Array) else self.attraction.todense()
+        return attraction - self.repulsion + jnp.diag(jnp.sum(self.repulsion, -1))
+
+
+Source = Array | AffinityOperator | _Symmetric | _Signed
+
+
+def _symmetric(
+    x: Array,
+    y: Array,
+    sigma: Any,
+    sigma_y: Any,
+    mask: Array | None,
+    mask_y: Array | None,
+    plan: Plan | None = None,
+) -> AffinityOperator | _Symmetric:
+    """The affinity of x and y; with one sigma per row, the mean of both directions."""
+    if jnp.ndim(sigma) == 0:
+        return affinity_operator(x, y, sigma, mask=mask, mask_y=mask_y, plan=plan)
+    sigma, sigma_y = (s if m is None else jnp.where(m, s, 1) for s, m in ((sigma, mask), (sigma_y, mask_y)))
+    rows = affinity_operator(x, y, sigma, bandwidth="per_row", mask=mask, mask_y=mask_y, plan=plan)
+    columns = affinity_operator(y, x, sigma_y, bandwidth="per_row", mask=mask_y, mask_y=mask, plan=plan)
+    return _Symmetric(rows, columns.T)
 
 
 def _product(source: Source, v: Array) -> Array:
     """A v, with the symmetric part of A."""
-    if isinstance(source, AffinityOperator):
-        product = source @ v
-        return (product + source.T @ v) / 2 if source.per_row else product
-    return matmul(source, v)
+    if isinstance(source, Array):
+        return matmul(source, v)
+    if isinstance(source, AffinityOperator) and source.per_row:
+        return _Symmetric(source, source.T) @ v
+    return source @ v
 
 
 def _degrees(source: Source) -> Array:
+    if isinstance(source, _Signed):
+        return _degrees(source.attraction) + jnp.sum(source.repulsion, -1)
     return _product(source, jnp.ones((source.shape[-1], 1), source.dtype))[:, 0]
 
 
@@ -371,13 +435,25 @@ def _cut(source: Source, key: Array, k: int, method: str, rtol: float | None) ->
     return NormalizedCut(vectors, values, degrees, residual)
 
 
-def _with_features(cut: NormalizedCut, x: Array, mask: Array | None, sigma: Array) -> NormalizedCut:
+def _with_features(
+    cut: NormalizedCut, x: Array, mask: Array | None, sigma: Array, density: Array | None
+) -> NormalizedCut:
     """A cut with the fields of `transform`: v(x) = d(x)^-1/2 sum_j A(x, x_j) d_j^-1/2 v_j / lambda."""
     known = jnp.abs(cut.eigenvalues) > 1000 * float(jnp.finfo(x.dtype).eps)
     inverse = jnp.where(known, 1 / jnp.where(known, cut.eigenvalues, 1), jnp.nan)
     projection = cut.eigenvectors * inverse_root(cut.degrees)[:, None] * inverse[None]
     ones = jnp.ones((x.shape[0], 1), x.dtype)
-    return replace(cut, basis=x, basis_mask=mask, sigma=sigma, projection=projection, weights=ones)
+    fields = {"sigma": sigma, "density": density, "projection": projection, "weights": ones}
+    return replace(cut, basis=x, basis_mask=mask, **fields)
+
+
+def _density_of_rows(density: ArrayLike, diagonal: Diagonal, x: Array, mask: Array | None) -> Array:
+    """The mean of a row of the affinity, with the diagonal: the density that new rows have, too."""
+    c = jnp.asarray(density, x.dtype)
+    if diagonal == "include":
+        return c
+    n = x.shape[0] if mask is None else jnp.sum(mask.astype(x.dtype))
+    return (c * (n - 1) + 1) / n
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
@@ -394,8 +470,9 @@ def _eigenpairs(source: Source, key: Array, k: int, method: str, rtol: float) ->
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _vectors(source: Source, key: Array, k: int, method: str, rtol: float) -> tuple[Array, Array]:
     root = inverse_root(_degrees(source))
-    if isinstance(source, Array) and method == "dense":
-        values, vectors = jnp.linalg.eigh(root[:, None] * source * root[None])
+    if method == "dense":
+        matrix = source if isinstance(source, Array) else source.todense()
+        values, vectors = jnp.linalg.eigh(root[:, None] * matrix * root[None])
         values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
         # Rows of the matrix are 0 for isolated and masked samples, and so are those of relevant eigenvectors.
         vectors = vectors * (root > 0).astype(vectors.dtype)[:, None]
@@ -490,8 +567,6 @@ def _from_landmarks(
 ) -> NormalizedCut:
     n = x.shape[0]
     valid = _features.row_mask("mask", mask, (n,))
-    if bandwidth != "global":
-        raise ValueError('method="nystroem" has one sigma: pass bandwidth="global".')
     if valid is not None and not _arrays.is_concrete(valid):
         raise ValueError('method="nystroem" draws landmarks among the valid samples, so mask= must not be traced.')
     rows = np.arange(n) if valid is None else np.flatnonzero(np.asarray(valid))
@@ -506,78 +581,44 @@ def _from_landmarks(
             raise ValueError(f"landmarks: sample {indices[~np.isin(indices, rows)][0]} is masked.")
     if k > indices.shape[0]:
         raise ValueError(f"num_components = {k}, but there are only {indices.shape[0]} landmarks.")
-    landmark_features = jnp.take(x, indices, 0)
-    if sigma is None:
-        sigma = solve_sigma(landmark_features, density=density, diagonal="exclude").sigma
-    a = affinity_operator(x, landmark_features, sigma, mask=mask, plan=plan)
-    inner = rbf_affinity(landmark_features, None, sigma)
+    known, of_landmarks, of_rows = jnp.take(x, indices, 0), sigma, None
+    if bandwidth == "per_row":
+        if sigma is not None:
+            raise ValueError('method="nystroem" solves for one sigma per row: leave out sigma, or bandwidth="per_row".')
+        of_rows = jnp.asarray(density, x.dtype)
+        of_landmarks = solve_sigma(known, density=density, bandwidth="per_row").sigma
+        sigma = solve_sigma(x, known, density=density, bandwidth="per_row", mask=mask, plan=plan).sigma
+    elif sigma is None:
+        sigma = of_landmarks = solve_sigma(known, density=density, diagonal="exclude").sigma
+    a = _symmetric(x, known, sigma, of_landmarks, valid, None, plan)
+    if n * len(known) <= _STORED_COLUMNS and plan == AUTO:
+        a = a.todense()
+    inner = _symmetric(known, known, of_landmarks, of_landmarks, None, None).todense()
     vectors, values, degrees, projection, weights = _cut_by_landmarks(a, inner, k)
     unknown = jnp.full((k,), jnp.nan, x.dtype)
-    cut = NormalizedCut(vectors, values, degrees, unknown, basis=landmark_features, sigma=jnp.asarray(sigma))
-    return replace(cut, projection=projection, weights=weights)
+    fields = {"sigma": jnp.asarray(of_landmarks), "density": of_rows, "projection": projection, "weights": weights}
+    return NormalizedCut(vectors, values, degrees, unknown, basis=known, **fields)
 
 
 @partial(jax.jit, static_argnums=2)
-def _cut_by_landmarks(a: AffinityOperator, inner: Array, k: int) -> tuple[Array, ...]:
+def _cut_by_landmarks(a: Source, inner: Array, k: int) -> tuple[Array, ...]:
     """The cut of C W^+ C', with C = A(x, landmarks) and W = A(landmarks, landmarks), without an n x m array."""
     half = _pseudoinverse_root(inner)
-    weights = matmul(half, matmul(half, a.T @ jnp.ones((a.shape[0], 1), inner.dtype)))
-    degrees = (a @ weights)[:, 0]
+    weights = matmul(half, matmul(half, _product(a.T, jnp.ones((a.shape[0], 1), inner.dtype))))
+    degrees = _product(a, weights)[:, 0]
     root = inverse_root(degrees)
     m = inner.shape[0]
     pieces = -(-m // _COLUMNS)
     columns = jnp.pad(half, ((0, 0), (0, pieces * _COLUMNS - m))).reshape(m, pieces, _COLUMNS)
 
     def gram(piece: Array) -> Array:
-        return matmul(half, a.T @ ((root * root)[:, None] * (a @ piece)))
+        return matmul(half, _product(a.T, (root * root)[:, None] * _product(a, piece)))
 
     squares = lax.map(gram, jnp.moveaxis(columns, 1, 0))
     squares = jnp.moveaxis(squares, 0, 1).reshape(m, -1)[:, :m]
     values, mix = jnp.linalg.eigh((squares + squares.T) / 2)
     values, mix = values[::-1][:k], mix[:, ::-1][:, :k]
     projection = matmul(half, mix * inverse_root(values)[None])
-    vectors = root[:, None] * (a @ projection)
+    vectors = root[:, None] * _product(a, projection)
     sign = signs(vectors)
     return vectors * sign, values, degrees, projection * sign, weights
-
-
-# --- segments --------------------------------------------------------------------------------------------------------
-
-
-@partial(jax.jit, static_argnums=2)
-def _kway(vectors: Array, present: Array, steps: int) -> Array:
-    n, k = vectors.shape
-    rows = unit(vectors)
-
-    # Start from the row of largest norm, then rows as orthogonal as possible to those before.
-    def choose(state: tuple[Array, Array, Array], _: Any) -> tuple[tuple[Array, Array, Array], Array]:
-        index, seen, _ = state
-        row = rows[index]
-        seen = seen + jnp.abs(rows @ row)
-        index = jnp.argmin(jnp.where(present, seen, jnp.inf))
-        return (index, seen, row), row
-
-    first = (jnp.argmax(jnp.linalg.norm(vectors, axis=1)), jnp.zeros(n, rows.dtype), rows[0])
-    _, chosen = lax.scan(choose, first, None, length=k)
-    turn = chosen.T
-
-    def assign(turn: Array) -> Array:
-        return jnp.argmax(rows @ turn, 1)
-
-    def should_continue(state: tuple[Array, Array, Array]) -> Array:
-        step, _, changed = state
-        return changed & (step < steps)
-
-    def update(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        step, labels, _ = state
-        hot = (labels[:, None] == jnp.arange(k)[None]) & present[:, None]
-        u, _, vt = jnp.linalg.svd(matmul(hot.astype(rows.dtype).T, rows))
-        after = assign(vt.T @ u.T)
-        return step + 1, after, jnp.any(after != labels)
-
-    _, labels, _ = lax.while_loop(should_continue, update, (jnp.asarray(0), assign(turn), jnp.asarray(True)))
-    # Number labels in the order in which they appear.
-    hot = (labels[:, None] == jnp.arange(k)[None]) & present[:, None]
-    appears = jnp.where(hot.any(0), jnp.argmax(hot, 0), n + jnp.arange(k))
-    number = jnp.argsort(jnp.argsort(appears))
-    return jnp.where(present, number[labels], -1).astype(jnp.int32)

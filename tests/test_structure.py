@@ -42,7 +42,8 @@ LAYERS = [
     {"io", "streaming"},
     {"grid", "inference", "losses", "spectral"},
     {"scaling"},
-    {"colors"},
+    {"colors", "segments"},
+    {"images"},
 ]
 # On top, for whoever does not only compute: the order among these is theirs.
 OUTER = {"__main__", "_draw", "cli", "plots", "report", "interop", "datasets"}

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from jaxalign.alignment import align
 from jaxalign.colors import ColorMethod, rgb
+from jaxalign.images import cut_together
 from jaxalign.report.baselines import standardized
 from jaxalign.spectral import NormalizedCut, normalized_cut
 
@@ -37,7 +38,7 @@ def joint_cut(
         landmarks: indices of the landmarks.
         options: options of `jaxalign.align`.
     """
-    return normalized_cut(align(features, landmarks=landmarks, **(options or {})), COMPONENTS, bandwidth="per_row")
+    return cut_together(align(features, landmarks=landmarks, **(options or {})), COMPONENTS)
 
 
 def joint_colors(

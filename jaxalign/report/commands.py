@@ -41,7 +41,8 @@ from jaxalign.report.baselines import standardized
 from jaxalign.report.coloring import joint_colors, separate_colors
 from jaxalign.report.statistics import describe, run_test
 from jaxalign.report.tables import format_table
-from jaxalign.spectral import kway, normalized_cut
+from jaxalign.segments import kway
+from jaxalign.spectral import normalized_cut
 
 # Images shown in a report, and landmarks for their colors.
 SHOWN_IMAGES, COLOR_LANDMARKS = 6, 1024
