@@ -42,11 +42,13 @@ def shipped() -> Patches:
     return Patches(features, np.asarray(data.pictures), (16, 16))
 
 
-def from_hub(models: list[str], paths: list[Path], grid: tuple[int, int] = (32, 32)) -> Patches:
+def from_hub(models: list[str], paths: list[Path], grid: tuple[int, int]) -> Patches:
     """Features of published networks, on images from files or on the shipped ones."""
     images = [read(path) for path in paths] or list(np.asarray(jaxalign.datasets.load_patch_features().pictures))
-    networks = [pretrained.NETWORKS[model] for model in models]
-    features = {network.name: pretrained.features(network, images, grid) for network in networks}
+    features = {}
+    for network in (pretrained.NETWORKS[model] for model in models):
+        print(f"features of {network.name}, {network.hub}")
+        features[network.name] = pretrained.features(network, images, grid)
     return Patches(features, np.stack([pretrained.square(image, 448) for image in images]), grid)
 
 
@@ -122,6 +124,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--models", nargs="+", choices=pretrained.NETWORKS, default=["sam", "dinov2"], help="with --pretrained"
     )
     parser.add_argument("--images", type=Path, nargs="+", default=[], help="image files, with --pretrained")
+    parser.add_argument("--grid", type=int, default=16, help="rows of patches, with --pretrained; 32 takes minutes")
     parser.add_argument("--out", type=Path, default=Path("sam_vs_dino"))
     options = parser.parse_args(arguments)
     options.models = list(dict.fromkeys(options.models))
@@ -129,9 +132,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--images needs --pretrained: the shipped features belong to the shipped images")
     if len(options.models) < 2:
         parser.error("--models needs two or more different networks, as in --models sam dinov2")
+    if not 2 <= options.grid <= 64:
+        parser.error(f"--grid must be from 2 to 64; got {options.grid}")
     return options
 
 
 if __name__ == "__main__":
     options = parse()
-    main(from_hub(options.models, options.images) if options.pretrained else shipped(), options.out)
+    grid = (options.grid, options.grid)
+    main(from_hub(options.models, options.images, grid) if options.pretrained else shipped(), options.out)

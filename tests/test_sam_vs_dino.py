@@ -338,8 +338,9 @@ def test_figures_of_photographs(example, local, tmp_path, capsys):
     assert set(scores) == {"top1", "before", "after"}
     assert np.isfinite(list(scores.values())).all()
     printed = capsys.readouterr().out
+    assert f"features of SAM, {local('sam').hub}" in printed
     assert "64 held-out patches of 2 images" in printed
-    assert [line.split(":")[0].strip() for line in printed.splitlines()[1:4]] == [
+    assert [line.split(":")[0].strip() for line in printed.splitlines()[4:7]] == [
         "SAM to DINOv2",
         "SAM to CLIP",
         "DINOv2 to CLIP",
@@ -354,6 +355,7 @@ def test_figures_of_photographs(example, local, tmp_path, capsys):
     [
         (["--images", "a.jpg"], "--images needs --pretrained"),
         (["--pretrained", "--models", "sam", "sam"], "two or more different networks"),
+        (["--pretrained", "--grid", "1"], "--grid must be from 2 to 64"),
         (["--pretrained", "--models", "vgg"], "'dinov3-timm', 'clip', 'sd'"),
     ],
 )
@@ -368,14 +370,14 @@ def test_images_that_cannot_be_read(example, tmp_path):
     text.write_text("no image")
     for path in (text, tmp_path / "missing.jpg"):
         with pytest.raises(SystemExit, match=rf"--images: .*{path.name} cannot be read .*use JPEG or PNG"):
-            example.from_hub(["sam", "dinov2"], [path])
+            example.from_hub(["sam", "dinov2"], [path], GRID)
 
 
 @pytest.mark.parametrize(("model", "package"), [("sam", "transformers"), ("sd", "diffusers"), ("dinov3-timm", "timm")])
 def test_a_missing_package_is_named_with_its_command(example, monkeypatch, model, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=rf'{package}.*pip install "jaxalign\[networks\]"'):
-        example.from_hub([model], [])
+        example.from_hub([model], [], GRID)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -412,8 +414,9 @@ def test_command_with_weights_in_the_cache_of_the_hub(example, saved, tmp_path):
     offline = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"Stable Diffusion: {2 * 512} held-out patches of 2 images" in done.stdout
+    assert f"Stable Diffusion: {2 * 128} held-out patches of 2 images" in done.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"colors.png", "matches.png"}
+    assert "UNEXPECTED" not in done.stderr
 
 
 def has_timm():
