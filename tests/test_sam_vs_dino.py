@@ -264,7 +264,9 @@ def processed(model, image):
     imagenet = transformers.image_utils
     moments = {"image_mean": imagenet.IMAGENET_DEFAULT_MEAN, "image_std": imagenet.IMAGENET_DEFAULT_STD}
     if model == "sd":
-        return diffusers.image_processor.VaeImageProcessor().preprocess(Image.fromarray(image))
+        from diffusers.image_processor import VaeImageProcessor
+
+        return VaeImageProcessor().preprocess(Image.fromarray(image))
     if model == "dinov3-timm":
         timm = pytest.importorskip("timm", reason="timm needs a torchvision that belongs to the torch at hand")
         config = timm.get_pretrained_cfg("vit_small_patch16_dinov3.lvd1689m")
@@ -277,7 +279,7 @@ def processed(model, image):
             "dinov3": lambda: transformers.DINOv3ViTImageProcessor(do_resize=False),
             "clip": lambda: transformers.CLIPImageProcessor(**as_is),
         }[model]()
-    except ImportError:
+    except (ImportError, AttributeError):
         pytest.skip(f"the processor of {model} needs a torchvision that belongs to the torch at hand")
     return processor(images=[image], return_tensors="pt")["pixel_values"]
 
@@ -378,6 +380,13 @@ def test_a_missing_package_is_named_with_its_command(example, monkeypatch, model
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=rf'{package}.*pip install "jaxalign\[networks\]"'):
         example.from_hub([model], [], GRID)
+
+
+def test_an_old_version_is_named_with_its_command(example):
+    network = example.pretrained.NETWORKS["dinov3"]
+    newer = dataclasses.replace(network, load=example.pretrained.from_transformers("DINOv9Model"))
+    with pytest.raises(SystemExit, match=r"DINOv3 needs a newer version .*DINOv9Model.*pip install -U transformers"):
+        example.pretrained.features(newer, [noise_image()], GRID)
 
 
 @pytest.mark.parametrize("model", MODELS)
