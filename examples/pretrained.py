@@ -76,7 +76,7 @@ def stable_diffusion(hub: str) -> Any:
     diffusers.utils.logging.set_verbosity_error()
     vae = AutoencoderKL.from_pretrained(hub, subfolder="vae")
     unet = UNet2DConditionModel.from_pretrained(hub, subfolder="unet")
-    model = torch.nn.ModuleDict({"vae": vae, "unet": unet})
+    model: Any = torch.nn.ModuleDict({"vae": vae, "unet": unet})
     tokenizer = CLIPTokenizer.from_pretrained(hub, subfolder="tokenizer")
     tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     with torch.no_grad():

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pretrained
 from color_agreement import agreement
+from matplotlib.figure import Figure
 
 import jaxalign
 from jaxalign.report.coloring import joint_colors, separate_colors
@@ -95,7 +96,7 @@ def main(patches: Patches, out: Path) -> dict[str, float]:
     panels = {when: {name: x.reshape(shape) for name, x in parts.items()} for when, parts in colors.items()}
     captions = {when: f"agreement {score.value:.2f}" for when, score in scores.items()}
     jaxalign.plots.color_panels(panels, patches.pictures, scores=captions).savefig(out / "colors.png", dpi=150)
-    indices = [match.index for match in matches[pairs[0]]]
+    indices = [np.asarray(match.index) for match in matches[pairs[0]]]
     draw_matches(patches, pairs[0], [positions[q] for q in queries_of], indices).savefig(out / "matches.png", dpi=110)
     plt.close("all")
     print(f"figures: {out}/colors.png, {out}/matches.png")
@@ -104,12 +105,13 @@ def main(patches: Patches, out: Path) -> dict[str, float]:
 
 def draw_matches(
     patches: Patches, names: tuple[str, str], positions: list[np.ndarray], indices: list[np.ndarray]
-) -> plt.Figure:
+) -> Figure:
     """The matches of two networks, one row per image."""
     number = len(patches.pictures)
     figure = plt.figure(figsize=(7, 3.4 * number), layout="constrained")
     for k, axes in enumerate(np.atleast_2d(figure.subplots(number, 2))):
-        jaxalign.plots.matches(*[patches.pictures[k]] * 2, positions[k], indices[k], patches.grid, axes=axes)
+        picture = patches.pictures[k]
+        jaxalign.plots.matches(picture, picture, positions[k], indices[k], patches.grid, axes=axes)
         for ax, name in zip(axes, names, strict=True):
             ax.set_title(name, fontsize=10)
     jaxalign.plots.match_legend(figure)
