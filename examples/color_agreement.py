@@ -60,11 +60,20 @@ def agreement(
         np.array([block[np.arange(len(block)), move].mean() for move in _moves(positions[images == image])])
         for image, block in zip(np.unique(images), blocks, strict=True)
     ]
-    # Every combination of the moves of all images; that of no moves comes first.
-    total = moved[0] / len(moved)
-    for values in moved[1:]:
-        total = np.ravel(total[:, None] + values[None] / len(moved))
+    total = _combinations(moved)
     return Agreement(float(1 - total[0] / chance), float(np.mean(total <= total[0] + 1e-9)))
+
+
+def _combinations(moved: list[np.ndarray], limit: int = 2**16) -> np.ndarray:
+    """Mean distances of every combination of moves, or of `limit` random ones; that of no moves comes first."""
+    if np.sum(np.log2([len(values) for values in moved])) > np.log2(limit):
+        rng = np.random.default_rng(0)
+        columns = [np.append(values[0], rng.choice(values, limit - 1)) for values in moved]
+        return np.mean(columns, 0)
+    total = np.zeros(1)
+    for values in moved:
+        total = np.ravel(total[:, None] + values[None] / len(moved))
+    return total
 
 
 def _moves(positions: np.ndarray) -> list[np.ndarray]:

@@ -93,6 +93,18 @@ def test_clip_of_images_and_texts_at_once(transformers):
     np.testing.assert_allclose(found[name][2:3], alone[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["CLIPVisionModel", "CLIPTextModel", "DINOv3ViTModel"])
+def test_patterns_of_the_page_match_all_blocks(transformers, name):
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model_class = getattr(transformers, name)
+    model = model_class(model_class.config_class(**tower))
+    images, words = RNG.normal(size=(2, 3, 224, 224)).astype(np.float32), RNG.integers(3, 100, (2, 10))
+    pattern = "**layer.*" if name == "DINOv3ViTModel" else "**encoder.layers.*"
+    found = capture_features(model, words if name == "CLIPTextModel" else images, layers=pattern, tokens="mean")
+    assert [layer.split(".")[-2:] for layer in found] == [[pattern.split(".")[-2].strip("*"), f"{k}"] for k in range(3)]
+    assert {features.shape for features in found.values()} == {(2, 16)}
+
+
 def test_unet_of_stable_diffusion():
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers", reason='networks: python -m pip install "jaxalign[networks]"')

@@ -6,8 +6,6 @@ import helpers
 import numpy as np
 import pytest
 
-import jaxalign
-
 pytest.importorskip("matplotlib", reason='the examples draw: python -m pip install "jaxalign[viz]"')
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
@@ -62,6 +60,20 @@ def test_smooth_colours_agree_no_better_than_moved(color_agreement):
     assert np.sum(np.array(found) <= 0.05) <= 9  # binomial, 3 expected
 
 
+def test_many_images_have_too_many_combinations_of_moves(color_agreement):
+    moved = [np.random.default_rng(k).random(4) for k in range(5)]
+    exact = color_agreement._combinations(moved)
+    assert exact.shape == (4**5,)
+    drawn = color_agreement._combinations(moved, limit=1000)
+    assert drawn.shape == (1000,)
+    unmoved = np.mean([values[0] for values in moved])
+    np.testing.assert_allclose([exact[0], drawn[0]], unmoved)
+    np.testing.assert_allclose(drawn.mean(), exact.mean(), atol=0.02)  # about five standard errors
+    places = grid_of(20, 4)
+    colors = np.random.default_rng(0).random((320, 3))
+    assert color_agreement.agreement({"a": colors, "b": colors}, [("a", "b")], *places).p_value == 1 / 2**16
+
+
 def test_pairs_are_of_different_networks(color_agreement):
     assert color_agreement.pairs_of_networks(["vit 1", "vit 2", "cnn 1"]) == [("vit 1", "cnn 1"), ("vit 2", "cnn 1")]
 
@@ -75,33 +87,3 @@ def test_colours_agree_after_alignment_and_not_before(tmp_path, capsys):
     assert found["top1"] > 0.5
     assert {path.name for path in tmp_path.iterdir()} == {"colors.png", "matches.png"}
     assert "held-out patches" in capsys.readouterr().out
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_pretrained_networks_are_read_as_small_random_ones_are():
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    transformers.utils.logging.set_verbosity_error()
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sam = transformers.SamVisionModel(
-        transformers.SamVisionConfig(
-            **small,
-            image_size=64,
-            patch_size=4,
-            output_channels=8,
-            window_size=4,
-            global_attn_indexes=[1],
-            num_pos_feats=8,
-        )
-    ).vision_encoder
-    dino = transformers.Dinov2Model(transformers.Dinov2Config(**small, image_size=64, patch_size=4))
-    size = {"height": 64, "width": 64}
-    processors = (
-        transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size=size),
-        transformers.BitImageProcessor(size={"shortest_edge": 64}, crop_size=size),
-    )
-    pictures = [np.asarray(one)[:200] for one in jaxalign.datasets.load_patch_features().pictures[:2]]
-    with helpers.example("sam_vs_dino") as example:
-        patches = example.extract(pictures, (sam, processors[0]), (dino, processors[1]))
-        assert {name: x.shape for name, x in patches.features.items()} == {"SAM": (512, 8), "DINOv2": (512, 16)}
-        assert patches.pictures.shape == (2, 224, 224, 3)
