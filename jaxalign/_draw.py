@@ -69,3 +69,14 @@ def heat_map(
             number = f"({number})" if chance and values.size <= _MAX_WRITTEN else number
             ax.text(j, i, number, ha="center", va="center", size=7, color="black" if bright else "white")
     return ax
+
+
+def segment_colors(number: int) -> Any:
+    """A color map for segments: the colors of the first segments do not depend on their number, up to 20."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    if number <= 20:
+        pairs = colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
+        return ListedColormap([*pairs[::2], *pairs[1::2]])
+    return colormaps["gist_ncar"].resampled(number)

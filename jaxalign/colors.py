@@ -81,19 +81,7 @@ class ColorMap:
         if rows.shape[1] != self.num_components:
             raise ValueError(f"the colors were fitted to {self.num_components} columns, embedding has {rows.shape[1]}.")
         present = jnp.any(rows != 0, 1)
-        return self._color(unit(rows), present)
-
-    def _color(self, rows: Array, present: Array) -> Array:
-        """Colors of unit rows."""
-        if self.method == "distances":
-            colors = jax.nn.sigmoid(_forward(self.network, rows - self.center, self.turn))
-            return jnp.where(present[:, None], colors, 0)
-        if self.method == "umap":
-            known = np.asarray(present)
-            found = self.layout.transform(np.asarray(rows)[known])
-            rows = jnp.zeros((len(rows), 3), rows.dtype).at[np.flatnonzero(known)].set(found)
-        colors = (matmul(rows - self.center, self.turn) - self.low) / self.width
-        return jnp.where(present[:, None], jnp.clip(colors, 0, 1), 0)
+        return _color(self, unit(rows), present)
 
 
 def fit_colors(
@@ -152,9 +140,9 @@ def rgb(
             their first three principal axes into the color cube: two axes are hues, the third is brightness. It is
             linear in the unit rows, deterministic and differentiable. "distances" fits a small network from unit rows
             into the color cube, so that distances between colors are proportional to those between rows
-            (multidimensional scaling, Kruskal 1964, of a map as in Lowe & Tipping 1997); it needs optax. "umap" and
+            (multidimensional scaling, Kruskal 1964, of a map as in Lowe & Tipping 1997). "umap" and
             "tsne" first embed the rows in three dimensions, which separates more groups but preserves large distances
-            less well; they need the extras [umap] and [tsne].
+            less well. All but "rotate" need an extra of their name, such as jaxalign[umap].
         num_components: the number of leading columns that are used, at least 3, at most k: few show large parts, more
             show details.
         like: an embedding whose map from rows to colors is used: a new image in the colors of an old one (its rows by
@@ -169,7 +157,7 @@ def rgb(
     Raises:
         ValueError: fewer than three columns or samples; nan; an unknown method; `like` of another width or with
             "tsne".
-        ImportError: "umap" or "tsne" without the extra, "distances" without optax.
+        ImportError: a method without its extra.
 
     Examples:
         >>> import jax, jaxalign
@@ -204,13 +192,26 @@ def _fit(
         center, turn, network = _fit_distances(rows, present, seed)
         nothing = jnp.zeros((1, 3), rows.dtype)
         colors = ColorMap(method, width, center, turn, nothing, nothing + 1, network)
-        return colors, colors._color(rows, present)
+        return colors, _color(colors, rows, present)
     layout = None
     if method != "rotate":
         layout, rows = _embed_rows(method, rows, present, seed)
     parts = _axes(rows, present, float(quantile))
     linear = ColorMap("rotate", width, *parts)
-    return replace(linear, method=method, layout=layout), linear._color(rows, present)
+    return replace(linear, method=method, layout=layout), _color(linear, rows, present)
+
+
+def _color(colors: ColorMap, rows: Array, present: Array) -> Array:
+    """Colors of unit rows."""
+    if colors.method == "distances":
+        found = jax.nn.sigmoid(_forward(colors.network, rows - colors.center, colors.turn))
+        return jnp.where(present[:, None], found, 0)
+    if colors.method == "umap":
+        known = np.asarray(present)
+        embedded = colors.layout.transform(np.asarray(rows)[known])
+        rows = jnp.zeros((len(rows), 3), rows.dtype).at[np.flatnonzero(known)].set(embedded)
+    found = (matmul(rows - colors.center, colors.turn) - colors.low) / colors.width
+    return jnp.where(present[:, None], jnp.clip(found, 0, 1), 0)
 
 
 def _rows(name: str, value: Any, num_components: int, min_rows: int = 3) -> Array:
@@ -261,7 +262,7 @@ def _fit_distances(rows: Array, valid: Array, seed: int) -> tuple[Array, Array, 
     try:
         import optax  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        raise ImportError('method="distances" needs optax: python -m pip install optax') from error
+        raise ImportError('method="distances" needs an extra: python -m pip install "jaxalign[distances]"') from error
     return _fit_network(rows, valid, jax.random.key(seed))
 
 
@@ -285,25 +286,27 @@ def _fit_network(rows: Array, valid: Array, key: Array) -> tuple[Array, Array, t
     number = jnp.sum(valid)
 
     def draw(key: Array) -> Array:
-        """Pairs of random valid rows, (2, pairs, c)."""
-        return centered[places[jax.random.randint(key, (2, _PAIRS), 0, number)]]
+        """Random valid rows; rows k and k + pairs are a pair."""
+        return centered[places[jax.random.randint(key, (2 * _PAIRS,), 0, number)]]
 
-    def apart(pairs: Array) -> Array:
-        squares = jnp.sum((pairs[0] - pairs[1]) ** 2, -1)
-        return jnp.sqrt(jnp.where(squares > 0, squares, 1)) * (squares > 0)
+    def apart(rows: Array) -> Array:
+        squares = jnp.sum((rows[:_PAIRS] - rows[_PAIRS:]) ** 2, -1)
+        return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
     mean = jnp.mean(apart(draw(keys[0])))
     unit_length = _MEAN_DISTANCE / jnp.where(mean > 0, mean, 1)
 
-    def stress(network: Any, pairs: Array) -> Array:
-        colors = jax.nn.sigmoid(_forward(network, pairs, turn))
-        return jnp.mean((apart(colors) - unit_length * apart(pairs)) ** 2)
+    def stress(network: Any, rows: Array) -> Array:
+        colors = jax.nn.sigmoid(_forward(network, rows, turn))
+        return jnp.mean((apart(colors) - unit_length * apart(rows)) ** 2)
 
     optimizer = optax.adam(optax.schedules.cosine_decay_schedule(_LEARNING_RATE, _STEPS))
 
     def step(state: Any, key: Array) -> tuple[Any, None]:
         network, moments = state
-        updates, moments = optimizer.update(jax.grad(stress)(network, draw(key)), moments)
+        gradient = jax.grad(stress)(network, draw(key))
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+            updates, moments = optimizer.update(gradient, moments)
         return (optax.apply_updates(network, updates), moments), None
 
     start = (network, optimizer.init(network))

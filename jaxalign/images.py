@@ -8,8 +8,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxalign import _checks, _features
@@ -82,7 +80,9 @@ class ColoredImages:
         Raises:
             ValueError: more segments than components.
         """
-        labels = nested_segments(self.cut, number)[-1]
+        k = self.cut.eigenvectors.shape[1]
+        number = k if number is None else _checks.whole("number", number, 1, k, most_is="the components of the cut, ")
+        labels = nested_segments(self.cut)[number - 1]
         shape = next(iter(self.colors.values())).shape[:-1]
         return dict(zip(self.colors, labels.reshape(-1, *shape), strict=True))
 

@@ -654,8 +654,8 @@ def segments(
         ax.imshow(image)
         extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
     count = int(numbers.max()) + 1
-    cmap, last = ("tab10", 9) if count <= 10 else ("tab20", 19) if count <= 20 else ("gist_ncar", count - 1)
-    ax.imshow(drawn, cmap=cmap, vmin=0, vmax=last, alpha=1 if picture is None else 0.55,
+    colors = _draw.segment_colors(count)
+    ax.imshow(drawn, cmap=colors, vmin=0, vmax=colors.N - 1, alpha=1 if picture is None else 0.55,
               extent=extent, interpolation="nearest")  # fmt: skip
     ax.set_axis_off()
     return ax

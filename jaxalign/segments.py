@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -89,8 +90,8 @@ def nested_segments(cut: NormalizedCut, segments: int | None = None) -> Int[Arra
 
 def prompt_scores(
     cut: NormalizedCut,
-    inside: int | Int[AnyArray, " p"],
-    outside: int | Int[AnyArray, " q"] | None = None,
+    inside: int | Sequence[int] | Int[AnyArray, " p"],
+    outside: int | Sequence[int] | Int[AnyArray, " q"] | None = None,
     *,
     rows: Numbers[Data, "m k"] | None = None,
 ) -> Float[Array, " m"]:

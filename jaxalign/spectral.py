@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign import _arrays, _checks, _features
-from jaxalign._linalg import matmul, unit
+from jaxalign._linalg import matmul
 from jaxalign._problem import check_unused
 from jaxalign._repr import short_repr
 from jaxalign._typing import AnyArray, Data, Mask, Numbers
@@ -250,7 +250,7 @@ def normalized_cut(
         check_single_device(plan, 'method="dense" stores the whole matrix', 'or use "lobpcg" or "nystroem"')
     options: dict[str, Any] = {"density": density, "diagonal": diagonal, "bandwidth": bandwidth, "mask": mask}
     solved = is_features and sigma is None and bandwidth == "per_row"
-    of_rows = _density_of_rows(density, diagonal, x, mask) if solved else None
+    of_rows = _density_of_rows(density, diagonal, n, mask, x.dtype) if solved else None
     source: Source = x
     if isinstance(x, AffinityOperator):
         source = x.todense() if method == "dense" else x
@@ -443,17 +443,17 @@ def _with_features(
     inverse = jnp.where(known, 1 / jnp.where(known, cut.eigenvalues, 1), jnp.nan)
     projection = cut.eigenvectors * inverse_root(cut.degrees)[:, None] * inverse[None]
     ones = jnp.ones((x.shape[0], 1), x.dtype)
-    fields = {"sigma": sigma, "density": density, "projection": projection, "weights": ones}
-    return replace(cut, basis=x, basis_mask=mask, **fields)
+    fitted = replace(cut, basis=x, basis_mask=mask, sigma=sigma, density=density)
+    return replace(fitted, projection=projection, weights=ones)
 
 
-def _density_of_rows(density: ArrayLike, diagonal: Diagonal, x: Array, mask: Array | None) -> Array:
+def _density_of_rows(density: ArrayLike, diagonal: Diagonal, n: int, mask: Array | None, dtype: Any) -> Array:
     """The mean of a row of the affinity, with the diagonal: the density that new rows have, too."""
-    c = jnp.asarray(density, x.dtype)
+    c = jnp.asarray(density, dtype)
     if diagonal == "include":
         return c
-    n = x.shape[0] if mask is None else jnp.sum(mask.astype(x.dtype))
-    return (c * (n - 1) + 1) / n
+    count = n if mask is None else jnp.sum(mask.astype(dtype))
+    return (c * (count - 1) + 1) / count
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
@@ -596,12 +596,12 @@ def _from_landmarks(
     inner = _symmetric(known, known, of_landmarks, of_landmarks, None, None).todense()
     vectors, values, degrees, projection, weights = _cut_by_landmarks(a, inner, k)
     unknown = jnp.full((k,), jnp.nan, x.dtype)
-    fields = {"sigma": jnp.asarray(of_landmarks), "density": of_rows, "projection": projection, "weights": weights}
-    return NormalizedCut(vectors, values, degrees, unknown, basis=known, **fields)
+    cut = NormalizedCut(vectors, values, degrees, unknown, basis=known, sigma=jnp.asarray(of_landmarks))
+    return replace(cut, density=of_rows, projection=projection, weights=weights)
 
 
 @partial(jax.jit, static_argnums=2)
-def _cut_by_landmarks(a: Source, inner: Array, k: int) -> tuple[Array, ...]:
+def _cut_by_landmarks(a: Array | AffinityOperator | _Symmetric, inner: Array, k: int) -> tuple[Array, ...]:
     """The cut of C W^+ C', with C = A(x, landmarks) and W = A(landmarks, landmarks), without an n x m array."""
     half = _pseudoinverse_root(inner)
     weights = matmul(half, matmul(half, _product(a.T, jnp.ones((a.shape[0], 1), inner.dtype))))

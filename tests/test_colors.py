@@ -69,6 +69,47 @@ def test_layouts_of_the_usual_libraries(cut, method, package):
     assert min(np.linalg.norm(means[a] - means[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > 0.2
 
 
+@pytest.mark.slow
+def test_distances_of_colors_are_those_of_rows(cut):
+    rows = np.asarray(cut.eigenvectors)
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    pairs = np.triu_indices(90, 1)
+
+    def stress(colors):
+        d, e = (np.linalg.norm(a[pairs[0]] - a[pairs[1]], axis=1) for a in (rows, np.asarray(colors)))
+        scale = (d * e).sum() / (d * d).sum()
+        return np.sqrt(((e - scale * d) ** 2).sum() / ((scale * d) ** 2).sum())
+
+    kept, turned = rgb(cut, "distances"), rgb(cut)
+    assert stress(kept) < 0.8 * stress(turned)
+    assert stress(kept) < 0.2
+    np.testing.assert_array_equal(kept, rgb(cut, "distances"))  # a seed
+    assert 0 <= np.min(kept) < 0.15 < 0.85 < np.max(kept) <= 1  # they fill the cube
+    new = jaxalign.fit_colors(cut, "distances")(cut.eigenvectors[5:9])
+    np.testing.assert_allclose(new, kept[5:9], atol=1e-5)
+    flat = jnp.zeros((9, 3)).at[:, 0].set(1)
+    assert np.isfinite(rgb(flat, "distances")).all()
+    padded = jnp.concatenate([cut.eigenvectors, jnp.zeros((20, 5))])
+    assert not np.any(rgb(padded, "distances")[90:])
+
+
+def test_a_fitted_map_gives_the_same_colors(cut):
+    colors = jaxalign.fit_colors(cut)
+    np.testing.assert_allclose(colors(cut), rgb(cut), atol=1e-6)
+    np.testing.assert_allclose(colors(cut.eigenvectors[3:4]), rgb(cut)[3:4], atol=1e-6)  # of one sample, too
+    np.testing.assert_allclose(jax.jit(lambda c, x: c(x))(colors, cut.eigenvectors), rgb(cut), atol=1e-5)
+    with pytest.raises(ValueError, match="fitted to 5 columns, embedding has 4"):
+        colors(cut.eigenvectors[:, :4])
+    with pytest.raises(ValueError, match="no map for new rows"):
+        jaxalign.fit_colors(cut, "tsne")
+
+
+def test_distances_say_what_is_missing(cut, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "optax", None)
+    with pytest.raises(ImportError, match=r"jaxalign\[distances\]"):
+        rgb(cut, "distances")
+
+
 def test_layouts_say_what_is_missing(cut, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "umap", None)
     with pytest.raises(ImportError, match=r"jaxalign\[umap\]"):

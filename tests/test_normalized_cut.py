@@ -119,8 +119,74 @@ def test_a_sigma_a_row_is_cut_in_its_symmetric_part(x64):
     for method in ("dense", "lobpcg"):
         cut = normalized_cut(x, 4, density=0.2, bandwidth="per_row", method=method, plan=Plan(32))
         np.testing.assert_allclose(cut.eigenvalues, expected, atol=1e-9)
-    with pytest.raises(ValueError, match="transform needs features and one sigma"):
-        cut.transform(x)
+    sigma = jaxalign.solve_sigma(x, density=0.2, bandwidth="per_row").sigma
+    given = normalized_cut(x, 4, sigma=sigma, bandwidth="per_row", method="dense")
+    np.testing.assert_allclose(given.eigenvalues, expected, atol=1e-9)
+    with pytest.raises(ValueError, match="transform needs features, but this cut is of an affinity, or at given"):
+        given.transform(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("diagonal", ["include", "exclude"])
+def test_transform_with_a_sigma_a_row_gives_samples_their_own_rows(diagonal, x64):
+    x = features()
+    mask = np.arange(90) < 80
+    for options in ({}, {"mask": mask}):
+        cut = normalized_cut(x, 4, density=0.3, bandwidth="per_row", diagonal=diagonal, **options)
+        np.testing.assert_allclose(cut.transform(x[:80]), cut.eigenvectors[:80], atol=1e-7)
+    # A new sample has the sigma at which its mean affinity to the 80 others is the density: near the cut of all 90.
+    new = cut.transform(x[80:])
+    together = normalized_cut(x, 4, density=0.3, bandwidth="per_row", diagonal=diagonal).eigenvectors[80:]
+    for j in range(2):
+        assert abs(np.corrcoef(new[:, j], together[:, j])[0, 1]) > 0.9
+
+
+@pytest.mark.slow
+def test_all_landmarks_give_the_exact_cut_of_a_sigma_a_row(x64):
+    x = features()
+    exact = normalized_cut(x, 3, density=0.3, bandwidth="per_row", method="dense")
+    cut = normalized_cut(x, 3, density=0.3, bandwidth="per_row", method="nystroem", landmarks=np.arange(90))
+    # Only the negative eigenvalues of (A + A') / 2 are left out of its inverse root.
+    np.testing.assert_allclose(cut.eigenvalues, exact.eigenvalues, atol=1e-6)
+    np.testing.assert_allclose(np.abs(np.sum(cut.eigenvectors * exact.eigenvectors, 0)), 1, atol=1e-6)
+    np.testing.assert_allclose(cut.transform(x), cut.eigenvectors, atol=1e-8)
+    tiled = normalized_cut(
+        x, 3, density=0.3, bandwidth="per_row", method="nystroem", landmarks=np.arange(90), plan=Plan(32)
+    )
+    np.testing.assert_allclose(tiled.eigenvalues, cut.eigenvalues, atol=1e-9)
+    with pytest.raises(ValueError, match="solves for one sigma per row"):
+        normalized_cut(x, 3, sigma=np.ones(90), bandwidth="per_row", method="nystroem")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dense", "lobpcg"])
+def test_repulsion_is_the_equation_of_yu_and_shi(method, x64, rng):
+    a = np.asarray(rbf_affinity(features(), density=0.2))
+    r = rng.uniform(size=a.shape)
+    r = 0.1 * (r + r.T)
+    d = (a + r).sum(1)
+    signed = (a - r + np.diag(r.sum(1))) / np.sqrt(d[:, None] * d[None])
+    expected = np.linalg.eigvalsh(signed)[::-1][:3]
+    cut = normalized_cut(a, 3, repulsion=r, method=method)
+    np.testing.assert_allclose(cut.eigenvalues, expected, atol=1e-8)
+    np.testing.assert_allclose(cut.degrees, d, rtol=1e-10)
+    np.testing.assert_allclose(signed @ cut.eigenvectors, cut.eigenvectors * cut.eigenvalues[None], atol=1e-6)
+    operator = normalized_cut(affinity_operator(features(), density=0.2), 3, repulsion=r, method=method)
+    np.testing.assert_allclose(operator.eigenvalues, expected, atol=1e-8)
+    nothing = normalized_cut(a, 3, repulsion=0 * r, method=method)
+    np.testing.assert_allclose(nothing.eigenvalues, normalized_cut(a, 3, method=method).eigenvalues, atol=1e-9)
+
+    def second(r):
+        return normalized_cut(a, 2, repulsion=(r + r.T) / 2, method=method).eigenvalues[1]
+
+    helpers.check_derivatives(second, r, rng)
+
+
+def test_repulsion_separates_what_attraction_joins():
+    a = np.ones((6, 6), np.float32)
+    r = np.zeros((6, 6), np.float32)
+    r[:3, 3:] = r[3:, :3] = 0.5
+    assert kway(normalized_cut(a, 2, repulsion=r)).tolist() == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.slow
@@ -223,6 +289,9 @@ def test_segments_are_the_groups():
         (np.ones((9, 4), np.float32), {"num_components": 4, "method": "nystroem", "landmarks": 3}, "only 3 landmarks"),
         (np.ones((9, 4), np.float32), {"num_components": 2, "method": "svd"}, "method must be one of"),
         (np.ones((2, 9, 4), np.float32), {"num_components": 2}, "jax.vmap for a batch"),
+        (np.ones((9, 4), np.float32), {"num_components": 2, "repulsion": np.ones((9, 9))}, "option of an affinity"),
+        (np.eye(9, dtype=np.float32), {"num_components": 2, "repulsion": np.ones((4, 4))}, "shape of the affinity"),
+        (np.eye(4, dtype=np.float32), {"num_components": 2, "repulsion": -np.ones((4, 4))}, "negative entries"),
     ],
 )
 def test_bad_input(x, options, message, unchecked_types):

@@ -35,6 +35,8 @@ RESULTS = {
     ),
     "ScalingCurve": lambda: jaxalign.scaling_curve(X, Y, kernel="linear", key=KEY),
     "NormalizedCut": lambda: jaxalign.normalized_cut(X, 2, density=0.2),
+    "ColorMap": lambda: jaxalign.fit_colors(X),
+    "ColoredImages": lambda: jaxalign.color_images({"a": X[:, :3].reshape(1, -1, 2, 3)}, num_components=3),
     "AffinityOperator": lambda: jaxalign.affinity_operator(X, density=0.2).degree_normalized(),
     "Projector": lambda: jaxalign.losses.Projector.init(KEY, 8, 9),
     "GradientAgreement": jaxalign.losses.GradientAgreement.start,
@@ -43,6 +45,7 @@ RESULTS = {
     "FeatureQueue": lambda: jaxalign.losses.FeatureQueue.empty(8, 2, 3),
     "Plan": lambda: jaxalign.Plan(1024),
     "PatchFeatures": jaxalign.datasets.load_patch_features,
+    "PartFeatures": jaxalign.datasets.load_part_features,
     "DigitFeatures": jaxalign.datasets.load_digit_features,
     "FeatureSet": lambda: io.FeatureSet("x", X, "x.npy"),
 }

@@ -43,10 +43,9 @@ LAYERS = [
     {"grid", "inference", "losses", "spectral"},
     {"scaling"},
     {"colors", "segments"},
-    {"images"},
 ]
 # On top, for whoever does not only compute: the order among these is theirs.
-OUTER = {"__main__", "_draw", "cli", "plots", "report", "interop", "datasets"}
+OUTER = {"__main__", "_draw", "cli", "images", "plots", "report", "interop", "datasets"}
 HEAVY = (
     "torch",
     "flax",

@@ -41,7 +41,7 @@ VISITS_PAIRS = {
     "alignment_loss", "token_loss", "scaling_curve",
     "streaming.solve_sigma", "streaming.mean_density", "cka", "hsic", "rsa", "distance_correlation",
     "affinity_distance",
-    "mutual_knn", "jaccard", "cknna", "nearest_neighbors",
+    "mutual_knn", "jaccard", "cknna", "nearest_neighbors", "segment_channels",
 }  # fmt: skip
 # Other words for what has a name of its own: the name.
 SYNONYMS = {
@@ -58,12 +58,14 @@ DEFAULTS = {
         "correspondence": "rows of affinities are compared by their shape",
         "rdm": "as published", "rsa": "as published",
     },
-    "num_components": {"rgb": "the leading ones of a cut", "svcca": "a fraction of the variance"},
+    "num_components": {"rgb": "the leading ones of a cut", "fit_colors": "the leading ones of a cut",
+                       "color_images": "fine grids show details", "svcca": "a fraction of the variance"},
     "result": {
         "shape_distance": "as published", "affinity_distance": "two norms", "procrustes": "two norms",
         "cca": "of correlations", "svcca": "of correlations",
     },
-    "method": {"normalized_cut": "by size", "rgb": "of colors", "match": "of assignments"},
+    "method": {"normalized_cut": "by size", "rgb": "of colors", "fit_colors": "of colors", "color_images": "of colors",
+               "match": "of assignments"},
     "alpha": {"shape_distance": "as published"},
     "key": {"permutation_test": "is required", "bootstrap": "is required", "paired_difference": "is required",
             "scaling_curve": "is required"},
@@ -244,7 +246,7 @@ ELSEWHERE = {
     ("rbf_affinity", "mask_y"), ("solve_sigma", "mask_y"), ("mean_density", "mask_y"), ("affinity_operator", "mask_y"),
     ("reduce_pairs", "mask_y"), ("mean_density", "bandwidth"), ("align", "bandwidth"),
     ("normalized_cut", "kind"), ("normalized_cut", "sigma"), ("normalized_cut", "landmarks"), ("normalized_cut", "key"),
-    ("rgb", "method"), ("rgb", "seed"),
+    ("normalized_cut", "repulsion"), ("rgb", "method"), ("rgb", "seed"),
 }  # fmt: skip
 DATA = {"x", "y", "features", "fn", "a", "b", "alignment", "embedding", "batches"}
 
