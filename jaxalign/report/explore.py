@@ -94,7 +94,8 @@ def explore_files(options: dict[str, Any]) -> commands.Result:
     errors = {"before": before.error, "after": after.error}
     data = {
         "networks": [io.printable(name) for name in features], "grid": grid, "density": options["density"],
-        "error": errors, "notes": notes, "provenance": commands.provenance(options, inputs),
+        "error": errors, "notes": notes,
+        "provenance": {**commands.provenance(options, inputs), "images sha256": images.sha256},
     }  # fmt: skip
     content = page(data, images.shown, {"before": before, "after": after}, matches).encode()
     replace_file(out, content)
