@@ -127,14 +127,14 @@ def folder(tmp_path):
 
 
 def test_layers_are_chosen_by_name(folder):
-    inputs, notes = explore.read_networks([folder / "cnn", folder / "vit.npy"], None)
+    inputs = explore.read_networks([folder / "cnn", folder / "vit.npy"], None)
     assert list(inputs.arrays) == ["cnn", "vit"]
     assert inputs.arrays["cnn"].name == "block10"
-    assert notes == ["cnn: block10, the last of 2 layers (see --layer)"]
+    assert inputs.notes == ("cnn: block10, the last of 2 layers (see --layer)",)
     assert explore.as_maps(inputs.arrays["vit"], inputs.rows["vit"]).shape == (2, 4, 4, 6)
-    inputs, notes = explore.read_networks([folder / "cnn"], "*2")
+    inputs = explore.read_networks([folder / "cnn"], "*2")
     assert inputs.arrays["cnn"].name == "block2"
-    assert notes == []
+    assert inputs.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,7 @@ def test_layers_are_chosen_by_name(folder):
         (("cnn", "--images", "three.npy"), "--images three.npy: 3 images, but cnn has maps of 2"),
         (("class.npy",), "class has shape (2, 17, 6). If the first of its 17 tokens are no patches, leave these out"),
         (("coarse.npy",), "at most 2 x 2 positions, at least 4 x 4 are needed: choose an earlier layer with --layer"),
+        (("equal.npy",), "equal: no sigma found"),
         (("cnn", "--out", "cnn"), "--out cnn is a folder: name a file, such as cnn/explore.html"),
         (("cnn", "--out", "photos.npy", "--force"), "--out photos.npy exists: name another file"),
         (("cnn", "--out", "none/page.html"), "there is no folder none. Make it, or name another file"),
@@ -156,6 +157,7 @@ def test_refusals(folder, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     np.save("three.npy", np.zeros((3, 8, 8, 3), np.uint8))
     np.save("class.npy", np.ones((2, 17, 6), np.float32))
+    np.save("equal.npy", np.ones((2, 4, 4, 6), np.float32))
     np.save("coarse.npy", np.ones((2, 2, 2, 6), np.float32))
     images = [] if "--images" in arguments else ["--images", "photos.npy"]
     out = [] if "--out" in arguments else ["--out", "page.html"]

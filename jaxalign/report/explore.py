@@ -7,7 +7,7 @@ networks. From these its script computes the affinity of every patch to the one 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import permutations
 from math import isqrt
@@ -74,7 +74,7 @@ class Matches:
 
 def explore_files(options: dict[str, Any]) -> commands.Result:
     """Write the page for maps of the same images in several networks."""
-    inputs, notes = read_networks(options["inputs"], options["layer"])
+    inputs = read_networks(options["inputs"], options["layer"])
     images = commands.read_images(options["images"], None)
     assert images is not None
     maps = {name: as_maps(stored, inputs.rows[name]) for name, stored in inputs.arrays.items()}
@@ -90,7 +90,7 @@ def explore_files(options: dict[str, Any]) -> commands.Result:
     features = {name: x.reshape(-1, x.shape[-1]) for name, x in maps.items()}
     before, after = separate_side(features, options), joint_side(features, grid, images.number, options)
     matches, unmatched = find_matches(features, grid)
-    notes = [*notes, *resized, *unmatched]
+    notes = (*inputs.notes, *resized, *unmatched)
     errors = {"before": before.error, "after": after.error}
     data = {
         "networks": [io.printable(name) for name in features], "grid": grid, "density": options["density"],
@@ -105,17 +105,18 @@ def explore_files(options: dict[str, Any]) -> commands.Result:
         f"{h} x {w} patches\nAffinities on the page differ from the exact ones by {errors['after'][0]:.4f} on average "
         f"after alignment, at most {errors['after'][1]:.2f}, and by {errors['before'][0]:.4f} before it."
     )
-    return commands.Result({**data, "files": [out.name], "bytes": len(content)}, commands.with_notes(text, (*notes,)))
+    return commands.Result({**data, "files": [out.name], "bytes": len(content)}, commands.with_notes(text, notes))
 
 
 # --- from files to maps on one grid ----------------------------------------------------------------------------------
 
 
-def read_networks(paths: Sequence[Path], layer: str | None) -> tuple[commands.Input, list[str]]:
+def read_networks(paths: Sequence[Path], layer: str | None) -> commands.Input:
     """One layer of each input, named after the input: the last one whose name matches `layer`."""
     names = [path.name if path.is_dir() else path.stem for path in paths]
     names = names if len(set(names)) == len(names) else [str(path) for path in paths]
-    entries, notes = [], []
+    entries: list[tuple[Path, str, io.FeatureSet]] = []
+    notes: list[str] = []
     for path, name in zip(paths, names, strict=True):
         layers = io.read_features(path)
         chosen = [key for key in layers if layer is None or fnmatchcase(key, layer)]
@@ -126,7 +127,8 @@ def read_networks(paths: Sequence[Path], layer: str | None) -> tuple[commands.In
         if len(chosen) > 1:
             last = io.printable(chosen[-1])
             notes.append(f"{io.printable(name)}: {last}, the last of {len(chosen)} layers (see --layer)")
-    return commands.check_entries(entries, "samples"), notes
+        notes += commands.channels_first(name, layers[chosen[-1]].values)
+    return replace(commands.check_entries(entries, "samples"), notes=tuple(notes))
 
 
 def as_maps(stored: io.FeatureSet, rows: Any) -> Float[np.ndarray, "images h w d"]:
@@ -180,7 +182,7 @@ def _check_output(out: Path, inputs: Sequence[Path], *, force: bool) -> None:
 def separate_side(features: Features, options: Mapping[str, Any]) -> Side:
     """Before alignment: each network by itself, with standardized channels."""
     num_codes = _codes_per_sample(_BYTES_BEFORE, features)
-    sides = [_side(standardized(x).astype(np.float32), num_codes, options) for x in features.values()]
+    sides = [_side(name, standardized(x).astype(np.float32), num_codes, options) for name, x in features.items()]
     errors = np.asarray([side.error for side in sides])
     return Side(
         tuple(rows for side in sides for rows in side.rows),
@@ -195,7 +197,7 @@ def joint_side(features: Features, grid: Grid, number_of_images: int, options: M
     landmarks = checkerboard_landmarks(number_of_images, grid, options["landmarks"], options["seed"])
     alignment = align(features, landmarks=landmarks)
     stacked = np.concatenate([np.asarray(rows, np.float32) for rows in alignment.features.values()])
-    return _side(stacked, _codes_per_sample(_BYTES_AFTER, features), options)
+    return _side("relative features", stacked, _codes_per_sample(_BYTES_AFTER, features), options)
 
 
 def _codes_per_sample(num_bytes: int, features: Features) -> int:
@@ -203,9 +205,12 @@ def _codes_per_sample(num_bytes: int, features: Features) -> int:
     return int(np.clip(num_bytes // num_samples, _FEWEST_CODES, _MOST_CODES))
 
 
-def _side(x: Float[np.ndarray, "n d"], num_codes: int, options: Mapping[str, Any]) -> Side:
+def _side(name: str, x: Float[np.ndarray, "n d"], num_codes: int, options: Mapping[str, Any]) -> Side:
     density, number, seed = options["density"], options["segments"], options["seed"]
-    rows = compress(x, num_codes, density)
+    try:
+        rows = compress(x, num_codes, density)
+    except ValueError as error:  # equal patches, as in images without content
+        raise ValueError(f"{io.printable(name)}: {error}") from error
     vectors = cut_vectors(x, max(number, COMPONENTS), density, seed)
     colors = np.round(255 * np.asarray(rgb(vectors, num_components=COMPONENTS))).astype(np.uint8)
     return Side((rows,), colors, segment_labels(vectors, number), compression_error(x, rows, density, seed))
