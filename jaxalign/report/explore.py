@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
@@ -29,7 +30,7 @@ from jaxalign.report.baselines import standardized
 from jaxalign.report.coloring import COMPONENTS, Features, checkerboard, checkerboard_landmarks
 from jaxalign.report.compression import CompressedRows, compress, compression_error
 from jaxalign.report.explore_page import page
-from jaxalign.spectral import kway, normalized_cut
+from jaxalign.spectral import NormalizedCut, kway, normalized_cut
 
 # Bytes for the codes of all samples: as many codes per sample as fit, within bounds.
 _BYTES_AFTER, _BYTES_BEFORE = 3_600_000, 2_400_000
@@ -211,32 +212,34 @@ def _side(name: str, x: Float[np.ndarray, "n d"], num_codes: int, options: Mappi
         rows = compress(x, num_codes, density)
     except ValueError as error:  # equal patches, as in images without content
         raise ValueError(f"{io.printable(name)}: {error}") from error
-    vectors = cut_vectors(x, max(number, COMPONENTS), density, seed)
-    colors = np.round(255 * np.asarray(rgb(vectors, num_components=COMPONENTS))).astype(np.uint8)
-    return Side((rows,), colors, segment_labels(vectors, number), compression_error(x, rows, density, seed))
+    cut = cut_rows(x, max(number, COMPONENTS), density, seed)
+    colors = np.round(255 * np.asarray(rgb(cut, num_components=COMPONENTS))).astype(np.uint8)
+    return Side((rows,), colors, segment_labels(cut, number), compression_error(x, rows, density, seed))
 
 
-def cut_vectors(
+def cut_rows(
     x: Float[np.ndarray, "n d"], num_components: int, density: float, seed: int = 0, most: int = _CUT_SAMPLES
-) -> Float[np.ndarray, "n k"]:
-    """Rows of leading eigenvectors of the normalized cut with one sigma per row, up to their lengths.
+) -> NormalizedCut:
+    """The normalized cut with one sigma per row.
 
-    Of more than `most` samples a random part is cut. A sample of the others is the mean of this part, weighted by its
-    affinities, as eigenvectors of a random walk are.
+    Of more than `most` samples a random part is cut. The embedding of the others is the mean of that of this part,
+    weighted by their affinities, as eigenvectors of a random walk are.
     """
     how: dict[str, Any] = {"density": density, "bandwidth": "per_row"}
     part = np.sort(np.random.default_rng(seed).permutation(len(x))[:most])
     cut = normalized_cut(x[part], num_components, kind="features", **how)
     if len(part) == len(x):
-        return np.asarray(cut.eigenvectors)
+        return cut
     affinity = affinity_operator(x, x[part], **how)
-    vectors = np.asarray(affinity @ cut.embedding) / np.asarray(affinity.sum(-1))[:, None]
-    return vectors / np.asarray(cut.eigenvalues)
+    degrees = affinity.sum(-1)
+    embedding = (affinity @ cut.embedding) / degrees[:, None] / cut.eigenvalues
+    weight = jnp.sqrt(degrees / jnp.sum(degrees))
+    return NormalizedCut(embedding * weight[:, None], cut.eigenvalues, degrees, jnp.full(num_components, jnp.nan))
 
 
-def segment_labels(vectors: Float[np.ndarray, "n k"], segments: int) -> UInt8[np.ndarray, "segments n"]:
+def segment_labels(cut: NormalizedCut, segments: int) -> UInt8[np.ndarray, "segments n"]:
     """Labels of k = 1, 2, ..., `segments` segments."""
-    return np.stack([np.asarray(kway(vectors, k)) for k in range(1, segments + 1)]).astype(np.uint8)
+    return np.stack([np.asarray(kway(cut, k)) for k in range(1, segments + 1)]).astype(np.uint8)
 
 
 # --- matches ---------------------------------------------------------------------------------------------------------
