@@ -37,23 +37,23 @@ def features():
 
 def test_affinities_of_compressed_rows_are_close_to_the_exact_ones():
     x = standardized(jaxalign.datasets.load_patch_features().features[NETWORKS[0]])
+    exact = np.asarray(jaxalign.rbf_affinity(x, bandwidth="per_row"))[::10]
     errors = []
-    for num_columns in (16, 48, 96):
-        rows = compression.compress(x, num_columns, 0.05)
-        assert rows.codes.shape == (768, num_columns)
+    for num_bytes in (10_000, 20_000, 50_000):
+        rows = compression.compress(x, num_bytes, 0.05)
+        assert len(zlib.compress(compression.packed(rows.codes))) < num_bytes
         affinity = np.stack([rows.affinity(i) for i in range(0, 768, 10)])
         # With the affinity 1 of a sample to itself, which the solver did not see, the mean is the density up to 1 / n.
         np.testing.assert_allclose(affinity.mean(1), 0.05, atol=1 / 768)
-        exact = np.asarray(jaxalign.rbf_affinity(x, bandwidth="per_row"))[::10]
         errors.append(np.abs(affinity - exact).mean())
-        assert compression.compression_error(x, rows, 0.05)[0] == pytest.approx(errors[-1], rel=0.5)
-    assert errors[0] < 0.01
-    assert errors[1] < 0.003
+        assert compression.compression_error(x, rows, 0.05).mean == pytest.approx(errors[-1], rel=0.5)
+    assert errors[0] < 0.02
+    assert errors[1] < 0.004
     assert errors[2] < 0.001
 
 
 def test_constant_rows_have_no_step_of_zero():
-    rows = compression.compress(np.repeat(np.eye(2, dtype=np.float32), 20, 0), 2, 0.6)
+    rows = compression.compress(np.repeat(np.eye(2, dtype=np.float32), 20, 0), 1000, 0.6)
     assert rows.step > 0
     np.testing.assert_allclose(rows.affinity(0)[:20], 1, atol=1e-4)
 
@@ -65,7 +65,7 @@ def test_both_sides(features):
     assert len(after.rows) == 1
     for side in (before, after):
         assert sum(len(rows.codes) for rows in side.rows) == len(side.colors) == side.segments.shape[1] == 144
-        assert side.error[0] < 0.003
+        assert side.error.mean < 0.001
         assert [len(np.unique(labels)) for labels in side.segments] == [1, 2, 3, 4]
     # 36 of the 72 samples are candidates for landmarks: the cut is the joint one over them.
     landmarks = np.flatnonzero(np.tile(checkerboard((6, 6)), 2))
@@ -203,8 +203,9 @@ def test_the_page_is_self_contained(page):
     assert len(text) < 1_500_000
     content = content_of(text)
     assert content["networks"] == list(NETWORKS)
-    for mean, _ in content["error"].values():
-        assert mean < 0.002
+    for error in content["error"].values():
+        assert error["mean"] < 0.001
+        assert error["strong"] < 0.01
     assert content["provenance"]["versions"]["jaxalign"] == jaxalign.__version__
 
 

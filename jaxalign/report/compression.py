@@ -6,7 +6,9 @@ is left out of two rows is nearly orthogonal, so its squared lengths add to the 
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int8
@@ -14,10 +16,20 @@ from jaxtyping import Float, Int8
 from jaxalign.affinity import rbf_affinity
 from jaxalign.bandwidth import solve_sigma
 
-# The largest code. It is that of the largest component, so all components have the same step.
-_LARGEST = 127
-# Rows whose exact affinities are computed to measure the error.
-_MEASURED = 64
+# Components at least and at most. In between two per byte of a sample: more components in larger steps, or fewer in
+# smaller ones, have larger errors.
+_FEWEST, _MOST, _PER_BYTE = 16, 256, 2
+_LARGEST = 127  # code
+# Rows whose exact affinities are computed to measure the error, and what counts as a strong affinity.
+_MEASURED, _STRONG = 64, 0.2
+
+
+class Error(NamedTuple):
+    """Absolute differences from the exact affinities: of all, of those that are at least 0.2, and the largest."""
+
+    mean: float
+    strong: float
+    largest: float
 
 
 @dataclass(frozen=True)
@@ -49,13 +61,13 @@ class CompressedRows:
         return affinity
 
 
-def compress(x: Float[np.ndarray, "n d"], num_columns: int, density: float) -> CompressedRows:
-    """Features as at most `num_columns` integers per sample, with one bandwidth per sample."""
+def compress(x: Float[np.ndarray, "n d"], num_bytes: int, density: float) -> CompressedRows:
+    """Features as integers that zlib compresses to about `num_bytes`, with one bandwidth per sample."""
     centered = x - x.mean(0)
     _, axes = np.linalg.eigh(centered.T @ centered)
-    components = centered @ axes[:, ::-1][:, :num_columns]
-    step = float(np.abs(components).max()) / _LARGEST or 1.0
-    codes = np.round(components / step).astype(np.int8)
+    number = int(np.clip(_PER_BYTE * num_bytes // len(x), _FEWEST, _MOST))
+    components = centered @ axes[:, ::-1][:, :number]
+    codes, step = _whole_steps(components, num_bytes)
     rounded = codes.astype(np.float32) * np.float32(step)
     # |x|^2 - 2 x.q + |q|^2, where q is what the codes stand for.
     rest = (centered**2).sum(1) - 2 * (components * rounded).sum(1) + (rounded**2).sum(1)
@@ -67,11 +79,26 @@ def compress(x: Float[np.ndarray, "n d"], num_columns: int, density: float) -> C
     return CompressedRows(codes, step, rest, np.asarray(sigma, np.float32))
 
 
-def compression_error(
-    x: Float[np.ndarray, "n d"], rows: CompressedRows, density: float, seed: int = 0
-) -> tuple[float, float]:
-    """Mean and largest absolute difference from the exact affinities, on random rows."""
+def _whole_steps(components: Float[np.ndarray, "n p"], num_bytes: int) -> tuple[Int8[np.ndarray, "n p"], float]:
+    """Components in whole steps, which are as small as the number of bytes allows."""
+    step = float(np.abs(components).max()) / _LARGEST or 1.0
+    while True:
+        codes = np.round(components / step).astype(np.int8)
+        if len(zlib.compress(packed(codes), 1)) <= num_bytes or not codes.any():
+            return codes, step
+        step *= 1.25
+
+
+def packed(codes: Int8[np.ndarray, "n p"]) -> bytes:
+    """Codes component after component, which compresses better than sample after sample."""
+    return codes.T.tobytes()
+
+
+def compression_error(x: Float[np.ndarray, "n d"], rows: CompressedRows, density: float, seed: int = 0) -> Error:
+    """The error of the affinities of all samples to random ones."""
     measured = np.random.default_rng(seed).permutation(len(x))[:_MEASURED]
     exact = np.asarray(rbf_affinity(x[measured], x, density=density, bandwidth="per_row"))
-    errors = [np.abs(rows.affinity(int(i)) - row) for i, row in zip(measured, exact, strict=True)]
-    return float(np.mean(errors)), float(np.max(errors))
+    error = np.abs(np.stack([rows.affinity(int(i)) for i in measured]) - exact)
+    strong = exact >= _STRONG
+    strong[np.arange(len(measured)), measured] = False  # every sample has the affinity 1 to itself
+    return Error(float(error.mean()), float(error[strong].mean()) if strong.any() else 0.0, float(error.max()))

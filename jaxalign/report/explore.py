@@ -28,13 +28,12 @@ from jaxalign.operators import affinity_operator
 from jaxalign.report import commands
 from jaxalign.report.baselines import standardized
 from jaxalign.report.coloring import COMPONENTS, Features, checkerboard, checkerboard_landmarks
-from jaxalign.report.compression import CompressedRows, compress, compression_error
+from jaxalign.report.compression import CompressedRows, Error, compress, compression_error
 from jaxalign.report.explore_page import page
 from jaxalign.spectral import NormalizedCut, kway, normalized_cut
 
-# Bytes for the codes of all samples: as many codes per sample as fit, within bounds.
-_BYTES_AFTER, _BYTES_BEFORE = 3_600_000, 2_400_000
-_FEWEST_CODES, _MOST_CODES = 16, 256
+# Bytes of the compressed codes of all samples. In base64 they take a third more.
+_BYTES_AFTER, _BYTES_BEFORE = 3_400_000, 1_700_000
 # Up to this number of samples the normalized cut is exact. Beyond, a random part is cut and extended to the others.
 _CUT_SAMPLES = 4096
 # Sides of the grid, at least: half of the positions are the landmarks of `match`.
@@ -51,13 +50,13 @@ class Side:
         rows: compressed rows of each network (before), or of all networks together (after).
         colors: red, green and blue from 0 to 255.
         segments: labels of k = 1, 2, ... segments.
-        error: mean and largest difference of the affinities of `rows` from the exact ones.
+        error: of the affinities of `rows`; before alignment on average over the networks.
     """
 
     rows: tuple[CompressedRows, ...]
     colors: UInt8[np.ndarray, "n 3"]
     segments: UInt8[np.ndarray, "segments n"]
-    error: tuple[float, float]
+    error: Error
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def explore_files(options: dict[str, Any]) -> commands.Result:
     before, after = separate_side(features, options), joint_side(features, grid, images.number, options)
     matches, unmatched = find_matches(features, grid)
     notes = (*inputs.notes, *resized, *unmatched)
-    errors = {"before": before.error, "after": after.error}
+    errors = {"before": before.error._asdict(), "after": after.error._asdict()}
     data = {
         "networks": [io.printable(name) for name in features], "grid": grid, "density": options["density"],
         "error": errors, "notes": notes,
@@ -103,8 +102,9 @@ def explore_files(options: dict[str, Any]) -> commands.Result:
     h, w = grid
     text = (
         f"{io.printable(str(out))}, {len(content) / 1e6:.1f} MB: {len(features)} network(s), {images.number} images of "
-        f"{h} x {w} patches\nAffinities on the page differ from the exact ones by {errors['after'][0]:.4f} on average "
-        f"after alignment, at most {errors['after'][1]:.2f}, and by {errors['before'][0]:.4f} before it."
+        f"{h} x {w} patches\nAffinities on the page differ from the exact ones by {after.error.mean:.4f} on average "
+        f"after alignment (those above 0.2 by {after.error.strong:.3f}), and by {before.error.mean:.4f} before it "
+        f"({before.error.strong:.3f})."
     )
     return commands.Result({**data, "files": [out.name], "bytes": len(content)}, commands.with_notes(text, notes))
 
@@ -182,14 +182,14 @@ def _check_output(out: Path, inputs: Sequence[Path], *, force: bool) -> None:
 
 def separate_side(features: Features, options: Mapping[str, Any]) -> Side:
     """Before alignment: each network by itself, with standardized channels."""
-    num_codes = _codes_per_sample(_BYTES_BEFORE, features)
-    sides = [_side(name, standardized(x).astype(np.float32), num_codes, options) for name, x in features.items()]
-    errors = np.asarray([side.error for side in sides])
+    num_bytes = _BYTES_BEFORE // len(features)
+    sides = [_side(name, standardized(x).astype(np.float32), num_bytes, options) for name, x in features.items()]
+    mean, strong, largest = zip(*(side.error for side in sides), strict=True)
     return Side(
         tuple(rows for side in sides for rows in side.rows),
         np.concatenate([side.colors for side in sides]),
         np.concatenate([side.segments for side in sides], 1),
-        (float(errors[:, 0].mean()), float(errors[:, 1].max())),
+        Error(float(np.mean(mean)), float(np.mean(strong)), max(largest)),
     )
 
 
@@ -198,18 +198,13 @@ def joint_side(features: Features, grid: Grid, number_of_images: int, options: M
     landmarks = checkerboard_landmarks(number_of_images, grid, options["landmarks"], options["seed"])
     alignment = align(features, landmarks=landmarks)
     stacked = np.concatenate([np.asarray(rows, np.float32) for rows in alignment.features.values()])
-    return _side("relative features", stacked, _codes_per_sample(_BYTES_AFTER, features), options)
+    return _side("relative features", stacked, _BYTES_AFTER, options)
 
 
-def _codes_per_sample(num_bytes: int, features: Features) -> int:
-    num_samples = sum(map(len, features.values()))
-    return int(np.clip(num_bytes // num_samples, _FEWEST_CODES, _MOST_CODES))
-
-
-def _side(name: str, x: Float[np.ndarray, "n d"], num_codes: int, options: Mapping[str, Any]) -> Side:
+def _side(name: str, x: Float[np.ndarray, "n d"], num_bytes: int, options: Mapping[str, Any]) -> Side:
     density, number, seed = options["density"], options["segments"], options["seed"]
     try:
-        rows = compress(x, num_codes, density)
+        rows = compress(x, num_bytes, density)
     except ValueError as error:  # equal patches, as in images without content
         raise ValueError(f"{io.printable(name)}: {error}") from error
     cut = cut_rows(x, max(number, COMPONENTS), density, seed)

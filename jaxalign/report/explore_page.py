@@ -47,11 +47,10 @@ def page(data: Mapping[str, Any], images: np.ndarray, sides: Mapping[str, Any], 
 
 def _side(side: Any) -> dict[str, Any]:
     rows = [
-        # Column after column, which compresses better.
         {"codes": array(part.codes.T), "step": part.step, "rest": array(part.rest), "sigma": array(part.sigma)}
         for part in side.rows
     ]
-    return {"rows": rows, "colors": array(side.colors), "segments": array(side.segments), "error": side.error}
+    return {"rows": rows, "colors": array(side.colors), "segments": array(side.segments)}
 
 
 def array(values: np.ndarray) -> dict[str, Any]:
