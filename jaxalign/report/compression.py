@@ -18,7 +18,7 @@ from jaxalign.bandwidth import solve_sigma
 
 # Components at least and at most. In between two per byte of a sample: more components in larger steps, or fewer in
 # smaller ones, have larger errors.
-_FEWEST, _MOST, _PER_BYTE = 16, 256, 2
+_FEWEST, _MOST, _PER_BYTE = 16, 512, 2
 _LARGEST = 127  # code
 # Rows whose exact affinities are computed to measure the error, and what counts as a strong affinity.
 _MEASURED, _STRONG = 64, 0.2
