@@ -1,4 +1,4 @@
-"""The command line: demo, info, compare, align, match, grid, ncut. Needs the extra [cli]; figures need [viz].
+"""The command line: demo, info, compare, align, match, grid, ncut, explore. Needs the extra [cli]; figures need [viz].
 
 This module defines the options and the exit codes: 0 success, 1 could not write, 2 invalid input, 130 stopped by
 Ctrl-C. The commands themselves are in `jaxalign.report`.
@@ -274,17 +274,37 @@ def _parser() -> argparse.ArgumentParser:
     ncut.add_argument("--images", type=Path, help=_IMAGES)
     _add_common_options(ncut)
     _add_output_options(ncut)
+
+    explore = add(
+        "explore", _command("explore_files", "explore"), "a page to explore patches of images in several networks",
+        "Write a self-contained page: select a patch of any image in any network, and see its affinity to all others\n"
+        "in every network, before and after alignment; colors, segments, and matches. Each input is a network. Maps\n"
+        "of different sizes are resized to the largest.",
+        "  jaxalign explore vit/ sam/ --images photos/ --out explore.html\n"
+        "  jaxalign explore vit/ sam/ --layer '*block8*' --images photos.npy --out explore.html",
+    )  # fmt: skip
+    explore.add_argument("inputs", nargs="+", type=Path, help="files or folders, one for each network")
+    explore.add_argument("--images", type=Path, required=True, help=_IMAGES)
+    explore.add_argument(
+        "--layer", metavar="PATTERN", help="the layer of inputs with several, such as 'block8*' (default: the last)"
+    )
+    explore.add_argument("--segments", type=_segments, default=8, help="segments at most, 1 to 12 (default: 8)")
+    explore.add_argument("--landmarks", type=_count, default=512, help="landmarks of the alignment (default: 512)")
+    _add_common_options(explore, tiles=False, positions=False)
+    _add_output_options(explore, "the page, an .html file", "overwrite an earlier page")
     return parser
 
 
 def _add_common_options(
-    parser: argparse.ArgumentParser, density: float | None = 0.05, *, default: str = "0.05", tiles: bool = True
-) -> None:
+    parser: argparse.ArgumentParser, density: float | None = 0.05, *, default: str = "0.05", tiles: bool = True,
+    positions: bool = True,
+) -> None:  # fmt: skip
     parser.add_argument("--density", type=_density, default=density, help=f"target mean affinity (default: {default})")
-    parser.add_argument(
-        "--positions", choices=("samples", "channels", "mean"), default="samples",
-        help="positions of tokens and maps are samples (default), channels of their sample, or averaged",
-    )  # fmt: skip
+    if positions:
+        parser.add_argument(
+            "--positions", choices=("samples", "channels", "mean"), default="samples",
+            help="positions of tokens and maps are samples (default), channels of their sample, or averaged",
+        )  # fmt: skip
     if tiles:
         parser.add_argument("--tile-size", type=_count, help="rows and columns of a tile (default: set by memory)")
     parser.add_argument("--seed", type=_seed, default=0, help="seed of random choices (default: 0)")
@@ -315,9 +335,11 @@ def _add_measure_options(parser: argparse.ArgumentParser, permutations: int) -> 
     )  # fmt: skip
 
 
-def _add_output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="output folder")
-    parser.add_argument("--force", action="store_true", help="overwrite the files of an earlier run")
+def _add_output_options(
+    parser: argparse.ArgumentParser, out: str = "output folder", force: str = "overwrite the files of an earlier run"
+) -> None:
+    parser.add_argument("--out", type=Path, required=True, help=out)
+    parser.add_argument("--force", action="store_true", help=force)
 
 
 def _number(text: str, kind: type, valid: Callable[[Any], bool], meaning: str) -> Any:
@@ -355,6 +377,11 @@ def _devices(text: str) -> int:
 
 def _count(text: str) -> int:
     return _number(text, int, lambda value: value >= 1, "a whole number, 1 or more")
+
+
+def _segments(text: str) -> int:
+    # The page has a color for each.
+    return _number(text, int, lambda value: 1 <= value <= 12, "a whole number from 1 to 12")
 
 
 def _rounds(text: str) -> int:

@@ -485,7 +485,7 @@ def test_a_killed_grid_goes_on(tmp_path):
 
 
 def test_help_has_examples(capsys):
-    for command in ("info", "compare", "align", "match", "grid", "ncut"):
+    for command in ("info", "compare", "align", "match", "grid", "ncut", "explore"):
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])
         assert stopped.value.code == 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxalign.alignment import align
 from jaxalign.colors import ColorMethod, rgb
@@ -55,3 +55,14 @@ def joint_colors(
 def by_network(stacked: Float[np.ndarray, "stacked 3"], features: Features) -> Colors:
     """Split colors that are stacked network after network."""
     return dict(zip(features, np.split(stacked, len(features)), strict=True))
+
+
+def checkerboard_landmarks(number_of_images: int, grid: tuple[int, int], most: int, seed: int) -> Int[np.ndarray, " m"]:
+    """Random landmarks among every second position of all images, so that no two are neighbors."""
+    candidates = np.flatnonzero(np.tile(checkerboard(grid), number_of_images))
+    return np.sort(np.random.default_rng(seed).permutation(candidates)[:most])
+
+
+def checkerboard(grid: tuple[int, int]) -> Bool[np.ndarray, " positions"]:
+    """Every second position of a grid."""
+    return np.indices(grid).sum(0).ravel() % 2 == 0

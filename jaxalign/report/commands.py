@@ -38,7 +38,7 @@ from jaxalign.grid import ComparisonGrid, compare_grid
 from jaxalign.kernels import RBF, Laplacian
 from jaxalign.plan import Plan
 from jaxalign.report.baselines import standardized
-from jaxalign.report.coloring import joint_colors, separate_colors
+from jaxalign.report.coloring import checkerboard_landmarks, joint_colors, separate_colors
 from jaxalign.report.statistics import describe, run_test
 from jaxalign.report.tables import format_table
 from jaxalign.segments import kway
@@ -68,7 +68,13 @@ class Input:
 
 def read(paths: list[Path], positions: io.Positions) -> Input:
     """Representations from files and folders, with unique names; nan and inf are rejected."""
-    entries = [(path, name, stored) for path in paths for name, stored in io.read_features(path).items()]
+    return check_entries(
+        [(path, name, stored) for path in paths for name, stored in io.read_features(path).items()], positions
+    )
+
+
+def check_entries(entries: list[tuple[Path, str, io.FeatureSet]], positions: io.Positions) -> Input:
+    """Representations (input, name, as stored) with unique names; nan and inf are rejected."""
     names_clash = len({name for _, name, _ in entries}) < len(entries)
     arrays: dict[str, io.FeatureSet] = {}
     for path, name, stored in entries:
@@ -455,7 +461,7 @@ def _align(inputs: Input, n: int, out: Path, options: Mapping[str, Any]) -> Resu
 def cut_files(options: dict[str, Any]) -> Result:
     """Colors and segments of one representation, or of several for the same samples, cut together."""
     inputs = read(options["inputs"], options["positions"])
-    images = _read_images(options["images"])
+    images = read_images(options["images"])
     if images is not None:
         _check_images(images, inputs.arrays if options["positions"] == "samples" else {})
     with output_folder(options["out"], _input_paths(options, inputs), force=options["force"]) as out:
@@ -522,7 +528,7 @@ def grid_files(options: dict[str, Any]) -> Result:
     inputs = (x,) if y is None else (x, y)
     sides = list(zip("xy", (options["x"], options["y"]), inputs, strict=False))
     n = same_samples({f"{side} {path}: {name}": v for side, path, part in sides for name, v in part.rows.items()})
-    images = _read_images(options["images"])
+    images = read_images(options["images"])
     if images is not None:
         _check_images(images, {f"{side} {name}": v for side, _, part in sides for name, v in part.arrays.items()})
     measure_options = _measure_options(options)
@@ -759,8 +765,8 @@ class Images:
     sha256: list[str]
 
 
-def _read_images(path: Path | None) -> Images | None:
-    """Images from a .npy file (n, h, w, 3), or from a folder of image files, sorted by name."""
+def read_images(path: Path | None, most: int | None = SHOWN_IMAGES) -> Images | None:
+    """Images from a .npy file (n, h, w, 3), or from a folder of image files, sorted by name; the first `most` shown."""
     if path is None:
         return None
     if path.suffix.lower() == ".npy":
@@ -769,7 +775,7 @@ def _read_images(path: Path | None) -> Images | None:
         except (ValueError, EOFError) as error:
             raise ValueError(f"--images {path}: {error}") from None
         shape, hashes = images.shape, [hash_of(path)]
-        shown = np.asarray(images[:SHOWN_IMAGES] if shape else images)
+        shown = np.asarray(images[:most] if shape else images)
     else:
         try:
             from PIL import Image
@@ -781,7 +787,7 @@ def _read_images(path: Path | None) -> Images | None:
         if not files:
             raise ValueError(f"--images {path}: the folder holds no .png, .jpg or .webp.")
         try:
-            opened = [Image.open(file).convert("RGB") for file in files[:SHOWN_IMAGES]]
+            opened = [Image.open(file).convert("RGB") for file in files[:most]]
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"--images {path}: an image cannot be read ({error}).") from None
         shown = np.stack([np.asarray(image.resize(opened[0].size)) for image in opened])
@@ -834,10 +840,8 @@ def _colors_of_best(
     for side, stored in zip(sides if sides[0] != sides[1] else "AB", pair, strict=True):
         rows = stored.values[:number].reshape(-1, stored.values.shape[-1])
         features[f"{side}\n{io.printable(stored.name)}"] = _as_floats(stored.name, stored, rows)
-    grid = pair[0].grid or ()
-    checkerboard = np.argwhere(np.ones(grid)).sum(1) % 2 == 0
-    candidates = np.flatnonzero(np.tile(checkerboard, number))
-    landmarks = np.sort(np.random.default_rng(options["seed"]).permutation(candidates)[:COLOR_LANDMARKS])
+    grid = pair[0].grid or (1, 1)
+    landmarks = checkerboard_landmarks(number, grid, COLOR_LANDMARKS, options["seed"])
     colors = {"before": separate_colors(features), "after": joint_colors(features, landmarks)}
     groups = {
         when: {name: values.reshape(number, *grid, 3) for name, values in by_name.items()}
