@@ -95,7 +95,7 @@ class PartFeatures:
     def __repr__(self) -> str:
         from jaxalign._repr import short_repr  # imported late: this module itself needs only NumPy
 
-        return short_repr(self, omit=("provenance", "licenses"))
+        return short_repr(self, omit=("part_names", "positions", "provenance", "licenses"))
 
     def maps(self, name: str) -> np.ndarray:
         """Features of a name as a map of each image, shape (4, 32, 32, channels)."""

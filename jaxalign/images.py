@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxalign import _checks, _features
@@ -46,7 +48,7 @@ class ColoredImages:
     images: AnyArray | None = None
 
     def __repr__(self) -> str:
-        return short_repr(self, omit=("images", "color_map"))
+        return short_repr(self, omit=("images", "color_map", "alignment", "cut"))
 
     def transform(self, maps: Mapping[str, Numbers[Data, "q h w d"]]) -> dict[str, Float[Array, "q h w 3"]]:
         """Colors of new images, by the same landmarks, cut and map: the same part has the same color as before.
@@ -167,7 +169,7 @@ def color_images(
 
 
 def cut_together(alignment: Alignment, num_components: int, *, key: Array | None = None) -> NormalizedCut:
-    """One cut of the relative features of all networks, with one sigma per row: exact or, for many rows, approximate.
+    """One cut of the relative features of all networks: rows of the first network, then of the second, ...
 
     Args:
         alignment: the relative features.
@@ -175,7 +177,7 @@ def cut_together(alignment: Alignment, num_components: int, *, key: Array | None
         key: for the random choices.
 
     Returns:
-        The cut: rows of the first network, then of the second, ...
+        The cut, see `cut_rows`.
 
     Raises:
         ValueError: see `normalized_cut`.
@@ -186,9 +188,33 @@ def cut_together(alignment: Alignment, num_components: int, *, key: Array | None
         >>> jaxalign.images.cut_together(jaxalign.align({"a": x, "b": -x}, landmarks=30), 4).eigenvectors.shape
         (120, 4)
     """
-    number = sum(len(rows) for rows in alignment.features.values())
-    how: dict[str, Any] = {} if number <= _EXACT else {"method": "nystroem", "landmarks": _CUT_LANDMARKS}
-    return normalized_cut(alignment, num_components, bandwidth="per_row", key=key, **how)
+    return cut_rows(jnp.concatenate(list(alignment.features.values())), num_components, key=key)
+
+
+def cut_rows(
+    x: Numbers[Data, "n d"], num_components: int, *, density: ArrayLike = 0.05, key: Array | None = None
+) -> NormalizedCut:
+    """The cut of rows with one sigma each: exact up to 4096 rows, beyond from 1024 landmarks.
+
+    Args:
+        x: rows, shape (n, d).
+        num_components: the number of eigenvectors.
+        density: see `rbf_affinity`.
+        key: for the random choices.
+
+    Returns:
+        The cut, with a `transform`.
+
+    Raises:
+        ValueError: see `normalized_cut`.
+
+    Examples:
+        >>> import jax, jaxalign
+        >>> jaxalign.images.cut_rows(jax.random.normal(jax.random.key(0), (60, 8)), 4).eigenvectors.shape
+        (60, 4)
+    """
+    how: dict[str, Any] = {} if len(x) <= _EXACT else {"method": "nystroem", "landmarks": _CUT_LANDMARKS}
+    return normalized_cut(x, num_components, kind="features", density=density, bandwidth="per_row", key=key, **how)
 
 
 def _check_maps(name: str, value: Any) -> Array:

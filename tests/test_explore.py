@@ -76,16 +76,6 @@ def test_both_sides(features):
     np.testing.assert_allclose(after.rows[0].affinity(3), exact[3], atol=0.05)
 
 
-def test_a_cut_of_a_part_is_extended_to_all_samples():
-    x = jaxalign.datasets.load_patch_features().features[NETWORKS[1]]
-    exact, extended = (np.asarray(explore.cut_rows(x, 8, 0.05, most=most).eigenvectors) for most in (768, 400))
-    assert exact.shape == extended.shape == (768, 8)
-    np.testing.assert_allclose(extended[:, 0], 768**-0.5, rtol=1e-3)  # affinities of every row have one sum
-    # Cosines of the angles between the spaces that they span.
-    cosines = np.linalg.svd(np.linalg.qr(exact)[0].T @ np.linalg.qr(extended)[0])[1]
-    assert cosines[5] > 0.95
-
-
 def test_matches(features):
     matches, notes = explore.find_matches(features, (6, 6))
     assert notes == []

@@ -53,6 +53,7 @@ SYNONYMS = {
 DEFAULTS = {
     "density": {"align": "tuned for decorrelated rows", "match": "tuned for kernel CCA"},
     "kernel": {"minibatch_cka": "a bandwidth per batch would differ from batch to batch"},
+    "landmarks": {"color_images": "all patches would take n^2"},
     "measure": {"noise_ceiling": "named after the representational similarity of subjects"},
     "metric": {
         "correspondence": "rows of affinities are compared by their shape",

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Int
 
 from jaxalign.alignment import align
 from jaxalign.colors import ColorMethod, rgb
-from jaxalign.images import cut_together
+from jaxalign.images import cut_rows, cut_together
 from jaxalign.report.baselines import standardized
-from jaxalign.spectral import NormalizedCut, normalized_cut
+from jaxalign.spectral import NormalizedCut
 
 Colors = dict[str, Float[np.ndarray, "n 3"]]
 Features = Mapping[str, Float[np.ndarray, "n _"]]
@@ -23,7 +23,7 @@ def separate_colors(features: Features, method: ColorMethod = "rotate") -> Color
     """Before alignment: the standardized features of each network are cut and colored separately."""
     colors = {}
     for name, x in features.items():
-        cut = normalized_cut(standardized(x).astype(np.float32), COMPONENTS, kind="features", bandwidth="per_row")
+        cut = cut_rows(standardized(x).astype(np.float32), COMPONENTS)
         colors[name] = np.asarray(rgb(cut, method))
     return colors
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
@@ -23,19 +22,17 @@ from jaxalign import io
 from jaxalign.alignment import align
 from jaxalign.colors import rgb
 from jaxalign.files.storage import replace_file
+from jaxalign.images import cut_rows
 from jaxalign.matching import match
-from jaxalign.operators import affinity_operator
 from jaxalign.report import commands
 from jaxalign.report.baselines import standardized
 from jaxalign.report.coloring import COMPONENTS, Features, checkerboard, checkerboard_landmarks
 from jaxalign.report.compression import CompressedRows, Error, compress, compression_error
 from jaxalign.report.explore_page import page
-from jaxalign.spectral import NormalizedCut, kway, normalized_cut
+from jaxalign.segments import nested_segments
 
 # Bytes of the compressed codes of all samples. In base64 they take a third more.
 _BYTES_AFTER, _BYTES_BEFORE = 3_400_000, 1_700_000
-# Up to this number of samples the normalized cut is exact. Beyond, a random part is cut and extended to the others.
-_CUT_SAMPLES = 4096
 # Sides of the grid, at least: half of the positions are the landmarks of `match`.
 _LEAST_SIDE = 4
 
@@ -49,7 +46,7 @@ class Side:
     Attributes:
         rows: compressed rows of each network (before), or of all networks together (after).
         colors: red, green and blue from 0 to 255.
-        segments: labels of k = 1, 2, ... segments.
+        segments: labels of k = 1, 2, ... segments, each nested in those before.
         error: of the affinities of `rows`; before alignment on average over the networks.
     """
 
@@ -207,34 +204,10 @@ def _side(name: str, x: Float[np.ndarray, "n d"], num_bytes: int, options: Mappi
         rows = compress(x, num_bytes, density)
     except ValueError as error:  # equal patches, as in images without content
         raise ValueError(f"{io.printable(name)}: {error}") from error
-    cut = cut_rows(x, max(number, COMPONENTS), density, seed)
+    cut = cut_rows(x, max(number, COMPONENTS), density=density, key=jax.random.key(seed))
     colors = np.round(255 * np.asarray(rgb(cut, num_components=COMPONENTS))).astype(np.uint8)
-    return Side((rows,), colors, segment_labels(cut, number), compression_error(x, rows, density, seed))
-
-
-def cut_rows(
-    x: Float[np.ndarray, "n d"], num_components: int, density: float, seed: int = 0, most: int = _CUT_SAMPLES
-) -> NormalizedCut:
-    """The normalized cut with one sigma per row.
-
-    Of more than `most` samples a random part is cut. The embedding of the others is the mean of that of this part,
-    weighted by their affinities, as eigenvectors of a random walk are.
-    """
-    how: dict[str, Any] = {"density": density, "bandwidth": "per_row"}
-    part = np.sort(np.random.default_rng(seed).permutation(len(x))[:most])
-    cut = normalized_cut(x[part], num_components, kind="features", **how)
-    if len(part) == len(x):
-        return cut
-    affinity = affinity_operator(x, x[part], **how)
-    degrees = affinity.sum(-1)
-    embedding = (affinity @ cut.embedding) / degrees[:, None] / cut.eigenvalues
-    weight = jnp.sqrt(degrees / jnp.sum(degrees))
-    return NormalizedCut(embedding * weight[:, None], cut.eigenvalues, degrees, jnp.full(num_components, jnp.nan))
-
-
-def segment_labels(cut: NormalizedCut, segments: int) -> UInt8[np.ndarray, "segments n"]:
-    """Labels of k = 1, 2, ..., `segments` segments."""
-    return np.stack([np.asarray(kway(cut, k)) for k in range(1, segments + 1)]).astype(np.uint8)
+    segments = np.asarray(nested_segments(cut, number)).astype(np.uint8)
+    return Side((rows,), colors, segments, compression_error(x, rows, density, seed))
 
 
 # --- matches ---------------------------------------------------------------------------------------------------------
