@@ -51,7 +51,10 @@ def _paragraphs(*texts: str) -> str:
 def _figure(name: str, content: bytes, map_words: str) -> str:
     title, source = html.escape(TITLES[name]), base64.b64encode(content).decode()
     caption = _paragraphs(map_words) if name == "models" else ""
-    return f'<h2>{title}</h2>{caption}<div class="wide"><img alt="{title}" src="data:image/png;base64,{source}"></div>'
+    pixels = int.from_bytes(content[16:20])  # the width of the image: on a phone, wide figures scroll
+    style = f"width:min(100%,{0.75 * pixels:.0f}px);min-width:{0.5 * pixels:.0f}px"
+    image = f'<img alt="{title}" style="{style}" src="data:image/png;base64,{source}">'
+    return f'<h2>{title}</h2>{caption}<div class="wide">{image}</div>'
 
 
 def _provenance(data: Mapping[str, Any]) -> str:
