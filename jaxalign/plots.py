@@ -253,7 +253,8 @@ def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level
 
     Args:
         compared: a grid from `compare_grid`.
-        test: a `permutation_test` of the same representations: values that are not significant are in parentheses.
+        test: a `permutation_test` of the same representations: values that are not significant are in parentheses; if
+            there are too many cells for values, those have a dot.
         level: family-wise error rate: values with `test.corrected` above it are not significant.
         ax: axes to draw into.
 
@@ -278,9 +279,11 @@ def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level
                 f"{compared.columns}."
             )
         significant = np.asarray(test.corrected) <= level
-    note = "" if test is None else f"\n(in parentheses: p > {level:g})"
+    values = np.asarray(compared.values)
+    mark = "in parentheses" if values.size <= _draw.MAX_WRITTEN else "dots"
+    note = "" if test is None else f"\n({mark}: p > {level:g})"
     return _draw.heat_map(
-        np.asarray(compared.values),
+        values,
         compared.rows,
         compared.columns,
         f"{compared.measure} ({compared.direction}){note}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import jaxalign
 from jaxalign import cli, plots
 from jaxalign._aggregates import aggregated
 from jaxalign.kernels import RBF, Laplacian
-from jaxalign.report import exports, models, words
+from jaxalign.report import commands, exports, grids, models, words
 
 pytest.importorskip("matplotlib", reason='figures: python -m pip install "jaxalign[viz]"')
 pytestmark = pytest.mark.usefixtures("usual_promotion")
@@ -153,7 +154,7 @@ def test_the_page_holds_the_values_and_says_what_they_are(report):
     data, page = data_of(out), (out / "report.html").read_text()
     shown = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
     assert shown == {name: value for name, value in data.items() if name not in ("files", "written")}
-    text = page.split("<h2>Comparisons")[0]
+    text = page.split("<h2>Files")[0]
     for phrase in (
         "60 samples", "CKA of inner products of centered features (linear kernel)", "The estimator is debiased",
         "99 permutations exchange the samples", "smallest attainable p-value is 0.01", "all 100 comparisons",
@@ -224,6 +225,24 @@ def test_a_measure_without_a_largest_value_has_no_map(tmp_path):
     data = data_of(tmp_path / "out")
     assert data["words"]["map"] == ""
     assert data["similarities"][0][0] is None
+
+
+def test_a_finished_report_is_not_computed_again(report, monkeypatch):
+    folder, out = report
+    monkeypatch.setattr(grids, "compare_grid", lambda *args, **kwargs: 1 / 0)
+    options = ("--permutations", 99, "--option", "kernel=linear", "--out", out, "--resume")
+    assert run("grid", folder, "--resamples", 50, *options) == 0
+    with pytest.raises(ZeroDivisionError):  # another model
+        run("grid", folder / "f", folder / "e%", "--option", "kernel=linear", "--out", out.parent / "other")
+
+
+def test_layers_of_one_name_are_refused():
+    def model(name, layer):
+        return models.Model(name, Path(name), commands.Input({layer: np.ones((4, 2))}, {}, (), {}), 0)
+
+    assert list(models.all_layers([model("a", "x"), model("b", "x")], "rows")) == ["a/x", "b/x"]
+    with pytest.raises(ValueError, match="two layers have the same names"):
+        models.all_layers([model("a", "b/x"), model("a/b", "x")], "rows")
 
 
 def test_names_of_models(tmp_path):

@@ -151,7 +151,7 @@ def _words(data: Mapping[str, Any], options: Mapping[str, Any], measure_options:
     comparisons = len(data["rows"]) * len(data["columns"])
     return {
         "measure": words.measure_words(options["measure"], measure_options),
-        "null": words.null_words(data["statistics"], samples, comparisons),
+        "null": words.null_words(data["statistics"], samples, comparisons, len(data["pairs"])),
         "similarity": words.SIMILARITY if data["pairs"] else "",
         "intervals": words.interval_words(intervals, samples),
         "map": words.map_words(data["direction"], ellipses) if several and data["best"] is not None else "",

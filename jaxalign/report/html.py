@@ -32,16 +32,25 @@ def page(data: Mapping[str, Any], figures: Mapping[str, bytes], names: Sequence[
     count = f"{data['samples']} samples. "
     parts = {
         "TITLE": html.escape(f"{data['label']} of {listed}"),
-        "SUMMARY": _paragraphs(count + words["measure"], words["similarity"], words["null"], words["intervals"]),
+        "SUMMARY": _paragraphs(count + words["measure"], words["similarity"]),
+        "METHODS": _paragraphs(words["null"], words["intervals"]),
         "NOTES": "".join(f"<p>Note: {html.escape(note)}.</p>" for note in data["provenance"]["notes"]),
         "FIGURES": "".join(_figure(name, content, words["map"]) for name, content in figures.items()),
-        "FILES": ", ".join(f"<code>{html.escape(name)}</code>" for name in names),
+        "FILES": _files(names),
         "PROVENANCE": _provenance(data),
         "DATA": payload,
     }
     # In one pass, because inserted text may contain such markers.
     template = (files("jaxalign.report") / "page.html").read_text(encoding="utf-8")
     return re.sub("@@([A-Z]+)@@", lambda marker: parts[marker[1]], template)
+
+
+def _files(names: Sequence[str]) -> str:
+    """Names of files, each with its formats."""
+    formats: dict[str, list[str]] = {}
+    for stem, _, suffix in (name.rpartition(".") for name in names):
+        formats.setdefault(stem, []).append(f".{suffix}")
+    return "; ".join(f"<code>{html.escape(stem)}</code> ({', '.join(kinds)})" for stem, kinds in formats.items())
 
 
 def _paragraphs(*texts: str) -> str:

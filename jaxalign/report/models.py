@@ -58,7 +58,8 @@ def _subfolders(folder: Path) -> list[Path]:
     """The subfolders that hold features, or the folder itself if it holds features."""
     if not folder.is_dir() or _holds_features(folder):
         return [folder]
-    return sorted(filter(_holds_features, filter(Path.is_dir, folder.iterdir())), key=io.natural) or [folder]
+    inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return sorted(filter(_holds_features, inside), key=io.natural) or [folder]
 
 
 def _holds_features(folder: Path) -> bool:

@@ -62,7 +62,7 @@ def _plain(value: Any) -> str:
     )
 
 
-def null_words(statistics: Mapping[str, Any] | None, samples: int, comparisons: int) -> str:
+def null_words(statistics: Mapping[str, Any] | None, samples: int, comparisons: int, pairs: int = 0) -> str:
     """What is permuted, how often, and what p-values can be."""
     if statistics is None:
         return "No p-values (--permutations 0)."
@@ -78,8 +78,8 @@ def null_words(statistics: Mapping[str, Any] | None, samples: int, comparisons: 
     return (
         f"p-values: {number} permutations {null}. The smallest attainable p-value is {smallest}. Corrected p-values "
         f"allow for all {comparisons} comparisons of layers (the largest score of each permutation, Westfall & Young "
-        "1993); those of models are each for one pair. Calibrated values are 0 up to what 5% of permutations "
-        "exceed, and 1 for equal representations."
+        f"1993){'; those of models are each for one pair' if pairs else ''}. Calibrated values are 0 up to what 5% of "
+        "permutations exceed, and 1 for equal representations."
     )
 
 
@@ -90,15 +90,15 @@ def interval_words(intervals: Mapping[str, Any] | None, samples: int) -> str:
     if "problem" in intervals:
         return f"No intervals: {intervals['problem']}."
     what = "samples" if intervals["groups"] is None else f"whole {intervals['what']}, {intervals['groups']} in all"
-    used = (
-        f" Only {intervals['samples']} of the {samples} samples are resampled."
-        if intervals["samples"] != samples
-        else ""
-    )
+    used = ""
+    if intervals["samples"] != samples:
+        used = (
+            f" They use {intervals['samples']} of the {samples} samples, so they are wider than those of all would be."
+        )
     number = intervals["resamples"]
     return (
         f"Intervals of the similarities of models: {intervals['level']:.0%} bootstrap intervals (BCa) from {number} "
-        f"resamples of {what}; best matches are found anew in each.{used} They are about other samples, not about "
+        f"resamples of {what}; best matches are found anew in each.{used} They describe other samples, not about "
         "other training runs."
     )
 
