@@ -149,6 +149,11 @@ def test_latex_is_escaped_and_balanced(report):
     assert re.search(rf"layer 1 & \(?{re.escape(number)}\)? &", pair)
 
 
+def test_names_of_files_can_be_read_by_latex():
+    parts = exports.file_parts(["a & b", "A  b", "a-b", "c_d", "%", "é", "vit/b.16", "x" * 99])
+    assert parts == ["a-b", "A-b-2", "a-b-3", "c_d", "model", "model-6", "vit-b.16", "x" * 60]
+
+
 def test_the_page_holds_the_values_and_says_what_they_are(report):
     _, out = report
     data, page = data_of(out), (out / "report.html").read_text()
@@ -225,6 +230,12 @@ def test_a_measure_without_a_largest_value_has_no_map(tmp_path):
     data = data_of(tmp_path / "out")
     assert data["words"]["map"] == ""
     assert data["similarities"][0][0] is None
+
+
+def test_resamples_are_none_or_several(capsys):
+    with pytest.raises(SystemExit):
+        run("grid", "a", "b", "--resamples", 1, "--out", "out")
+    assert "'1' is not 0, or a whole number from 2 to 100,000" in capsys.readouterr().err
 
 
 def test_a_finished_report_is_not_computed_again(report, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import Any
@@ -52,6 +53,17 @@ def tex_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]
         r"\end{tabular}", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def file_parts(names: Sequence[str]) -> list[str]:
+    """Distinct parts of file names that LaTeX can read, from the names of models."""
+    parts: list[str] = []
+    for k, name in enumerate(names, 1):
+        part = re.sub(r"[^A-Za-z0-9_.+-]+", "-", name)[:60].strip("-.") or "model"
+        while part.lower() in map(str.lower, parts):
+            part = f"{part}-{k}"
+        parts.append(part)
+    return parts
 
 
 def escape(name: str) -> str:

@@ -16,7 +16,7 @@ from jaxalign.grid import ComparisonGrid, compare_grid
 from jaxalign.measures._registry import find
 from jaxalign.plan import Plan
 from jaxalign.report import commands, words
-from jaxalign.report.exports import tables
+from jaxalign.report.exports import file_parts, tables
 from jaxalign.report.grid_figures import colors_of_best, figures, shortened
 from jaxalign.report.html import page
 from jaxalign.report.models import (
@@ -97,7 +97,7 @@ def _report(
     }  # fmt: skip
     data["words"] = _words(data, options, measure_options)
     data = json_value(data)
-    file_names = list(io.file_names([model.name for model in models]).values())
+    file_names = file_parts([model.name for model in models])
     contents = tables(data, file_names)
     contents |= figures(models, compared, None if tested is None else tested.test, data, intervals, file_names)
     if images is not None:

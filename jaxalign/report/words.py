@@ -98,7 +98,7 @@ def interval_words(intervals: Mapping[str, Any] | None, samples: int) -> str:
     number = intervals["resamples"]
     return (
         f"Intervals of the similarities of models: {intervals['level']:.0%} bootstrap intervals (BCa) from {number} "
-        f"resamples of {what}; best matches are found anew in each.{used} They describe other samples, not about "
+        f"resamples of {what}; best matches are found anew in each.{used} They are about other samples, not about "
         "other training runs."
     )
 
