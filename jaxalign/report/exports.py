@@ -106,7 +106,7 @@ def _matches(data: Mapping[str, Any]) -> tuple[list[str], Iterable[Sequence[Any]
 
 def _similarities(data: Mapping[str, Any]) -> tuple[list[str], Iterable[Sequence[Any]]]:
     names = _names(data)
-    header = ["model", "other_model", "similarity", "low", "high", "calibrated", "p_value"]
+    header = ["model", "other_model", data["direction"], "low", "high", "calibrated", "p_value"]
     rows = []
     for pair in data["pairs"]:
         null = pair["aggregates"].get("symmetric_best", {})

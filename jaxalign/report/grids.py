@@ -152,7 +152,7 @@ def _words(data: Mapping[str, Any], options: Mapping[str, Any], measure_options:
     return {
         "measure": words.measure_words(options["measure"], measure_options),
         "null": words.null_words(data["statistics"], samples, comparisons, len(data["pairs"])),
-        "similarity": words.SIMILARITY if data["pairs"] else "",
+        "similarity": words.similarity_words(data["direction"]) if data["pairs"] else "",
         "intervals": words.interval_words(intervals, samples),
         "map": words.map_words(data["direction"], ellipses) if several and data["best"] is not None else "",
     }
@@ -192,7 +192,7 @@ def _match_table(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _similarity_table(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The similarity of each pair of models, from the most to the least similar."""
     names = [shortened(model["name"]) for model in data["models"]]
-    header, rows = ["model", "model", "similarity", "95% interval", "calibrated", "p"], []
+    header, rows = ["model", "model", data["direction"], "95% interval", "calibrated", "p"], []
     sign = -1 if data["direction"] == "similarity" else 1
     for pair in sorted(data["pairs"], key=lambda pair: sign * pair["similarity"]):
         null = pair["aggregates"].get("symmetric_best")

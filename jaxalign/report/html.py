@@ -31,7 +31,7 @@ def page(data: Mapping[str, Any], figures: Mapping[str, bytes], names: Sequence[
     listed = f"{', '.join(models[:-1])} and {models[-1]}" if len(set(models)) > 1 else models[0]
     count = f"{data['samples']} samples. "
     parts = {
-        "TITLE": html.escape(f"{data['label']} of {listed}"),
+        "TITLE": html.escape(f"{data['label'][0].upper()}{data['label'][1:]} of {listed}"),
         "SUMMARY": _paragraphs(count + words["measure"], words["similarity"]),
         "METHODS": _paragraphs(words["null"], words["intervals"]),
         "NOTES": "".join(f"<p>Note: {html.escape(note)}.</p>" for note in data["provenance"]["notes"]),

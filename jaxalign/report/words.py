@@ -28,7 +28,12 @@ def measure_words(measure: str, measure_options: Mapping[str, Any]) -> str:
     if kernel is not None:
         text += f" of {kernel_words(kernel)}"
     estimator = options.pop("estimator", None)
-    plain = [f"{name} = {_plain(v)}" for name, v in options.items() if v not in (None, False, "similarity")]
+    switches = (None, False, True)
+    plain = [
+        f"{name} = {_plain(value)}"
+        for name, value in options.items()
+        if name != "result" and (value not in switches or value != entry.options[name])
+    ]
     text += f" ({', '.join(plain)})" if plain else ""
     larger = "Larger" if entry.direction_with(options) == "similarity" else "Smaller"
     sentences = [f"{text[0].upper()}{text[1:]}.", f"{larger} values are more similar."]
@@ -97,16 +102,18 @@ def interval_words(intervals: Mapping[str, Any] | None, samples: int) -> str:
         )
     number = intervals["resamples"]
     return (
-        f"Intervals of the similarities of models: {intervals['level']:.0%} bootstrap intervals (BCa) from {number} "
+        f"Intervals of models: {intervals['level']:.0%} bootstrap intervals (BCa) from {number} "
         f"resamples of {what}; best matches are found anew in each.{used} They are about other samples, not about "
         "other training runs."
     )
 
 
-SIMILARITY = (
-    "The similarity of two models is the mean, over the layers of each, of the best match in the other, averaged over "
-    "both directions."
-)
+def similarity_words(direction: str) -> str:
+    """What the similarity, or distance, of two models is."""
+    return (
+        f"The {direction} of two models is the mean, over the layers of each, of the best match in the other, averaged "
+        "over both directions."
+    )
 
 
 def map_words(direction: str, ellipses: bool) -> str:
