@@ -11,7 +11,7 @@ import numpy as np
 BLUE, VERMILION, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 # Up to this number of cells their values are written into them.
-_MAX_WRITTEN = 400
+MAX_WRITTEN = 400
 
 
 def pyplot() -> Any:
@@ -50,7 +50,7 @@ def heat_map(
     """
     # Inches: cells wide enough for their numbers, and room for the longest names.
     rows, columns = list(map(text, rows)), list(map(text, columns))
-    cell = max(0.42, 2.0 / max(values.shape))
+    cell = max(0.42 if values.size <= MAX_WRITTEN else 0.2, 2.0 / max(values.shape))
     beside, below = (0.085 * max(map(len, names)) for names in (rows, columns))
     size = (len(columns) * cell + beside + 1.6, max(len(rows) * cell, 1.8) + below + 0.8)
     ax = axes(ax, size)
@@ -63,10 +63,10 @@ def heat_map(
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (i, j), value in np.ndenumerate(values):
         chance = significant is not None and not significant[i, j]
-        number = f"{value:.2f}" if values.size <= _MAX_WRITTEN else "\N{MIDDLE DOT}" if chance else ""
+        number = f"{value:.2f}" if values.size <= MAX_WRITTEN else "\N{MIDDLE DOT}" if chance else ""
         if number:
             bright = (value > middle) == brighter_is_more
-            number = f"({number})" if chance and values.size <= _MAX_WRITTEN else number
+            number = f"({number})" if chance and values.size <= MAX_WRITTEN else number
             ax.text(j, i, number, ha="center", va="center", size=7, color="black" if bright else "white")
     return ax
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array
 
@@ -80,6 +81,12 @@ class Resampled(NamedTuple):
         value, change = jax.jvp(statistic, (at,), (products - at,))
         return cls(statistic(products), value + change)
 
+    def then(self, aggregate: Callable[[Array], Array]) -> Resampled:
+        """A function of the statistic."""
+        at = jnp.broadcast_to(self.values[:1], self.values.shape)
+        value, change = jax.jvp(aggregate, (at,), (self.linear - at,))
+        return Resampled(aggregate(self.values), value + change)
+
     def __sub__(self, other: Resampled) -> Resampled:
         return Resampled(self.values - other.values, self.linear - other.linear)
 
@@ -88,18 +95,22 @@ class Resampled(NamedTuple):
 def resampled_values(
     f: Array, g: Array, units: Array, groups: Array | None, weights: Array, measure: PairMeasure
 ) -> Resampled:
-    """A measure of every resample, from the centered matrices of two representations and their units."""
+    """A measure of all pairs in every resample, (b, L, M), from centered matrices (L, n, n), (M, n, n) and units."""
+    rows, columns = len(f), len(g)
 
     def value(products: Array) -> Array:
-        cross, self_f, self_g = products.T
-        self_products = (self_f[:, None], self_g[:, None])
-        units_fg = (jnp.full_like(self_products[0], units[0]), jnp.full_like(self_products[1], units[1]))
-        num_samples = jnp.full(cross.shape, f.shape[0], cross.dtype)
-        inner = InnerProducts.of(cross[:, None, None], self_products, units_fg, num_samples)
-        return measure.finish(inner)[:, 0, 0]
+        cross, self_f, self_g = jnp.split(products, (rows * columns, rows * columns + rows), 1)
+        units_fg = jnp.broadcast_to(units[:rows], self_f.shape), jnp.broadcast_to(units[rows:], self_g.shape)
+        num_samples = jnp.full(len(products), f.shape[-1], products.dtype)
+        inner = InnerProducts.of(cross.reshape(-1, rows, columns), (self_f, self_g), units_fg, num_samples)
+        return measure.finish(inner)
 
-    products = [resampled_products(a, b, groups, weights) for a, b in ((f, g), (f, f), (g, g))]
-    return Resampled.of(value, jnp.stack(products, 1))
+    def product(pair: tuple[Array, Array]) -> Array:
+        return resampled_products(*pair, groups, weights)
+
+    cross = lax.map(lambda a: lax.map(lambda b: product((a, b)), g), f)
+    products = (cross.reshape(rows * columns, -1), lax.map(product, (f, f)), lax.map(product, (g, g)))
+    return Resampled.of(value, jnp.concatenate(products).T)
 
 
 def without_noise_of_pairs(found: Resampled, weights: Array) -> Array:

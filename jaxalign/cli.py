@@ -231,16 +231,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_output_options(match)
 
     grid = add(
-        "grid", _command("grid_files"), "compare all layers of one or two models: JSON, figures, a report page",
-        "Compare every layer of x with every layer of y, or the layers of x with each other. Write grid.json,\n"
-        "grid.png, layers.png and a self-contained report.html. After a kill, --resume continues.",
+        "grid", _command("grid_files", "grids"),
+        "compare all layers of any number of models: JSON, tables, figures, a report page",
+        "Compare the layers of one model with each other, or every layer with those of all other models. Write\n"
+        "grid.json, tables as CSV and LaTeX, figures as PNG and PDF, and a self-contained report.html. More than two\n"
+        "models also get a map of their similarities. After a kill, --resume continues.",
         "  jaxalign grid modelA/ modelB/ --out report/\n"
         "  jaxalign grid modelA/ --measure mutual_knn --out report/\n"
+        "  jaxalign grid models/ --out report/  # each subfolder is a model\n"
         "  jaxalign grid modelA/ modelB/ --out report/ --resume\n"
         "  jaxalign grid vit/ sam/ --images photos/ --out report/",
     )  # fmt: skip
-    grid.add_argument("x", type=Path, help="a folder of layers, or a file with several representations")
-    grid.add_argument("y", type=Path, nargs="?", help="the layers of another model, for the same samples")
+    grid.add_argument(
+        "inputs", nargs="+", type=Path, metavar="model",
+        help="a folder of layers, or a file with several representations, of the same samples; or one folder of models",
+    )  # fmt: skip
+    grid.add_argument(
+        "--resamples", type=_resamples, default=500,
+        help="bootstrap resamples for intervals of the similarities of models; 0: no intervals (default: 500)",
+    )  # fmt: skip
     grid.add_argument("--devices", type=_devices, default=1, help="spread rows over this many devices (not resumable)")
     grid.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")
     grid.add_argument("--images", type=Path, help=_IMAGES)
@@ -369,6 +378,10 @@ def _seed(text: str) -> int:
 
 def _number_of_permutations(text: str) -> int:
     return _number(text, int, lambda value: 0 <= value <= 10**7, "a whole number from 0 to 10 million")
+
+
+def _resamples(text: str) -> int:
+    return _number(text, int, lambda value: value == 0 or 2 <= value <= 10**5, "0, or a whole number from 2 to 100,000")
 
 
 def _devices(text: str) -> int:

@@ -213,8 +213,9 @@ def cut_rows(
         >>> jaxalign.images.cut_rows(jax.random.normal(jax.random.key(0), (60, 8)), 4).eigenvectors.shape
         (60, 4)
     """
-    how: dict[str, Any] = {} if len(x) <= _EXACT else {"method": "nystroem", "landmarks": _CUT_LANDMARKS}
-    return normalized_cut(x, num_components, kind="features", density=density, bandwidth="per_row", key=key, **how)
+    rows = _features.features("x", x)
+    how: dict[str, Any] = {} if len(rows) <= _EXACT else {"method": "nystroem", "landmarks": _CUT_LANDMARKS}
+    return normalized_cut(rows, num_components, kind="features", density=density, bandwidth="per_row", key=key, **how)
 
 
 def _check_maps(name: str, value: Any) -> Array:

@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxalign import _arrays, _checks
+from jaxalign._aggregates import AGGREGATES, Aggregate, aggregated
 from jaxalign._groups import Groups, check_groups
 from jaxalign._null import is_product, pair_matrices, permuted_values
 from jaxalign._permutations import GridMoves, GroupExchange, Permutations
@@ -45,7 +46,6 @@ from jaxalign.measures._pair_sums import InnerProducts
 from jaxalign.measures._registry import specified
 
 Null = Literal["groups", "grid"]
-Aggregate = Literal["max", "mean", "mean_of_best"]
 
 # Resamples of fewer groups are mostly copies of each other.
 _MIN_RESAMPLED = 10
@@ -263,9 +263,7 @@ def permutation_test(
     permutations = _checks.whole("permutations", permutations)
     _checks.choice("null", null, ("groups", "grid"))
     rows, columns = _name("x", x), _name("y", y)
-    split = len(rows)
-    named = {f"x[{n!r}]" if n else "x": a for n, a in rows.items()}
-    named |= {f"y[{n!r}]" if n else "y": a for n, a in columns.items()}
+    named, split = _name_pair(rows, columns)
     if null == "grid" and groups is not None:
         raise ValueError('groups has no effect with null="grid", which moves each image for itself. Leave it out.')
     samples = _valid_samples(named, groups, positions, mask, missing, specification)
@@ -298,8 +296,9 @@ def calibrate(test: PermutationTest, *, alpha: float = 0.05, aggregate: Aggregat
     Args:
         test: the result of `permutation_test`, of two representations or of a grid.
         alpha: the probability, under the null, of a calibrated value above 0.
-        aggregate: of the cells of a grid: "max", the most similar; "mean"; or "mean_of_best", the mean over rows of the
-            most similar column. None calibrates every cell.
+        aggregate: of the cells of a grid: "max", the most similar; "mean"; "mean_of_best", the mean over rows of the
+            most similar column; or "symmetric_best", the mean of that and of the same over columns, which does not
+            depend on which model is x. None calibrates every cell.
 
     Returns:
         A `Calibration`; calibrated is nan for measures without a largest value, such as hsic.
@@ -331,10 +330,10 @@ def calibrate(test: PermutationTest, *, alpha: float = 0.05, aggregate: Aggregat
     sign = 1 if test.direction == "similarity" else -1
     value, null, p_value = test.value, test.null, test.p_value
     if aggregate is not None:
-        _checks.choice("aggregate", aggregate, ("max", "mean", "mean_of_best"))
+        _checks.choice("aggregate", aggregate, AGGREGATES)
         if value.ndim != 2:
             raise ValueError("aggregate has no effect on a single pair. Leave it out, or test named representations.")
-        value, null = (sign * _aggregated(sign * a, aggregate) for a in (value, null))
+        value, null = (aggregated(a, aggregate, larger_is_better=sign > 0) for a in (value, null))
         p_value = (_count_beyond(value, null, sign) + 1) / (null.shape[0] + 1)
     calibrated, threshold = _calibrate(value, null, sign, test.best, float(alpha))
     return Calibration(value, calibrated, threshold, p_value, float(alpha), aggregate)
@@ -349,6 +348,7 @@ def bootstrap(
     resamples: int = 1000,
     level: float = 0.95,
     method: Literal["bca", "percentile"] = "bca",
+    aggregate: Aggregate | None = None,
     groups: Any = None,
     positions: Positions | None = None,
     mask: Any = None,
@@ -365,14 +365,16 @@ def bootstrap(
     To test for any similarity, use `permutation_test`.
 
     Args:
-        x: features, shape (n, d1).
-        y: features of the same samples, shape (n, d2).
+        x: features, shape (n, d1); with `aggregate`, a mapping of names to the features of layers.
+        y: features of the same samples, shape (n, d2), or a mapping.
         measure: a name in `jaxalign.measures.REGISTRY`.
-        key: a `jax.random.key` for the resamples.
+        key: a `jax.random.key` for the resamples: of equally many samples or groups, equal keys draw the same.
         resamples: the number of resamples. Below about 20 / (1 - level), the ends are the smallest and largest of them.
         level: nominal coverage of the interval, 0 < level < 1.
         method: "bca", bias-corrected and accelerated (Efron 1987), or "percentile". Both are expanded for few samples
             (Hesterberg 2015), the more so the fewer of them determine the value.
+        aggregate: one number from the grid of all layers of x and y, see `calibrate`. Best matches are found anew in
+            every resample.
         groups: a label for each sample, (n,): whole groups are resampled. None: see `permutation_test`. Pairs within
             groups count in the value, so the interval is about its expectation for as many groups.
         positions: see `jaxalign.compare`.
@@ -385,7 +387,7 @@ def bootstrap(
 
     Raises:
         TypeError, ValueError: see `jaxalign.compare`; a measure or estimator that duplicates would bias; fewer than 10
-            samples or groups.
+            samples or groups; mappings without `aggregate`, or an aggregate of a single pair.
 
     Examples:
         >>> import jax, jaxalign
@@ -395,10 +397,23 @@ def bootstrap(
         True
     """
     entry, filled, specification = specified(measure, options)
-    named = {"x": x, "y": y}
+    named, split = _name_pair(x, y)
+    has_layers = list(named) != ["x", "y"]
+    if has_layers and aggregate is None:
+        side = "x" if "x" not in named else "y"
+        raise TypeError(
+            f"{side} must be one array (n, d); got named layers. For an interval of all of them, pass "
+            'aggregate="symmetric_best".'
+        )
+    if aggregate is not None:
+        _checks.choice("aggregate", aggregate, AGGREGATES)
+        if not has_layers:
+            raise ValueError("aggregate has no effect on a single pair. Leave it out, or pass mappings of layers.")
     samples = _valid_samples(named, groups, positions, mask, missing, specification)
     weights = _weights(samples, key, resamples, level, method)
-    found = _resampled(samples, named, weights, entry.name, filled, specification)
+    found = _resampled(samples, split, named, weights, entry.name, filled, specification)
+    larger_is_better = entry.direction_with(filled) == "similarity"
+    found = found.then(lambda cells: aggregated(cells, aggregate or "max", larger_is_better=larger_is_better))
     return _interval(found, weights, level, method, specification)
 
 
@@ -456,7 +471,9 @@ def paired_difference(
     samples = _valid_samples(named, groups, positions, mask, missing, specification)
     weights = _weights(samples, key, resamples, level, method)
     found = [
-        _resampled(samples._replace(sets=samples.sets[k]), list(named)[k], weights, entry.name, filled, specification)
+        _resampled(
+            samples._replace(sets=samples.sets[k]), 1, list(named)[k], weights, entry.name, filled, specification
+        ).then(lambda cells: cells[:, 0, 0])
         for k in (slice(2), slice(2, 4))
     ]
     return _interval(found[0] - found[1], weights, level, method, specification)
@@ -564,6 +581,13 @@ def _name(argument: str, features: Any) -> dict[str, Any]:
     return named_sets(argument, features) if named else {"": features}
 
 
+def _name_pair(x: Any, y: Any) -> tuple[dict[str, Any], int]:
+    """Features of both sides by their names in messages, and the number of those of x."""
+    sides = {side: _name(side, features) for side, features in (("x", x), ("y", y))}
+    named = {f"{side}[{n!r}]" if n else side: a for side, part in sides.items() for n, a in part.items()}
+    return named, len(sides["x"])
+
+
 def _valid_samples(
     named: dict[str, Any],
     groups: Any,
@@ -576,7 +600,7 @@ def _valid_samples(
     for name, value in named.items():
         if isinstance(value, Mapping):
             raise TypeError(
-                f"{name} must be one array (n, d); got a mapping. Only permutation_test accepts named features."
+                f"{name} must be one array (n, d); got a mapping. permutation_test and bootstrap accept named features."
             )
     rows = check_positions(named, positions)
     center = depends_on_differences(measure)
@@ -707,15 +731,6 @@ def _calibrate(value: Array, null: Array, sign: int, best: float, alpha: float) 
     return jnp.where(defined, jnp.where(has_scale, jnp.minimum(scaled, 1), 0), jnp.nan), threshold
 
 
-def _aggregated(similarities: Array, aggregate: Aggregate) -> Array:
-    """One number from the cells (..., rows, columns) of a grid, without those that are nan."""
-    if aggregate == "mean":
-        return jnp.nanmean(similarities, (-2, -1))
-    if aggregate == "max":
-        return jnp.nanmax(similarities, (-2, -1))
-    return jnp.nanmean(jnp.nanmax(similarities, -1), -1)
-
-
 # --- resampling -------------------------------------------------------------------------------------------------------
 
 
@@ -748,22 +763,22 @@ def _check_bootstrap(name: str, measure: PairMeasure | SummaryMeasure) -> None:
 
 def _resampled(
     samples: _Samples,
+    split: int,
     names: Iterable[str],
     weights: Array,
     measure_name: str,
     options: dict[str, Any],
     measure: PairMeasure | SummaryMeasure,
 ) -> Resampled:
-    """Values of a pair of representations with every row of weights."""
+    """Values (b, rows, columns) of the first `split` representations and the others, with every row of weights."""
     _check_bootstrap(measure_name, measure)
     assert isinstance(measure, PairMeasure)
-    (f, g), units = pair_matrices(samples.sets, options, measure, list(names))
-    for name, matrix in zip(names, (f, g), strict=True):
+    matrices, units = pair_matrices(samples.sets, options, measure, list(names))
+    for name, matrix in zip(names, matrices, strict=True):
         if _arrays.is_concrete(matrix) and not _arrays.read_on_host(jnp.any, matrix):
             raise ValueError(f"all samples of {name} are equal or equidistant, so there is nothing to resample.")
-    found = resampled_values(f, g, units, _groups_of(samples), weights, measure)
-    finite = jnp.isfinite(samples.sets[0]).all() & jnp.isfinite(samples.sets[1]).all()
-    return found._replace(values=jnp.where(finite, found.values, jnp.nan))
+    found = resampled_values(matrices[:split], matrices[split:], units, _groups_of(samples), weights, measure)
+    return found._replace(values=jnp.where(_finite_pairs(samples.sets, split), found.values, jnp.nan))
 
 
 def _groups_of(samples: _Samples) -> Array | None:

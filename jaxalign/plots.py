@@ -256,7 +256,8 @@ def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level
 
     Args:
         compared: a grid from `compare_grid`.
-        test: a `permutation_test` of the same representations: values that are not significant are in parentheses.
+        test: a `permutation_test` of the same representations: values that are not significant are in parentheses; if
+            there are too many cells for values, those have a dot.
         level: family-wise error rate: values with `test.corrected` above it are not significant.
         ax: axes to draw into.
 
@@ -281,9 +282,11 @@ def grid(compared: ComparisonGrid, *, test: PermutationTest | None = None, level
                 f"{compared.columns}."
             )
         significant = np.asarray(test.corrected) <= level
-    note = "" if test is None else f"\n(in parentheses: p > {level:g})"
+    values = np.asarray(compared.values)
+    mark = "in parentheses" if values.size <= _draw.MAX_WRITTEN else "dots"
+    note = "" if test is None else f"\n({mark}: p > {level:g})"
     return _draw.heat_map(
-        np.asarray(compared.values),
+        values,
         compared.rows,
         compared.columns,
         f"{compared.measure} ({compared.direction}){note}",
@@ -529,6 +532,7 @@ def models(
     names: Sequence[str] | None = None,
     *,
     groups: Sequence[str] | None = None,
+    resampled: Numbers[Data, "b m m"] | None = None,
     ax: Any = None,
 ) -> Any:
     """Draw models, or layers, as points in a plane by classical multidimensional scaling (Torgerson 1952).
@@ -539,6 +543,8 @@ def models(
         names: names of the points. Default: those of the grid.
         groups: shape (m,), group of each point: points of a group have one color and are joined by a line in order. A
             name that starts with its group is drawn without it.
+        resampled: distances in resamples of the samples, shape (b, m, m). Their maps are moved and turned onto the map
+            (Procrustes), and each point gets an ellipse that holds about 95% of them, if they are normal.
         ax: axes to draw into.
 
     Returns:
@@ -570,17 +576,18 @@ def models(
         if entries is not None and len(entries) != m:
             raise ValueError(f"{argument} must have one entry per model; got {len(entries)} for {m} models.")
     _features.finite_rows("compared", distances.astype(np.float32), way_out="Leave such models out.")
-    distances = (distances + distances.T) / 2
-    np.fill_diagonal(distances, 0)
-    centering = np.eye(m) - 1 / m
-    values, vectors = np.linalg.eigh(-centering @ distances**2 @ centering / 2)
-    places = vectors[:, ::-1][:, :2] * np.sqrt(np.maximum(values[::-1][:2], 0))
-    share = np.maximum(values[::-1][:2], 0).sum() / max(np.abs(values).sum(), 1e-30)
+    places, share = _scaled(distances)
     ax = _draw.axes(ax, (4.6, 4.2))
+    if resampled is not None:
+        draws = np.asarray(resampled, np.float64)
+        if draws.ndim != 3 or draws.shape[1:] != (m, m):
+            raise ValueError(f"resampled must have shape (b, {m}, {m}), as there are {m} models; got {draws.shape}.")
+        _draw_ellipses(ax, np.stack([_turned(_scaled(draw)[0], places) for draw in draws]))
     members = ["" for _ in range(m)] if groups is None else list(map(str, groups))
     for color, group in zip(_draw.CYCLE * m, dict.fromkeys(members), strict=False):
         rows = np.array([member == group for member in members])
-        ax.plot(*places[rows].T, "-" if groups is not None else "", color=color, lw=0.8, alpha=0.5)
+        if groups is not None:
+            ax.plot(*places[rows].T, "-", color=color, lw=0.8, alpha=0.5)
         ax.plot(*places[rows].T, "o", color=color, ms=7, mec="white", label=_draw.text(group))
     names = list(map(str, range(m))) if names is None else names
     for place, below, name, group in zip(places, _crowded(places), names, members, strict=True):
@@ -602,6 +609,33 @@ def models(
     ax.set_xticks([])
     ax.set_yticks([])
     return ax
+
+
+def _scaled(distances: np.ndarray) -> tuple[np.ndarray, float]:
+    """Places in a plane (m, 2), and the share of the squared distances that they show."""
+    distances = (distances + distances.T) / 2
+    np.fill_diagonal(distances, 0)
+    centering = np.eye(len(distances)) - 1 / len(distances)
+    values, vectors = np.linalg.eigh(-centering @ distances**2 @ centering / 2)
+    places = vectors[:, ::-1][:, :2] * np.sqrt(np.maximum(values[::-1][:2], 0))
+    return places, np.maximum(values[::-1][:2], 0).sum() / max(np.abs(values).sum(), 1e-30)
+
+
+def _turned(places: np.ndarray, onto: np.ndarray) -> np.ndarray:
+    """Centered places after the rotation or reflection that moves them closest to others."""
+    left, _, right = np.linalg.svd(places.T @ onto)
+    return places @ left @ right
+
+
+def _draw_ellipses(ax: Any, draws: np.ndarray) -> None:
+    """Ellipses that hold 95% of normal draws (b, m, 2)."""
+    from matplotlib.patches import Ellipse
+
+    for draw in np.swapaxes(draws, 0, 1):
+        spread, axes = np.linalg.eigh(np.cov(draw.T))
+        width, height = 2 * np.sqrt(5.991 * np.maximum(spread, 0))  # the 95% quantile of chi squared of two
+        angle = np.degrees(np.arctan2(axes[1, 0], axes[0, 0]))
+        ax.add_patch(Ellipse(draw.mean(0), width, height, angle=angle, color=_draw.SKY, alpha=0.35, lw=0))
 
 
 def _crowded(places: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from jaxalign import _memory, cli
 from jaxalign._groups import check_groups
 from jaxalign.files import storage
 from jaxalign.kernels import RBF
-from jaxalign.report import cache, commands, statistics
+from jaxalign.report import cache, commands, grid_figures, grids, statistics
 
 pytest.importorskip("matplotlib", reason='figures: python -m pip install "jaxalign[viz]"')
 pytestmark = pytest.mark.usefixtures("usual_promotion")
@@ -249,7 +249,9 @@ def test_a_test_of_many_samples_is_of_whole_groups_or_the_same_places_of_each():
 def test_grid(models, capsys):
     out = models / "report"
     assert run("grid", models / "a", models / "b", "--permutations", 99, "--density", 0.2, "--out", out) == 0
-    assert {path.name for path in out.iterdir()} == {"grid.json", "grid.png", "layers.png", "report.html"}
+    names = {f"{name}.{kind}" for name in ("grid", "layers") for kind in ("png", "pdf")}
+    names |= {f"{name}.{kind}" for name in ("grid", "best_matches", "models") for kind in ("csv", "tex")}
+    assert {path.name for path in out.iterdir()} == {"grid.json", "report.html", *names}
     told = json.loads((out / "grid.json").read_text())
     expected = jaxalign.compare_grid(models / "a", models / "b", kernel=RBF(density=0.2))
     assert told["rows"] == ["layer2", "layer9", "layer10"]
@@ -309,7 +311,7 @@ def test_maps_are_colored_over_their_images(tmp_path, capsys):
     out = tmp_path / "report"
     assert run("grid", files[0], files[1], *photos, "--permutations", 0, "--out", out) == 0
     assert (out / "colors.png").exists()
-    assert (out / "report.html").read_text().count("data:image/png;base64,") == 2
+    assert (out / "report.html").read_text().count("data:image/png;base64,") == 1
     np.save(tmp_path / "photos.npy", data.pictures)
     assert run("grid", files[0], files[1], *photos, "--out", out, "--force") == 2
     assert "3 images need maps" in capsys.readouterr().err
@@ -453,7 +455,7 @@ def test_ctrl_c_is_one_line_and_130(models, capsys, monkeypatch):
         kwargs["checkpoint"].write_bytes(b"")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "compare_grid", interrupted)
+    monkeypatch.setattr(grids, "compare_grid", interrupted)
     assert run("grid", models / "a", "--out", models / "out") == 130
     said = capsys.readouterr().err
     assert "--resume continues" in said
@@ -515,9 +517,9 @@ def test_resume_goes_on_with_nothing_but_the_same_job(models, capsys, monkeypatc
     assert run(*grid) == 0
     printed = capsys.readouterr().out
     with monkeypatch.context() as patched:
-        patched.setattr(commands, "compare_grid", lambda *args, **kwargs: 1 / 0)
-        patched.setattr(commands, "run_test", lambda *args, **kwargs: 1 / 0)
-        patched.setattr(commands, "png_of", lambda *args, **kwargs: 1 / 0)
+        patched.setattr(grids, "compare_grid", lambda *args, **kwargs: 1 / 0)
+        patched.setattr(grids, "run_test", lambda *args, **kwargs: 1 / 0)
+        patched.setattr(grid_figures, "files_of", lambda *args, **kwargs: 1 / 0)
         assert run(*grid, "--resume") == 0  # finished: nothing is computed again
         assert capsys.readouterr().out == printed
         assert run(*grid, "--resume", "--json") == 0
@@ -540,11 +542,11 @@ def test_what_is_computed_outlives_a_failing_report(models, monkeypatch):
     out = models / "report"
     grid = ("grid", models / "a", "--permutations", 9, "--density", 0.2, "--out", out)
     with monkeypatch.context() as patched:
-        patched.setattr(commands, "run_test", lambda *args, **kwargs: 1 / 0)
+        patched.setattr(grids, "run_test", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(*grid)
         patched.undo()
-        patched.setattr(commands, "compare_grid", lambda *args, **kwargs: 1 / 0)
+        patched.setattr(grids, "compare_grid", lambda *args, **kwargs: 1 / 0)
         assert run(*grid, "--resume") == 0
     assert not (out / "values.json").exists()
 
@@ -623,7 +625,7 @@ def test_offsets_that_float32_cannot_hold_need_x64(models, capsys):
 
 def test_pictures_that_do_not_belong_are_refused_before_the_work(models, monkeypatch, capsys):
     np.save(models / "photos.npy", np.zeros((3, 8, 8, 3), np.uint8))
-    monkeypatch.setattr(commands, "compare_grid", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(grids, "compare_grid", lambda *args, **kwargs: 1 / 0)
     images = ("--images", models / "photos.npy")
     assert run("grid", models / "a", *images, "--out", models / "out") == 2
     assert "3 images need maps" in capsys.readouterr().err
@@ -639,7 +641,7 @@ def test_pictures_that_do_not_belong_are_refused_before_the_work(models, monkeyp
     ids=["empty", "list", "object", "number", "lists", "bytes", "nested"],
 )  # fmt: skip
 def test_damaged_results_are_one_line(name, content, models, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "compare_grid", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(grids, "compare_grid", lambda *args, **kwargs: 1 / 0)
     (models / "out").mkdir()
     (models / "out" / name).write_bytes(content)
     assert run("grid", models / "a", "--permutations", 0, "--out", models / "out", "--resume") == 2
@@ -655,7 +657,14 @@ def test_a_result_with_parts_missing_is_damaged(models, capsys):
     assert run(*grid) == 0
     whole = json.loads((out / "grid.json").read_text())
     capsys.readouterr()
-    changes = {"values": [[1.0]], "sigma": 3, "names": [], "best match": {"layer2": 1}, "direction": "up", "written": 1}
+    changes = {
+        "values": [[1.0]],
+        "sigma": 3,
+        "models": [],
+        "best matches": [{"layer": 1}],
+        "direction": "up",
+        "written": 1,
+    }
     for name, value in changes.items():
         (out / "grid.json").write_text(json.dumps({**whole, name: value}))
         assert run(*grid, "--resume") == 2
@@ -696,7 +705,7 @@ def test_force_removes_only_what_a_command_wrote(tmp_path):
     (out / "alignment.json").write_text(json.dumps(listed))
     (out / "cut.json").write_text(json.dumps({"files": ["keep.txt", "weights.npy"]}))  # not as it is written
     with commands.output_folder(out, (), force=True):
-        assert commands._contents(out) == ["cut.json", "grid.png", "keep.txt", "link.npy", "weights.npy"]
+        assert commands.contents_of(out) == ["cut.json", "grid.png", "keep.txt", "link.npy", "weights.npy"]
     assert (tmp_path / "outside.npy").read_bytes() == b"outside"
     # And all of what was written, by its own manifest.
     commands.write_manifest(out / "alignment.json", {}, [commands.write_array(out / "a.npy", np.ones(3))])
@@ -791,8 +800,8 @@ def test_the_program_opens_as_many_files_as_it_may():
 
 
 def test_sets_larger_than_the_memory_are_refused_before_the_work(models, monkeypatch, capsys):
-    for name in ("align", "compare_grid", "normalized_cut"):
-        monkeypatch.setattr(commands, name, lambda *args, **kwargs: 1 / 0)
+    for module, name in ((commands, "align"), (grids, "compare_grid"), (commands, "normalized_cut")):
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: 1 / 0)
     monkeypatch.setattr(_memory, "_UNCHECKED_BYTES", 0)
     monkeypatch.setattr(_memory, "_room", lambda: 100.0)
     x = models / "a" / "layer2.npy"

@@ -164,6 +164,7 @@ def test_calibrated_scores_are_those_of_the_published_algorithm(x64):
         ("max", lambda a: a.max((-2, -1))),
         ("mean", lambda a: a.mean((-2, -1))),
         ("mean_of_best", lambda a: a.max(-1).mean(-1)),
+        ("symmetric_best", lambda a: (a.max(-1).mean(-1) + a.max(-2).mean(-1)) / 2),
     ):
         found = calibrate(test, aggregate=aggregate)
         value, expected = rule(np.asarray(test.value)), rule(null)
@@ -427,6 +428,25 @@ def test_intervals_of_few_and_skewed_samples_are_in_order_and_in_range(level):
             assert -1 <= found.low < found.high <= 1
             assert found.resampled.min() <= found.low
             assert found.high <= found.resampled.max()
+
+
+def test_an_aggregate_of_layers_has_the_interval_of_its_resamples(x64):
+    x, y, z = sets()
+    ours, theirs = {"a": x, "b": x[:, :2] ** 2}, {"c": y, "d": z, "e": y**2}
+    how = {"kernel": "linear", "key": KEY, "resamples": 40}
+    single = bootstrap(x, y, **how)
+    for aggregate in ("max", "mean", "mean_of_best", "symmetric_best"):
+        alone = bootstrap({"a": x}, {"c": y}, aggregate=aggregate, **how)
+        for name in ("value", "low", "high", "resampled"):
+            helpers.assert_close(getattr(alone, name), getattr(single, name), 1e-12)
+    found = bootstrap(ours, theirs, aggregate="symmetric_best", **how)
+    values = np.asarray(jaxalign.compare_grid(ours, theirs, kernel="linear").values)
+    helpers.assert_close(found.value, (values.max(1).mean() + values.max(0).mean()) / 2, 1e-10)
+    flipped = bootstrap(theirs, ours, aggregate="symmetric_best", **how)
+    helpers.assert_close(found.resampled, flipped.resampled, 1e-12)
+    assert float(found.low) < float(found.value) < float(found.high)
+    with pytest.raises(ValueError, match="aggregate has no effect on a single pair"):
+        bootstrap(x, y, aggregate="max", **how)
 
 
 def test_what_does_not_vary_has_no_interval():

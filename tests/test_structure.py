@@ -34,7 +34,7 @@ LAYERS = [
     {"alignment", "measures"},
     {"_groups"},
     {"_permutations"},
-    {"_null", "_resampling"},
+    {"_aggregates", "_null", "_resampling"},
     {"_evidence", "_candidates"},
     {"_rounds"},
     {"matching"},

@@ -423,6 +423,10 @@ ROWS = {
          'comparison="pearson"': "jaxalign.bootstrap(x, y, 'rsa', {}, key=key, resamples=9)",
          "permutation_test": "jaxalign.{}(x, y, 'cka', kernel='linear', estimator='biased', key=key, permutations=9)"},
     ),
+    "a bootstrap of layers": Row(
+        "jaxalign.bootstrap({'a': x}, y, kernel='linear', key=key)",
+        {'aggregate="symmetric_best"': "jaxalign.bootstrap({'a': x}, y, {}, kernel='linear', key=key, resamples=9)"},
+    ),
     "a value to calibrate": Row(
         "jaxalign.calibrate(0.5)", {"calibrate(permutation_test(x, y, key=key))": "{}"},
         named(calibrate=jaxalign.calibrate, permutation_test=jaxalign.permutation_test),

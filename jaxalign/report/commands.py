@@ -13,9 +13,8 @@ import time
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import io, sharding, streaming
+from jaxalign import io, streaming
 from jaxalign._memory import check_bytes
 from jaxalign._numbers import is_wide
 from jaxalign._version import __version__
@@ -38,14 +37,13 @@ from jaxalign.grid import ComparisonGrid, compare_grid
 from jaxalign.kernels import RBF, Laplacian
 from jaxalign.plan import Plan
 from jaxalign.report.baselines import standardized
-from jaxalign.report.coloring import checkerboard_landmarks, joint_colors, separate_colors
 from jaxalign.report.statistics import describe, run_test
 from jaxalign.report.tables import format_table
 from jaxalign.segments import kway
 from jaxalign.spectral import normalized_cut
 
-# Images shown in a report, and landmarks for their colors.
-SHOWN_IMAGES, COLOR_LANDMARKS = 6, 1024
+# Images shown in a report.
+SHOWN_IMAGES = 6
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def check_entries(entries: list[tuple[Path, str, io.FeatureSet]], positions: io.
     for name, stored in arrays.items():
         values = stored.rows(positions)
         _reject_missing(name, stored, values)
-        rows[name] = _as_floats(name, stored, values)
+        rows[name] = as_floats(name, stored, values)
         if stored.values.ndim > 2 and positions == "samples":
             shape = " x ".join(map(str, stored.values.shape[:-1]))
             notes.append(f"each of {shape} positions is a sample (see --positions)")
@@ -97,7 +95,7 @@ def check_entries(entries: list[tuple[Path, str, io.FeatureSet]], positions: io.
     return Input(rows, arrays, tuple(dict.fromkeys(notes)), hashes)
 
 
-def _as_floats(name: str, stored: io.FeatureSet, values: Any) -> Any:
+def as_floats(name: str, stored: io.FeatureSet, values: Any) -> Any:
     """Features as float32 or float64. Without --x64 the library centers float64 features before it narrows them."""
     if values.dtype == np.float64 and is_wide(values.dtype):
         largest = max(float(np.abs(part).max()) for part in np.split(values, range(65536, len(values), 65536)))
@@ -192,17 +190,17 @@ def _landmark_densities(alignment: Alignment, rows: Mapping[str, Any], channels:
     return densities
 
 
-def _densities(representations: list[Any], compared: ComparisonGrid, options: Mapping[str, Any]) -> list[float | None]:
+def densities(representations: list[Any], compared: ComparisonGrid, options: Mapping[str, Any]) -> list[float | None]:
     """Mean affinity of each representation at its sigma; None if the kernel of the measure is not RBF."""
-    sigmas, kernel = np.asarray(compared.sigma, np.float64), _measure_options(options).get("kernel")
+    sigmas, kernel = np.asarray(compared.sigma, np.float64), measure_options(options).get("kernel")
     if not np.isfinite(sigmas).all() or not isinstance(kernel, RBF):
         return [None for _ in representations]
     how: dict[str, Any] = {"diagonal": kernel.diagonal, "plan": Plan(options["tile_size"])}
-    densities = []
+    reached = []
     for x, sigma in zip(representations, sigmas, strict=True):
         density_of = streaming.mean_density if isinstance(x, np.memmap) else mean_density
-        densities.append(float(density_of(x, sigma=float(sigma), **how)))
-    return densities
+        reached.append(float(density_of(x, sigma=float(sigma), **how)))
+    return reached
 
 
 # --- output folders --------------------------------------------------------------------------------------------------
@@ -212,7 +210,17 @@ def _densities(representations: list[Any], compared: ComparisonGrid, options: Ma
 _WRITTEN = {
     "alignment.json": ("*.npy",),
     "cut.json": ("*.colors.npy", "*.segments.npy", "eigenvectors.npy", "colors.png"),
-    "grid.json": ("grid.png", "layers.png", "colors.png", "report.html"),
+    "grid.json": (
+        "grid.*",
+        "grid_*.png",
+        "grid_*.pdf",
+        "grid_*.tex",
+        "best_matches.*",
+        "layers.*",
+        "models.*",
+        "colors.*",
+        "report.html",
+    ),
 }
 
 
@@ -228,7 +236,7 @@ def output_folder(
             raise FileExistsError(f"--out {out} holds the input {path}: name another folder.")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        if _contents(out) and not force and not resumable:
+        if contents_of(out) and not force and not resumable:
             raise FileExistsError(
                 f"--out {out} exists and is not empty: --force overwrites the files of an earlier run, and `jaxalign "
                 "grid --resume` continues it."
@@ -239,7 +247,7 @@ def output_folder(
         yield out
 
 
-def _contents(out: Path) -> list[str]:
+def contents_of(out: Path) -> list[str]:
     """Names of the files in a folder, without the lock of this run."""
     return sorted(path.name for path in out.iterdir() if not path.name.startswith(PREFIX))
 
@@ -251,12 +259,12 @@ def _remove_written(manifest: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return
     for path in (manifest.parent / Path(name).name for name in written):
-        if any(fnmatchcase(path.name, pattern) for pattern in _WRITTEN[manifest.name]) and _is_unchanged(path, written):
+        if any(fnmatchcase(path.name, pattern) for pattern in _WRITTEN[manifest.name]) and is_unchanged(path, written):
             path.unlink()
     manifest.unlink()
 
 
-def _is_unchanged(path: Path, written: Mapping[str, Any]) -> bool:
+def is_unchanged(path: Path, written: Mapping[str, Any]) -> bool:
     """Whether a file has the hash that the manifest lists."""
     return path.is_file() and not path.is_symlink() and hash_of(path) == written.get(path.name)
 
@@ -389,20 +397,20 @@ def compare_files(options: dict[str, Any]) -> Result:
     (x,), (y,) = (part.rows.values() for part in inputs)
     names = [io.printable(name) for part in inputs for name in part.rows]
     same_samples({"x": x, "y": y})
-    measure_options = _measure_options(options)
+    chosen = measure_options(options)
     first, second = (in_memory({name: rows}) for name, rows in zip(names, (x, y), strict=True))
-    compared = compare_grid(first, second, options["measure"], plan=Plan(options["tile_size"]), **measure_options)
+    compared = compare_grid(first, second, options["measure"], plan=Plan(options["tile_size"]), **chosen)
     value = float(np.asarray(compared.values)[0, 0])
     data: dict[str, Any] = {"x": names[0], "y": names[1], "measure": options["measure"], "value": value, "n": len(x)}
-    data |= {"sigma": compared.sigma, "density reached": _densities([x, y], compared, options)}
+    data |= {"sigma": compared.sigma, "density reached": densities([x, y], compared, options)}
     text = f"{options['measure']} of {names[0]} with {names[1]}, {len(x)} samples: {value:.6g}"
     if options["permutations"]:
         arrays = {f"{k}: {name}": a for k, part in enumerate(inputs) for name, a in part.arrays.items()}
-        tested = run_test({"x": x}, {"y": y}, arrays, options, measure_options)
+        tested = run_test({"x": x}, {"y": y}, arrays, options, chosen)
         statistics = {name: np.asarray(value)[0, 0] for name, value in tested.values().items()}
         data |= {name: float(statistics[name]) for name in ("p_value", "null_mean", "threshold", "calibrated")}
         data["test"] = tested.summary()
-        text += f"\ncalibrated {_number(data['calibrated'])}, p = {data['p_value']:.4g}"
+        text += f"\ncalibrated {number_cell(data['calibrated'])}, p = {data['p_value']:.4g}"
         text += f"\n{describe(tested.summary(), len(x))}"
     data["provenance"] = provenance(options, *inputs)
     return Result(data, with_notes(text, tuple(data["provenance"]["notes"])))
@@ -463,8 +471,8 @@ def cut_files(options: dict[str, Any]) -> Result:
     inputs = read(options["inputs"], options["positions"])
     images = read_images(options["images"])
     if images is not None:
-        _check_images(images, inputs.arrays if options["positions"] == "samples" else {})
-    with output_folder(options["out"], _input_paths(options, inputs), force=options["force"]) as out:
+        check_images(images, inputs.arrays if options["positions"] == "samples" else {})
+    with output_folder(options["out"], input_paths(options, inputs), force=options["force"]) as out:
         return _cut(inputs, images, out, options)
 
 
@@ -521,216 +529,12 @@ def _cut(inputs: Input, images: Images | None, out: Path, options: Mapping[str, 
     return Result(data, with_notes(text, inputs.notes))
 
 
-def grid_files(options: dict[str, Any]) -> Result:
-    """Compare all layers of one or two models: values, p-values, figures and a report page."""
-    x = read([options["x"]], options["positions"])
-    y = None if options["y"] is None else read([options["y"]], options["positions"])
-    inputs = (x,) if y is None else (x, y)
-    sides = list(zip("xy", (options["x"], options["y"]), inputs, strict=False))
-    n = same_samples({f"{side} {path}: {name}": v for side, path, part in sides for name, v in part.rows.items()})
-    images = read_images(options["images"])
-    if images is not None:
-        _check_images(images, {f"{side} {name}": v for side, _, part in sides for name, v in part.arrays.items()})
-    measure_options = _measure_options(options)
-    job = provenance(options, *inputs)
-    if images is not None:
-        job["images sha256"] = images.sha256
-    paths = _input_paths(options, *inputs)
-    with output_folder(options["out"], paths, force=options["force"], resumable=options["resume"]) as out:
-        data = _finished(out, job) if options["resume"] else None
-        if data is None:
-            data = _grid(x, y, images, n, job, out, options, measure_options)
-    return Result(data, with_notes(_grid_text(data, out), tuple(job["notes"])))
-
-
-def _grid(
-    x: Input,
-    y: Input | None,
-    images: Images | None,
-    n: int,
-    job: Mapping[str, Any],
-    out: Path,
-    options: Mapping[str, Any],
-    measure_options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Compare, draw and write; returns the content of grid.json."""
-    compared = _compare(x, y, job, out, options, measure_options)
-    tested = None
-    if options["permutations"]:
-        arrays = {f"{k}: {name}": a for k, part in enumerate((x, y or x)) for name, a in part.arrays.items()}
-        tested = run_test(x.rows, (y or x).rows, arrays, options, measure_options)
-    rows = [values for part in (x, y) if part is not None for values in part.rows.values()]
-    data = {
-        **json.loads(compared.to_json()),
-        "samples": n,
-        "density reached": _densities(rows, compared, options),
-        "best match": {row: {"column": c, "value": v} for row, (c, v) in compared.best_match().items()},
-        "statistics": None if tested is None else {
-            **tested.summary(), **tested.values(), "aggregates": tested.aggregates(),
-            "words": describe(tested.summary(), n),
-        },
-        "names": [str(options["x"]), str(options["y"] or options["x"])],
-        "provenance": job,
-    }  # fmt: skip
-    from jaxalign import plots
-    from jaxalign.report.html import page
-
-    ax = plots.grid(_printable(compared), test=None if tested is None else _printable(tested.test))
-    name_x, name_y = (_short(path.name) for path in (options["x"], options["y"] or options["x"]))
-    ax.set(ylabel=name_x, xlabel=name_y)
-    figures = {"grid": png_of(ax.figure, 130)}
-    curves = plots.layers(_printable(compared))
-    if y is not None:
-        curves.set_xlabel(f"layer of {name_x}")
-        curves.get_legend().set_title(name_y, {"size": 7})
-    figures["layers"] = png_of(curves.figure, 130)
-    if images is not None:
-        figures |= _colors_of_best(compared, x, y, images, options)
-    shown = {name: content for name, content in figures.items() if name != "grid"}
-    contents = {f"{name}.png": content for name, content in figures.items()}
-    contents["report.html"] = page(json_value(data), shown, tuple(job["notes"])).encode(errors="backslashreplace")
-    for name, content in contents.items():
-        replace_file(out / name, content)
-    data["files"] = list(contents)
-    write_manifest(out / _GRID, data, (out / name for name in contents))
-    (out / _VALUES).unlink(missing_ok=True)
-    return data
-
-
-def _grid_text(data: Mapping[str, Any], out: Path) -> str:
-    """The best matches as a table, and the path of the report, from the content of grid.json."""
-    name_x, name_y = (_short(Path(name).name) for name in data["names"])
-    statistics, samples = data["statistics"], data["samples"]
-    header = ["layer", "best match"] if data["itself"] else [f"layer of {name_x}", f"best match in {name_y}"]
-    header.append(data["measure"])
-    rows = [
-        [io.printable(row), io.printable(match["column"]), f"{match['value']:.4f}"]
-        for row, match in data["best match"].items()
-    ]
-    if statistics is not None:
-        header += ["calibrated", "p, corrected"]
-        for cells, (row, match) in zip(rows, data["best match"].items(), strict=True):
-            i, j = list(data["rows"]).index(row), list(data["columns"]).index(match["column"])
-            cells += [_number(statistics["calibrated"][i][j]), f"{statistics['corrected'][i][j]:.4g}"]
-    text = format_table(header, rows)
-    text += f"\n\n{samples} samples, {len(data['rows']) * len(data['columns'])} comparisons. "
-    text += f"Report: {shown_path(out)}report.html"
-    if statistics is not None:
-        text += f"\n{statistics['words']}"
-        for name, found in statistics["aggregates"].items():
-            calibrated, p_value = _number(found["calibrated"]), found["p_value"]
-            text += f"\n{name.replace('_', ' ')}: {found['value']:.4f}, calibrated {calibrated}, p = {p_value:.4g}"
-    return text
-
-
-def _number(value: float | None) -> str:
+def number_cell(value: float | None) -> str:
     """Four digits, or a dash for a measure without such a value."""
     return "-" if value is None or np.isnan(value) else f"{value:.4f}"
 
 
-# The state of a grid: while it compares, between its comparisons and its report, and at the end.
-_CHECKPOINT, _VALUES, _GRID = "checkpoint.npz", "values.json", "grid.json"
-
-
-def _finished(out: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The results of a complete run of the same job whose files are unchanged; None if there are none."""
-    data = _earlier(out / _GRID, job)
-    if data is None or (out / _VALUES).exists():
-        return None
-    options, written = data["provenance"]["options"], data["written"]
-    same_report = all(options.get(name) == job["options"].get(name) for name in _REPORT)
-    same_images = data["provenance"].get("images sha256") == job.get("images sha256")
-    complete = all(_is_unchanged(out / name, written) for name in written)
-    return data if same_report and same_images and written and complete else None
-
-
-def _earlier(path: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The content of a file of an earlier run of the same job; None if the file does not exist."""
-    if not path.exists():
-        return None
-    try:
-        data = read_json(path)
-        same = _identity(data["provenance"]) == _identity(job)
-        ComparisonGrid.from_json(path)
-        if path.name == _GRID:
-            data["written"] = dict(data["written"])
-            _grid_text(data, path.parent)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise ValueError(
-            f"--resume: {path} is damaged, or not from `jaxalign grid`. Delete it to continue without it, or use "
-            "--force to start over."
-        ) from None
-    if not same:
-        raise ValueError(f"--resume: {path} is from other options or inputs. Name another folder, or use --force.")
-    return data
-
-
-def _compare(
-    x: Input,
-    y: Input | None,
-    job: Mapping[str, Any],
-    out: Path,
-    options: Mapping[str, Any],
-    measure_options: Mapping[str, Any],
-) -> ComparisonGrid:
-    """The grid; from its file if a run of the same job computed it already."""
-    values, checkpoint = out / _VALUES, out / _CHECKPOINT
-    if options["resume"]:
-        for path in (values, out / _GRID):
-            if _earlier(path, job) is not None:
-                return ComparisonGrid.from_json(path)
-        unknown = [name for name in _contents(out) if not name.startswith(_CHECKPOINT)]
-        if unknown and not checkpoint.exists():
-            raise FileExistsError(
-                f"--resume: --out {out} holds {unknown[0]!r} but no run to continue: name another folder, or use "
-                "--force."
-            )
-    else:  # also the checkpoint of an interrupted search for sigma
-        for path in (values, checkpoint, checkpoint.with_name(f"{_CHECKPOINT}.sigma")):
-            path.unlink(missing_ok=True)
-    layers = [dict(part.rows) for part in ((x,) if y is None else (x, y))]
-    how: dict[str, Any] = {"checkpoint": checkpoint, "plan": Plan(options["tile_size"])}
-    if options["devices"] > 1:
-        how = {"plan": Plan(options["tile_size"], sharding.data_mesh(options["devices"]))}
-        layers = [{name: np.asarray(rows) for name, rows in part.items()} for part in layers]
-    compared = compare_grid(
-        layers[0], layers[1] if y is not None else None, options["measure"],
-        progress=_progress(options["quiet"]), **how, **measure_options,
-    )  # fmt: skip
-    write_json(values, {**json.loads(compared.to_json()), "provenance": job})
-    return compared
-
-
-def _progress(quiet: bool) -> bool:
-    """Whether to show a progress bar, on stderr."""
-    return not quiet and find_spec("tqdm") is not None
-
-
-# Options of the report alone, and all options that do not change the values of a grid.
-_REPORT = ("permutations", "groups", "null", "seed", "images")
-_HOW = ("quiet", "json", "resume", "force", "out", "devices", "tile_size", *_REPORT)
-
-
-def _identity(job: Mapping[str, Any]) -> Any:
-    """The options, inputs and version that the values of a grid depend on."""
-    kept = {name: value for name, value in job["options"].items() if name not in _HOW}
-    return [kept, sorted(job["sha256"].values()), job["versions"]["jaxalign"]]
-
-
-def _printable(named: Any) -> Any:
-    """The same with printable, short names."""
-    if named is None:
-        return None
-    names = {"rows": tuple(map(_short, named.rows)), "columns": tuple(map(_short, named.columns))}
-    return replace(named, **names)
-
-
-def _short(name: str, most: int = 40) -> str:
-    plain = io.printable(name)
-    return plain if len(plain) <= most else plain[: most // 2 - 1] + "\N{HORIZONTAL ELLIPSIS}" + plain[-most // 2 :]
-
-
-def _measure_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def measure_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the measure, from --option. --density, sigma and diagonal become options of its kernel."""
     from jaxalign.measures._registry import find
 
@@ -801,13 +605,13 @@ def read_images(path: Path | None, most: int | None = SHOWN_IMAGES) -> Images | 
     return Images(shape[0], shown, hashes)
 
 
-def _input_paths(options: Mapping[str, Any], *inputs: Input) -> list[str]:
+def input_paths(options: Mapping[str, Any], *inputs: Input) -> list[str]:
     """Paths of all inputs of a command."""
     images = [] if options["images"] is None else [str(options["images"])]
     return [*images, *(path for part in inputs for path in part.hashes)]
 
 
-def _check_images(images: Images, arrays: Mapping[str, io.FeatureSet]) -> None:
+def check_images(images: Images, arrays: Mapping[str, io.FeatureSet]) -> None:
     """Raise unless all representations are maps of these images, with one h x w."""
     wrong = [
         f"{io.printable(stored.name)} has shape {stored.values.shape}"
@@ -818,33 +622,3 @@ def _check_images(images: Images, arrays: Mapping[str, io.FeatureSet]) -> None:
         problem = ", ".join(wrong[:3]) or "h x w differ, or --positions is not samples"
         n = images.number
         raise ValueError(f"--images: {n} images need maps of shape ({n}, h, w, d) with one h x w; {problem}.")
-
-
-def _colors_of_best(
-    compared: ComparisonGrid, x: Input, y: Input | None, images: Images, options: Mapping[str, Any]
-) -> dict[str, bytes]:
-    """The colors of the best match of the grid, before and after alignment."""
-    from jaxalign import plots
-
-    values = np.array(compared.values, np.float64)
-    if compared.itself:
-        np.fill_diagonal(values, np.nan)
-    if np.isnan(values).all():
-        return {}
-    signed = values if compared.direction == "similarity" else -values
-    i, j = np.unravel_index(np.nanargmax(signed), signed.shape)
-    pair = (x.arrays[compared.rows[i]], (y or x).arrays[compared.columns[j]])
-    number = len(images.shown)
-    features = {}
-    sides = [_short(path.name) for path in (options["x"], options["y"] or options["x"])]
-    for side, stored in zip(sides if sides[0] != sides[1] else "AB", pair, strict=True):
-        rows = stored.values[:number].reshape(-1, stored.values.shape[-1])
-        features[f"{side}\n{io.printable(stored.name)}"] = _as_floats(stored.name, stored, rows)
-    grid = pair[0].grid or (1, 1)
-    landmarks = checkerboard_landmarks(number, grid, COLOR_LANDMARKS, options["seed"])
-    colors = {"before": separate_colors(features), "after": joint_colors(features, landmarks)}
-    groups = {
-        when: {name: values.reshape(number, *grid, 3) for name, values in by_name.items()}
-        for when, by_name in colors.items()
-    }
-    return {"colors": png_of(plots.color_panels(groups, images.shown), 130)}

@@ -1,9 +1,9 @@
-"""Permutation tests of the command line: of which samples, in which groups, and what is reported."""
+"""Permutation tests and intervals of the command line: of which samples, in which groups, and what is reported."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import jax
 import numpy as np
 
 from jaxalign._groups import Groups, check_groups
-from jaxalign.inference import Aggregate, PermutationTest, calibrate, permutation_test
+from jaxalign.inference import Aggregate, Interval, PermutationTest, bootstrap, calibrate, permutation_test
 from jaxalign.io import FeatureSet
 
 # Samples in a permutation test, which stores n x n values per representation.
 TEST_SAMPLES = 1000
-_AGGREGATES: tuple[Aggregate, ...] = ("max", "mean_of_best")
+_ALL = slice(None)
+_AGGREGATES: tuple[Aggregate, ...] = ("max", "mean_of_best", "symmetric_best")
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,26 @@ class Tested:
         }
         return {"p_value": self.exact(test.p_value), "corrected": self.exact(test.corrected), **others}
 
-    def aggregates(self) -> dict[str, Any]:
-        """The most similar pair of layers, and the mean of best matches, each against its own null."""
+    def aggregates(self, rows: slice = _ALL, columns: slice = _ALL) -> dict[str, Any]:
+        """The most similar pair of layers, and means of best matches, each against its own null."""
         if np.isnan(self.test.threshold).all():  # too few permutations
             return {}
-        found = {name: calibrate(self.test, aggregate=name) for name in _AGGREGATES}
+        part = replace(self.test, value=self.test.value[rows, columns], null=self.test.null[:, rows, columns])
+        found = {name: calibrate(part, aggregate=name) for name in _AGGREGATES}
         return {
             name: {"value": float(v.value), "calibrated": float(v.calibrated), "p_value": self.exact(v.p_value)}
             for name, v in found.items()
         }
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Bootstrap intervals of the similarities of pairs of models, on the same resamples."""
+
+    found: list[Interval]
+    samples: int
+    groups: int | None  # None: every sample is a group
+    what: str  # the name of the groups
 
 
 def run_test(
@@ -69,23 +81,47 @@ def run_test(
     measure_options: Mapping[str, Any],
 ) -> Tested:  # fmt: skip
     """Test rows x (n, d) against rows y, on at most `TEST_SAMPLES` of the samples; `arrays` tell what rows are."""
-    n = len(next(iter(x.values())))
-    positions = options["positions"] if any(stored.values.ndim > 2 for stored in arrays.values()) else None
-    stored = {name: array.values for name, array in arrays.items()}
-    labels = check_groups(_labels(options["groups"]), stored, positions)
     how: dict[str, Any] = {
         "key": jax.random.key(options["seed"]),
         "permutations": options["permutations"],
         **measure_options,
     }
     if options["null"] == "grid":
-        return _test_grids(x, y, stored, options, how)
-    what = "images or texts" if options["groups"] is None else f"groups of {options['groups']}"
-    subset = _subset(n, labels)
-    few_x, few_y = ({name: np.asarray(v[subset]) for name, v in rows.items()} for rows in (x, y))
-    groups = None if labels is None else labels.number[subset]
-    test = permutation_test(few_x, few_y, options["measure"], groups=groups, **how)
+        return _test_grids(x, y, {name: array.values for name, array in arrays.items()}, options, how)
+    subset, groups, what = _samples(len(next(iter(x.values()))), arrays, options)
+    test = permutation_test(_take(x, subset), _take(y, subset), options["measure"], groups=groups, **how)
     return Tested(test, len(subset), None if groups is None else len(np.unique(groups)), what)
+
+
+def run_intervals(
+    pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], arrays: Mapping[str, FeatureSet],
+    options: Mapping[str, Any], measure_options: Mapping[str, Any],
+) -> Intervals:  # fmt: skip
+    """Intervals of the mean of best matches of pairs of models, on the samples of `run_test`; all share resamples."""
+    subset, groups, what = _samples(len(next(iter(arrays.values())).rows(options["positions"])), arrays, options)
+    how: dict[str, Any] = {"key": jax.random.key(options["seed"]), "resamples": options["resamples"], "groups": groups}
+    found = [
+        bootstrap(
+            _take(x, subset), _take(y, subset), options["measure"], aggregate="symmetric_best", **how, **measure_options
+        )
+        for x, y in pairs
+    ]
+    return Intervals(found, len(subset), None if groups is None else len(np.unique(groups)), what)
+
+
+def _samples(
+    n: int, arrays: Mapping[str, FeatureSet], options: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Numbers of at most `TEST_SAMPLES` samples, their groups, if any, and the name of these."""
+    positions = options["positions"] if any(stored.values.ndim > 2 for stored in arrays.values()) else None
+    labels = check_groups(_labels(options["groups"]), {name: array.values for name, array in arrays.items()}, positions)
+    subset = _subset(n, labels)
+    what = "images or texts" if options["groups"] is None else f"groups of {options['groups']}"
+    return subset, None if labels is None else labels.number[subset], what
+
+
+def _take(rows: Mapping[str, Any], subset: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: np.asarray(values[subset]) for name, values in rows.items()}
 
 
 def _test_grids(
