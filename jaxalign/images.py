@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
@@ -213,9 +214,8 @@ def cut_rows(
         >>> jaxalign.images.cut_rows(jax.random.normal(jax.random.key(0), (60, 8)), 4).eigenvectors.shape
         (60, 4)
     """
-    rows = _features.features("x", x)
-    how: dict[str, Any] = {} if len(rows) <= _EXACT else {"method": "nystroem", "landmarks": _CUT_LANDMARKS}
-    return normalized_cut(rows, num_components, kind="features", density=density, bandwidth="per_row", key=key, **how)
+    how: dict[str, Any] = {"method": "nystroem", "landmarks": _CUT_LANDMARKS} if np.shape(x)[0] > _EXACT else {}
+    return normalized_cut(x, num_components, kind="features", density=density, bandwidth="per_row", key=key, **how)
 
 
 def _check_maps(name: str, value: Any) -> Array:

@@ -6,6 +6,8 @@ import helpers
 import numpy as np
 import pytest
 
+import jaxalign
+
 pytest.importorskip("matplotlib", reason='the examples draw: python -m pip install "jaxalign[viz]"')
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
@@ -87,3 +89,32 @@ def test_colours_agree_after_alignment_and_not_before(tmp_path, capsys):
     assert found["top1"] > 0.5
     assert {path.name for path in tmp_path.iterdir()} == {"colors.png", "matches.png"}
     assert "held-out patches" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_parts_have_consistent_colors_after_alignment_more_than_controls(tmp_path, capsys):
+    with helpers.example("parts_of_images") as example:
+        found = {name: result.value for name, result in example.main(tmp_path).items()}
+    before, after = found["before: each network by itself"], found["after: aligned and cut together"]
+    controls = [value for name, value in found.items() if name.startswith("control")]
+    assert before < 0.1 < max(controls) < after - 0.1
+    assert len(controls) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "before_after.png", "new_images.png", "nested.png", "prompts.png",
+    }  # fmt: skip
+    assert "3584 patches that are not landmarks" in capsys.readouterr().out
+
+
+def test_consistency_is_that_of_its_definition():
+    with helpers.example("parts_of_images") as example:
+        data = jaxalign.datasets.load_part_features()
+        everywhere = np.arange(len(data.part_index))
+        exact = np.eye(3)[data.part_index % 3] + data.part_index[:, None] / 20  # a color for each part
+        same = {"a": exact, "b": exact}
+        found = example.consistency(same, [("a", "b")], data, everywhere)
+        assert found.value == 1
+        assert found.p_value < 0.001
+        random = {name: np.random.default_rng(k).random((len(exact), 3)) for k, name in enumerate("ab")}
+        found = example.consistency(random, [("a", "b")], data, everywhere)
+        assert abs(found.value) < 0.05  # parts of 15 to 150 patches
+        assert found.p_value > 0.01

@@ -564,9 +564,20 @@ ROWS = {
         {'"lobpcg"': "jaxalign.normalized_cut(x, 2, density=0.2, method={}, plan=Plan(mesh=mesh))"},
         lambda: {"mesh": mesh("data")},
     ),
-    "a cut with landmarks per row": Row(
-        "jaxalign.normalized_cut(x, 2, density=0.2, method='nystroem', bandwidth='per_row')",
-        {'bandwidth="global"': "jaxalign.normalized_cut(x, 2, density=0.2, method='nystroem', {})"},
+    "a cut with landmarks at sigmas": Row(
+        "jaxalign.normalized_cut(x, 2, sigma=np.ones(24), method='nystroem', bandwidth='per_row')",
+        {'bandwidth="per_row"': "jaxalign.normalized_cut(x, 2, density=0.2, method='nystroem', {})"},
+    ),
+    "new samples in the cut of an affinity": Row(
+        "jaxalign.normalized_cut(jaxalign.rbf_affinity(x, density=0.2), 2).transform(x)",
+        {'bandwidth="per_row"': "jaxalign.normalized_cut(x, 2, density=0.2, {}).transform(x)"},
+    ),
+    "repulsion of features": Row(
+        "jaxalign.normalized_cut(x, 2, repulsion=np.ones((24, 24)))",
+        {
+            "rbf_affinity(x)": "jaxalign.normalized_cut(jaxalign.{}, 2, repulsion=np.ones((24, 24)))",
+            'kind="affinity"': "jaxalign.normalized_cut(jaxalign.rbf_affinity(x), 2, repulsion=np.ones((24, 24)), {})",
+        },
     ),
     "a traced mask of a cut": Row(
         "jax.jit(lambda mask: jaxalign.normalized_cut(x, 2, density=0.2, method='nystroem', mask=mask))(mask)",
@@ -709,6 +720,7 @@ WITHOUT_A_ROW = {
     "Write tensor.cpu() to copy it to the host": "takes a device that torch has and jax does not",
     "diagonal={} has no effect with sigma=": "to leave it out",
     "Monitor({} batches": "how it prints",
+    "ColorMap(method={}": "how it prints",
 }
 
 

@@ -518,7 +518,7 @@ def _cut(inputs: Input, images: Images | None, out: Path, options: Mapping[str, 
     files.append(write_array(out / "eigenvectors.npy", cut.eigenvectors))
     data = {
         "samples": n, "eigenvalues": cut.eigenvalues, "residual": cut.residual,
-        "sigma": None if cut.sigma is None else float(cut.sigma),
+        "sigma": None if cut.sigma is None or cut.sigma.ndim else float(cut.sigma),
         "density reached": float(jnp.sum(cut.degrees)) / len(labels) ** 2,
         "files": [path.name for path in files], "provenance": provenance(options, inputs),
     }  # fmt: skip
