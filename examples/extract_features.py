@@ -573,13 +573,27 @@ def deviation(new: np.ndarray, shipped: np.ndarray) -> float:
     return float((np.abs(new - shipped).max(axes) / np.where(scale > 0, scale, 1.0)).max())
 
 
+def decompressed(arrays: Arrays) -> Arrays:
+    """Features in place of their principal components: on another processor, near components may be mixed."""
+    found = {}
+    for key, value in arrays.items():
+        part, _, name = key.partition("/")
+        if part == "scores":
+            scale, axes, mean = (arrays[f"{other}/{name}"].astype(np.float32) for other in ("scale", "axes", "mean"))
+            found[f"features/{name}"] = (value * scale) @ axes + mean
+        elif part not in ("scale", "axes", "mean"):
+            found[key] = value
+    return found
+
+
 def check(path: Path, arrays: Arrays) -> bool:
     """Print the deviation of the recomputed arrays from the file; returns whether all are close."""
     if not path.is_file():
         print(f"{path} does not exist: run without --check first")
         return False
     with np.load(path, allow_pickle=False) as file:
-        shipped = dict(file)
+        shipped = decompressed(dict(file))
+    arrays = decompressed(arrays)
     print(f"{path}\n    {'array':<48} {'shape':<18} deviation")
     agree = True
     for name in dict.fromkeys([*arrays, *shipped]):

@@ -9,7 +9,14 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from jaxalign.datasets import DigitFeatures, PatchFeatures, load_digit_features, load_patch_features
+from jaxalign.datasets import (
+    DigitFeatures,
+    PartFeatures,
+    PatchFeatures,
+    load_digit_features,
+    load_part_features,
+    load_patch_features,
+)
 
 PATCH_SETS = {
     "vit-s14 layer 5": 384,
@@ -28,6 +35,12 @@ DIGIT_SETS = {
     "mobilenet-v2 block 13": 96,
     "pp-ocrv4 stride 16": 96,
 }
+PART_SETS = {
+    "vit-s14 layer 8": 384,
+    "efficientnet-lite0 block 10": 112,
+    "pp-ocrv4 stride 16": 96,
+    "untrained efficientnet-lite0 block 10": 112,
+}
 FILES = ("patch_features.npz", "part_features.npz", "digit_features.npz")
 
 
@@ -39,6 +52,11 @@ def patches() -> PatchFeatures:
 @pytest.fixture(scope="module")
 def digits() -> DigitFeatures:
     return load_digit_features()
+
+
+@pytest.fixture(scope="module")
+def parts() -> PartFeatures:
+    return load_part_features()
 
 
 def file_bytes(name: str) -> bytes:
@@ -72,6 +90,42 @@ def test_positions_run_over_pictures_then_rows_then_columns(patches):
     np.testing.assert_array_equal(row_of, np.arange(768))
 
 
+def test_names_and_shapes_of_the_parts(parts):
+    shapes = {name: features.shape for name, features in parts.features.items()}
+    assert shapes == {name: (4096, channels) for name, channels in PART_SETS.items()}
+    assert parts.images.shape == (4, 224, 224, 3)
+    assert parts.images.dtype == np.uint8
+    assert parts.image_names == ("portrait", "face", "cat", "astronaut")
+    row_of = parts.image_index * 1024 + parts.positions[:, 0] * 32 + parts.positions[:, 1]
+    np.testing.assert_array_equal(row_of, np.arange(4096))
+    np.testing.assert_array_equal(
+        parts.maps("vit-s14 layer 8")[2, 5, 7], parts.features["vit-s14 layer 8"][2 * 1024 + 5 * 32 + 7]
+    )
+    assert parts.controls == ("untrained efficientnet-lite0 block 10",)
+
+
+def test_every_image_has_parts_with_enough_patches(parts):
+    assert parts.part_index.min() == -1
+    assert parts.part_index.max() == len(parts.part_names) - 1
+    for image in range(4):
+        labels = parts.part_index[parts.image_index == image]
+        counts = np.bincount(labels[labels >= 0])
+        assert np.count_nonzero(counts) >= 5
+        assert counts[counts > 0].min() >= 9
+
+
+def test_fine_maps_are_the_coarse_ones_in_between(parts, patches):
+    """The whole photograph is in both files: its 32 x 32 map, averaged over 2 x 2, is much like its 16 x 16 map."""
+    for name in PART_SETS.keys() - set(parts.controls):
+        coarse = parts.maps(name)[3].reshape(16, 2, 16, 2, -1).mean((1, 3)).reshape(256, -1)
+        whole = patches.features[name][:256].reshape(16, 16, -1)
+        right, *wrong = (
+            linear_cka(coarse, turned.reshape(256, -1)) for turned in (whole, whole.transpose(1, 0, 2), whole[::-1])
+        )
+        assert right > 0.7, name
+        assert right > max(wrong) + 0.2, name
+
+
 def test_names_and_shapes_of_the_digits(digits):
     shapes = {name: features.shape for name, features in digits.features.items()}
     assert shapes == {name: (1000, channels) for name, channels in DIGIT_SETS.items()}
@@ -83,7 +137,7 @@ def test_names_and_shapes_of_the_digits(digits):
     assert digits.labels.max() == 9
 
 
-@pytest.mark.parametrize("load", [load_patch_features, load_digit_features])
+@pytest.mark.parametrize("load", [load_patch_features, load_part_features, load_digit_features])
 def test_every_set_is_finite_varies_and_says_where_it_is_from(load):
     data = load()
     for name, features in data.features.items():
