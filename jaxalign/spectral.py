@@ -265,7 +265,7 @@ def normalized_cut(
         source = affinity_operator(x, None, sigma, plan=plan, **options)
         sigma = source.sigma
     if repelled is not None:
-        source = _Signed(source, repelled)
+        source = _Signed((source + source.T) / 2 if isinstance(source, Array) else source, (repelled + repelled.T) / 2)
     cut = _cut(source, start, k, method, rtol)
     if isinstance(x, AffinityOperator) or sigma is None or (bandwidth == "per_row" and of_rows is None):
         return cut

@@ -38,6 +38,7 @@ class Sizes:
     grid: tuple[int, int, int] = (12, 4096, 768)  # layers of either model, n, d
     permutations: tuple[int, int] = (10_000, 512)  # how many, n
     wide: tuple[int, int] = (64, 2048)  # n, d above it
+    images: tuple[int, int] = (12, 1)  # how many, and the stride of their patches
     conditions: int = 1024  # of an RSA against rsatoolbox
     accuracy: tuple[int, int] = (1024, 256)  # n, d
     curve_n: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -72,6 +73,7 @@ QUICK = Sizes(
     tiled_n=2048,
     tiled_widths=(16,),
     training=(128, 64),
+    images=(2, 4),
     grid=(3, 512, 64),
     permutations=(500, 128),
     wide=(16, 64),
@@ -119,6 +121,7 @@ def sections(sizes: Sizes) -> dict[str, Iterator[Result | str]]:
         "wide": wide.run(*sizes.wide, sizes.rounds),
         "training": training.run(*sizes.training, sizes.rounds),
         "cut": cuts.run(sizes.n, sizes.set_d, sizes.slow_rounds),
+        "images": cuts.images(*sizes.images, sizes.slow_rounds),
         "peers": peers.run(sizes.n, sizes.d, sizes.conditions, sizes.slow_rounds),
         "accuracy": accuracy.run(*sizes.accuracy),
         "growth": curves.run(sizes.curve_n, sizes.curve_d, sizes.curve_layers, sizes.processes, sizes.slow_rounds),

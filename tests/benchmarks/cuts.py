@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxalign
 
-from .timing import Result, compare
+from .timing import Result, compare, milliseconds, seconds
 
 COMPONENTS, DENSITY = 20, 0.05
 
@@ -50,3 +50,22 @@ def run(n: int, d: int, rounds: int) -> Iterator[Result]:
         rival = ("ncut-pytorch", lambda: ncut_fn(tx, n_eig=COMPONENTS, sigma=sigma))
         auto = ("jaxalign", lambda: jaxalign.normalized_cut(jx, COMPONENTS, sigma=sigma, method="lobpcg").eigenvectors)
         yield compare(f"{case}: lobpcg / ncut-pytorch", auto, rival, rounds)
+
+
+def images(number: int, stride: int, rounds: int) -> Iterator[Result]:
+    """Cut and colors of images in three networks: the shipped maps, mirrored and with noise."""
+    data, rng = jaxalign.datasets.load_part_features(), np.random.default_rng(0)
+    maps = {}
+    for name in data.features.keys() - set(data.controls):
+        found = data.maps(name)[:, ::stride, ::stride]
+        found = np.concatenate([found, found[:, ::-1], found[:, :, ::-1]])[:number]
+        maps[name] = found + (0.05 * found.std() * rng.normal(size=found.shape)).astype(np.float32)
+    side = data.grid[0] // stride
+    case = f"color_images, {number} images of {side} x {side} patches in {len(maps)} networks"
+
+    def call() -> Any:
+        return jaxalign.color_images(maps).colors
+
+    took = seconds(call)
+    yield Result(f"{case}: first call", took, "s", took, took, "<=", 20.0)
+    yield milliseconds(case, call, rounds)
