@@ -134,6 +134,7 @@ class Alignment:
         x = _features.shifted_features("x_new", x_new, space.shift)
         if x.ndim != 2 or x.shape[-1] != space.landmarks.shape[-1]:
             raise ValueError(f"x_new must have shape (k, {space.landmarks.shape[-1]}) for {name!r}; got {x.shape}.")
+        _features.finite_rows("x_new", x, way_out="Leave such samples out.")
         return space.standardize(space.decorrelate(space.affinity(space.channels(x))))
 
     def correspondence(

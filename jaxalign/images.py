@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxalign import _checks, _features
+from jaxalign import _arrays, _checks
 from jaxalign._repr import short_repr
 from jaxalign._typing import AnyArray, Data, Numbers
 from jaxalign.alignment import Alignment, align
@@ -28,7 +29,9 @@ _CUT_LANDMARKS = 1024
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=("colors", "alignment", "cut", "color_map"), meta_fields=("images",)
+    jax.tree_util.register_dataclass,
+    data_fields=("colors", "alignment", "cut", "color_map", "images"),
+    meta_fields=(),
 )
 @dataclass(frozen=True, eq=False, repr=False)
 class ColoredImages:
@@ -55,7 +58,7 @@ class ColoredImages:
         """Colors of new images, by the same landmarks, cut and map: the same part has the same color as before.
 
         Args:
-            maps: maps of new images by network, shape (q, h, w, d); one network or several.
+            maps: maps of new images by network, shape (q, h, w, d), on any grid; one network or several.
 
         Returns:
             Colors by network, shape (q, h, w, 3).
@@ -120,8 +123,9 @@ def color_images(
 
     Args:
         maps: {network: features of the patches, shape (images, h, w, d)}, channels last. The images are the same in all
-            networks; the coarser grids are resized to the finest.
-        images: the images themselves, shape (images, H, W, 3), for `ColoredImages.figure`.
+            networks; maps of other grids are resized to the most rows and columns of any.
+        images: the images themselves, shape (images, H, W, 3), for `ColoredImages.figure`: integers to 255, or numbers
+            from 0 to 1.
         landmarks: the number of random patches that are landmarks, at most half, or their indices.
         num_components: the number of eigenvectors, and of columns that determine colors: few show large parts, more
             show details.
@@ -152,44 +156,24 @@ def color_images(
     arrays = {name: _check_maps(name, value) for name, value in maps.items()}
     counts = {name: len(a) for name, a in arrays.items()}
     if images is not None:
+        images = _check_images(images)
         counts["images"] = len(images)
     if len(set(counts.values())) > 1:
         raise ValueError(f"all networks must have the same images in the same order; got {counts}.")
-    grid = max((a.shape[1:3] for a in arrays.values()), key=lambda shape: shape[0] * shape[1])
-    features = {name: _on_grid(a, grid).reshape(-1, a.shape[-1]) for name, a in arrays.items()}
-    n = len(next(iter(features.values())))
+    arrays = on_one_grid(arrays)
+    shape = next(iter(arrays.values())).shape[:-1]
+    features = {name: a.reshape(-1, a.shape[-1]) for name, a in arrays.items()}
     start = jax.random.key(0) if key is None else key
     _checks.random_key(start)
-    chosen: Any = min(landmarks, n // 2) if isinstance(landmarks, int) else landmarks
-    alignment = align(features, landmarks=chosen, key=start)
-    cut = cut_together(alignment, num_components, key=start)
+    if isinstance(landmarks, (int, np.integer)):
+        number = min(int(landmarks), math.prod(shape) // 2)
+        alignment = align(features, landmarks=number, key=start)
+    else:
+        alignment = align(features, landmarks=landmarks)
+    cut = cut_rows(jnp.concatenate(list(alignment.features.values())), num_components, key=start)
     color_map = fit_colors(cut, method, num_components=num_components)
-    shape = (len(features), *next(iter(arrays.values())).shape[:1], *grid, 3)
-    colors = dict(zip(features, color_map(cut).reshape(shape), strict=True))
+    colors = dict(zip(features, color_map(cut).reshape(len(features), *shape, 3), strict=True))
     return ColoredImages(colors, alignment, cut, color_map, images)
-
-
-def cut_together(alignment: Alignment, num_components: int, *, key: Array | None = None) -> NormalizedCut:
-    """One cut of the relative features of all networks: rows of the first network, then of the second, ...
-
-    Args:
-        alignment: the relative features.
-        num_components: the number of eigenvectors.
-        key: for the random choices.
-
-    Returns:
-        The cut, see `cut_rows`.
-
-    Raises:
-        ValueError: see `normalized_cut`.
-
-    Examples:
-        >>> import jax, jaxalign
-        >>> x = jax.random.normal(jax.random.key(0), (60, 8))
-        >>> jaxalign.images.cut_together(jaxalign.align({"a": x, "b": -x}, landmarks=30), 4).eigenvectors.shape
-        (120, 4)
-    """
-    return cut_rows(jnp.concatenate(list(alignment.features.values())), num_components, key=key)
 
 
 def cut_rows(
@@ -218,8 +202,37 @@ def cut_rows(
     return normalized_cut(x, num_components, kind="features", density=density, bandwidth="per_row", key=key, **how)
 
 
-def _check_maps(name: str, value: Any) -> Array:
-    a = _features.features(f"maps[{name!r}]", value)
+def on_one_grid(maps: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    """Maps resized bilinearly to the most rows and the most columns of any.
+
+    Args:
+        maps: maps by network, shape (images, h, w, d).
+
+    Returns:
+        Maps of one h and one w. Maps that have these already are returned as they are.
+
+    Raises:
+        No errors.
+
+    Examples:
+        >>> import numpy as np, jaxalign
+        >>> maps = {"a": np.ones((2, 4, 9, 3)), "b": np.ones((2, 8, 8, 5))}
+        >>> [a.shape for a in jaxalign.images.on_one_grid(maps).values()]
+        [(2, 8, 9, 3), (2, 8, 9, 5)]
+    """
+    grid = tuple(max(a.shape[axis] for a in maps.values()) for axis in (1, 2))
+    resized = {}
+    for name, a in maps.items():
+        if a.shape[1:3] != grid:
+            a = a - a.mean((0, 1, 2), keepdims=True)  # an offset would cost digits
+            a = jax.image.resize(jnp.asarray(a), (a.shape[0], *grid, a.shape[-1]), "bilinear")
+        resized[name] = a
+    return resized
+
+
+def _check_maps(name: str, value: Any) -> AnyArray:
+    """Maps as they are: `align` centers them before it rounds to float32."""
+    a = _arrays.numbers(f"maps[{name!r}]", value)
     if a.ndim != 4:
         raise ValueError(
             f"maps[{name!r}] must have shape (images, h, w, d); got {a.shape}. Reshape tokens to the grid of their "
@@ -228,7 +241,10 @@ def _check_maps(name: str, value: Any) -> Array:
     return a
 
 
-def _on_grid(a: Array, grid: tuple[int, ...]) -> Array:
-    if a.shape[1:3] == grid:
-        return a
-    return jax.image.resize(a, (a.shape[0], *grid, a.shape[-1]), "linear")
+def _check_images(images: Any) -> AnyArray:
+    a = _arrays.numbers("images", images)
+    if a.ndim != 4 or a.shape[-1] != 3:
+        raise ValueError(f"images must have shape (images, H, W, 3), colors last; got {a.shape}.")
+    if np.issubdtype(a.dtype, np.floating) and _arrays.is_concrete(a) and not 0 <= a.min() <= a.max() <= 1:
+        raise ValueError(f"images must be from 0 to 1, or integers to 255; got {a.min():.3g} to {a.max():.3g}.")
+    return a

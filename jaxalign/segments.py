@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxalign import _arrays, _checks, _features
 from jaxalign._linalg import matmul, unit
 from jaxalign._typing import AnyArray, Data, Numbers
+from jaxalign.bandwidth import solve_sigma
 from jaxalign.operators import affinity_operator
 from jaxalign.plan import Plan
 from jaxalign.spectral import NormalizedCut
@@ -81,11 +82,9 @@ def nested_segments(cut: NormalizedCut, segments: int | None = None) -> Int[Arra
         >>> jaxalign.nested_segments(jaxalign.normalized_cut(affinity, 3)).tolist()
         [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1], [0, 0, 2, 2, 1, 1]]
     """
-    if not isinstance(cut, NormalizedCut):
-        raise TypeError(f"cut must be a NormalizedCut; got {type(cut).__name__}.")
+    _check_cut(cut)
     labels = kway(cut, segments)
-    number = cut.eigenvectors.shape[1] if segments is None else int(segments)
-    return _nested(cut, labels, number)
+    return _nested(cut, labels, cut.eigenvectors.shape[1] if segments is None else int(segments))
 
 
 def prompt_scores(
@@ -111,7 +110,8 @@ def prompt_scores(
         1/2), shape (m,). Above 0 a sample belongs to the segment; 0 for masked and isolated samples.
 
     Raises:
-        TypeError, ValueError: rows that are not in the cut, or no points inside.
+        TypeError, ValueError: points that are not in the cut, or masked or isolated; none inside; rows of another width
+            or with nan.
 
     Examples:
         >>> import jax.numpy as jnp, jaxalign
@@ -119,14 +119,15 @@ def prompt_scores(
         >>> (jaxalign.prompt_scores(jaxalign.normalized_cut(affinity, 2), 1, 4) > 0).tolist()
         [True, True, True, False, False, False]
     """
-    n, k = cut.eigenvectors.shape
-    points = [_checks.row_numbers("inside", np.atleast_1d(np.asarray(inside)), n)]
-    if outside is not None:
-        points.append(_checks.row_numbers("outside", np.atleast_1d(np.asarray(outside)), n))
+    _check_cut(cut)
+    k = cut.eigenvectors.shape[1]
+    given = {"inside": inside, "outside": outside}
+    points = tuple(_points(name, value, cut) for name, value in given.items() if value is not None)
     others = cut.eigenvectors if rows is None else _features.features("rows", rows)
     if others.ndim != 2 or others.shape[1] != k:
         raise ValueError(f"rows must have shape (m, {k}), from cut.transform; got {others.shape}.")
-    return _prompt_scores(cut.eigenvectors, others, tuple(jnp.asarray(p) for p in points))
+    _features.finite_rows("rows", others, way_out="Leave such rows out.")
+    return _prompt_scores(cut.eigenvectors, others, points)
 
 
 def segment_channels(
@@ -149,10 +150,10 @@ def segment_channels(
         plan: how pairs are visited, see `jaxalign.Plan`.
 
     Returns:
-        Derivatives by the logarithm of the scale of each channel, shape (segments, d).
+        Derivatives by the logarithm of the scale of each channel, shape (segments, d); 0 for a label of no sample.
 
     Raises:
-        TypeError, ValueError: labels of another length, or no sample in a segment; see also `solve_sigma`.
+        TypeError, ValueError: labels that are not one integer per sample, or traced; see also `solve_sigma`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jaxalign
@@ -161,6 +162,8 @@ def segment_channels(
         >>> drive.shape, drive.argmax(1).tolist()
         ((2, 5), [2, 2])
     """
+    if not _arrays.is_concrete(labels):
+        raise TypeError("labels must not be traced: the number of segments is a shape. Pass a NumPy array.")
     centered, _ = _features.centered_features("x", x, min_rows=2)
     found = np.asarray(_arrays.array("labels", labels))
     if centered.ndim != 2 or found.shape != centered.shape[:1] or not np.issubdtype(found.dtype, np.integer):
@@ -168,17 +171,40 @@ def segment_channels(
             f"labels must be one integer per sample; got shape {found.shape} of {found.dtype} for x of shape "
             f"{centered.shape}."
         )
+    solve_sigma(centered, density=density, plan=plan)  # raises where there is none
     members = found[:, None] == np.arange(max(int(found.max()) + 1, 1))
-    if not members.any(0).all():
-        raise ValueError(f"no sample has the label {int(np.argmin(members.any(0)))}: number segments from 0.")
 
     def association(scale: Array) -> Array:
         a = affinity_operator(centered * scale[None], density=density, plan=plan, throw=False)
         hot = jnp.asarray(members, centered.dtype)
         products = a @ jnp.concatenate((hot, jnp.ones_like(hot[:, :1])), 1)
-        return jnp.sum(hot * products[:, :-1], 0) / jnp.sum(hot * products[:, -1:], 0)
+        return _share(jnp.sum(hot * products[:, :-1], 0), jnp.sum(hot * products[:, -1:], 0))
 
     return jax.jacrev(association)(jnp.ones(centered.shape[1], centered.dtype))
+
+
+def _check_cut(cut: Any) -> None:
+    if not isinstance(cut, NormalizedCut):
+        raise TypeError(f"cut must be a NormalizedCut; got {type(cut).__name__}.")
+
+
+def _points(name: str, value: Any, cut: NormalizedCut) -> Array:
+    """Rows of the cut, as indices."""
+    indices = np.atleast_1d(np.asarray(value)) if _arrays.is_concrete(value) else value
+    if np.size(indices) == 0:
+        raise ValueError(f"{name} has no points: pass at least one row of the cut.")
+    points = jnp.asarray(_checks.row_numbers(name, indices, cut.eigenvectors.shape[0]))
+    if _arrays.is_concrete(cut.eigenvectors):
+        empty = ~np.asarray(jnp.any(cut.eigenvectors[points] != 0, 1))
+        if empty.any():
+            first = np.asarray(points)[empty][0]
+            raise ValueError(f"{name}: sample {first} is masked or isolated. Choose other points.")
+    return points
+
+
+def _share(association: Array, volume: Array) -> Array:
+    """The normalized association, 0 for an empty part."""
+    return jnp.where(volume > 0, association / jnp.where(volume > 0, volume, 1), 0)
 
 
 # --- computations ----------------------------------------------------------------------------------------------------
@@ -232,14 +258,11 @@ def _nested(cut: NormalizedCut, labels: Array, number: int) -> Array:
     within = matmul(spread.T, cut.eigenvalues[:, None] * spread)
     volume = jnp.sum(cut.degrees[:, None] * hot, 0)
 
-    def share(association: Array, volume: Array) -> Array:
-        return jnp.where(volume > 0, association / jnp.where(volume > 0, volume, 1), 0)
-
     def merge(state: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
         within, volume, present = state
-        alone = share(jnp.diagonal(within), volume)
+        alone = _share(jnp.diagonal(within), volume)
         both = jnp.diagonal(within)[:, None] + jnp.diagonal(within)[None] + 2 * within
-        gain = share(both, volume[:, None] + volume[None]) - alone[:, None] - alone[None]
+        gain = _share(both, volume[:, None] + volume[None]) - alone[:, None] - alone[None]
         pairs = present[:, None] & present[None] & ~jnp.eye(number, dtype=bool)
         a, b = jnp.unravel_index(jnp.argmax(jnp.where(pairs, gain, -jnp.inf)), gain.shape)
         a, b = jnp.where(

@@ -119,6 +119,7 @@ class NormalizedCut:
         rows = _features.shifted_features("x_new", x_new, self.shift)
         if rows.ndim != 2 or rows.shape[-1] != self.basis.shape[-1]:
             raise ValueError(f"x_new must have shape (q, {self.basis.shape[-1]}); got {rows.shape}.")
+        _features.finite_rows("x_new", rows, way_out="Leave such samples out.")
         dtype = np.promote_types(rows.dtype, self.basis.dtype)
         rows, basis, sigma = rows.astype(dtype), self.basis.astype(dtype), self.sigma
         if self.density is not None:
@@ -235,6 +236,8 @@ def normalized_cut(
     if k > n:
         raise ValueError(f"num_components = {k}, but there are only n = {n} samples.")
     if method == "nystroem":
+        if diagonal != "include":
+            raise ValueError('diagonal has no effect with method="nystroem": leave it out.')
         if isinstance(x, AffinityOperator) or not is_features:
             raise ValueError('method="nystroem" needs features: it computes affinities to landmarks only.')
         cut = _from_landmarks(x, k, sigma, density, bandwidth, mask, landmarks, start, plan)
@@ -309,8 +312,12 @@ def _check_repulsion(repulsion: Any, n: int, is_features: bool) -> Array:
     repelled = _features.features("repulsion", repulsion)
     if repelled.shape != (n, n):
         raise ValueError(f"repulsion must have the shape of the affinity, {(n, n)}; got {repelled.shape}.")
+    _features.finite_rows("repulsion", repelled, way_out="A repulsion has finite entries.")
     if _arrays.is_concrete(repelled):
-        _is_features(repelled, "affinity")  # raises unless it is symmetric and nonnegative
+        symmetric, negative = (bool(fact) for fact in _arrays.read_on_host(_facts, repelled))
+        if negative or not symmetric:
+            defect = "has negative entries" if negative else "is not symmetric"
+            raise ValueError(f"repulsion {defect}: pass how strongly samples are kept apart, 0 or more, both ways.")
     return repelled
 
 

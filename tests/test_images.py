@@ -68,6 +68,26 @@ def test_segments_are_numbered_alike_and_nested(colored):
 
 
 @pytest.mark.slow
+def test_landmarks_may_be_chosen_and_offsets_cost_nothing(maps):
+    one = {name: a[:1] for name, a in maps.items()}
+    chosen = np.flatnonzero(np.indices((16, 16)).sum(0).ravel() % 2 == 0)
+    found = color_images(one, landmarks=chosen, num_components=4)
+    np.testing.assert_array_equal(found.alignment.landmarks, chosen)
+    far = {name: a.astype(np.float64) + 1e4 for name, a in one.items()}
+    same = color_images(far, landmarks=chosen, num_components=4)
+    for name in NETWORKS:
+        np.testing.assert_allclose(same.colors[name], found.colors[name], atol=2e-3)
+        np.testing.assert_allclose(same.transform({name: far[name]})[name], found.colors[name], atol=5e-3)
+
+
+def test_it_is_a_pytree(colored, maps):
+    new = jax.jit(lambda c, a: c.transform({NETWORKS[0]: a})[NETWORKS[0]])
+    again = jax.tree.map(lambda a: a, colored)
+    for one in (colored, again):
+        np.testing.assert_allclose(new(one, maps[NETWORKS[0]][:2]), colored.colors[NETWORKS[0]], atol=5e-3)
+
+
+@pytest.mark.slow
 def test_coarser_grids_are_resized_to_the_finest(maps):
     mixed = {NETWORKS[0]: maps[NETWORKS[0]][:1], NETWORKS[1]: maps[NETWORKS[1]][:1, ::2, ::2]}
     found = color_images(mixed, landmarks=64, num_components=4)
@@ -109,6 +129,12 @@ def test_other_bad_input(maps, colored, unchecked_types):
         color_images([maps[NETWORKS[0]]])
     with pytest.raises(TypeError, match="at least one network"):
         color_images({})
+    with pytest.raises(ValueError, match="colors last"):
+        color_images({NETWORKS[0]: maps[NETWORKS[0]]}, np.zeros((4, 3, 8, 8)))
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        color_images({NETWORKS[0]: maps[NETWORKS[0]]}, np.full((4, 8, 8, 3), 255.0))
+    with pytest.raises(ValueError, match=r"x_new.*Leave such samples out"):
+        colored.transform({NETWORKS[0]: np.full((1, 4, 4, 384), np.nan, np.float32)})
     with pytest.raises(KeyError, match="clip"):
         colored.transform({"clip": maps[NETWORKS[0]]})
     with pytest.raises(ValueError, match="tsne"):

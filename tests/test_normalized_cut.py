@@ -291,7 +291,9 @@ def test_segments_are_the_groups():
         (np.ones((2, 9, 4), np.float32), {"num_components": 2}, "jax.vmap for a batch"),
         (np.ones((9, 4), np.float32), {"num_components": 2, "repulsion": np.ones((9, 9))}, "option of an affinity"),
         (np.eye(9, dtype=np.float32), {"num_components": 2, "repulsion": np.ones((4, 4))}, "shape of the affinity"),
-        (np.eye(4, dtype=np.float32), {"num_components": 2, "repulsion": -np.ones((4, 4))}, "negative entries"),
+        (np.eye(4, dtype=np.float32), {"num_components": 2, "repulsion": -np.ones((4, 4))}, "repulsion has negative"),
+        (np.eye(4, dtype=np.float32), {"num_components": 2, "repulsion": np.triu(np.ones((4, 4)))}, "is not symmetric"),
+        (np.ones((9, 4), np.float32), {"num_components": 2, "method": "nystroem", "diagonal": "exclude"}, "no effect"),
     ],
 )
 def test_bad_input(x, options, message, unchecked_types):

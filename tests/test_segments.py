@@ -125,5 +125,24 @@ def test_bad_input(cut, x, unchecked_types):
         prompt_scores(cut, 0, rows=x)
     with pytest.raises(ValueError, match="one integer per sample"):
         segment_channels(x, np.zeros(5, int))
-    with pytest.raises(ValueError, match="no sample has the label 1"):
-        segment_channels(x, np.where(np.arange(75) < 9, 2, 0))
+    with pytest.raises(ValueError, match="nan or inf in 1 row"):
+        segment_channels(np.where(np.arange(75)[:, None] == 3, np.nan, x).astype(np.float32), np.arange(75) % 5)
+    with pytest.raises(ValueError, match="duplicates"):
+        segment_channels(np.repeat(x[:3], 25, 0), np.arange(75) % 5)
+    with pytest.raises(TypeError, match="must not be traced"):
+        jax.jit(lambda labels: segment_channels(x, labels))(np.arange(75) % 5)
+    with pytest.raises(TypeError, match="must be a NormalizedCut"):
+        prompt_scores(cut.eigenvectors, 3)
+    with pytest.raises(ValueError, match="has no points"):
+        prompt_scores(cut, np.zeros(0, int))
+    with pytest.raises(ValueError, match="outside: sample 70 is masked or isolated"):
+        prompt_scores(normalized_cut(x, 3, density=0.3, mask=np.arange(75) < 60), 1, [2, 70])
+    with pytest.raises(ValueError, match="rows has nan or inf"):
+        prompt_scores(cut, 0, rows=np.full((4, 6), np.nan, np.float32))
+
+
+def test_a_label_that_no_sample_has_is_driven_by_no_channel(x):
+    found = np.asarray(segment_channels(x, np.where(np.arange(75) % 5 == 0, 2, -1)))
+    assert found.shape == (3, 3)
+    assert not found[:2].any()
+    assert found[2].any()

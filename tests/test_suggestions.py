@@ -719,6 +719,7 @@ WITHOUT_A_ROW = {
     "the eigenvectors did not reach rtol": "no matrix is known on which that happens within a second",
     "Write tensor.cpu() to copy it to the host": "takes a device that torch has and jax does not",
     "diagonal={} has no effect with sigma=": "to leave it out",
+    'diagonal has no effect with method="nystroem"': "to leave it out",
     "Monitor({} batches": "how it prints",
     "ColorMap(method={}": "how it prints",
 }

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxalign.alignment import align
 from jaxalign.colors import ColorMethod, rgb
-from jaxalign.images import cut_rows, cut_together
+from jaxalign.images import cut_rows
 from jaxalign.report.baselines import standardized
 from jaxalign.spectral import NormalizedCut
 
@@ -38,7 +39,8 @@ def joint_cut(
         landmarks: indices of the landmarks.
         options: options of `jaxalign.align`.
     """
-    return cut_together(align(features, landmarks=landmarks, **(options or {})), COMPONENTS)
+    alignment = align(features, landmarks=landmarks, **(options or {}))
+    return cut_rows(jnp.concatenate(list(alignment.features.values())), COMPONENTS)
 
 
 def joint_colors(

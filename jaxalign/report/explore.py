@@ -18,11 +18,10 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from jaxalign import io
+from jaxalign import images, io
 from jaxalign.alignment import align
 from jaxalign.colors import rgb
 from jaxalign.files.storage import replace_file
-from jaxalign.images import cut_rows
 from jaxalign.matching import match
 from jaxalign.report import commands
 from jaxalign.report.baselines import standardized
@@ -72,33 +71,33 @@ class Matches:
 def explore_files(options: dict[str, Any]) -> commands.Result:
     """Write the page for maps of the same images in several networks."""
     inputs = read_networks(options["inputs"], options["layer"])
-    images = commands.read_images(options["images"], None)
-    assert images is not None
+    photos = commands.read_images(options["images"], None)
+    assert photos is not None
     maps = {name: as_maps(stored, inputs.rows[name]) for name, stored in inputs.arrays.items()}
     for name, x in maps.items():
-        if len(x) != images.number:
+        if len(x) != photos.number:
             raise ValueError(
-                f"--images {options['images']}: {images.number} images, but {io.printable(name)} has maps of {len(x)}."
+                f"--images {options['images']}: {photos.number} images, but {io.printable(name)} has maps of {len(x)}."
             )
     out = options["out"]
     _check_output(out, [*map(Path, inputs.hashes), options["images"]], force=options["force"])
     maps, resized = on_one_grid(maps)
     grid = next(iter(maps.values())).shape[1:3]
     features = {name: x.reshape(-1, x.shape[-1]) for name, x in maps.items()}
-    before, after = separate_side(features, options), joint_side(features, grid, images.number, options)
+    before, after = separate_side(features, options), joint_side(features, grid, photos.number, options)
     matches, unmatched = find_matches(features, grid)
     notes = (*inputs.notes, *resized, *unmatched)
     errors = {"before": before.error._asdict(), "after": after.error._asdict()}
     data = {
         "networks": [io.printable(name) for name in features], "grid": grid, "density": options["density"],
         "error": errors, "notes": notes,
-        "provenance": {**commands.provenance(options, inputs), "images sha256": images.sha256},
+        "provenance": {**commands.provenance(options, inputs), "images sha256": photos.sha256},
     }  # fmt: skip
-    content = page(data, images.shown, {"before": before, "after": after}, matches).encode()
+    content = page(data, photos.shown, {"before": before, "after": after}, matches).encode()
     replace_file(out, content)
     h, w = grid
     text = (
-        f"{io.printable(str(out))}, {len(content) / 1e6:.1f} MB: {len(features)} network(s), {images.number} images of "
+        f"{io.printable(str(out))}, {len(content) / 1e6:.1f} MB: {len(features)} network(s), {photos.number} images of "
         f"{h} x {w} patches\nAffinities on the page differ from the exact ones by {after.error.mean:.4f} on average "
         f"after alignment (those above 0.2 by {after.error.strong:.3f}), and by {before.error.mean:.4f} before it "
         f"({before.error.strong:.3f})."
@@ -145,23 +144,16 @@ def as_maps(stored: io.FeatureSet, rows: Any) -> Float[np.ndarray, "images h w d
 
 
 def on_one_grid(maps: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Maps resized bilinearly to the grid with the most positions, and notes on which were."""
-    grids = {name: x.shape[1:3] for name, x in maps.items()}
-    h, w = max(grids.values(), key=np.prod)
+    """Maps resized to one grid, and notes on which were."""
+    found = {name: np.asarray(x) for name, x in images.on_one_grid(maps).items()}
+    h, w = next(iter(found.values())).shape[1:3]
     if min(h, w) < _LEAST_SIDE:
         raise ValueError(
             f"the maps have at most {h} x {w} positions, at least {_LEAST_SIDE} x {_LEAST_SIDE} are needed: choose an "
             "earlier layer with --layer."
         )
-    resized, notes = {}, []
-    for name, x in maps.items():
-        resized[name] = x
-        if grids[name] != (h, w):
-            x = x - x.mean((0, 1, 2))  # an offset would cost digits
-            resized[name] = np.asarray(jax.image.resize(x, (len(x), h, w, x.shape[-1]), "bilinear"))
-            size = " x ".join(map(str, grids[name]))
-            notes.append(f"{io.printable(name)}: maps of {size} were resized to {h} x {w}")
-    return resized, notes
+    sizes = {name: " x ".join(map(str, x.shape[1:3])) for name, x in maps.items() if x.shape[1:3] != (h, w)}
+    return found, [f"{io.printable(name)}: maps of {size} were resized to {h} x {w}" for name, size in sizes.items()]
 
 
 def _check_output(out: Path, inputs: Sequence[Path], *, force: bool) -> None:
@@ -204,7 +196,7 @@ def _side(name: str, x: Float[np.ndarray, "n d"], num_bytes: int, options: Mappi
         rows = compress(x, num_bytes, density)
     except ValueError as error:  # equal patches, as in images without content
         raise ValueError(f"{io.printable(name)}: {error}") from error
-    cut = cut_rows(x, max(number, COMPONENTS), density=density, key=jax.random.key(seed))
+    cut = images.cut_rows(x, max(number, COMPONENTS), density=density, key=jax.random.key(seed))
     colors = np.round(255 * np.asarray(rgb(cut, num_components=COMPONENTS))).astype(np.uint8)
     segments = np.asarray(nested_segments(cut, number)).astype(np.uint8)
     return Side((rows,), colors, segments, compression_error(x, rows, density, seed))

@@ -28,7 +28,7 @@ from jaxalign.report.models import (
     model_pairs,
     read_models,
 )
-from jaxalign.report.statistics import Intervals, Tested, describe, run_intervals, run_test
+from jaxalign.report.statistics import Intervals, Tested, check_null, describe, run_intervals, run_test
 from jaxalign.report.tables import format_table
 
 
@@ -44,6 +44,8 @@ def grid_files(options: dict[str, Any]) -> commands.Result:
     if images is not None:
         arrays = {f"{m.path}: {name}": a for m in models for name, a in m.inputs.arrays.items()}
         commands.check_images(images, arrays)
+    if options["permutations"] or options["resamples"]:
+        check_null(_all_arrays(models), options)
     inputs = [model.inputs for model in models]
     measure_options = commands.measure_options(options)
     job = commands.provenance(options, *inputs)

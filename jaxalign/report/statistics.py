@@ -124,15 +124,28 @@ def _take(rows: Mapping[str, Any], subset: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.asarray(values[subset]) for name, values in rows.items()}
 
 
+def check_null(arrays: Mapping[str, FeatureSet], options: Mapping[str, Any]) -> None:
+    """Raise what a test would raise on the groups or the grid of samples, before anything is computed."""
+    if options["null"] == "grid":
+        _grid_shape({name: array.values for name, array in arrays.items()}, options)
+    else:
+        _samples(len(next(iter(arrays.values())).rows(options["positions"])), arrays, options)
+
+
+def _grid_shape(stored: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[int, ...]:
+    shapes = {values.shape[:-1] for values in stored.values()}
+    shape = shapes.pop()
+    if options["groups"] is not None or options["positions"] != "samples" or shapes or len(shape) != 3:
+        raise ValueError("--null grid needs maps (n, h, w, d) of one grid with --positions samples, without --groups.")
+    return shape
+
+
 def _test_grids(
     x: Mapping[str, Any], y: Mapping[str, Any], stored: Mapping[str, Any], options: Mapping[str, Any],
     how: Mapping[str, Any],
 ) -> Tested:  # fmt: skip
     """A test that flips and rotates the grid of each image, on as many images as fit."""
-    shapes = {values.shape[:-1] for values in stored.values()}
-    shape = shapes.pop()
-    if options["groups"] is not None or options["positions"] != "samples" or shapes or len(shape) != 3:
-        raise ValueError("--null grid needs maps (n, h, w, d) of one grid with --positions samples, without --groups.")
+    shape = _grid_shape(stored, options)
     size = shape[1] * shape[2]
     kept = np.sort(np.random.default_rng(0).permutation(shape[0])[: max(TEST_SAMPLES // size, 1)])
     maps_x, maps_y = ({name: np.asarray(v).reshape(*shape, -1)[kept] for name, v in rows.items()} for rows in (x, y))

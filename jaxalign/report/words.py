@@ -80,11 +80,16 @@ def null_words(statistics: Mapping[str, Any] | None, samples: int, comparisons: 
     else:
         null = f"exchange whole {what}, {groups} in all, and so keep their samples together{used}"
     smallest = f"{statistics['smallest_p_value']:.3g}"
+    calibrated = statistics["smallest_p_value"] <= 0.05 + 1e-9
+    calibration = (
+        "Calibrated values are 0 up to what 5% of permutations exceed, and 1 for equal representations."
+        if calibrated
+        else "Values are not calibrated, and pairs of models not tested: that takes at least 19 permutations."
+    )
     return (
         f"p-values: {number} permutations {null}. The smallest attainable p-value is {smallest}. Corrected p-values "
         f"allow for all {comparisons} comparisons of layers (the largest score of each permutation, Westfall & Young "
-        f"1993){'; those of models are each for one pair' if pairs else ''}. Calibrated values are 0 up to what 5% of "
-        "permutations exceed, and 1 for equal representations."
+        f"1993){'; those of models are each for one pair' if pairs and calibrated else ''}. {calibration}"
     )
 
 
