@@ -7,7 +7,8 @@ ship with the library. Before alignment each network is cut and colored by itsel
 The consistency of parts is 1 - (mean color distance of the same part in two networks) / (that of different parts of an
 image), for parts in boxes drawn by hand, over patches that are not landmarks: 1 if a part has one color in all
 networks, 0 if its color tells nothing. The p-value is the share of assignments of the parts of one network to those of
-the other, image by image, that are at least as consistent.
+the other, image by image, that are at least as consistent. Last, a new image is compared with one of the images that
+its colors are from.
 
     python examples/parts_of_images.py                # prints tables, writes parts_of_images/*.png, in about a minute
     python examples/parts_of_images.py --out elsewhere
@@ -70,9 +71,11 @@ def main(out: Path) -> dict[str, Consistency]:
         with_control = jaxalign.color_images({**maps, name: control})
         mixed = [(name, network) for network in NETWORKS]
         found[f"control: {name}, with the networks"] = consistency(with_control.colors, mixed, data, held_out)
+    new, of_new = new_images(data, maps)
+    found |= of_new
     rows = [(name, f"{result.value:.3f}", f"{result.p_value:.4f}") for name, result in found.items()]
     print(f"{len(held_out)} patches that are not landmarks, of {len(data.images)} images in {len(NETWORKS)} networks\n")
-    print(format_table(("colors of the same part in two networks", "consistency", "p"), rows))
+    print(format_table(("colors of the same part in two networks, or images", "consistency", "p"), rows))
 
     out.mkdir(parents=True, exist_ok=True)
     scores = [f"consistency {result.value:.2f}" for result in list(found.values())[:2]]
@@ -80,7 +83,7 @@ def main(out: Path) -> dict[str, Consistency]:
     captions = dict(zip(groups, scores, strict=True))
     figure = jaxalign.plots.color_panels(groups, data.images, scores=captions, smooth=True)
     figure.savefig(out / "before_after.png", dpi=150)
-    new_image(data, maps).savefig(out / "new_images.png", dpi=150)
+    new.savefig(out / "new_images.png", dpi=150)
     nested(after, data).savefig(out / "nested.png", dpi=120)
     prompted(after, data).savefig(out / "prompts.png", dpi=130)
     plt.close("all")
@@ -100,8 +103,35 @@ def titled(colors: Colors) -> Colors:
 
 def consistency(colors: Colors, pairs: list[tuple[str, str]], data: PartFeatures, patches: np.ndarray) -> Consistency:
     """The consistency of parts over pairs of networks, on some patches."""
-    flat = {name: np.asarray(values, np.float64).reshape(-1, 3) for name, values in colors.items()}
-    tables = [part_distances(flat, pairs, data, patches, image) for image in range(len(data.images))]
+    tables = []
+    for image in range(len(data.images)):
+        parts = parts_of(image, data, patches)
+        own = {name: np.asarray(colors[name][image], np.float64) for name in {name for pair in pairs for name in pair}}
+        tables.append(np.mean([part_distances(own[a], own[b], parts, parts) for a, b in pairs], 0))
+    return of_tables(tables)
+
+
+def parts_of(image: int, data: PartFeatures, patches: np.ndarray | None = None) -> dict[int, np.ndarray]:
+    """The patches of every part of an image, counted within the image; of these patches only, if given."""
+    size = data.grid[0] * data.grid[1]
+    labels = data.part_index[image * size : (image + 1) * size]
+    kept = np.arange(size) if patches is None else patches[patches // size == image] % size
+    return {part: kept[labels[kept] == part] for part in np.unique(labels[kept]) if part >= 0}
+
+
+def part_distances(
+    a: np.ndarray, b: np.ndarray, parts: dict[int, np.ndarray], others: dict[int, np.ndarray]
+) -> np.ndarray:
+    """Mean color distances between parts of two maps of colors, (parts, parts), for the parts that both have."""
+    a, b = a.reshape(-1, 3), b.reshape(-1, 3)
+    both = [part for part in parts if part in others]
+    return np.array(
+        [[np.linalg.norm(a[parts[i]][:, None] - b[others[j]][None], axis=-1).mean() for j in both] for i in both]
+    )
+
+
+def of_tables(tables: list[np.ndarray]) -> Consistency:
+    """The consistency from distances between parts, and its p-value."""
     other = np.concatenate([table[~np.eye(len(table), dtype=bool)] for table in tables]).mean()
     same = np.concatenate([np.diagonal(table) for table in tables]).mean()
     rng, number = np.random.default_rng(0), sum(map(len, tables))
@@ -112,28 +142,19 @@ def consistency(colors: Colors, pairs: list[tuple[str, str]], data: PartFeatures
     return Consistency(float(1 - same / other), float((1 + np.sum(drawn <= same)) / (1 + DRAWS)))
 
 
-def part_distances(
-    colors: Colors, pairs: list[tuple[str, str]], data: PartFeatures, patches: np.ndarray, image: int
-) -> np.ndarray:
-    """Mean color distances between the parts of an image in two networks, (parts, parts), averaged over the pairs."""
-    shown = patches[data.image_index[patches] == image]
-    parts = [shown[data.part_index[shown] == k] for k in np.unique(data.part_index[shown]) if k >= 0]
-
-    def mean(a: str, b: str, i: np.ndarray, j: np.ndarray) -> float:
-        return np.linalg.norm(colors[a][i][:, None] - colors[b][j][None], axis=-1).mean()
-
-    return np.mean([[[mean(a, b, i, j) for j in parts] for i in parts] for a, b in pairs], 0)
-
-
-def new_image(data: PartFeatures, maps: Colors) -> plt.Figure:
-    """Two images determine landmarks, cut and colors; the two others are colored by them."""
+def new_images(data: PartFeatures, maps: Colors) -> tuple[plt.Figure, dict[str, Consistency]]:
+    """Two images determine landmarks, cut and colors; the others are colored by them: does the close-up look alike?"""
     old, new = [0, 2], [1, 3]
     colored = jaxalign.color_images({name: a[old] for name, a in maps.items()})
-    groups = {"colored together": titled(colored.colors)}
-    groups["new images, by the same map"] = titled(colored.transform({name: a[new] for name, a in maps.items()}))
-    stacked = {name: np.concatenate([group[name] for group in groups.values()]) for name in NETWORKS.values()}
+    of_new = colored.transform({name: a[new] for name, a in maps.items()})
+    found = {}
+    for name in NETWORKS:
+        portrait, close_up = (np.asarray(colors[name][0], np.float64) for colors in (colored.colors, of_new))
+        table = part_distances(portrait, close_up, parts_of(0, data), parts_of(1, data))
+        found[f"portrait and the new close-up: {name}"] = of_tables([table])
+    stacked = {NETWORKS[name]: np.concatenate([colored.colors[name], of_new[name]]) for name in NETWORKS}
     title = "two images that were cut together, and two new ones in their colors"
-    return jaxalign.plots.color_panels({title: stacked}, data.images[old + new], smooth=True)
+    return jaxalign.plots.color_panels({title: stacked}, data.images[old + new], smooth=True), found
 
 
 def nested(colored: ColoredImages, data: PartFeatures) -> plt.Figure:

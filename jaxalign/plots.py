@@ -588,7 +588,8 @@ def models(
         rows = np.array([member == group for member in members])
         if groups is not None:
             ax.plot(*places[rows].T, "-", color=color, lw=0.8, alpha=0.5)
-        ax.plot(*places[rows].T, "o", color=color, ms=7, mec="white", label=_draw.text(group))
+        size = 7 if resampled is None else 3  # points do not cover ellipses
+        ax.plot(*places[rows].T, "o", color=color, ms=size, mec="white", mew=size / 7, label=_draw.text(group))
     names = list(map(str, range(m))) if names is None else names
     for place, below, name, group in zip(places, _crowded(places), names, members, strict=True):
         left = place[0] > np.median(places[:, 0])  # names are outside of their points, and below one another

@@ -98,6 +98,7 @@ def test_parts_have_consistent_colors_after_alignment_more_than_controls(tmp_pat
     before, after = found["before: each network by itself"], found["after: aligned and cut together"]
     controls = [value for name, value in found.items() if name.startswith("control")]
     assert before < 0.1 < max(controls) < after - 0.1
+    assert min(value for name, value in found.items() if name.startswith("portrait")) > 0.15
     assert len(controls) == 2
     assert {path.name for path in tmp_path.iterdir()} == {
         "before_after.png", "new_images.png", "nested.png", "prompts.png",
@@ -110,11 +111,12 @@ def test_consistency_is_that_of_its_definition():
         data = jaxalign.datasets.load_part_features()
         everywhere = np.arange(len(data.part_index))
         exact = np.eye(3)[data.part_index % 3] + data.part_index[:, None] / 20  # a color for each part
+        exact = exact.reshape(4, 32, 32, 3)
         same = {"a": exact, "b": exact}
         found = example.consistency(same, [("a", "b")], data, everywhere)
         assert found.value == 1
         assert found.p_value < 0.001
-        random = {name: np.random.default_rng(k).random((len(exact), 3)) for k, name in enumerate("ab")}
+        random = {name: np.random.default_rng(k).random(exact.shape) for k, name in enumerate("ab")}
         found = example.consistency(random, [("a", "b")], data, everywhere)
         assert abs(found.value) < 0.05  # parts of 15 to 150 patches
         assert found.p_value > 0.01
