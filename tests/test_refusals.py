@@ -71,9 +71,9 @@ REFUSED = {
     "a signed affinity": (
         lambda: jaxalign.normalized_cut(-AFFINITY, 2, kind="affinity"), ValueError, "has negative entries",
     ),
-    "nystroem by row": (
-        lambda: jaxalign.normalized_cut(X, 2, method="nystroem", bandwidth="per_row", density=0.2),
-        ValueError, 'bandwidth="global"',
+    "nystroem at given sigmas": (
+        lambda: jaxalign.normalized_cut(X, 2, method="nystroem", bandwidth="per_row", sigma=np.ones(len(X))),
+        ValueError, 'or bandwidth="per_row"',
     ),
     "nystroem under a trace": (
         lambda: jax.jit(lambda mask: jaxalign.normalized_cut(X, 2, method="nystroem", density=0.2, mask=mask))(MASK),
