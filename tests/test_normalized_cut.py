@@ -325,6 +325,31 @@ def test_ncut_pytorch_finds_the_same_vectors():
     assert np.abs(np.sum(unit[:, :3] * np.asarray(cut.eigenvectors)[:, :3], 0)).min() > 0.99
 
 
+def test_ncut_pytorch_finds_nearly_the_same_segments_and_repels_by_the_same_matrix():
+    torch = pytest.importorskip("torch")
+    ncut = pytest.importorskip("ncut_pytorch")
+    pytest.importorskip("fpsample", reason="ncut-pytorch needs it for segments")
+    from ncut_pytorch.ncuts.ncut_nystrom import ncut_with_repulsion
+    from ncut_pytorch.utils.math import cosine_affinity
+
+    x = jaxalign.datasets.load_patch_features().features["vit-s14 layer 8"][:256]
+    a = np.asarray(rbf_affinity(x))
+    vectors = normalized_cut(a, 5, kind="affinity").eigenvectors
+    theirs = ncut.kway_ncut(torch.from_numpy(np.array(vectors)), n_clusters=5).argmax(1).numpy()
+
+    def association(labels):
+        return sum(a[np.ix_(labels == k, labels == k)].sum() / a[labels == k].sum() for k in np.unique(labels))
+
+    assert association(np.asarray(kway(vectors))) > association(theirs) - 0.01
+    # It takes singular vectors of the unsymmetric D^-1 (A - R + D_R), whose eigenvalues are those here.
+    tx = torch.from_numpy(x)
+    attraction = cosine_affinity(tx, sigma=0.4).numpy()
+    repulsion = 0.2 * cosine_affinity(tx, sigma=0.3, repulse=True).numpy()
+    cut = normalized_cut(attraction, 4, kind="affinity", repulsion=repulsion)
+    _, values = ncut_with_repulsion(tx, 4, 0.4, 0.3, 0.2, cosine_affinity)
+    np.testing.assert_allclose(values.numpy(), cut.eigenvalues, atol=0.02)
+
+
 def test_masked_rows_are_no_landmarks():
     x = features(n=120, d=3).astype(np.float32)
     mask = np.arange(120) < 100
