@@ -14,13 +14,13 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import jaxalign
 
 pytest.importorskip("matplotlib", reason='the examples draw: python -m pip install "jaxalign[viz]"')
+Image = pytest.importorskip("PIL.Image", reason='networks: python -m pip install "jaxalign[networks]"')
 torch = pytest.importorskip("torch", reason='networks: python -m pip install "jaxalign[networks]"')
+safetensors = pytest.importorskip("safetensors.torch", reason='networks: python -m pip install "jaxalign[networks]"')
 transformers = pytest.importorskip("transformers", reason='networks: python -m pip install "jaxalign[networks]"')
 diffusers = pytest.importorskip("diffusers", reason='networks: python -m pip install "jaxalign[networks]"')
 pytestmark = [
@@ -95,7 +95,7 @@ def save_sd(folder):
     # As in the published files: weights have the names of transformers 4, the tokenizer has two lists.
     weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in text.state_dict().items()}
     config.save_pretrained(folder / "text_encoder")
-    save_file(weights, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
+    safetensors.save_file(weights, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
     (folder / "tokenizer").mkdir()
     vocabulary = {"a</w>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}
     options = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "pad_token": "<|endoftext|>"}
@@ -247,9 +247,9 @@ def test_a_wrong_number_of_tokens_raises(example, local, model):
 
 
 def test_missing_weights_raise(example, saved, tmp_path):
-    weights = load_file(saved("dinov2") / "model.safetensors")
+    weights = safetensors.load_file(saved("dinov2") / "model.safetensors")
     del weights["layernorm.bias"]
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    safetensors.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     shutil.copy(saved("dinov2") / "config.json", tmp_path)
     with pytest.raises(RuntimeError, match=r"no weights for \['layernorm.bias'\] of Dinov2Model"):
         example.pretrained.from_transformers("Dinov2Model")(str(tmp_path))
