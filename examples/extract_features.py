@@ -363,12 +363,15 @@ def resize(images: Tensor, pixels: int) -> Tensor:
 
 def photograph(name: str) -> Tensor:
     """The center square of an image of scikit-image, (3, 224, 224) in uint8."""
-    picture = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1).float()
-    height, width = picture.shape[1:]
+    height, width = getattr(skimage.data, name)().shape[:2]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = picture[None, :, top : top + side, left : left + side]
-    return resize(square, PIXELS)[0].round().to(torch.uint8)
+    return square(name, (height - side) // 2, (width - side) // 2, side, PIXELS).to(torch.uint8)
+
+
+def square(name: str, top: int, left: int, side: int, pixels: int) -> Tensor:
+    """A square of an image of scikit-image, resized, (3, pixels, pixels), rounded."""
+    picture = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1).float()
+    return resize(picture[None, :, top : top + side, left : left + side], pixels)[0].round()
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -398,12 +401,8 @@ def averages(maps: Tensor) -> Tensor:
 
 def crop_pictures(pixels: int) -> Pictures:
     """The crops, (4, 3, pixels, pixels)."""
-    squares = []
-    for crop in CROPS.values():
-        picture = torch.from_numpy(getattr(skimage.data, crop.photograph)()).permute(2, 0, 1).float()
-        square = picture[None, :, crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
-        squares.append(resize(square, pixels).round())
-    return torch.cat(squares)
+    crops = CROPS.values()
+    return torch.stack([square(crop.photograph, crop.top, crop.left, crop.side, pixels) for crop in crops])
 
 
 def labels_of_parts(names: Sequence[str]) -> np.ndarray:

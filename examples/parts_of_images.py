@@ -24,6 +24,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from case_study import NETWORKS
 
 import jaxalign
 from jaxalign.datasets import PartFeatures
@@ -31,11 +32,6 @@ from jaxalign.images import ColoredImages
 from jaxalign.report.coloring import separate_colors
 from jaxalign.report.tables import format_table
 
-NETWORKS = {
-    "vit-s14 layer 8": "ViT-S/14\nself-supervised",
-    "efficientnet-lite0 block 10": "EfficientNet\nsupervised",
-    "pp-ocrv4 stride 16": "PP-OCRv4\ntext detector",
-}
 Colors = Mapping[str, np.ndarray]  # {network: (images, 32, 32, 3)}
 DRAWS = 10_000
 

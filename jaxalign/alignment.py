@@ -116,6 +116,11 @@ class Alignment:
         """Indices of the samples that are not landmarks, in order; use these for scores."""
         return _queries(self.landmarks, next(iter(self.features.values())).shape[0])
 
+    @property
+    def stacked(self) -> Float[Array, "rows m"]:
+        """The relative features of all networks: the samples of the first network, then of the second, ..."""
+        return jnp.concatenate(list(self.features.values()))
+
     def transform(self, name: str, x_new: Numbers[Data, "k d"]) -> Float[Array, "k m"]:
         """Relative features of new samples, with landmarks, sigma and statistics as fitted.
 

@@ -73,10 +73,8 @@ class ColorMap:
             Red, green and blue from 0 to 1, shape (n, 3). Rows of zeros are black.
 
         Raises:
-            ValueError: fewer columns than were fitted; "tsne", which has no map for new rows.
+            ValueError: fewer columns than were fitted.
         """
-        if self.method == "tsne":
-            raise ValueError('"tsne" has no map for new rows: use "rotate", "distances" or "umap".')
         rows = _rows("embedding", embedding, self.num_components, min_rows=1)
         if rows.shape[1] != self.num_components:
             raise ValueError(f"the colors were fitted to {self.num_components} columns, embedding has {rows.shape[1]}.")

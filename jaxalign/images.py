@@ -170,7 +170,7 @@ def color_images(
         alignment = align(features, landmarks=number, key=start)
     else:
         alignment = align(features, landmarks=landmarks)
-    cut = cut_rows(jnp.concatenate(list(alignment.features.values())), num_components, key=start)
+    cut = cut_rows(alignment.stacked, num_components, key=start)
     color_map = fit_colors(cut, method, num_components=num_components)
     colors = dict(zip(features, color_map(cut).reshape(len(features), *shape, 3), strict=True))
     return ColoredImages(colors, alignment, cut, color_map, images)

@@ -265,25 +265,23 @@ def _nested(cut: NormalizedCut, labels: Array, number: int) -> Array:
         gain = _share(both, volume[:, None] + volume[None]) - alone[:, None] - alone[None]
         pairs = present[:, None] & present[None] & ~jnp.eye(number, dtype=bool)
         a, b = jnp.unravel_index(jnp.argmax(jnp.where(pairs, gain, -jnp.inf)), gain.shape)
-        a, b = jnp.where(
-            volume[a] >= volume[b], jnp.stack((a, b)), jnp.stack((b, a))
-        )  # the larger part keeps its label
+        # The larger part keeps its label.
+        a, b = jnp.where(volume[a] < volume[b], jnp.stack((b, a)), jnp.stack((a, b)))
         turn = jnp.eye(number, dtype=within.dtype).at[b, a].set(1).at[b, b].set(0)
         return (matmul(turn.T, matmul(within, turn)), matmul(volume[None], turn)[0], present.at[b].set(False)), (a, b)
 
-    present = jnp.ones(number, bool)
-    (_, _, last), (kept, merged) = lax.scan(merge, (within, volume, present), None, length=number - 1)
+    _, (kept, merged) = lax.scan(merge, (within, volume, jnp.ones(number, bool)), None, length=number - 1)
     # The part that is merged first is split off last: it has the largest label.
     label = jnp.zeros(number, jnp.int32).at[merged].set(number - 1 - jnp.arange(number - 1, dtype=jnp.int32))
-    parent = jnp.argmax(last) + jnp.zeros(number, jnp.int32)
-    parent = parent.at[merged].set(kept.astype(jnp.int32))
 
-    def coarse(k: Array) -> Array:
-        up = lambda part: jnp.where(label[part] >= k, parent[part], part)  # noqa: E731
-        return lax.fori_loop(0, number, lambda _, part: up(part), jnp.arange(number))
+    def join(parts: Array, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+        into, old = pair
+        parts = jnp.where(parts == old, into, parts)
+        return parts, parts
 
-    parts = lax.map(coarse, jnp.arange(1, number + 1))
-    return jnp.where(labels[None] >= 0, label[parts][:, labels], -1).astype(jnp.int32)
+    _, coarser = lax.scan(join, label, (label[kept], label[merged]))
+    levels = jnp.concatenate((label[None], coarser))[::-1]
+    return jnp.where(labels[None] >= 0, levels[:, labels], -1)
 
 
 @jax.jit

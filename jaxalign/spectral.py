@@ -205,7 +205,7 @@ def normalized_cut(
     start = jax.random.key(0) if key is None else key
     _checks.random_key(start)
     if isinstance(x, Alignment):
-        x, kind = jnp.concatenate(list(x.features.values())), "features"
+        x, kind = x.stacked, "features"
     shift = None
     if isinstance(x, AffinityOperator):
         n = x.shape[-1]
@@ -270,7 +270,7 @@ def normalized_cut(
     if repelled is not None:
         source = _Signed((source + source.T) / 2 if isinstance(source, Array) else source, (repelled + repelled.T) / 2)
     cut = _cut(source, start, k, method, rtol)
-    if isinstance(x, AffinityOperator) or sigma is None or (bandwidth == "per_row" and of_rows is None):
+    if isinstance(x, AffinityOperator) or sigma is None or (bandwidth == "per_row" and not solved):
         return cut
     return replace(_with_features(cut, x, mask, jnp.asarray(sigma), of_rows), shift=shift)
 

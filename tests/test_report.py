@@ -196,10 +196,13 @@ def test_the_words_follow_the_options(measure, options, expected):
 
 def test_the_null_in_words():
     summary = {"permutations": 23, "samples": 100, "groups": 4, "what": "images or texts", "smallest_p_value": 1 / 24}
+    summary["threshold"] = [[0.1]]
     assert "23 permutations exchange whole images or texts, 4 in all" in words.null_words(summary, 100, 9)
     assert "smallest attainable p-value is 0.0417" in words.null_words(summary, 100, 9)
     moved = {**summary, "what": "images that are flipped and rotated"}
     assert "flip and rotate the grid of each of 4 images, of 100 of the 400" in words.null_words(moved, 400, 9)
+    assert "Calibrated values are 0 up to" in words.null_words(summary, 100, 9)
+    assert "Values are not calibrated" in words.null_words({**summary, "threshold": [[np.nan]]}, 100, 9)
     assert words.null_words(None, 100, 9) == "No p-values (--permutations 0)."
 
 

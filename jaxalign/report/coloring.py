@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -39,8 +38,7 @@ def joint_cut(
         landmarks: indices of the landmarks.
         options: options of `jaxalign.align`.
     """
-    alignment = align(features, landmarks=landmarks, **(options or {}))
-    return cut_rows(jnp.concatenate(list(alignment.features.values())), COMPONENTS)
+    return cut_rows(align(features, landmarks=landmarks, **(options or {})).stacked, COMPONENTS)
 
 
 def joint_colors(

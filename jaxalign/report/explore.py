@@ -185,8 +185,7 @@ def separate_side(features: Features, options: Mapping[str, Any]) -> Side:
 def joint_side(features: Features, grid: Grid, number_of_images: int, options: Mapping[str, Any]) -> Side:
     """After alignment: the relative features of all networks together."""
     landmarks = checkerboard_landmarks(number_of_images, grid, options["landmarks"], options["seed"])
-    alignment = align(features, landmarks=landmarks)
-    stacked = np.concatenate([np.asarray(rows, np.float32) for rows in alignment.features.values()])
+    stacked = np.asarray(align(features, landmarks=landmarks).stacked, np.float32)
     return _side("relative features", stacked, _BYTES_AFTER, options)
 
 

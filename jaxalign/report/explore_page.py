@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
-import json
-import re
 import zlib
 from collections.abc import Mapping
-from importlib import resources
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 
 from jaxalign.files.storage import json_value
+from jaxalign.report.html import filled
 
 # Longest side of an image, in pixels.
 _IMAGE_SIZE = 384
@@ -36,13 +34,8 @@ def page(data: Mapping[str, Any], images: np.ndarray, sides: Mapping[str, Any], 
         "partner": array(matches.partner.astype(np.int16)),
         "confidence": array(matches.confidence),
     }
-    # "</" or "<!--" would end the script element. Escaped, they are the same JSON.
-    payload = json.dumps(json_value(content), allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e")
-    names = ", ".join(data["networks"])
-    parts = {"TITLE": html.escape(f"Patches in {names}"), "DATA": payload}
-    template = resources.files("jaxalign.report").joinpath("explore.html").read_text(encoding="utf-8")
-    # In one pass, because inserted text may contain such markers.
-    return re.sub("@@([A-Z]+)@@", lambda marker: parts[marker[1]], template)
+    title = html.escape(f"Patches in {', '.join(data['networks'])}")
+    return filled("explore.html", json_value(content), {"TITLE": title})
 
 
 def _side(side: Any) -> dict[str, Any]:

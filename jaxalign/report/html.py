@@ -25,8 +25,6 @@ def page(data: Mapping[str, Any], figures: Mapping[str, bytes], names: Sequence[
         figures: {name: PNG}.
         names: files of the report, which the page lists.
     """
-    # "</" or "<!--" would end the script element. Escaped, they are the same JSON.
-    payload = json.dumps(data, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e")
     words, models = data["words"], [model["name"] for model in data["models"]]
     listed = f"{', '.join(models[:-1])} and {models[-1]}" if len(set(models)) > 1 else models[0]
     count = f"{data['samples']} samples. "
@@ -38,11 +36,18 @@ def page(data: Mapping[str, Any], figures: Mapping[str, bytes], names: Sequence[
         "FIGURES": "".join(_figure(name, content, words["map"]) for name, content in figures.items()),
         "FILES": _files(names),
         "PROVENANCE": _provenance(data),
-        "DATA": payload,
     }
+    return filled("page.html", data, parts)
+
+
+def filled(template: str, data: Any, parts: Mapping[str, str]) -> str:
+    """A template of this package, with data for its script and parts that are HTML already."""
+    # "</" or "<!--" would end the script element. Escaped, they are the same JSON.
+    payload = json.dumps(data, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e")
+    inserted = {**parts, "DATA": payload}
     # In one pass, because inserted text may contain such markers.
-    template = (files("jaxalign.report") / "page.html").read_text(encoding="utf-8")
-    return re.sub("@@([A-Z]+)@@", lambda marker: parts[marker[1]], template)
+    text = (files("jaxalign.report") / template).read_text(encoding="utf-8")
+    return re.sub("@@([A-Z]+)@@", lambda marker: inserted[marker[1]], text)
 
 
 def _files(names: Sequence[str]) -> str:

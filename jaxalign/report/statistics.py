@@ -56,7 +56,7 @@ class Tested:
 
     def aggregates(self, rows: slice = _ALL, columns: slice = _ALL) -> dict[str, Any]:
         """The most similar pair of layers, and means of best matches, each against its own null."""
-        if np.isnan(self.test.threshold).all():  # too few permutations
+        if not is_calibrated(self.test.threshold):
             return {}
         part = replace(self.test, value=self.test.value[rows, columns], null=self.test.null[:, rows, columns])
         found = {name: calibrate(part, aggregate=name) for name in _AGGREGATES}
@@ -64,6 +64,11 @@ class Tested:
             name: {"value": float(v.value), "calibrated": float(v.calibrated), "p_value": self.exact(v.p_value)}
             for name, v in found.items()
         }
+
+
+def is_calibrated(threshold: Any) -> bool:
+    """Whether there were enough permutations for the thresholds of a test."""
+    return not np.isnan(np.asarray(threshold, np.float64)).all()
 
 
 @dataclass(frozen=True)

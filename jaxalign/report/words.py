@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxalign.kernels import RBF, Laplacian, Linear, kernel_of
 from jaxalign.measures._registry import specified
+from jaxalign.report.statistics import is_calibrated
 
 _NAMES = {name: name.upper() for name in ("cka", "hsic", "rsa", "cknna", "cca", "pwcca", "svcca")}
 _ESTIMATORS = {
@@ -80,7 +81,7 @@ def null_words(statistics: Mapping[str, Any] | None, samples: int, comparisons: 
     else:
         null = f"exchange whole {what}, {groups} in all, and so keep their samples together{used}"
     smallest = f"{statistics['smallest_p_value']:.3g}"
-    calibrated = statistics["smallest_p_value"] <= 0.05 + 1e-9
+    calibrated = is_calibrated(statistics["threshold"])
     calibration = (
         "Calibrated values are 0 up to what 5% of permutations exceed, and 1 for equal representations."
         if calibrated
